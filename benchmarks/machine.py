@@ -1,0 +1,106 @@
+"""What this machine is, and what it can do: a short name without host or user, and probes of its copy and GEMM rates."""
+
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+COPY_BYTES = 2 * (256 << 20)  # the copy probe reads 256 MiB and writes as much: larger than any cache
+GEMM_N = 2048
+GEMM_FLOPS = 2 * GEMM_N**3
+
+ZEN = {  # family -> (first model, name), ascending
+    0x17: ((0x00, "zen"), (0x08, "zen+"), (0x10, "zen"), (0x18, "zen+"), (0x30, "zen2")),
+    0x19: ((0x00, "zen3"), (0x10, "zen4"), (0x20, "zen3"), (0x60, "zen4"), (0x80, "zen3"), (0xA0, "zen4")),
+    0x1A: ((0x00, "zen5"),),
+}
+INTEL = {63: "haswell", 79: "broadwell", 85: "skylake", 106: "icelake", 108: "icelake", 143: "sapphirerapids",
+         207: "emeraldrapids", 173: "graniterapids"}  # fmt: skip
+BRANDS = ("epyc", "ryzen", "threadripper", "xeon", "core")
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def cpu_slug(cpuinfo: str, cores: int) -> str:
+    """A name such as amd-epyc-zen4-2c from the text of /proc/cpuinfo."""
+    fields = dict(re.findall(r"^([^\t:]+?)\s*:[ \t]*(.*)$", cpuinfo.split("\n\n")[0], re.MULTILINE))
+    vendor = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(fields.get("vendor_id", ""))
+    if vendor is None:
+        return f"{slug(platform.machine() or 'cpu')}-{cores}c"
+    family, model = int(fields["cpu family"]), int(fields["model"])
+    if vendor == "amd":
+        names = [name for first, name in ZEN.get(family, ()) if model >= first]
+        kind = names[-1] if names else None
+    else:
+        kind = INTEL.get(model) if family == 6 else None
+    words = slug(fields.get("model name", "")).split("-")
+    brand = next((word for word in BRANDS if word in words), None)
+    return "-".join(part for part in (vendor, brand, kind or f"f{family}m{model}", f"{cores}c") if part)
+
+
+def machine_slug(device: torch.device) -> str:
+    if device.type == "cuda":
+        return slug(torch.cuda.get_device_name(device))
+    path = Path("/proc/cpuinfo")
+    return cpu_slug(path.read_text() if path.exists() else "", torch.get_num_threads())
+
+
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.*)$", path.read_text(), re.MULTILINE) if path.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" where tracked files differ from it; "unknown" without git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@cache
+def describe(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware; nothing that names the host, the user or a path."""
+    import maefast
+
+    return {
+        "machine": machine_slug(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "maefast": maefast.__version__,
+        "commit": commit(),
+    }
+
+
+def copy_probe(device: torch.device) -> Callable[[int], Any]:
+    """A large copy between preallocated tensors: COPY_BYTES moved, read and write counted."""
+    source = torch.ones(COPY_BYTES // 2, dtype=torch.uint8, device=device).view(torch.float32)
+    target = torch.empty_like(source)
+    return lambda i: target.copy_(source)
+
+
+def gemm_probe(device: torch.device, dtype: torch.dtype) -> Callable[[int], Any]:
+    """A square matmul, GEMM_FLOPS: on a CPU through oneDNN where torch has it, which MKL's sgemm does not match on AMD."""
+    x, w = (torch.randn(GEMM_N, GEMM_N, device=device).to(dtype) for _ in range(2))
+    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return lambda i: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return lambda i: F.linear(x, w)

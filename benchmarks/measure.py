@@ -1,0 +1,86 @@
+"""A group from end to end: the gate, the rotation, the peak memory, and the figures that follow."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import machine
+from memory import peak_in_fresh_process
+from rotation import Budget, Run, rotate, timer_for
+
+COPY, GEMM = "machine-copy", "machine-gemm"  # probes that take part in every rotation
+
+
+@dataclass(frozen=True)
+class Options:
+    full: bool
+    device: torch.device
+
+    def budget(self, is_step: bool) -> Budget:
+        if is_step:
+            return Budget(seconds=150, least=5, most=31) if self.full else Budget(seconds=8, least=7, most=31)
+        return Budget(seconds=20, least=11, most=61) if self.full else Budget(seconds=3, least=11, most=41)
+
+    def wants_memory(self, is_step: bool) -> bool:
+        return self.full or is_step
+
+
+class Group:
+    """A workload measured: samples per contender, why some could not run, and what to report of each."""
+
+    def __init__(self, workload: Any, module: str, options: Options):
+        self.workload, self.options = workload, options
+        bench = workload.bench()
+        reasons = {name: bench.why_not(name) for name in workload.contenders}
+        self.skipped = {name: reason for name, reason in reasons.items() if reason}
+        runs = {name: bench.run(name) for name in workload.contenders if name not in self.skipped}
+        self.outside: dict[str, str] = {}
+        for name, run in runs.items():
+            self._gate(bench, name, run)
+        probes = {COPY: machine.copy_probe(options.device), GEMM: machine.gemm_probe(options.device, workload.dtype)}
+        is_step = workload.images is not None
+        self.samples = rotate(runs | probes, timer_for(options.device), options.budget(is_step), bench.sets)
+        self.median = {name: statistics.median(samples) for name, samples in self.samples.items()}
+        self.bytes, self.flops = bench.bytes, bench.flops
+        del bench, runs, run
+        torch._dynamo.reset()
+        self.peak = {
+            name: peak_in_fresh_process(module, workload.name, name, options.device, options.full)
+            for name in workload.contenders
+            if name not in self.skipped and options.wants_memory(is_step)
+        }
+
+    def _gate(self, bench: Any, name: str, run: Run) -> None:
+        """A result of maefast outside the error rule ends the group; one of somebody else's is noted beside its figures."""
+        try:
+            bench.check(name, run)
+        except AssertionError as breach:
+            if name.startswith("maefast"):
+                raise
+            self.outside[name] = str(breach)
+
+    def extra_info(self, contender: str) -> dict[str, Any]:
+        seconds = self.median[contender]
+        info: dict[str, Any] = {"group": self.workload.name, "contender": contender}
+        info["size"] = "full" if self.options.full else "quick"
+        for label, name in (("x_eager", self.workload.eager_name), ("x_compiled", self.workload.compiled_name)):
+            if name in self.median:
+                info[label] = self.median[name] / seconds
+        if self.bytes:
+            copy_rate = machine.COPY_BYTES / self.median[COPY]
+            info |= {"bytes": self.bytes, "gb_per_s": self.bytes / seconds / 1e9}
+            info |= {"copy_gb_per_s": copy_rate / 1e9, "copy_fraction": self.bytes / seconds / copy_rate}
+        if self.flops:
+            gemm_rate = machine.GEMM_FLOPS / self.median[GEMM]
+            info |= {"flops": self.flops, "tflop_per_s": self.flops / seconds / 1e12}
+            info |= {"gemm_tflop_per_s": gemm_rate / 1e12, "gemm_fraction": self.flops / seconds / gemm_rate}
+        if self.workload.images:
+            info["images_per_s"] = self.workload.images / seconds
+        if contender in self.peak:
+            info["peak_memory_mb"] = self.peak[contender] / 1e6
+        if contender in self.outside:
+            info["outside_error_rule"] = self.outside[contender]
+        rounded = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in info.items()}
+        return rounded | machine.describe(self.options.device)

@@ -1,0 +1,138 @@
+"""An op as a group of contenders: plain torch eager and compiled, and every backend of maefast, on the same inputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from errors import assert_close_to_float64
+from torch import Tensor
+
+import maefast
+from maefast import dispatch
+from rotation import Run
+
+Inputs = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+SETS = 3  # input sets that a rotation cycles through
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    """What a benchmark of an op needs: inputs, the plain way, the maefast way, and what must be moved and computed."""
+
+    name: str
+    variants: tuple[str, ...]  # the first is the one that quick runs compile
+    make: Callable[[int, str, torch.Generator], Inputs]  # (N, variant, generator)
+    plain: Callable[..., Outputs]
+    fused: Callable[..., Outputs]
+    leaves: tuple[str, ...]  # inputs that get gradients; the first output is differentiated, against `dy` where it is given
+    asks: Callable[[Inputs], dict[str, Inputs]]  # op -> the inputs that dispatch.can_run looks at
+    bytes: Callable[[int, Inputs, Outputs], int]
+    flops: Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class OpWorkload:
+    entry: OpEntry
+    variant: str
+    N: int
+    device: torch.device
+    compiled: bool = True
+
+    eager_name = "reference"
+    compiled_name = "reference-compiled"
+    images = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.name}-{self.variant}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.variant == "bf16" else torch.float32
+
+    @property
+    def contenders(self) -> list[str]:
+        plain = [self.eager_name, self.compiled_name] if self.compiled else [self.eager_name]
+        return plain + [f"maefast-{backend}" for backend in dispatch.BACKENDS]
+
+    def bench(self) -> "OpBench":
+        return OpBench(self)
+
+
+class OpBench:
+    """The inputs of a workload, and its contenders ready to run on them."""
+
+    sets = SETS
+
+    def __init__(self, workload: OpWorkload):
+        self.workload, self.entry = workload, workload.entry
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = [self.entry.make(workload.N, workload.variant, generator) for _ in range(SETS)]
+        self.inputs = [{k: v.to(workload.device) for k, v in inputs.items()} for inputs in self.inputs]
+        for inputs in self.inputs:
+            for leaf in self.entry.leaves:
+                inputs[leaf].requires_grad_()
+
+    def why_not(self, contender: str) -> str | None:
+        backend = contender.removeprefix("maefast-")
+        if backend == contender:
+            return None
+        reasons = (dispatch.can_run(op, backend, inputs) for op, inputs in self.entry.asks(self.inputs[0]).items())
+        return next(filter(None, reasons), None)
+
+    def run(self, contender: str) -> Run:
+        if contender == self.workload.eager_name:
+            return lambda i: self._apply(self.entry.plain, self.inputs[i])
+        if contender == self.workload.compiled_name:
+            compiled = torch.compile(self.entry.plain, fullgraph=True, dynamic=False)
+            return lambda i: self._apply(compiled, self.inputs[i])
+
+        def forced(i: int) -> Outputs:
+            with maefast.backend(contender.removeprefix("maefast-")):
+                return self._apply(self.entry.fused, self.inputs[i])
+
+        return forced
+
+    def _apply(self, function: Callable[..., Outputs], inputs: Inputs) -> Outputs:
+        """Outputs, and the gradients of the leaves as d_<leaf>."""
+        out = function(**{name: value for name, value in inputs.items() if name != "dy"})
+        if not self.entry.leaves:
+            return out
+        grads = torch.autograd.grad(next(iter(out.values())), [inputs[leaf] for leaf in self.entry.leaves], inputs.get("dy"))
+        return out | {f"d_{leaf}": grad for leaf, grad in zip(self.entry.leaves, grads, strict=True)}
+
+    @cached_property
+    def exact(self) -> Outputs:
+        def exact(inputs: Inputs) -> Inputs:
+            wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in inputs.items()}
+            return {k: v.requires_grad_(inputs[k].requires_grad) for k, v in wide.items()}
+
+        return stack([self._apply(self.entry.plain, exact(inputs)) for inputs in self.inputs])
+
+    @cached_property
+    def eager(self) -> Outputs:
+        return stack([self._apply(self.entry.plain, inputs) for inputs in self.inputs])
+
+    def check(self, contender: str, run: Run) -> None:
+        """The gate, over all input sets at once: indices equal, everything else within the error rule."""
+        got = stack([run(i) for i in range(SETS)])
+        for name, exact in self.exact.items():
+            where = f"{self.workload.name}, {contender}, {name}"
+            if exact.is_floating_point():
+                assert_close_to_float64(where, got[name], self.eager[name], exact.double())
+            else:
+                assert torch.equal(got[name], exact), f"{where}: differs from the reference"
+
+    @cached_property
+    def bytes(self) -> int:
+        return self.entry.bytes(self.workload.N, self.inputs[0], self.eager)
+
+    @property
+    def flops(self) -> int:
+        return self.entry.flops(self.workload.N)
+
+
+def stack(outputs: list[Outputs]) -> Outputs:
+    return {name: torch.stack([out[name].detach() for out in outputs]) for name in outputs[0]}

@@ -1,0 +1,137 @@
+"""From pytest-benchmark's JSON: a Markdown table and a bar chart, under results/<machine>/, losses shown like wins.
+
+`python benchmarks/report.py bench.json [--out DIR]` writes <size>.json, <size>.md and <size>.png, size being quick or full.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+Bench = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("contender", "median", "IQR", "x eager", "x compiled", "GB/s", "of copy", "TFLOP/s", "of GEMM", "images/s", "peak memory")
+COLOURS = {"maefast": "#1f77b4", "reference": "#8c8c8c"}
+OTHER = "#d9a441"
+
+
+def seconds(value: float) -> str:
+    unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)) if value >= s or u == "ns")
+    return f"{value / scale:.3g} {unit}"
+
+
+def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
+    """Benchmarks by group, in the order in which they ran."""
+    groups: dict[str, list[Bench]] = {}
+    for bench in results["benchmarks"]:
+        groups.setdefault(bench["group"], []).append(bench)
+    return groups
+
+
+def row(bench: Bench) -> list[str]:
+    info, stats = bench["extra_info"], bench["stats"]
+
+    def figure(key: str, form: str, scale: float = 1) -> str:
+        return form.format(info[key] * scale) if key in info else ""
+
+    return [
+        info["contender"] + (" (*)" if "outside_error_rule" in info else ""),
+        seconds(stats["median"]),
+        seconds(stats["iqr"]),
+        figure("x_eager", "{:.2f}"),
+        figure("x_compiled", "{:.2f}"),
+        figure("gb_per_s", "{:.1f}"),
+        figure("copy_fraction", "{:.0f} %", 100),
+        figure("tflop_per_s", "{:.3g}"),
+        figure("gemm_fraction", "{:.0f} %", 100),
+        figure("images_per_s", "{:.1f}"),
+        figure("peak_memory_mb", "{:.0f} MB"),
+    ]
+
+
+def table(benches: list[Bench]) -> list[str]:
+    """A Markdown table; columns that are empty throughout are left out."""
+    rows = [row(bench) for bench in benches]
+    shown = [i for i in range(len(COLUMNS)) if any(r[i] for r in rows)]
+    lines = [[COLUMNS[i] for i in shown], ["---", *["---:"] * (len(shown) - 1)], *([r[i] for i in shown] for r in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    machine = results["machine_info"]
+    lines = [
+        f"# Benchmarks, {machine['size']} sizes, on {machine['machine']}",
+        "",
+        f"{machine['device']}, {machine['threads']} threads, {machine['system']}, Python {machine['python']}, torch {machine['torch']}, "
+        f"maefast {machine['maefast']} at commit {machine['commit']}.",
+        "",
+        "Contenders of a group were timed in rotation; `x eager` and `x compiled` compare medians with the group's reference, below 1 "
+        "is slower. GB/s counts the bytes that must be touched, `of copy` and `of GEMM` are fractions of the rates that a large copy "
+        "and a matmul reached in the same rotation, peak memory is above the baseline of a fresh process.",
+    ]
+    remarks = []
+    for group, benches in grouped(results).items():
+        info = benches[0]["extra_info"]
+        rates = [f"copy {info['copy_gb_per_s']:.1f} GB/s"] if "copy_gb_per_s" in info else []
+        rates += [f"GEMM {info['gemm_tflop_per_s']:.3f} TFLOP/s"] if "gemm_tflop_per_s" in info else []
+        lines += ["", f"## {group}", "", *([f"Machine: {', '.join(rates)}.", ""] if rates else []), *table(benches)]
+        remarks += [b["extra_info"]["outside_error_rule"] for b in benches if "outside_error_rule" in b["extra_info"]]
+    if remarks:
+        lines += ["", "(*) Not maefast's, and less exact than the error rule allows it:", "", *(f"- {remark}" for remark in remarks)]
+    return "\n".join(lines) + "\n"
+
+
+def chart(results: dict[str, Any], path: Path) -> None:
+    """One panel per group: speed of each contender relative to the eager reference, with its median time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = grouped(results)
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 0.7 + 2.3 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(groups) :]:
+        axis.set_axis_off()
+    for axis, (group, benches) in zip(axes.flat, groups.items(), strict=False):
+        names = [bench["extra_info"]["contender"] for bench in benches]
+        speeds = [bench["extra_info"]["x_eager"] for bench in benches]
+        bars = axis.barh(names, speeds, color=[COLOURS.get(name.split("-")[0], OTHER) for name in names])
+        labels = [f"{x:.2f} x, {seconds(bench['stats']['median'])}" for x, bench in zip(speeds, benches, strict=True)]
+        axis.bar_label(bars, labels, padding=3, fontsize=8)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlim(0, max(speeds) * 1.45)
+        axis.invert_yaxis()
+        axis.set_title(group, fontsize=10)
+        axis.tick_params(labelsize=8)
+    machine = results["machine_info"]
+    figure.suptitle(f"Speed relative to the eager reference: {machine['machine']}, {machine['size']} sizes", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(results: dict[str, Any], out: Path) -> list[Path]:
+    """The three files of a run; returns their paths."""
+    if not results["benchmarks"]:
+        raise ValueError("the JSON holds no benchmarks")
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{results['machine_info']['size']}.{kind}" for kind in ("json", "md", "png")]
+    files[0].write_text(json.dumps(results, indent=1) + "\n")
+    files[1].write_text(markdown(results))
+    chart(results, files[2])
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>")
+    args = parser.parse_args()
+    results = json.loads(args.json.read_text())
+    for path in write(results, args.out or RESULTS / results["machine_info"]["machine"]):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""A training step as a group of contenders: forward, backward, fused AdamW. All share one set of weights and one optimizer."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from errors import assert_close_to_float64
+from torch import Tensor, nn
+
+import maefast
+import traffic
+from maefast.reference import ReferenceMAE
+from rotation import Run
+
+SETS = 3
+MASK_RATIO = 0.75
+CHUNK = 4  # images at a time in the float64 reference
+
+REFERENCES = {"reference-math": "math", "reference-sdpa": "sdpa", "reference-sdpa-compiled": "sdpa"}
+OURS = ("maefast", "maefast-no-pred", "maefast-compiled")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, with the constructor's names, and the batch that it trains on."""
+
+    batch: int
+    img_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_embed_dim: int
+    decoder_depth: int
+    decoder_num_heads: int
+
+    @property
+    def model(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if name != "batch"}
+
+    @property
+    def patches(self) -> int:
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def flops(self) -> int:
+        L, P = self.patches, 3 * self.patch_size**2
+        K = int(L * (1 - MASK_RATIO))
+        return traffic.mae_step_flops(
+            self.batch, L, K, P, self.embed_dim, self.depth, self.decoder_embed_dim, self.decoder_depth
+        )
+
+
+@dataclass(frozen=True)
+class StepWorkload:
+    label: str
+    size: Size
+    variant: str  # "fp32", or "bf16": under autocast
+    device: torch.device
+
+    eager_name = "reference-sdpa"
+    compiled_name = "reference-sdpa-compiled"
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.label}-{self.variant}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.variant == "bf16" else torch.float32
+
+    @property
+    def images(self) -> int:
+        return self.size.batch
+
+    @property
+    def contenders(self) -> list[str]:
+        return [*REFERENCES, *OURS, "transformers"]
+
+    def bench(self) -> "StepBench":
+        return StepBench(self)
+
+
+class StepBench:
+    """Inputs, weights and optimizer of a workload, and its contenders ready to train."""
+
+    sets = SETS
+    bytes = None  # weights, activations and states: no sum of these is a floor worth dividing by
+
+    def __init__(self, workload: StepWorkload):
+        self.workload, size = workload, workload.size
+        torch.manual_seed(0)
+        device = workload.device
+        self.imgs = torch.randn(SETS, size.batch, 3, size.img_size, size.img_size).to(device)
+        self.noise = torch.rand(SETS, size.batch, size.patches).to(device)
+        with device:
+            self.weights = self._build(ReferenceMAE, attention="math")
+        self.optimizer = adamw(self.weights)
+        self.flops = size.flops
+
+    def _build(self, model_class: type[nn.Module], **options: Any) -> nn.Module:
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        return model_class(**self.workload.size.model, norm_layer=norm_layer, norm_pix_loss=True, **options)
+
+    def why_not(self, contender: str) -> str | None:
+        missing = contender == "transformers" and find_spec("transformers") is None
+        return "transformers is not installed" if missing else None
+
+    def _sharing(self, model_class: type[nn.Module], **options: Any) -> nn.Module:
+        """A model of its own whose parameters are those of `self.weights`."""
+        with self.workload.device:
+            model = self._build(model_class, **options)
+        model.load_state_dict(self.weights.state_dict(keep_vars=True), assign=True)
+        return model
+
+    def forward(self, contender: str) -> Callable[[Tensor, Tensor], Any]:
+        """(imgs, noise) -> an output whose first item is the loss."""
+        if contender in REFERENCES:
+            model: Any = self._sharing(ReferenceMAE, attention=REFERENCES[contender])
+        else:
+            model = self._sharing(maefast.MAE)
+        if contender.endswith("-compiled"):
+            model = torch.compile(model, fullgraph=True, dynamic=False)
+        options = {"return_pred": False} if contender == "maefast-no-pred" else {}
+        return lambda imgs, noise: model(imgs, MASK_RATIO, noise=noise, **options)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.workload.device.type, torch.bfloat16, enabled=self.workload.variant == "bf16")
+
+    def run(self, contender: str) -> Run:
+        if contender == "transformers":
+            model = transformers_model(self.workload.size).to(self.workload.device)
+            return self._step(lambda imgs, noise: model(pixel_values=imgs, noise=noise), adamw(model))
+        return self._step(self.forward(contender), self.optimizer)
+
+    def _step(self, forward: Callable[[Tensor, Tensor], Any], optimizer: torch.optim.Optimizer) -> Run:
+        def step(i: int) -> None:
+            with self.autocast():
+                loss = forward(self.imgs[i], self.noise[i])[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def results(self, forward: Callable[[Tensor, Tensor], Any]) -> dict[str, Tensor]:
+        """Losses of all input sets, and of the first the prediction (where there is one) and every parameter's gradient."""
+        losses = []
+        found: dict[str, Tensor] = {}
+        for imgs, noise in zip(self.imgs, self.noise, strict=True):
+            with self.autocast():
+                out = forward(imgs, noise)
+            out[0].backward()
+            losses.append(out[0].detach())
+            if not found:
+                found = gradients(self.weights)
+                if out[1] is not None:
+                    found["pred"] = out[1].detach()
+            self.weights.zero_grad(set_to_none=True)
+        return found | {"loss": torch.stack(losses)}
+
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        """The same in float64, a few images at a time: every row removes as many patches, so the loss is the mean of the chunks'."""
+        model = copy.deepcopy(self.weights).double()
+        losses, preds = [], []
+        for i, (imgs, noise) in enumerate(zip(self.imgs, self.noise, strict=True)):
+            with torch.set_grad_enabled(i == 0):
+                parts = []
+                for some, its_noise in zip(imgs.double().split(CHUNK), noise.split(CHUNK), strict=True):
+                    out = model(some, MASK_RATIO, noise=its_noise)
+                    part = out.loss * (len(some) / len(imgs))
+                    if i == 0:
+                        part.backward()
+                        preds.append(out.pred.detach())
+                    parts.append(part.detach())
+                losses.append(torch.stack(parts).sum())
+        return gradients(model) | {"pred": torch.cat(preds), "loss": torch.stack(losses)}
+
+    @cached_property
+    def eager(self) -> dict[str, Tensor]:
+        return self.results(self.forward("reference-math"))
+
+    def check(self, contender: str, run: Run) -> None:
+        """The gate: loss, prediction and every parameter's gradient within the error rule. Not for models with other weights."""
+        if contender == "transformers":
+            return
+        got = self.results(self.forward(contender))
+        lost = self.exact.keys() - got.keys() - {"pred"}
+        assert not lost, f"{self.workload.name}, {contender}: no gradient for {sorted(lost)}"
+        for name, result in got.items():
+            where = f"{self.workload.name}, {contender}, {name}"
+            assert_close_to_float64(where, result, self.eager[name], self.exact[name])
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {f"d_{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+
+def transformers_model(size: Size) -> nn.Module:
+    """transformers' ViTMAE of the same size, from its own weights."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    config = ViTMAEConfig(
+        image_size=size.img_size,
+        patch_size=size.patch_size,
+        hidden_size=size.embed_dim,
+        num_hidden_layers=size.depth,
+        num_attention_heads=size.num_heads,
+        intermediate_size=4 * size.embed_dim,
+        decoder_hidden_size=size.decoder_embed_dim,
+        decoder_num_hidden_layers=size.decoder_depth,
+        decoder_num_attention_heads=size.decoder_num_heads,
+        decoder_intermediate_size=4 * size.decoder_embed_dim,
+        mask_ratio=MASK_RATIO,
+        norm_pix_loss=True,
+    )
+    return ViTMAEForPreTraining(config)

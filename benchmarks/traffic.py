@@ -1,0 +1,51 @@
+"""Bytes that must be touched and FLOPs, by op: each input that is needed read once, each output written once, per autograd pass.
+
+Letters as in DESIGN.md: N batch, L patches, K kept, D width, P values in a patch. `*_size` is bytes per element. Indices and
+ranks are int64, noise and masks fp32.
+"""
+
+INDEX, FP32 = 8, 4
+
+
+def masking_bytes(N: int, L: int, K: int, P: int, image_size: int, out_size: int) -> int:
+    """random_masking + gather_patches, forward: noise in; ids_keep, ids_restore, mask out; the kept pixels in and out."""
+    ranking = N * L * FP32 + N * K * INDEX + N * L * INDEX + N * L * FP32
+    return ranking + N * K * P * (image_size + out_size)
+
+
+def unshuffle_bytes(N: int, L: int, K: int, D: int, x_size: int, token_size: int, out_size: int) -> int:
+    """Forward: x, ids_restore, mask_token and the positions in, tokens out. Backward: dy and ids_restore in, dx and dmask_token out."""
+    x, y, ids = N * (1 + K) * D * x_size, N * (1 + L) * D * out_size, N * L * INDEX
+    token, positions = D * token_size, (1 + L) * D * token_size
+    return (x + ids + token + positions + y) + (y + ids + x + token)
+
+
+def unshuffle_flops(N: int, L: int, K: int, D: int) -> int:
+    """Adding the positions, and summing the mask tokens' gradients."""
+    return N * (1 + L) * D + N * (L - K) * D
+
+
+def masked_mse_bytes(N: int, L: int, K: int, P: int, pred_size: int, image_size: int) -> int:
+    """Forward: mask, and of removed patches pred and pixels, in. Backward, a call of its own: the same in, all of dpred out."""
+    seen = N * L * FP32 + N * (L - K) * P * (pred_size + image_size)
+    return seen + seen + N * L * P * pred_size
+
+
+def masked_mse_flops(N: int, L: int, K: int, P: int) -> int:
+    """Per removed value: mean 1, variance 3, normalise 2, square and add 3; backward the first six again, difference and scale."""
+    return N * (L - K) * P * (9 + 8)
+
+
+def block_flops(T: int, D: int, mlp_ratio: float = 4.0) -> float:
+    """Forward GEMMs of one transformer block on T tokens: qkv, proj, fc1, fc2, and the two of attention."""
+    return 2 * T * D * D * (4 + 2 * mlp_ratio) + 4 * T * T * D
+
+
+def mae_step_flops(
+    N: int, L: int, K: int, P: int, D: int, depth: int, decoder_D: int, decoder_depth: int, mlp_ratio: float = 4.0
+) -> int:
+    """Model FLOPs of one training step, 3 x forward, all patches embedded as in the reference, whatever is skipped."""
+    encoder = 2 * L * P * D + depth * block_flops(1 + K, D, mlp_ratio)
+    bridge = 2 * (1 + K) * D * decoder_D
+    decoder = decoder_depth * block_flops(1 + L, decoder_D, mlp_ratio) + 2 * (1 + L) * decoder_D * P
+    return round(3 * N * (encoder + bridge + decoder))

@@ -1,0 +1,67 @@
+// Images as the kernels that read pixels see them: any strides, fp32, bf16 or uint8, and the way a row of a patch is read.
+#pragma once
+
+#include <cstdint>
+
+#include "vec.h"
+
+namespace maefast::cpu {
+
+struct Image {
+  const void* data;  // [N, C, H, W]
+  DType dtype;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  int64_t channels, patch_h, patch_w, grid_h, grid_w;
+  const float* scale;  // [C], uint8 only: 1 / (255 std)
+  const float* shift;  // [C], uint8 only: -mean / std
+
+  int64_t patches() const { return grid_h * grid_w; }
+  int64_t patch_values() const { return channels * patch_h * patch_w; }
+  // Element offset of row y of channel c of a patch.
+  int64_t row(int64_t n, int64_t patch, int64_t c, int64_t y) const {
+    return n * stride_n + c * stride_c + ((patch / grid_w) * patch_h + y) * stride_h + (patch % grid_w) * patch_w * stride_w;
+  }
+};
+
+namespace MAEFAST_ISA {
+namespace {
+
+// n values from p, `stride` elements apart, to out; value * scale + shift for uint8.
+template <typename In, typename Out>
+inline void copy_row(const In* p, int64_t stride, Out* out, int64_t n, float scale, float shift) {
+  const auto map = [&](Vec v) {
+    if constexpr (sizeof(In) == 1) v = v * broadcast(scale) + broadcast(shift);
+    return v;
+  };
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes <= n; i += kLanes) store(out + i, map(load(p + i)));
+    if (i < n) store_first(out + i, map(load_first(p + i, n - i)), n - i);
+  } else {
+    for (; i < n; i += kLanes) {
+      const int64_t count = n - i < kLanes ? n - i : kLanes;
+      In lanes[kLanes] = {};
+      for (int64_t j = 0; j < count; ++j) lanes[j] = p[(i + j) * stride];
+      store_first(out + i, map(load(lanes)), count);
+    }
+  }
+}
+
+// One patch to out in conv-weight order (C, ph, pw).
+template <typename In, typename Out>
+inline void copy_patch(const Image& img, int64_t n, int64_t patch, Out* out) {
+  const In* data = static_cast<const In*>(img.data);
+  for (int64_t c = 0; c < img.channels; ++c) {
+    const float scale = sizeof(In) == 1 ? img.scale[c] : 1.0f, shift = sizeof(In) == 1 ? img.shift[c] : 0.0f;
+    const In* p = data + img.row(n, patch, c, 0);
+    for (int64_t y = 0; y < img.patch_h; ++y) {
+      copy_row(p, img.stride_w, out, img.patch_w, scale, shift);
+      p += img.stride_h;
+      out += img.patch_w;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace MAEFAST_ISA
+}  // namespace maefast::cpu

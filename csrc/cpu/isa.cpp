@@ -1,0 +1,51 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace maefast::cpu {
+namespace {
+
+bool supported([[maybe_unused]] Isa isa) {
+#ifdef __x86_64__
+  if (isa == Isa::avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && supported(Isa::avx2);
+  }
+  if (isa == Isa::avx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return isa == Isa::scalar;
+}
+
+Isa best() { return supported(Isa::avx512) ? Isa::avx512 : supported(Isa::avx2) ? Isa::avx2 : Isa::scalar; }
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> value{best()};
+  return value;
+}
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+
+}  // namespace
+
+Isa isa() { return current().load(std::memory_order_relaxed); }
+
+const char* isa_name() { return kNames[static_cast<int>(isa())]; }
+
+bool set_isa(const char* name) {
+  if (std::strcmp(name, "auto") == 0) {
+    current() = best();
+    return true;
+  }
+  for (Isa candidate : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    if (std::strcmp(name, kNames[static_cast<int>(candidate)]) == 0 && supported(candidate)) {
+      current() = candidate;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace maefast::cpu

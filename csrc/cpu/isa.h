@@ -1,0 +1,41 @@
+// The choice of instruction set at run time. Kernels exist once for each, in namespaces scalar, avx2 and avx512.
+#pragma once
+
+#include <cstdint>
+
+namespace maefast::cpu {
+
+enum class Isa { scalar, avx2, avx512 };
+
+// The best instruction set of this CPU, or the one forced by set_isa.
+Isa isa();
+
+// Forces one (by name), or the best again ("auto"). False, and nothing changes, when the name is unknown or the CPU lacks it.
+__attribute__((visibility("default"))) bool set_isa(const char* name);
+__attribute__((visibility("default"))) const char* isa_name();
+
+}  // namespace maefast::cpu
+
+// Declares kernel `name`, which works on the units [begin, end) of `Args`, in every compilation; MAEFAST_KERNEL is the one to run.
+#ifdef __x86_64__
+#define MAEFAST_DECLARE_KERNEL(name, Args)                    \
+  namespace scalar {                                          \
+  void name(const Args& args, int64_t begin, int64_t end);    \
+  }                                                           \
+  namespace avx2 {                                            \
+  void name(const Args& args, int64_t begin, int64_t end);    \
+  }                                                           \
+  namespace avx512 {                                          \
+  void name(const Args& args, int64_t begin, int64_t end);    \
+  }
+#define MAEFAST_KERNEL(name)                              \
+  (isa() == Isa::avx512 ? &avx512::name                   \
+   : isa() == Isa::avx2 ? &avx2::name                     \
+                        : &scalar::name)
+#else
+#define MAEFAST_DECLARE_KERNEL(name, Args)                    \
+  namespace scalar {                                          \
+  void name(const Args& args, int64_t begin, int64_t end);    \
+  }
+#define MAEFAST_KERNEL(name) (&scalar::name)
+#endif

@@ -1,0 +1,259 @@
+// masked_mse: the error of the predicted patches against the pixels of the image. The target exists one patch at a time, in cache.
+#include "image.h"
+#include "isa.h"
+
+namespace maefast::cpu {
+
+struct MaskedMse {
+  Image imgs;
+  const void* pred;  // [N, L, P] or [N, M, P], rows dense, channel-fastest
+  DType pred_dtype;
+  int64_t pred_stride_n, pred_stride_l;
+  const float* mask;    // [N, L]
+  const int32_t* row;   // [N, L]: the row of pred that predicts the patch, -1 where the weight is zero
+  bool norm_pix;
+  float* patch_loss;    // forward: [N, L]
+  void* dpred;          // backward: [N, rows, P]
+  int64_t rows;
+  bool streaming;
+  float scale;          // backward: dloss * 2 / (P * sum(mask))
+};
+
+namespace MAEFAST_ISA {
+namespace {
+
+constexpr double kVarEps = 1e-6;
+
+// Sum over a dense row of term(values), in four independent chains.
+template <typename Term>
+inline float sum_over(const float* p, int64_t n, Term term) {
+  Vec total[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) total[j] += term(load(p + i + j * kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) total[0] += term(load(p + i));
+  float rest = 0.0f;
+  for (; i < n; ++i) rest += term(broadcast(p[i]))[0];
+  return sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
+}
+
+// In place: (value - mean) / sqrt(unbiased variance + eps), in two passes.
+inline void normalise(float* p, int64_t n) {
+  const Vec mean = broadcast(sum_over(p, n, [](Vec v) { return v; }) / static_cast<float>(n));
+  const float squares = sum_over(p, n, [=](Vec v) { return (v - mean) * (v - mean); });
+  const float var = squares / static_cast<float>(n - 1);
+  const Vec rstd = broadcast(1.0f / __builtin_sqrtf(var + static_cast<float>(kVarEps)));
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(p + i, (load(p + i) - mean) * rstd);
+  for (; i < n; ++i) p[i] = (p[i] - mean[0]) * rstd[0];
+}
+
+// planar [C, pixels] to channel-fastest [pixels, C].
+inline void interleave(const float* planar, int64_t channels, int64_t pixels, float* out) {
+  int64_t q = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+  if (channels == 3 && kLanes > 1) {
+    VecI first[3], second[3];  // lane i of output vector j is channel (j * kLanes + i) % 3 of pixel (j * kLanes + i) / 3
+    for (int j = 0; j < 3; ++j) {
+      for (int i = 0; i < kLanes; ++i) {
+        const int channel = (j * kLanes + i) % 3, pixel = (j * kLanes + i) / 3;
+        first[j][i] = channel == 1 ? kLanes + pixel : pixel;
+        second[j][i] = channel == 2 ? kLanes + pixel : i;
+      }
+    }
+    for (; q + kLanes <= pixels; q += kLanes) {
+      const Vec r = load(planar + q), g = load(planar + pixels + q), b = load(planar + 2 * pixels + q);
+      for (int j = 0; j < 3; ++j) {
+        store(out + 3 * q + j * kLanes, __builtin_shuffle(__builtin_shuffle(r, g, first[j]), b, second[j]));
+      }
+    }
+  }
+#endif
+  for (; q < pixels; ++q) {
+    for (int64_t c = 0; c < channels; ++c) out[q * channels + c] = planar[c * pixels + q];
+  }
+}
+
+// The target of one patch in the order of pred; planar and target are [P].
+template <typename Pixel>
+inline const float* make_target(const MaskedMse& args, int64_t n, int64_t patch, float* planar, float* target) {
+  copy_patch<Pixel>(args.imgs, n, patch, planar);
+  if (args.norm_pix) normalise(planar, args.imgs.patch_values());
+  if (args.imgs.channels == 1) return planar;
+  interleave(planar, args.imgs.channels, args.imgs.patch_h * args.imgs.patch_w, target);
+  return target;
+}
+
+template <typename Pred, typename Pixel>
+void forward(const MaskedMse& args, int64_t begin, int64_t end) {
+  const int64_t L = args.imgs.patches(), P = args.imgs.patch_values();
+  const Scratch<float> planar(P), buffer(P);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    args.patch_loss[unit] = 0.0f;
+    if (args.row[unit] < 0) continue;
+    const Pred* pred =
+        static_cast<const Pred*>(args.pred) + unit / L * args.pred_stride_n + args.row[unit] * args.pred_stride_l;
+    const float* target = make_target<Pixel>(args, unit / L, unit % L, planar, buffer);
+    Vec total[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= P; i += 2 * kLanes) {
+      for (int j = 0; j < 2; ++j) {
+        const Vec error = load(pred + i + j * kLanes) - load(target + i + j * kLanes);
+        total[j] += error * error;
+      }
+    }
+    for (; i < P; i += kLanes) {
+      const int64_t count = P - i < kLanes ? P - i : kLanes;
+      const Vec error = load_first(pred + i, count) - load_first(target + i, count);
+      total[0] += error * error;
+    }
+    args.patch_loss[unit] = sum(total[0] + total[1]) / static_cast<float>(P);
+  }
+}
+
+template <typename Pred, typename Pixel>
+void backward(const MaskedMse& args, int64_t begin, int64_t end) {
+  const int64_t L = args.imgs.patches(), P = args.imgs.patch_values();
+  const bool all_rows = args.rows == L;
+  const Scratch<float> planar(P), buffer(P);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / L, row = args.row[unit];
+    if (row < 0 && !all_rows) continue;
+    Pred* dpred = static_cast<Pred*>(args.dpred) + (n * args.rows + (row < 0 ? unit % L : row)) * P;
+    if (row < 0) {
+      std::memset(dpred, 0, P * sizeof(Pred));
+      continue;
+    }
+    const Pred* pred = static_cast<const Pred*>(args.pred) + n * args.pred_stride_n + row * args.pred_stride_l;
+    const float* target = make_target<Pixel>(args, n, unit % L, planar, buffer);
+    const Vec scale = broadcast(args.scale * args.mask[unit]);
+    int64_t i = 0;
+    if constexpr (sizeof(Pred) == sizeof(float)) {
+      if (args.streaming) {
+        for (; i < P; i += kLanes) stream(dpred + i, (load(pred + i) - load(target + i)) * scale);
+      }
+    }
+    for (; i + kLanes <= P; i += kLanes) store(dpred + i, (load(pred + i) - load(target + i)) * scale);
+    if (i < P) store_first(dpred + i, (load_first(pred + i, P - i) - load_first(target + i, P - i)) * scale, P - i);
+  }
+  if (args.streaming) stream_fence();
+}
+
+template <typename Pred>
+void forward_for(const MaskedMse& args, int64_t begin, int64_t end) {
+  switch (args.imgs.dtype) {
+    case DType::f32: return forward<Pred, float>(args, begin, end);
+    case DType::bf16: return forward<Pred, bf16>(args, begin, end);
+    case DType::u8: return forward<Pred, uint8_t>(args, begin, end);
+  }
+}
+
+template <typename Pred>
+void backward_for(const MaskedMse& args, int64_t begin, int64_t end) {
+  switch (args.imgs.dtype) {
+    case DType::f32: return backward<Pred, float>(args, begin, end);
+    case DType::bf16: return backward<Pred, bf16>(args, begin, end);
+    case DType::u8: return backward<Pred, uint8_t>(args, begin, end);
+  }
+}
+
+}  // namespace
+
+// Units, both: patches of the image.
+void masked_mse_fwd_kernel(const MaskedMse& args, int64_t begin, int64_t end) {
+  args.pred_dtype == DType::f32 ? forward_for<float>(args, begin, end) : forward_for<bf16>(args, begin, end);
+}
+
+void masked_mse_bwd_kernel(const MaskedMse& args, int64_t begin, int64_t end) {
+  args.pred_dtype == DType::f32 ? backward_for<float>(args, begin, end) : backward_for<bf16>(args, begin, end);
+}
+
+}  // namespace MAEFAST_ISA
+
+#ifdef MAEFAST_ENTRY
+MAEFAST_DECLARE_KERNEL(masked_mse_fwd_kernel, MaskedMse)
+MAEFAST_DECLARE_KERNEL(masked_mse_bwd_kernel, MaskedMse)
+#endif
+
+}  // namespace maefast::cpu
+
+#ifdef MAEFAST_ENTRY
+#include "entry.h"
+
+namespace maefast::cpu {
+namespace {
+
+// What forward and backward share: the checked inputs, the sum of the weights, and which row of pred each patch has.
+struct MaskedMseInput {
+  ImageInput imgs;
+  Tensor pred, mask;
+  std::vector<int32_t> row;
+  double weight = 0.0;
+  MaskedMse args;
+
+  MaskedMseInput(const Tensor& pred_in, const Tensor& imgs_in, const Tensor& mask_in, int64_t patch_h, int64_t patch_w,
+                 bool norm_pix, const std::optional<Tensor>& mean, const std::optional<Tensor>& std)
+      : imgs(imgs_in, patch_h, patch_w, mean, std),
+        pred(pred_in.dim() == 3 ? dense_rows(pred_in) : pred_in),
+        mask(torch::stable::contiguous(mask_in)) {
+    const int64_t N = imgs_in.size(0), L = imgs.image.patches();
+    check(mask.dim() == 2 && mask.size(0) == N && mask.size(1) == L && mask.scalar_type() == ScalarType::Float,
+          "mask must be (N, L) float32 with the N and the patches of imgs");
+    check(pred.dim() == 3 && pred.size(0) == N && pred.size(1) <= L && pred.size(2) == imgs.image.patch_values(),
+          "pred must be (N, L, P) or (N, M, P) with the N and the patch values of imgs");
+    const int64_t rows = pred.size(1);
+    const float* weights = static_cast<const float*>(mask.const_data_ptr());
+    row.resize(N * L);
+    for (int64_t n = 0; n < N; ++n) {
+      int64_t removed = 0;
+      for (int64_t i = 0; i < L; ++i) {
+        const float w = weights[n * L + i];
+        weight += w;
+        row[n * L + i] = w == 0.0f ? -1 : static_cast<int32_t>(rows == L ? i : removed);
+        removed += w != 0.0f;
+      }
+      check(rows == L || removed == rows, "pred has ", rows, " rows a sample, but row ", n, " of mask removes ", removed, " patches");
+    }
+    check(N == 0 || weight != 0.0, "mask is all zeros: the mean over removed patches does not exist");
+    args = {imgs.image, pred.const_data_ptr(), kernel_dtype(pred.scalar_type()), pred.stride(0), pred.stride(1), weights,
+            row.data(), norm_pix, nullptr, nullptr, rows, false, 0.0f};
+    check(args.pred_dtype != DType::u8, "pred must be float32 or bfloat16");
+  }
+};
+
+Tensor masked_mse_fwd(const Tensor& pred, const Tensor& imgs, const Tensor& mask, int64_t patch_h, int64_t patch_w, bool norm_pix,
+                      const std::optional<Tensor>& mean, const std::optional<Tensor>& std) {
+  MaskedMseInput input(pred, imgs, mask, patch_h, patch_w, norm_pix, mean, std);
+  const int64_t units = static_cast<int64_t>(input.row.size());
+  std::vector<float> patch_loss(units);
+  input.args.patch_loss = patch_loss.data();
+  run(MAEFAST_KERNEL(masked_mse_fwd_kernel), input.args, units, 8 * input.args.imgs.patch_values());
+  double total = 0.0;
+  for (int64_t i = 0; i < units; ++i) total += static_cast<double>(input.args.mask[i]) * patch_loss[i];
+  Tensor loss = empty_cpu({}, ScalarType::Float);
+  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total / input.weight);
+  return loss;
+}
+
+Tensor masked_mse_bwd(const Tensor& dloss, const Tensor& pred, const Tensor& imgs, const Tensor& mask, int64_t patch_h,
+                      int64_t patch_w, bool norm_pix, const std::optional<Tensor>& mean, const std::optional<Tensor>& std) {
+  check(dloss.numel() == 1 && dloss.scalar_type() == ScalarType::Float, "dloss must be a float32 scalar");
+  MaskedMseInput input(pred, imgs, mask, patch_h, patch_w, norm_pix, mean, std);
+  const int64_t P = input.args.imgs.patch_values();
+  Tensor dpred = empty_cpu({pred.size(0), pred.size(1), P}, pred.scalar_type());
+  input.args.dpred = dpred.mutable_data_ptr();
+  input.args.streaming = may_stream(dpred, P);
+  input.args.scale = static_cast<float>(*static_cast<const float*>(dloss.const_data_ptr()) * 2.0 / (P * input.weight));
+  run(MAEFAST_KERNEL(masked_mse_bwd_kernel), input.args, static_cast<int64_t>(input.row.size()), 12 * P);
+  return dpred;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
+  m.impl("masked_mse_fwd", TORCH_BOX(&masked_mse_fwd));
+  m.impl("masked_mse_bwd", TORCH_BOX(&masked_mse_bwd));
+}
+
+}  // namespace
+}  // namespace maefast::cpu
+#endif

@@ -1,0 +1,213 @@
+// unshuffle: encoded tokens back in image order, mask tokens in the gaps, positions added.
+#include "isa.h"
+#include "vec.h"
+
+namespace maefast::cpu {
+
+struct UnshuffleFwd {
+  const void* x;  // [N, 1+K, D], rows dense
+  DType x_dtype;
+  int64_t x_stride_n, x_stride_t;
+  const int64_t* ids_restore;  // [N, L]
+  const float *mask_token, *pos_embed;  // [D], [1+L, D]
+  void* out;                            // [N, 1+L, D]
+  DType out_dtype;
+  bool streaming;
+  int64_t L, K, D;
+};
+
+struct UnshuffleBwd {
+  const void* dy;  // [N, 1+L, D], rows dense
+  DType dy_dtype;
+  int64_t dy_stride_n, dy_stride_t;
+  const int64_t* ids_restore;
+  void* dx;  // [N, 1+K, D]
+  DType dx_dtype;
+  float* partial;  // [N, chunks, D]: sums of the gradients of the mask tokens of one chunk of patches
+  int64_t L, K, D, chunk, chunks;
+};
+
+namespace MAEFAST_ISA {
+namespace {
+
+template <typename In, typename Out>
+inline void add_row(const In* a, const float* b, Out* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(a + i) + load(b + i));
+  if (i < n) store_first(out + i, load_first(a + i, n - i) + load_first(b + i, n - i), n - i);
+}
+
+template <typename In>
+inline void add_row_streaming(const In* a, const float* b, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) stream(out + i, load(a + i) + load(b + i));
+}
+
+template <typename In, typename Out>
+void forward(const UnshuffleFwd& args, int64_t begin, int64_t end) {
+  const int64_t L = args.L, D = args.D, tokens = L + 1;
+  Out* out = static_cast<Out*>(args.out) + begin * D;
+  for (int64_t unit = begin; unit < end; ++unit, out += D) {
+    const int64_t n = unit / tokens, t = unit % tokens;
+    const int64_t rank = t == 0 ? -1 : args.ids_restore[n * L + t - 1];  // token 1 + rank of x; the class token is token 0
+    const float* pos = args.pos_embed + t * D;
+    const In* x = static_cast<const In*>(args.x) + n * args.x_stride_n + (1 + rank) * args.x_stride_t;
+    if constexpr (sizeof(Out) == sizeof(float)) {
+      if (args.streaming) {
+        rank < args.K ? add_row_streaming(x, pos, out, D) : add_row_streaming(args.mask_token, pos, out, D);
+        continue;
+      }
+    }
+    rank < args.K ? add_row(x, pos, out, D) : add_row(args.mask_token, pos, out, D);
+  }
+  if (args.streaming) stream_fence();
+}
+
+template <typename In, typename Out>
+inline void copy_row(const In* in, Out* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  if (i < n) store_first(out + i, load_first(in + i, n - i), n - i);
+}
+
+template <typename In>
+inline void accumulate_row(const In* in, float* total, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(total + i, load(total + i) + load(in + i));
+  if (i < n) store_first(total + i, load_first(total + i, n - i) + load_first(in + i, n - i), n - i);
+}
+
+template <typename In, typename Out>
+void backward(const UnshuffleBwd& args, int64_t begin, int64_t end) {
+  const int64_t L = args.L, K = args.K, D = args.D;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / args.chunks, first = unit % args.chunks * args.chunk;
+    const int64_t last = first + args.chunk < L ? first + args.chunk : L;
+    const In* dy = static_cast<const In*>(args.dy) + n * args.dy_stride_n;
+    Out* dx = static_cast<Out*>(args.dx) + n * (1 + K) * D;
+    float* total = args.partial + unit * D;
+    std::memset(total, 0, D * sizeof(float));
+    if (first == 0) copy_row(dy, dx, D);
+    for (int64_t i = first; i < last; ++i) {
+      const In* row = dy + (1 + i) * args.dy_stride_t;
+      const int64_t rank = args.ids_restore[n * L + i];
+      rank < K ? copy_row(row, dx + (1 + rank) * D, D) : accumulate_row(row, total, D);
+    }
+  }
+}
+
+}  // namespace
+
+// Units: output rows.
+void unshuffle_fwd_kernel(const UnshuffleFwd& args, int64_t begin, int64_t end) {
+  if (args.out_dtype == DType::bf16) return forward<bf16, bf16>(args, begin, end);
+  args.x_dtype == DType::f32 ? forward<float, float>(args, begin, end) : forward<bf16, float>(args, begin, end);
+}
+
+// Units: chunks of patches of one sample.
+void unshuffle_bwd_kernel(const UnshuffleBwd& args, int64_t begin, int64_t end) {
+  const bool to_f32 = args.dx_dtype == DType::f32;
+  if (args.dy_dtype == DType::f32) return to_f32 ? backward<float, float>(args, begin, end) : backward<float, bf16>(args, begin, end);
+  to_f32 ? backward<bf16, float>(args, begin, end) : backward<bf16, bf16>(args, begin, end);
+}
+
+}  // namespace MAEFAST_ISA
+
+#ifdef MAEFAST_ENTRY
+MAEFAST_DECLARE_KERNEL(unshuffle_fwd_kernel, UnshuffleFwd)
+MAEFAST_DECLARE_KERNEL(unshuffle_bwd_kernel, UnshuffleBwd)
+#endif
+
+}  // namespace maefast::cpu
+
+#ifdef MAEFAST_ENTRY
+#include "entry.h"
+
+namespace maefast::cpu {
+namespace {
+
+// Every row of ids_restore (N, L) must be a permutation of 0 .. L-1: no read or write can then be out of bounds or left out.
+Tensor checked_permutations(const Tensor& ids_in) {
+  check(ids_in.dim() == 2 && ids_in.scalar_type() == ScalarType::Long, "ids_restore must be (N, L) int64");
+  Tensor ids = torch::stable::contiguous(ids_in);
+  const int64_t L = ids.size(1);
+  const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  std::vector<int64_t> seen_in(L, -1);
+  for (int64_t n = 0; n < ids.size(0); ++n) {
+    for (int64_t i = 0; i < L; ++i) {
+      const int64_t rank = id[n * L + i];
+      check(rank >= 0 && rank < L, "ids_restore must be in [0, ", L, "), row ", n, " holds ", rank);
+      check(seen_in[rank] != n, "ids_restore must hold a permutation in each row, row ", n, " holds ", rank, " twice");
+      seen_in[rank] = n;
+    }
+  }
+  return ids;
+}
+
+// fp32 values of a small parameter, kept in `storage` where they had to be converted.
+const float* as_floats(const Tensor& t, std::vector<float>& storage) {
+  const int64_t n = t.numel();
+  if (t.scalar_type() == ScalarType::Float) return static_cast<const float*>(t.const_data_ptr());
+  check(t.scalar_type() == ScalarType::BFloat16, "mask_token and pos_embed must be float32 or bfloat16");
+  storage.resize(n);
+  const auto* bits = static_cast<const uint16_t*>(t.const_data_ptr());
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+    std::memcpy(&storage[i], &wide, sizeof wide);
+  }
+  return storage.data();
+}
+
+Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mask_token_in, const Tensor& pos_embed_in) {
+  const Tensor ids = checked_permutations(ids_in), x = x_in.dim() == 3 ? dense_rows(x_in) : x_in;
+  const Tensor mask_token = torch::stable::contiguous(mask_token_in), pos_embed = torch::stable::contiguous(pos_embed_in);
+  const int64_t N = ids.size(0), L = ids.size(1);
+  check(x.dim() == 3 && x.size(0) == N && x.size(1) >= 1 && x.size(1) <= L + 1, "x must be (N, 1+K, D) with the N of ids_restore");
+  const int64_t K = x.size(1) - 1, D = x.size(2);
+  check(mask_token.numel() == D && pos_embed.numel() == (1 + L) * D, "mask_token must be (1, 1, D) and pos_embed (1, 1+L, D)");
+  const auto is_bf16 = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; };
+  const bool to_bf16 = is_bf16(x) && is_bf16(mask_token) && is_bf16(pos_embed);
+  std::vector<float> mask_token_f32, pos_embed_f32;
+  Tensor out = empty_cpu({N, 1 + L, D}, to_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  const UnshuffleFwd args{
+      x.const_data_ptr(), kernel_dtype(x.scalar_type()), x.stride(0), x.stride(1),
+      static_cast<const int64_t*>(ids.const_data_ptr()),
+      as_floats(mask_token, mask_token_f32), as_floats(pos_embed, pos_embed_f32),
+      out.mutable_data_ptr(), kernel_dtype(out.scalar_type()), may_stream(out, D), L, K, D,
+  };
+  run(MAEFAST_KERNEL(unshuffle_fwd_kernel), args, N * (1 + L), D * 8);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> unshuffle_bwd(const Tensor& dy_in, const Tensor& ids_in, int64_t len_keep, ScalarType dtype) {
+  const Tensor ids = checked_permutations(ids_in), dy = dy_in.dim() == 3 ? dense_rows(dy_in) : dy_in;
+  const int64_t N = ids.size(0), L = ids.size(1);
+  check(dy.dim() == 3 && dy.size(0) == N && dy.size(1) == 1 + L, "dy must be (N, 1+L, D)");
+  check(len_keep >= 0 && len_keep <= L, "len_keep must be in [0, L], it is ", len_keep);
+  const int64_t D = dy.size(2);
+  constexpr int64_t kChunk = 64;  // fixed, so that the sum of the mask token's gradient does not depend on the threads
+  const int64_t chunks = std::max<int64_t>(1, (L + kChunk - 1) / kChunk);
+  Tensor dx = empty_cpu({N, 1 + len_keep, D}, dtype);
+  Tensor dmask_token = empty_cpu({1, 1, D}, ScalarType::Float);
+  std::vector<float> partial(N * chunks * D);
+  const UnshuffleBwd args{
+      dy.const_data_ptr(), kernel_dtype(dy.scalar_type()), dy.stride(0), dy.stride(1),
+      static_cast<const int64_t*>(ids.const_data_ptr()),
+      dx.mutable_data_ptr(), kernel_dtype(dtype), partial.data(), L, len_keep, D, kChunk, chunks,
+  };
+  run(MAEFAST_KERNEL(unshuffle_bwd_kernel), args, N * chunks, std::min(L, kChunk) * D * 8);
+  std::vector<double> total(D, 0.0);
+  for (int64_t unit = 0; unit < N * chunks; ++unit) {
+    for (int64_t d = 0; d < D; ++d) total[d] += partial[unit * D + d];
+  }
+  std::copy(total.begin(), total.end(), static_cast<float*>(dmask_token.mutable_data_ptr()));
+  return {dx, dmask_token};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
+  m.impl("unshuffle_fwd", TORCH_BOX(&unshuffle_fwd));
+  m.impl("unshuffle_bwd", TORCH_BOX(&unshuffle_bwd));
+}
+
+}  // namespace
+}  // namespace maefast::cpu
+#endif

@@ -1,0 +1,129 @@
+// A small vector of fp32, as wide as the instruction set of this compilation: 16, 8 or 1 lanes. bf16 and uint8 are widened on
+// load and bf16 rounded to nearest even on store. Everything has internal linkage: no code of one instruction set can be linked
+// into another.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(MAEFAST_ISA_avx512) || defined(MAEFAST_ISA_avx2)
+#include <immintrin.h>
+#endif
+
+namespace maefast::cpu {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class DType { f32, bf16, u8 };
+
+namespace MAEFAST_ISA {
+namespace {
+
+#if defined(MAEFAST_ISA_avx512)
+constexpr int kLanes = 16;
+#elif defined(MAEFAST_ISA_avx2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 1;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
+
+inline Vec broadcast(float value) { return value - Vec{}; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const bf16* p) {
+  VecU16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return reinterpret_cast<Vec>(__builtin_convertvector(bits, VecU) << 16);
+}
+
+inline Vec load(const uint8_t* p) {
+  VecU8 bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, VecI), Vec);
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(bf16* p, Vec v) {
+  const VecU bits = reinterpret_cast<VecU>(v);
+  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VecU quiet = (bits >> 16) | 0x40;
+  const VecU16 out = __builtin_convertvector(v == v ? rounded : quiet, VecU16);  // NaN stays NaN
+  std::memcpy(p, &out, sizeof out);
+}
+
+// The first n < kLanes elements; the others read as zero and are not written.
+template <typename T>
+inline Vec load_first(const T* p, int64_t n) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+
+template <typename T>
+inline void store_first(T* p, Vec v, int64_t n) {
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// Past the caches, for outputs far larger than they are; p must be aligned to the vector. Ends with stream_fence().
+inline void stream(float* p, Vec v) {
+#if defined(MAEFAST_ISA_avx512)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(MAEFAST_ISA_avx2)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+
+inline void stream_fence() {
+#if defined(MAEFAST_ISA_avx512) || defined(MAEFAST_ISA_avx2)
+  _mm_sfence();
+#endif
+}
+
+// Memory for one range of units, 64-byte aligned, uninitialised.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {
+    if (data_ == nullptr && count > 0) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+inline float sum(Vec v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace MAEFAST_ISA
+}  // namespace maefast::cpu

@@ -1,0 +1,130 @@
+"""Which implementation of an op runs: the fastest that can, or the one that was asked for.
+
+`auto` walks BACKENDS from the fastest to the plainest and takes the first whose `can_run` gives no reason against it. A request,
+by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, never falls back: it raises with the reason.
+A new backend is one entry in BACKENDS and one function of reasons in _REASONS.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+Inputs = Mapping[str, Tensor]
+
+OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse")
+BACKENDS = ("native", "eager")  # fastest first
+
+_F32, _BF16, _U8 = torch.float32, torch.bfloat16, torch.uint8
+_NATIVE_DTYPES = {
+    "random_masking": {"noise": (_F32,)},
+    "gather_patches": {"imgs": (_F32, _BF16, _U8), "out": (_F32, _BF16)},
+    "unshuffle": {"x": (_F32, _BF16), "mask_token": (_F32, _BF16), "pos_embed": (_F32, _BF16)},
+    "masked_mse": {"pred": (_F32, _BF16), "imgs": (_F32, _BF16, _U8)},
+}
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _why_not_native(op: str, inputs: Inputs) -> str | None:
+    if not _library.HAS_NATIVE:
+        return "maefast was installed without its native library (MAEFAST_NATIVE=0)"
+    for name, tensor in inputs.items():
+        if tensor.device.type != "cpu":
+            return f"the native kernels run on the CPU, {name} is on {tensor.device}"
+        dtypes = _NATIVE_DTYPES[op].get(name)
+        if dtypes is not None and tensor.dtype not in dtypes:
+            return f"native {op} takes {_names(dtypes)}, {name} is {_names((tensor.dtype,))}"
+        if name == "imgs" and tensor.requires_grad and torch.is_grad_enabled():
+            return f"native {op} has no gradient for imgs"
+    return None
+
+
+def _why_not_eager(op: str, inputs: Inputs) -> str | None:
+    return None
+
+
+_REASONS: dict[str, Callable[[str, Inputs], str | None]] = {"native": _why_not_native, "eager": _why_not_eager}
+
+
+def can_run(op: str, backend: str, inputs: Inputs) -> str | None:
+    """None where `backend` can run `op` on `inputs` (argument name -> tensor), else the reason, in one sentence."""
+    return _REASONS[backend](op, inputs)
+
+
+def _checked(name: str, source: str) -> str | None:
+    if name == "auto":
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; it is {name!r}")
+    if name == "native" and not _library.HAS_NATIVE:
+        raise RuntimeError(f"{source} asks for native: {_why_not_native('', {})}")
+    return name
+
+
+_requested: str | None = _checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MAEFAST_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block every op of the process runs on `name` ("auto" lets maefast choose again); compiled code notices.
+
+    Raises ValueError for an unknown name and RuntimeError where this installation has no such backend; an op that cannot run on
+    it raises RuntimeError with the reason.
+    """
+    global _requested
+    before, _requested = _requested, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def choose(op: str, inputs: Inputs) -> str:
+    """The backend that runs `op` on `inputs`."""
+    if _requested is not None:
+        reason = can_run(op, _requested, inputs)
+        if reason is not None:
+            raise RuntimeError(f"maefast.ops.{op} cannot run on the requested backend {_requested!r}: {reason}")
+        return _requested
+    if can_run(op, "native", inputs) is None:
+        return "native"
+    return "eager"
+
+
+def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Prints a table: op, the backend chosen for tensors of `device` and `dtype`, why the others were not.
+
+    With a `maefast.MAE`, also the methods that are overridden, and so the route that its forward takes.
+    """
+    rows = [("op", "backend", "why not the others")]
+    for op in OPS:
+        inputs = {name: torch.empty(0, dtype=dtype, device=device) for name in _NATIVE_DTYPES[op]}
+        if op == "random_masking":
+            inputs = {"noise": torch.empty(0, device=device)}
+        chosen = choose(op, inputs)
+        others = [name for name in BACKENDS if name != chosen]
+        reasons = [f"{name}: {can_run(op, name, inputs) or _not_taken(name, chosen)}" for name in others]
+        rows.append((op, chosen, "; ".join(reasons)))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for row in rows:
+        print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
+    if model is not None:
+        overridden = getattr(model, "overridden_methods", tuple)()
+        route = f"the official route, through the overridden {', '.join(overridden)}" if overridden else "the fused path"
+        print(f"{type(model).__name__}.forward takes {route}")
+
+
+def _not_taken(name: str, chosen: str) -> str:
+    return f"{chosen} was requested" if _requested is not None else f"{chosen} is faster"
+
+
+if not _library.HAS_NATIVE:
+    warnings.warn("maefast runs without its native kernels: everything works, slower", UserWarning, stacklevel=2)

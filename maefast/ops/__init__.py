@@ -1,0 +1,19 @@
+"""The fused ops of Masked Autoencoder training; each module reads top to bottom: contract, reference, autograd, fakes."""
+
+from .gather_patches import gather_patches, gather_patches_ref
+from .masked_mse import masked_mse, masked_mse_ref
+from .masking_noise import masking_noise
+from .random_masking import random_masking, random_masking_ref
+from .unshuffle import unshuffle, unshuffle_ref
+
+__all__ = [
+    "gather_patches",
+    "gather_patches_ref",
+    "masked_mse",
+    "masked_mse_ref",
+    "masking_noise",
+    "random_masking",
+    "random_masking_ref",
+    "unshuffle",
+    "unshuffle_ref",
+]

@@ -1,0 +1,72 @@
+"""Gather patches: the kept patches of each image, straight from the pixels, ready for the patch embedding's GEMM."""
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ._checks import (
+    check_dtype,
+    check_images,
+    check_patch_size,
+    check_same_device,
+    shape_of,
+    to_float_pixels,
+    values_are_known,
+)
+
+
+def gather_patches(
+    imgs: Tensor,
+    ids: Tensor,
+    patch_size: int | tuple[int, int],
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The patches `ids` of each image, flattened in conv-weight order (He et al. 2022, section 3: only these are embedded).
+
+    imgs       (N, C, H, W)  fp32/bf16/fp16/fp64, or uint8, which is read as (x/255 - mean)/std
+    ids        (N, K)        int64 in [0, L), L = (H/ph)(W/pw), row-major
+    mean, std  (C,)          fp32, for uint8 images; both or none
+    dtype                    of the result; by default that of imgs, fp32 for uint8
+    returns    (N, K, P)     P = C*ph*pw in the order (C, ph, pw)
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and, on the CPU, when an id is out of range.
+    """
+    ph, pw = check_patch_size(patch_size)
+    check_images(imgs, (ph, pw), mean, std)
+    check_dtype("ids", ids, (torch.int64,))
+    if ids.dim() != 2 or ids.shape[0] != imgs.shape[0]:
+        raise ValueError(f"ids must be (N, K) with N = {imgs.shape[0]}; its shape is {shape_of(ids)}")
+    check_same_device(imgs=imgs, ids=ids)
+    if dtype is None:
+        dtype = torch.float32 if imgs.dtype == torch.uint8 else imgs.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating-point; it is {str(dtype).removeprefix('torch.')}")
+    if dispatch.choose("gather_patches", {"imgs": imgs, "ids": ids, "out": imgs.new_empty(0, dtype=dtype)}) == "native":
+        return torch.ops.maefast.gather_patches_fwd(imgs, ids, ph, pw, mean, std, dtype)
+    return gather_patches_ref(imgs, ids, (ph, pw), mean, std, dtype)
+
+
+def gather_patches_ref(
+    imgs: Tensor,
+    ids: Tensor,
+    patch_size: tuple[int, int],
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    (ph, pw), (N, C, H, W) = patch_size, imgs.shape
+    grid_h, grid_w = H // ph, W // pw
+    if values_are_known(ids) and ids.numel() and not (0 <= ids.min() and ids.max() < grid_h * grid_w):
+        raise ValueError(f"ids must be in [0, {grid_h * grid_w}); they are in [{ids.min()}, {ids.max()}]")
+    patches = imgs.reshape(N, C, grid_h, ph, grid_w, pw).permute(0, 2, 4, 1, 3, 5)  # [N, grid_h, grid_w, C, ph, pw]
+    kept = patches[torch.arange(N, device=imgs.device)[:, None], ids // grid_w, ids % grid_w]  # [N, K, C, ph, pw]
+    pixels = to_float_pixels(kept.flatten(0, 1), mean, std).to(dtype)
+    return pixels.reshape(N, ids.shape[1], C * ph * pw)
+
+
+@torch.library.register_fake("maefast::gather_patches_fwd")
+def _gather_patches_fwd_fake(
+    imgs: Tensor, ids: Tensor, patch_h: int, patch_w: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return imgs.new_empty(*ids.shape, imgs.shape[1] * patch_h * patch_w, dtype=dtype)

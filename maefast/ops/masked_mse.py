@@ -1,0 +1,152 @@
+"""Masked MSE: the error of the predicted patches against the pixels of the image, over the removed patches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import dispatch
+from ._checks import (
+    check_dtype,
+    check_floating,
+    check_images,
+    check_no_grad,
+    check_patch_size,
+    check_same_device,
+    shape_of,
+    to_float_pixels,
+    values_are_known,
+)
+
+VAR_EPS = 1e-6  # inside the root
+
+
+def masked_mse(
+    pred: Tensor,
+    imgs: Tensor,
+    mask: Tensor,
+    patch_size: int | tuple[int, int],
+    norm_pix: bool,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """sum(mask * loss) / sum(mask), loss the mean squared error of a patch (He et al. 2022, section 3, "Reconstruction target").
+
+    pred       (N, L, P)     or (N, M, P): the removed patches alone, in ascending patch index; patch order (ph, pw, C)
+    imgs       (N, C, H, W)  floating-point, or uint8, which is read as (x/255 - mean)/std
+    mask       (N, L)        fp32 weights, 1 = removed; for (N, M, P) exactly M of a row are not zero
+    norm_pix                 the target is (x - mean) / sqrt(var + 1e-6) over the P values of a patch, var unbiased
+    mean, std  (C,)          fp32, for uint8 images; both or none
+    returns    ()            fp32 (fp64 for fp64 pred)
+    A patch of weight zero has no part in the loss, whatever its values. Gradients for pred, and for imgs (through plain torch).
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and where the mask is known to be empty.
+    """
+    ph, pw = check_patch_size(patch_size)
+    check_images(imgs, (ph, pw), mean, std)
+    check_floating(pred=pred)
+    check_dtype("mask", mask, (torch.float32,))
+    check_no_grad(mask=mask)
+    check_same_device(pred=pred, imgs=imgs, mask=mask)
+    N, C, H, W = imgs.shape
+    L, P = (H // ph) * (W // pw), C * ph * pw
+    if mask.shape != (N, L):
+        raise ValueError(f"mask must be (N, L) = ({N}, {L}); its shape is {shape_of(mask)}")
+    if pred.dim() != 3 or pred.shape[0] != N or not 1 <= pred.shape[1] <= L or pred.shape[2] != P:
+        raise ValueError(f"pred must be ({N}, M, {P}) with 1 <= M <= L = {L}; its shape is {shape_of(pred)}")
+    if norm_pix and P < 2:
+        raise ValueError("norm_pix needs patches of at least two values; these have one")
+    if dispatch.choose("masked_mse", {"pred": pred, "imgs": imgs, "mask": mask}) == "native":
+        return _MaskedMse.apply(pred, imgs, mask, ph, pw, norm_pix, mean, std)
+    return masked_mse_ref(pred, imgs, mask, (ph, pw), norm_pix, mean, std)
+
+
+def masked_mse_ref(
+    pred: Tensor,
+    imgs: Tensor,
+    mask: Tensor,
+    patch_size: tuple[int, int],
+    norm_pix: bool,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Tensor:
+    (ph, pw), (N, C, H, W) = patch_size, imgs.shape
+    L = (H // ph) * (W // pw)
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    pixels = to_float_pixels(imgs, mean, std).to(dtype)
+    target = pixels.reshape(N, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 3, 5, 1).reshape(N, L, ph * pw * C)
+    if norm_pix:
+        average, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+        target = (target - average) / (var + VAR_EPS) ** 0.5
+    weight = mask.to(dtype)
+    if values_are_known(mask) and N:
+        _check_mask(mask, pred.shape[1])
+    if pred.shape[1] < L:  # rows of removed patches: the same rows of target and weight
+        removed = (mask != 0).float().argsort(dim=1, descending=True, stable=True)[:, : pred.shape[1]]
+        target = target.gather(1, removed[..., None].expand(-1, -1, target.shape[2]))
+        weight = weight.gather(1, removed)
+    loss = ((pred.to(dtype) - target) ** 2).mean(dim=-1)
+    loss = torch.where(weight == 0, 0, loss * weight)  # a patch without weight may hold anything
+    return loss.sum() / weight.sum()
+
+
+def _check_mask(mask: Tensor, rows: int) -> None:
+    removed = (mask != 0).sum(dim=1)
+    if rows < mask.shape[1] and not (removed == rows).all():
+        raise ValueError(f"pred has {rows} rows a sample; mask must remove as many patches in each row, it removes {removed.tolist()}")
+    if mask.sum() == 0:
+        raise ValueError("mask is all zeros: the mean over removed patches does not exist")
+
+
+class _MaskedMse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        imgs: Tensor,
+        mask: Tensor,
+        patch_h: int,
+        patch_w: int,
+        norm_pix: bool,
+        mean: Tensor | None,
+        std: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(pred, imgs, mask, mean, std)
+        ctx.options = (patch_h, patch_w, norm_pix)
+        return torch.ops.maefast.masked_mse_fwd(pred, imgs, mask, patch_h, patch_w, norm_pix, mean, std)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        pred, imgs, mask, mean, std = ctx.saved_tensors
+        dpred = torch.ops.maefast.masked_mse_bwd(dloss, pred, imgs, mask, *ctx.options, mean, std)
+        return dpred, None, None, None, None, None, None, None
+
+
+@torch.library.register_fake("maefast::masked_mse_fwd")
+def _masked_mse_fwd_fake(
+    pred: Tensor,
+    imgs: Tensor,
+    mask: Tensor,
+    patch_h: int,
+    patch_w: int,
+    norm_pix: bool,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Tensor:
+    return pred.new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("maefast::masked_mse_bwd")
+def _masked_mse_bwd_fake(
+    dloss: Tensor,
+    pred: Tensor,
+    imgs: Tensor,
+    mask: Tensor,
+    patch_h: int,
+    patch_w: int,
+    norm_pix: bool,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Tensor:
+    return pred.new_empty(pred.shape)

@@ -1,0 +1,79 @@
+"""Unshuffle: encoded tokens back in image order, mask tokens in the gaps, positions added."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import dispatch
+from ._checks import check_dtype, check_floating, check_same_device, shape_of, values_are_known
+
+
+def unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+    """The decoder's input (He et al. 2022, section 3, "MAE decoder").
+
+    x            (N, 1+K, D)  class token, then the K kept tokens in shuffled order; floating-point
+    ids_restore  (N, L)       int64, the rank of each patch; rank < K means kept
+    mask_token   (1, 1, D)
+    pos_embed    (1, 1+L, D)
+    returns      (N, 1+L, D)  in the promoted dtype of x, mask_token and pos_embed
+    Gradients for x, mask_token and pos_embed, deterministic.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and, on the CPU, when a row of ids_restore is no
+    permutation.
+    """
+    check_floating(x=x, mask_token=mask_token, pos_embed=pos_embed)
+    check_dtype("ids_restore", ids_restore, (torch.int64,))
+    check_same_device(x=x, ids_restore=ids_restore, mask_token=mask_token, pos_embed=pos_embed)
+    if ids_restore.dim() != 2:
+        raise ValueError(f"ids_restore must be (N, L); its shape is {shape_of(ids_restore)}")
+    N, L = ids_restore.shape
+    if x.dim() != 3 or x.shape[0] != N or not 1 <= x.shape[1] <= L + 1:
+        raise ValueError(f"x must be (N, 1+K, D) with N = {N} and K <= L = {L}; its shape is {shape_of(x)}")
+    D = x.shape[2]
+    if mask_token.shape != (1, 1, D):
+        raise ValueError(f"mask_token must be (1, 1, {D}); its shape is {shape_of(mask_token)}")
+    if pos_embed.shape != (1, 1 + L, D):
+        raise ValueError(f"pos_embed must be (1, {1 + L}, {D}); its shape is {shape_of(pos_embed)}")
+    inputs = {"x": x, "ids_restore": ids_restore, "mask_token": mask_token, "pos_embed": pos_embed}
+    if dispatch.choose("unshuffle", inputs) == "native":
+        return _Unshuffle.apply(x, ids_restore, mask_token, pos_embed)
+    return unshuffle_ref(x, ids_restore, mask_token, pos_embed)
+
+
+def unshuffle_ref(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+    (N, L), D = ids_restore.shape, x.shape[2]
+    if values_are_known(ids_restore) and not torch.equal(ids_restore.sort(dim=1).values, torch.arange(L).expand(N, L)):
+        raise ValueError(f"ids_restore must hold a permutation of 0 .. {L - 1} in each row")
+    tokens = torch.cat([x[:, 1:], mask_token.expand(N, L + 1 - x.shape[1], D)], dim=1)
+    tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, D))
+    return torch.cat([x[:, :1], tokens], dim=1) + pos_embed
+
+
+class _Unshuffle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+        ctx.save_for_backward(ids_restore)
+        ctx.len_keep, ctx.x_dtype = x.shape[1] - 1, x.dtype
+        ctx.mask_token_dtype, ctx.pos_embed_dtype = mask_token.dtype, pos_embed.dtype
+        return torch.ops.maefast.unshuffle_fwd(x, ids_restore, mask_token, pos_embed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (ids_restore,) = ctx.saved_tensors
+        dx, dmask_token = torch.ops.maefast.unshuffle_bwd(dy, ids_restore, ctx.len_keep, ctx.x_dtype)
+        dpos_embed = dy.sum(dim=0, keepdim=True).to(ctx.pos_embed_dtype) if ctx.needs_input_grad[3] else None
+        return dx, None, dmask_token.to(ctx.mask_token_dtype), dpos_embed
+
+
+@torch.library.register_fake("maefast::unshuffle_fwd")
+def _unshuffle_fwd_fake(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos_embed.dtype)
+    return x.new_empty(x.shape[0], 1 + ids_restore.shape[1], x.shape[2], dtype=dtype)
+
+
+@torch.library.register_fake("maefast::unshuffle_bwd")
+def _unshuffle_bwd_fake(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    N, _, D = dy.shape
+    return dy.new_empty(N, 1 + len_keep, D, dtype=dtype), dy.new_empty(1, 1, D, dtype=torch.float32)

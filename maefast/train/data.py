@@ -1,0 +1,226 @@
+"""Images for training, all in memory as uint8: scikit-learn's digits and photographs, or any folder."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import UserError
+
+EXTENSIONS = frozenset(".bmp .gif .jfif .jpeg .jpg .jp2 .png .pgm .pnm .ppm .tif .tiff .webp".split())
+SPLIT_FOLDERS = frozenset("train training val valid validation test".split())
+HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size, split into those to train on and those held out."""
+
+    images: Tensor  # (N, C, S, S) uint8; S is the model's side, or more where training crops at random
+    train: Tensor  # (n,) int64, indices of the images to train on
+    held_out: Tensor  # (m,) int64, the others
+    labels: Tensor | None = None  # (N,) int64, -1 where there is none
+    classes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()  # (path, why) of each unreadable file
+
+
+def digits(seed: int) -> ImageSet:
+    """scikit-learn's 1797 handwritten digits: (1797, 1, 8, 8) uint8 with 10 classes; a third is held out."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images / 16.0 * 255.0).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(bunch.target).long()
+    train, held_out = split(labels, 1 / 3, seed)
+    return ImageSet(images, train, held_out, labels, tuple(str(name) for name in bunch.target_names))
+
+
+def photographs(side: int) -> ImageSet:
+    """scikit-learn's two photographs as overlapping tiles at three scales: (N, 3, tile, tile) uint8, tile = side * 5/4.
+
+    The right quarter of each photograph is held out: no tile to train on reaches into it.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    tile, parts = side * 5 // 4, ([], [])  # type: tuple[int, tuple[list[Tensor], list[Tensor]]]
+    for pixels in load_sample_images().images:
+        photo = Image.fromarray(pixels)
+        for scale in (0.7, 0.5, 0.35):
+            size = (round(photo.width * scale), round(photo.height * scale))
+            picture = torch.from_numpy(np.array(photo.resize(size, Image.Resampling.BICUBIC))).permute(2, 0, 1)
+            edge = size[0] * 3 // 4
+            for part, region in zip(parts, (picture[:, :, :edge], picture[:, :, edge:]), strict=True):
+                part.extend(_tiles(region, tile, stride=side // 4))
+    images = torch.stack(parts[0] + parts[1])
+    order = torch.arange(len(images))
+    return ImageSet(images, order[: len(parts[0])], order[len(parts[0]) :])
+
+
+def _tiles(picture: Tensor, tile: int, stride: int) -> list[Tensor]:
+    """The (C, tile, tile) tiles of a (C, H, W) picture, stride pixels apart; none where it is smaller than a tile."""
+    _, height, width = picture.shape
+    rows, cols = range(0, height - tile + 1, stride), range(0, width - tile + 1, stride)
+    return [picture[:, r : r + tile, c : c + tile] for r in rows for c in cols]
+
+
+def find_images(root: Path, exclude: Path | None = None) -> list[Path]:
+    """Image files below `root` by extension, sorted; hidden names and the folder `exclude` are left out.
+
+    Raises UserError when `root` is no readable folder or holds no image.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data must be a folder of images; {root} is {'a file' if root.exists() else 'not there'}")
+    excluded, seen, found = exclude and exclude.resolve(), set[Path](), list[Path]()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen or real == excluded:  # a link back to a parent would not end
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
+    if not found:
+        raise UserError(f"--data must hold images ({' '.join(sorted(EXTENSIONS))}); there is none below {root}")
+    return sorted(found)
+
+
+def read_image(path: Path, side: int) -> Tensor:
+    """One image of any mode as (3, side, side) uint8: the largest centred square, resized.
+
+    Transparency goes onto white. Images of more than 8 bits, whose range no file tells, are stretched from their least to their
+    greatest value.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        file.draft("RGB", (2 * side, 2 * side))  # JPEG alone: decode at a fraction of the size
+        image: Image.Image = ImageOps.exif_transpose(file)
+        if image.mode in HIGH_DEPTH_MODES:
+            values = np.asarray(image, dtype=np.float64)
+            low, high = np.nanmin(values), np.nanmax(values)
+            if not np.isfinite(high - low):
+                raise ValueError("its pixels are not finite")
+            stretched = np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12)))
+            image = Image.fromarray(stretched.round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude: Path | None = None) -> ImageSet:
+    """At most `limit` images below `root`, chosen at random, as (N, 3, side, side) uint8; a fifth is held out.
+
+    An image's label is the first folder below `root` on its way (below `train`, `val` and the like, where those come first).
+    Unreadable files are skipped and listed. Raises UserError when fewer than two images can be read.
+    """
+    paths = find_images(root, exclude)
+    shuffled = (paths[i] for i in torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist())
+    images, kept, skipped = list[Tensor](), list[Path](), list[tuple[str, str]]()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while len(images) < limit and (chunk := list(islice(shuffled, min(256, limit - len(images))))):
+            for path, (image, why) in zip(chunk, pool.map(lambda p: _try_read(p, side), chunk), strict=True):
+                if image is None:
+                    skipped.append((str(path), why))
+                else:
+                    images.append(image)
+                    kept.append(path)
+    if len(images) < 2:
+        what = f"{len(images)} of {len(paths)} files could be read"
+        why = "".join(f"; {path}: {reason}" for path, reason in skipped[:3])
+        raise UserError(f"--data must hold at least two images, one to train on and one to hold out; in {root} {what}{why}")
+    names = [_class_name(path.relative_to(root)) for path in kept]
+    classes = tuple(sorted({name for name in names if name is not None}))
+    labels = torch.tensor([-1 if name is None else classes.index(name) for name in names])
+    train, held_out = split(labels, 1 / 5, seed)
+    return ImageSet(torch.stack(images), train, held_out, labels, classes, tuple(sorted(skipped)))
+
+
+def _try_read(path: Path, side: int) -> tuple[Tensor | None, str]:
+    try:
+        return read_image(path, side), ""
+    except Exception as error:  # a decoder may raise anything on a broken file; the caller lists it with the reason
+        return None, f"{type(error).__name__}: {error}".replace(str(path), path.name)
+
+
+def _class_name(relative: Path) -> str | None:
+    folders = list(relative.parts[:-1])
+    if folders and folders[0].lower() in SPLIT_FOLDERS:
+        folders.pop(0)
+    return folders[0] if folders else None
+
+
+def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (train, held_out) with `fraction` of each class held out, and at least one image on either side. labels (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    train, held_out = list[Tensor](), list[Tensor]()
+    for label in labels.unique():
+        ids = (labels == label).nonzero().flatten()
+        ids = ids[torch.randperm(len(ids), generator=generator)]
+        cut = round(len(ids) * fraction)
+        held_out.append(ids[:cut])
+        train.append(ids[cut:])
+    kept, out = torch.cat(train), torch.cat(held_out)
+    if not len(out):
+        kept, out = kept[1:], kept[:1]
+    return kept.sort().values, out.sort().values
+
+
+def enough_per_class(data: ImageSet, labelled: int) -> ImageSet | None:
+    """`data` with only the classes that have `labelled` images to train on and one held out; None if fewer than two are left."""
+    if data.labels is None:
+        return None
+    train, held_out = (torch.bincount(data.labels[ids] + 1, minlength=len(data.classes) + 1)[1:] for ids in (data.train, data.held_out))
+    large = ((train >= labelled) & (held_out >= 1)).nonzero().flatten()
+    if len(large) < 2:
+        return None
+    index = torch.full((len(data.classes) + 1,), -1)
+    index[large] = torch.arange(len(large))
+    labels = index[data.labels]  # the label -1 reads the last entry, which is -1
+    ids = [part[labels[part] >= 0] for part in (data.train, data.held_out)]
+    classes = tuple(data.classes[i] for i in large.tolist())
+    return replace(data, labels=labels, classes=classes, train=ids[0], held_out=ids[1])
+
+
+def batches(data: ImageSet, side: int, batch_size: int, generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+    """Endless (batch_size, C, side, side) uint8 batches of the images to train on, each pass in a new order.
+
+    Larger images are cropped at random, and mirrored at random if `flip`.
+    """
+    queue = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, data.train[torch.randperm(len(data.train), generator=generator)]])
+        ids, queue = queue[:batch_size], queue[batch_size:]
+        batch = data.images[ids]
+        if batch.shape[-1] > side:
+            room = batch.shape[-1] - side + 1
+            offsets = torch.randint(room, (batch_size, 2), generator=generator).tolist()
+            pairs = zip(batch, offsets, strict=True)
+            batch = torch.stack([image[:, r : r + side, c : c + side] for image, (r, c) in pairs])
+        if flip:
+            mirrored = torch.rand(batch_size, generator=generator) < 0.5
+            batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+        yield batch
+
+
+def centre_crops(images: Tensor, side: int) -> Tensor:
+    """(N, C, S, S) -> (N, C, side, side)."""
+    start = (images.shape[-1] - side) // 2
+    return images[..., start : start + side, start : start + side]
+
+
+def normalised(images: Tensor, config: dict[str, Any]) -> Tensor:
+    """uint8 (N, C, H, W) as fp32 `(x/255 - mean)/std`, with the mean and std of a model's configuration."""
+    mean, std = (torch.tensor(config[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    return (images / 255.0 - mean) / std

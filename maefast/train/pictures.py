@@ -1,0 +1,68 @@
+"""The demo's figures, written with matplotlib."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import replace_file
+
+GREY = 0.5  # of what is hidden
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Pictures of one model: three rows of n."""
+
+    title: str
+    original: Tensor  # (n, C, H, W) uint8, C 1 or 3
+    masked: Tensor  # the same, removed patches grey
+    reconstruction: Tensor  # the same, removed patches as the model imagines them
+
+
+@torch.no_grad()
+def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int) -> Panel:
+    """The panel of `model` (a maefast.MAE) for images (n, C, H, W) uint8, with masks drawn from `seed`."""
+    noise = torch.rand(len(images), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(seed))
+    mask = model(images, mask_ratio, noise=noise).mask
+    (ph, pw), (rows, cols) = model.patch_embed.patch_size, model.patch_embed.grid_size
+    hidden = mask.reshape(-1, 1, rows, cols).repeat_interleave(ph, dim=2).repeat_interleave(pw, dim=3) > 0
+    masked = torch.where(hidden, torch.full_like(images, round(GREY * 255)), images)
+    pictures = model.reconstruct(images, mask_ratio, noise=noise)
+    return Panel(title, images, masked, pictures.round().clamp(0, 255).to(torch.uint8))
+
+
+def save_reconstructions(panels: Sequence[Panel], path: Path) -> None:
+    """All panels below each other, each with the rows original, masked and reconstruction, as a PNG."""
+    from matplotlib.figure import Figure
+
+    most = max(len(panel.original) for panel in panels)
+    figure = Figure(figsize=(1.1 * most + 1.2, 3.75 * len(panels)), dpi=110, layout="constrained")
+    for subfigure, panel in zip(figure.subfigures(len(panels), 1, squeeze=False).flat, panels, strict=True):
+        subfigure.suptitle(panel.title, fontsize=10)
+        axes = subfigure.subplots(3, len(panel.original), squeeze=False)
+        rows = (("original", panel.original), ("masked", panel.masked), ("reconstruction", panel.reconstruction))
+        for line, (name, pictures) in zip(axes, rows, strict=True):
+            for axis, picture in zip(line, pictures, strict=True):
+                axis.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+                axis.set_xticks([])
+                axis.set_yticks([])
+            line[0].set_ylabel(name, fontsize=9)
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def save_losses(curves: Sequence[tuple[str, Sequence[int], Sequence[float]]], path: Path) -> None:
+    """Loss against step, one axis for each (title, steps, losses), as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(curves), 3.4), dpi=110, layout="constrained")
+    for axis, (title, steps, losses) in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves, strict=True):
+        axis.plot(steps, losses, linewidth=1.2)
+        axis.set(title=title, xlabel="step", ylabel="mean squared error of the removed patches")
+        axis.grid(alpha=0.3)
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,43 @@
+"""Drives CMake: builds libmaefast.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
+
+MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+        import torch
+
+        source = Path(__file__).resolve().parent
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = source / "build" / "native"
+        options = {
+            "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
+            "MAEFAST_OUTPUT_DIR": output,
+            "Python_EXECUTABLE": sys.executable,
+            "TORCH_ROOT": Path(torch.__file__).resolve().parent,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        arguments = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *arguments], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        return os.path.join(*ext_name.split(".")) + ".so"
+
+
+native = os.environ.get("MAEFAST_NATIVE", "1") != "0"
+setup(
+    # Both objects are listed, so that setuptools installs both; CMake builds them in one go.
+    ext_modules=[Extension(name, sources=[]) for name in ("maefast.libmaefast", "maefast._C")] if native else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
