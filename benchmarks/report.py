@@ -42,8 +42,8 @@ def row(bench: Bench) -> list[str]:
         figure("x_compiled", "{:.2f}"),
         figure("gb_per_s", "{:.1f}"),
         figure("copy_fraction", "{:.0f} %", 100),
-        figure("tflop_per_s", "{:.3g}"),
-        figure("gemm_fraction", "{:.0f} %", 100),
+        figure("tflop_per_s", "{:.3g}") if "bytes" not in info else "",
+        figure("gemm_fraction", "{:.0f} %", 100) if "bytes" not in info else "",
         figure("images_per_s", "{:.1f}"),
         figure("peak_memory_mb", "{:.0f} MB"),
     ]
@@ -55,6 +55,12 @@ def table(benches: list[Bench]) -> list[str]:
     shown = [i for i in range(len(COLUMNS)) if any(r[i] for r in rows)]
     lines = [[COLUMNS[i] for i in shown], ["---", *["---:"] * (len(shown) - 1)], *([r[i] for i in shown] for r in rows)]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def machine_rate(info: dict[str, Any]) -> str:
+    if "bytes" in info:
+        return f"{info['bytes'] / 1e6:.1f} MB must be touched; a large copy ran at {info['copy_gb_per_s']:.1f} GB/s."
+    return f"{info['flops'] / 1e9:.1f} GFLOP; a matmul ran at {info['gemm_tflop_per_s']:.3g} TFLOP/s."
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -71,10 +77,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     remarks = []
     for group, benches in grouped(results).items():
-        info = benches[0]["extra_info"]
-        rates = [f"copy {info['copy_gb_per_s']:.1f} GB/s"] if "copy_gb_per_s" in info else []
-        rates += [f"GEMM {info['gemm_tflop_per_s']:.3f} TFLOP/s"] if "gemm_tflop_per_s" in info else []
-        lines += ["", f"## {group}", "", *([f"Machine: {', '.join(rates)}.", ""] if rates else []), *table(benches)]
+        lines += ["", f"## {group}", "", machine_rate(benches[0]["extra_info"]), "", *table(benches)]
         remarks += [b["extra_info"]["outside_error_rule"] for b in benches if "outside_error_rule" in b["extra_info"]]
     if remarks:
         lines += ["", "(*) Not maefast's, and less exact than the error rule allows it:", "", *(f"- {remark}" for remark in remarks)]

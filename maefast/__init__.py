@@ -3,5 +3,34 @@
 from . import ops
 from ._version import __version__
 from .dispatch import backend, explain
+from .model import (
+    MAE,
+    mae_vit_base_patch16,
+    mae_vit_base_patch16_dec512d8b,
+    mae_vit_huge_patch14,
+    mae_vit_huge_patch14_dec512d8b,
+    mae_vit_large_patch16,
+    mae_vit_large_patch16_dec512d8b,
+    mae_vit_small_patch16,
+    mae_vit_small_patch16_dec512d8b,
+    mae_vit_tiny_patch16,
+    mae_vit_tiny_patch16_dec512d8b,
+)
 
-__all__ = ["__version__", "backend", "explain", "ops"]
+__all__ = [
+    "MAE",
+    "__version__",
+    "backend",
+    "explain",
+    "mae_vit_base_patch16",
+    "mae_vit_base_patch16_dec512d8b",
+    "mae_vit_huge_patch14",
+    "mae_vit_huge_patch14_dec512d8b",
+    "mae_vit_large_patch16",
+    "mae_vit_large_patch16_dec512d8b",
+    "mae_vit_small_patch16",
+    "mae_vit_small_patch16_dec512d8b",
+    "mae_vit_tiny_patch16",
+    "mae_vit_tiny_patch16_dec512d8b",
+    "ops",
+]

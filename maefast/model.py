@@ -1,0 +1,358 @@
+"""MAE: the Masked Autoencoder (He et al. 2022) behind the official API, on the fused ops."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .blocks import Block, PatchEmbed
+from .reference import VAR_EPS, MAEOutput, init_weights
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# The methods of the official model that a forward goes through, and so the ones that an override takes off the fused path.
+ENCODER_METHODS = ("forward_encoder", "random_masking")
+DECODER_METHODS = ("forward_decoder", "forward_loss", "patchify")
+
+
+class MAE(nn.Module):
+    """Masked Autoencoder with a Vision Transformer backbone; constructor, parameter names and initialisation are the official ones.
+
+    img_size, patch_size     int or (H, W)
+    mean, std                per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's by default for three channels
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_pix_loss: bool = False,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.norm_pix_loss = norm_pix_loss
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        tokens = 1 + self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
+        block = partial(Block, mlp_ratio=mlp_ratio, norm_layer=norm_layer)
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
+        self.norm = norm_layer(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        ph, pw = self.patch_embed.patch_size
+        self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)
+        init_weights(self)
+
+        mean, std = self._pixel_statistics(in_chans, mean, std)
+        self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    @staticmethod
+    def _pixel_statistics(
+        in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std must be given together")
+        if mean is None or std is None:
+            return (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else (None, None)
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != in_chans:
+                raise ValueError(f"{name} must have one value for each of the {in_chans} channels; it has {len(values)}")
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive; it is {tuple(std)}")
+        return mean, std
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MAE":
+        # Pixel statistics stay fp32 whatever the model becomes: rounded to bf16 they would shift every uint8 image.
+        statistics = {name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, value in statistics.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+    # -- the official methods ---------------------------------------------------------------------------
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """imgs (N, C, H, W) -> (N, L, ph*pw*C), patches in row-major order, values channel-fastest."""
+        self.patch_embed.check(imgs)
+        (ph, pw), (N, C, H, W) = self.patch_embed.patch_size, imgs.shape
+        patches = imgs.reshape(N, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 3, 5, 1)
+        return patches.reshape(N, (H // ph) * (W // pw), ph * pw * C)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """x (N, L, ph*pw*C) -> (N, C, H, W): the inverse of patchify."""
+        (ph, pw), (grid_h, grid_w) = self.patch_embed.patch_size, self.patch_embed.grid_size
+        C = self.patch_embed.proj.in_channels
+        if x.dim() != 3 or x.shape[1:] != (grid_h * grid_w, ph * pw * C):
+            raise ValueError(f"x must be (N, {grid_h * grid_w}, {ph * pw * C}); its shape is {tuple(x.shape)}")
+        x = x.reshape(x.shape[0], grid_h, grid_w, ph, pw, C).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(x.shape[0], C, grid_h * ph, grid_w * pw)
+
+    def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Embedded tokens x (N, L, D) -> the kept ones (N, K, D), mask (N, L), 1 = removed, ids_restore (N, L)."""
+        N, L, _ = x.shape
+        noise = ops.masking_noise(N, L, x.device)
+        ids_keep, ids_restore, mask = ops.random_masking(noise, self._len_keep(mask_ratio, L))
+        return torch.take_along_dim(x, ids_keep[..., None], dim=1), mask, ids_restore
+
+    def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """imgs (N, C, H, W) -> latent (N, 1+K, D), mask (N, L), ids_restore (N, L)."""
+        if self._overridden("random_masking"):
+            x = self._embed(imgs) + self.pos_embed[:, 1:]
+            x, mask, ids_restore = self.random_masking(x, mask_ratio)
+        else:
+            noise = ops.masking_noise(imgs.shape[0], self.patch_embed.num_patches, imgs.device)
+            len_keep = self._len_keep(mask_ratio, self.patch_embed.num_patches)
+            ids_keep, ids_restore, mask = ops.random_masking(noise, len_keep)
+            x = self._embed_kept(imgs, ids_keep)
+        return self._encode_tokens(x), mask, ids_restore
+
+    def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        """latent (N, 1+K, D), ids_restore (N, L) -> pred (N, L, P), channel-fastest patch order."""
+        return self.decoder_pred(self.decoder_norm(self._decode_tokens(x, ids_restore)))[:, 1:]
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """imgs (N, C, H, W), pred (N, L, P), mask (N, L), 1 = removed -> scalar loss, the mean over removed patches."""
+        if self._overridden("patchify"):
+            target = self.patchify(imgs if imgs.dtype.is_floating_point else self._float_pixels(imgs))
+            if self.norm_pix_loss:
+                mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+                target = (target - mean) / (var + VAR_EPS) ** 0.5
+            loss = ((pred - target) ** 2).mean(dim=-1)
+            return (loss * mask).sum() / mask.sum()
+        return ops.masked_mse(pred, imgs, mask, self.patch_embed.patch_size, self.norm_pix_loss, *self._statistics_for(imgs))
+
+    # -- forward ----------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_pred: bool = True,
+    ) -> MAEOutput:
+        """One pre-training forward (He et al. 2022, section 3).
+
+        imgs         (N, C, H, W)  floating-point, or uint8 where mean and std are known
+        mask_ratio                 share of the patches that is removed; K = int(L * (1 - mask_ratio)) are kept
+        noise        (N, L)        fp32, decides the mask in place of a fresh uniform draw
+        mask         (N, L)        bool or floating-point, 1 = removed, as many zeros in each row; mask_ratio is then not used.
+                                   On a GPU this costs a synchronisation
+        return_pred                False: pred is None and what the loss does not need is skipped; same loss, same gradients
+        returns      (loss, pred, mask): scalar fp32, (N, L, P), (N, L) fp32 with 1 = removed
+        Raises TypeError or ValueError for input that does not fit the model, and RuntimeError where an overridden method cannot
+        honour an argument; nothing has then changed.
+        """
+        self._check_forward(imgs, mask_ratio, noise, mask, return_pred)
+        official_encoder = any(self._overridden(name) for name in ENCODER_METHODS)
+        official_decoder = any(self._overridden(name) for name in DECODER_METHODS)
+        if official_encoder:
+            latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
+        else:
+            L = self.patch_embed.num_patches
+            if mask is not None:
+                noise, len_keep = self._noise_of_mask(mask)
+            else:
+                len_keep = self._len_keep(mask_ratio, L)
+            if noise is None:
+                noise = ops.masking_noise(imgs.shape[0], L, imgs.device)
+            ids_keep, ids_restore, mask = ops.random_masking(noise, len_keep)
+            latent = self._encode_tokens(self._embed_kept(imgs, ids_keep))
+        if return_pred or official_decoder:
+            pred = self.forward_decoder(latent, ids_restore)
+            return MAEOutput(self.forward_loss(imgs, pred, mask), pred, mask)
+        pred = self._predict_removed(latent, ids_restore, mask)
+        return MAEOutput(self.forward_loss(imgs, pred, mask), None, mask)
+
+    def encode(self, imgs: Tensor) -> Tensor:
+        """Features of whole images, nothing masked: imgs (N, C, H, W) -> (N, 1+L, D) after `norm`, class token first, patches in
+        row-major order."""
+        return self._encode_tokens(self._embed(imgs) + self.pos_embed[:, 1:])
+
+    @torch.no_grad()
+    def reconstruct(
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, noise: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Pictures (N, C, H, W), fp32, in the range of imgs (0..255 for uint8): the visible patches of imgs, and the predictions
+        of the removed ones, de-normalised with the statistics of their own patch where the target is normalised."""
+        _, pred, mask = self(imgs, mask_ratio, noise=noise, mask=mask)
+        pixels = imgs.float() if imgs.dtype.is_floating_point else self._float_pixels(imgs)
+        target, pred = MAE.patchify(self, pixels), pred.float()
+        if self.norm_pix_loss:
+            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+            pred = pred * (var + VAR_EPS) ** 0.5 + mean
+        predicted = self.unpatchify(pred)
+        if imgs.dtype == torch.uint8:
+            mean, std = self._statistics_for(imgs)
+            predicted = ((predicted * std[:, None, None] + mean[:, None, None]) * 255).clamp(0, 255)
+        removed = self.unpatchify(mask[..., None].expand_as(target))
+        return torch.where(removed == 1, predicted, imgs.float())
+
+    # -- what forward is made of ------------------------------------------------------------------------
+
+    @staticmethod
+    def _len_keep(mask_ratio: float, L: int) -> int:
+        return int(L * (1 - mask_ratio))
+
+    def _statistics_for(self, imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if imgs.dtype != torch.uint8:
+            return None, None
+        if self.mean is None:
+            raise ValueError(f"mean and std must be given to MAE for uint8 images of {imgs.shape[1]} channels")
+        return self.mean, self.std
+
+    def _float_pixels(self, imgs: Tensor) -> Tensor:
+        mean, std = self._statistics_for(imgs)
+        return (imgs.float() / 255 - mean[:, None, None]) / std[:, None, None]
+
+    def _embed(self, imgs: Tensor, ids: Tensor | None = None) -> Tensor:
+        return self.patch_embed(imgs, ids, *self._statistics_for(imgs))
+
+    def _embed_kept(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
+        return self._embed(imgs, ids_keep) + F.embedding(ids_keep + 1, self.pos_embed[0])
+
+    def _encode_tokens(self, x: Tensor) -> Tensor:  # (N, K, D), positions added -> (N, 1+K, D)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _decode_tokens(self, latent: Tensor, ids_restore: Tensor) -> Tensor:  # (N, 1+K, D) -> (N, 1+L, decoder D)
+        x = ops.unshuffle(self.decoder_embed(latent), ids_restore, self.mask_token, self.decoder_pos_embed)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x
+
+    def _predict_removed(self, latent: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
+        """(N, M, P): predictions of the removed patches alone, in ascending patch index."""
+        x = self._decode_tokens(latent, ids_restore)
+        removed = mask.shape[1] + 1 - latent.shape[1]
+        ids_removed = ops.random_masking(1 - mask, removed)[0]  # ranks of 0 and 1: the removed ones first, in ascending order
+        x = torch.take_along_dim(x, 1 + ids_removed[..., None], dim=1)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    # -- overrides and checks ---------------------------------------------------------------------------
+
+    def _overridden(self, name: str) -> bool:
+        return name in self.__dict__ or getattr(type(self), name) is not getattr(MAE, name)
+
+    def overridden_methods(self) -> tuple[str, ...]:
+        """The official methods that a subclass or the instance replaces; forward calls them with their official arguments."""
+        return tuple(name for name in ENCODER_METHODS + DECODER_METHODS if self._overridden(name))
+
+    def _refuse(self, argument: str, names: Sequence[str]) -> None:
+        for name in names:
+            if self._overridden(name):
+                raise RuntimeError(f"{argument} cannot be honoured: {type(self).__name__} overrides {name}, which does not take it")
+
+    def _check_forward(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None, mask: Tensor | None, return_pred: bool
+    ) -> None:
+        self.patch_embed.check(imgs)
+        N, L = imgs.shape[0], self.patch_embed.num_patches
+        if N == 0:
+            raise ValueError("imgs must hold at least one image; the batch is empty")
+        if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
+            raise TypeError(f"imgs must be floating-point or uint8; it is {str(imgs.dtype).removeprefix('torch.')}")
+        self._statistics_for(imgs)
+        if not return_pred:
+            self._refuse("return_pred=False", DECODER_METHODS)
+        given: dict[str, Tensor] = {name: t for name, t in (("noise", noise), ("mask", mask)) if t is not None}
+        if len(given) == 2:
+            raise ValueError("noise and mask both decide what is removed; give one of them")
+        for name, tensor in given.items():
+            self._refuse(f"{name}=", ENCODER_METHODS)
+            if tensor.shape != (N, L):
+                raise ValueError(f"{name} must be (N, L) = ({N}, {L}); its shape is {tuple(tensor.shape)}")
+            if tensor.device != imgs.device:
+                raise ValueError(f"{name} must be on the device of imgs, {imgs.device}; it is on {tensor.device}")
+        if noise is not None and noise.dtype != torch.float32:
+            raise TypeError(f"noise must be float32; it is {str(noise.dtype).removeprefix('torch.')}")
+        if mask is not None:
+            if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+                raise TypeError(f"mask must be bool or floating-point; it is {str(mask.dtype).removeprefix('torch.')}")
+            return
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1); it is {mask_ratio}")
+        len_keep = self._len_keep(mask_ratio, L)
+        if not 0 < len_keep < L:
+            raise ValueError(
+                f"mask_ratio must keep at least one of the {L} patches and remove at least one; {mask_ratio} keeps {len_keep}"
+            )
+
+    def _noise_of_mask(self, mask: Tensor) -> tuple[Tensor, int]:
+        """A mask of 0 and 1 as noise that ranks its zeros first, and their number."""
+        removed = mask.float()
+        counts = removed.sum(dim=1)
+        # One transfer: the extremes of the counts, and whether there is anything but 0 and 1.
+        facts = torch.stack([counts.min(), counts.max(), ((removed != 0) & (removed != 1)).any().float()]).tolist()
+        if facts[2]:
+            raise ValueError("mask must hold 0 (kept) and 1 (removed) alone")
+        if facts[0] != facts[1]:
+            raise ValueError(f"mask must remove as many patches in each row; rows remove {int(facts[0])} to {int(facts[1])}")
+        L, M = mask.shape[1], int(facts[0])
+        if not 0 < M < L:
+            raise ValueError(f"mask must keep at least one of the {L} patches and remove at least one; it removes {M}")
+        return removed, L - M
+
+
+def _factory(name: str, doc: str, **sizes: Any) -> Callable[..., MAE]:
+    def make(**kwargs: Any) -> MAE:
+        return MAE(**{**sizes, "mlp_ratio": 4.0, "norm_layer": partial(nn.LayerNorm, eps=1e-6), **kwargs})
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = f"{doc}; keyword arguments are those of MAE."
+    return make
+
+
+_DEC512D8B = {"decoder_embed_dim": 512, "decoder_num_heads": 16, "decoder_depth": 8}
+
+mae_vit_tiny_patch16_dec512d8b = _factory(
+    "mae_vit_tiny_patch16_dec512d8b", "ViT-Ti/16", patch_size=16, embed_dim=192, depth=12, num_heads=3, **_DEC512D8B
+)
+mae_vit_small_patch16_dec512d8b = _factory(
+    "mae_vit_small_patch16_dec512d8b", "ViT-S/16", patch_size=16, embed_dim=384, depth=12, num_heads=6, **_DEC512D8B
+)
+mae_vit_base_patch16_dec512d8b = _factory(
+    "mae_vit_base_patch16_dec512d8b", "ViT-B/16", patch_size=16, embed_dim=768, depth=12, num_heads=12, **_DEC512D8B
+)
+mae_vit_large_patch16_dec512d8b = _factory(
+    "mae_vit_large_patch16_dec512d8b", "ViT-L/16", patch_size=16, embed_dim=1024, depth=24, num_heads=16, **_DEC512D8B
+)
+mae_vit_huge_patch14_dec512d8b = _factory(
+    "mae_vit_huge_patch14_dec512d8b", "ViT-H/14", patch_size=14, embed_dim=1280, depth=32, num_heads=16, **_DEC512D8B
+)
+
+mae_vit_tiny_patch16 = mae_vit_tiny_patch16_dec512d8b
+mae_vit_small_patch16 = mae_vit_small_patch16_dec512d8b
+mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
+mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
+mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
