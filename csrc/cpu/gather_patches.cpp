@@ -19,7 +19,8 @@ template <typename In, typename Out>
 void gather(const GatherPatches& args, int64_t begin, int64_t end) {
   Out* out = static_cast<Out*>(args.out) + begin * args.imgs.patch_values();
   for (int64_t unit = begin; unit < end; ++unit) {
-    copy_patch<In>(args.imgs, unit / args.K, args.ids[unit], out);
+    const int64_t n = unit / args.K, next = unit + 1 < end && (unit + 1) / args.K == n ? args.ids[unit + 1] : -1;
+    copy_patch<In>(args.imgs, n, args.ids[unit], next, out);
     out += args.imgs.patch_values();
   }
 }

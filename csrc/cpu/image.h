@@ -26,38 +26,41 @@ struct Image {
 namespace MAEFAST_ISA {
 namespace {
 
+template <typename In>
+inline Vec pixel(Vec v, float scale, float shift) {
+  if constexpr (sizeof(In) == 1) return v * broadcast(scale) + broadcast(shift);
+  return v;
+}
+
 // n values from p, `stride` elements apart, to out; value * scale + shift for uint8.
 template <typename In, typename Out>
 inline void copy_row(const In* p, int64_t stride, Out* out, int64_t n, float scale, float shift) {
-  const auto map = [&](Vec v) {
-    if constexpr (sizeof(In) == 1) v = v * broadcast(scale) + broadcast(shift);
-    return v;
-  };
-  int64_t i = 0;
-  if (stride == 1) {
-    for (; i + kLanes <= n; i += kLanes) store(out + i, map(load(p + i)));
-    if (i < n) store_first(out + i, map(load_first(p + i, n - i)), n - i);
-  } else {
-    for (; i < n; i += kLanes) {
-      const int64_t count = n - i < kLanes ? n - i : kLanes;
-      In lanes[kLanes] = {};
-      for (int64_t j = 0; j < count; ++j) lanes[j] = p[(i + j) * stride];
-      store_first(out + i, map(load(lanes)), count);
-    }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    In lanes[kLanes] = {};
+    for (int64_t j = 0; j < count; ++j) lanes[j] = p[(i + j) * stride];
+    store_first(out + i, pixel<In>(load(lanes), scale, shift), count);
   }
 }
 
-// One patch to out in conv-weight order (C, ph, pw).
+// One patch to out in conv-weight order (C, ph, pw). `next` is the patch of the same image that is read after it, or -1: its rows
+// lie an image row apart, which the hardware's prefetchers do not follow, so they are asked for one by one on the way.
 template <typename In, typename Out>
-inline void copy_patch(const Image& img, int64_t n, int64_t patch, Out* out) {
+inline void copy_patch(const Image& img, int64_t n, int64_t patch, int64_t next, Out* out) {
   const In* data = static_cast<const In*>(img.data);
+  const int64_t width = img.patch_w;
+  const bool whole_vectors = img.stride_w == 1 && width % kLanes == 0;
   for (int64_t c = 0; c < img.channels; ++c) {
     const float scale = sizeof(In) == 1 ? img.scale[c] : 1.0f, shift = sizeof(In) == 1 ? img.shift[c] : 0.0f;
     const In* p = data + img.row(n, patch, c, 0);
-    for (int64_t y = 0; y < img.patch_h; ++y) {
-      copy_row(p, img.stride_w, out, img.patch_w, scale, shift);
-      p += img.stride_h;
-      out += img.patch_w;
+    const In* ahead = next < 0 ? p : data + img.row(n, next, c, 0);
+    for (int64_t y = 0; y < img.patch_h; ++y, p += img.stride_h, ahead += img.stride_h, out += width) {
+      __builtin_prefetch(ahead);
+      if (whole_vectors) {
+        for (int64_t i = 0; i < width; i += kLanes) store(out + i, pixel<In>(load(p + i), scale, shift));
+      } else {
+        copy_row(p, img.stride_w, out, width, scale, shift);
+      }
     }
   }
 }

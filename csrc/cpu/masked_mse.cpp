@@ -22,7 +22,7 @@ struct MaskedMse {
 namespace MAEFAST_ISA {
 namespace {
 
-constexpr double kVarEps = 1e-6;
+constexpr float kVarEps = 1e-6f;
 
 // Sum over a dense row of term(values), in four independent chains.
 template <typename Term>
@@ -38,23 +38,22 @@ inline float sum_over(const float* p, int64_t n, Term term) {
   return sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
 }
 
-// In place: (value - mean) / sqrt(unbiased variance + eps), in two passes.
-inline void normalise(float* p, int64_t n) {
+struct Statistics {
+  Vec mean, rstd;
+};
+
+// Mean and 1 / sqrt(unbiased variance + eps), in two passes.
+inline Statistics statistics(const float* p, int64_t n) {
   const Vec mean = broadcast(sum_over(p, n, [](Vec v) { return v; }) / static_cast<float>(n));
   const float squares = sum_over(p, n, [=](Vec v) { return (v - mean) * (v - mean); });
-  const float var = squares / static_cast<float>(n - 1);
-  const Vec rstd = broadcast(1.0f / __builtin_sqrtf(var + static_cast<float>(kVarEps)));
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(p + i, (load(p + i) - mean) * rstd);
-  for (; i < n; ++i) p[i] = (p[i] - mean[0]) * rstd[0];
+  return {mean, broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n - 1) + kVarEps))};
 }
 
-// planar [C, pixels] to channel-fastest [pixels, C].
-inline void interleave(const float* planar, int64_t channels, int64_t pixels, float* out) {
-  int64_t q = 0;
-#if defined(__GNUC__) && !defined(__clang__)
-  if (channels == 3 && kLanes > 1) {
-    VecI first[3], second[3];  // lane i of output vector j is channel (j * kLanes + i) % 3 of pixel (j * kLanes + i) / 3
+// Where the lanes of three channels go when they are interleaved: lane i of vector j is channel (j * kLanes + i) % 3 of pixel
+// (j * kLanes + i) / 3. `first` picks from (red, green), `second` from that and blue.
+struct InterleaveIndices {
+  int32_t first[3][kLanes], second[3][kLanes];
+  constexpr InterleaveIndices() : first(), second() {
     for (int j = 0; j < 3; ++j) {
       for (int i = 0; i < kLanes; ++i) {
         const int channel = (j * kLanes + i) % 3, pixel = (j * kLanes + i) / 3;
@@ -62,53 +61,87 @@ inline void interleave(const float* planar, int64_t channels, int64_t pixels, fl
         second[j][i] = channel == 2 ? kLanes + pixel : i;
       }
     }
-    for (; q + kLanes <= pixels; q += kLanes) {
-      const Vec r = load(planar + q), g = load(planar + pixels + q), b = load(planar + 2 * pixels + q);
-      for (int j = 0; j < 3; ++j) {
-        store(out + 3 * q + j * kLanes, __builtin_shuffle(__builtin_shuffle(r, g, first[j]), b, second[j]));
-      }
-    }
   }
-#endif
+};
+[[maybe_unused]] constexpr InterleaveIndices kInterleave;
+
+// planar [C, pixels] from pixel `q` on to channel-fastest.
+inline void interleave(const float* planar, int64_t channels, int64_t pixels, int64_t q, float* out) {
   for (; q < pixels; ++q) {
-    for (int64_t c = 0; c < channels; ++c) out[q * channels + c] = planar[c * pixels + q];
+    for (int64_t c = 0; c < channels; ++c) *out++ = planar[c * pixels + q];
   }
 }
 
-// The target of one patch in the order of pred; planar and target are [P].
-template <typename Pixel>
-inline const float* make_target(const MaskedMse& args, int64_t n, int64_t patch, float* planar, float* target) {
-  copy_patch<Pixel>(args.imgs, n, patch, planar);
-  if (args.norm_pix) normalise(planar, args.imgs.patch_values());
-  if (args.imgs.channels == 1) return planar;
-  interleave(planar, args.imgs.channels, args.imgs.patch_h * args.imgs.patch_w, target);
-  return target;
-}
+// The error of one predicted patch, pred - target, in the order of pred: visit(offset, error) for whole vectors, last(offset,
+// count, error) for the rest. The pixels and the prediction of the next patch are asked for on the way.
+template <typename Pred, typename Pixel>
+class PatchError {
+ public:
+  explicit PatchError(const MaskedMse& args)
+      : args_(args), P_(args.imgs.patch_values()), planar_(P_), interleaved_(args.imgs.channels == 1 ? 0 : P_) {}
+
+  template <typename Visit, typename Last>
+  void operator()(int64_t unit, int64_t end, Visit visit, Last last) {
+    const int64_t L = args_.imgs.patches(), n = unit / L, C = args_.imgs.channels, pixels = P_ / C;
+    const bool again = unit + 1 < end && (unit + 1) / L == n && args_.row[unit + 1] >= 0;
+    copy_patch<Pixel>(args_.imgs, n, unit % L, again ? unit % L + 1 : -1, static_cast<float*>(planar_));
+    const Pred* pred = static_cast<const Pred*>(args_.pred) + n * args_.pred_stride_n + args_.row[unit] * args_.pred_stride_l;
+    const Pred* ahead = again ? pred + (args_.row[unit + 1] - args_.row[unit]) * args_.pred_stride_l : pred;
+    Statistics stats = {broadcast(0.0f), broadcast(1.0f)};
+    if (args_.norm_pix) stats = statistics(planar_, P_);
+    const float* target = planar_;
+    int64_t i = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+    if (C == 3 && kLanes > 1) {
+      VecI first[3], second[3];
+      std::memcpy(first, kInterleave.first, sizeof first);
+      std::memcpy(second, kInterleave.second, sizeof second);
+      int64_t q = 0;
+      for (; q + kLanes <= pixels; q += kLanes) {
+        Vec rgb[3];
+        for (int c = 0; c < 3; ++c) rgb[c] = (load(planar_ + c * pixels + q) - stats.mean) * stats.rstd;
+        for (int j = 0; j < 3; ++j, i += kLanes) {
+          __builtin_prefetch(ahead + i);
+          const Vec wanted = __builtin_shuffle(__builtin_shuffle(rgb[0], rgb[1], first[j]), rgb[2], second[j]);
+          visit(i, load(pred + i) - wanted);
+        }
+      }
+      if (q < pixels) interleave(planar_, C, pixels, q, interleaved_ + i);
+      target = interleaved_;
+    } else
+#endif
+        if (C > 1) {
+      interleave(planar_, C, pixels, 0, interleaved_);
+      target = interleaved_;
+    }
+    for (; i + kLanes <= P_; i += kLanes) {
+      __builtin_prefetch(ahead + i);
+      visit(i, load(pred + i) - (load(target + i) - stats.mean) * stats.rstd);
+    }
+    if (i < P_) last(i, P_ - i, load_first(pred + i, P_ - i) - (load_first(target + i, P_ - i) - stats.mean) * stats.rstd);
+  }
+
+ private:
+  const MaskedMse& args_;
+  const int64_t P_;
+  const Scratch<float> planar_, interleaved_;
+};
 
 template <typename Pred, typename Pixel>
 void forward(const MaskedMse& args, int64_t begin, int64_t end) {
-  const int64_t L = args.imgs.patches(), P = args.imgs.patch_values();
-  const Scratch<float> planar(P), buffer(P);
+  const float P = static_cast<float>(args.imgs.patch_values());
+  PatchError<Pred, Pixel> patch_error(args);
   for (int64_t unit = begin; unit < end; ++unit) {
     args.patch_loss[unit] = 0.0f;
     if (args.row[unit] < 0) continue;
-    const Pred* pred =
-        static_cast<const Pred*>(args.pred) + unit / L * args.pred_stride_n + args.row[unit] * args.pred_stride_l;
-    const float* target = make_target<Pixel>(args, unit / L, unit % L, planar, buffer);
-    Vec total[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= P; i += 2 * kLanes) {
-      for (int j = 0; j < 2; ++j) {
-        const Vec error = load(pred + i + j * kLanes) - load(target + i + j * kLanes);
-        total[j] += error * error;
-      }
-    }
-    for (; i < P; i += kLanes) {
-      const int64_t count = P - i < kLanes ? P - i : kLanes;
-      const Vec error = load_first(pred + i, count) - load_first(target + i, count);
-      total[0] += error * error;
-    }
-    args.patch_loss[unit] = sum(total[0] + total[1]) / static_cast<float>(P);
+    Vec total = {};
+    float rest = 0.0f;
+    patch_error(
+        unit, end, [&](int64_t, Vec error) { total += error * error; },
+        [&](int64_t, int64_t count, Vec error) {
+          for (int64_t i = 0; i < count; ++i) rest += error[i] * error[i];
+        });
+    args.patch_loss[unit] = (sum(total) + rest) / P;
   }
 }
 
@@ -116,26 +149,24 @@ template <typename Pred, typename Pixel>
 void backward(const MaskedMse& args, int64_t begin, int64_t end) {
   const int64_t L = args.imgs.patches(), P = args.imgs.patch_values();
   const bool all_rows = args.rows == L;
-  const Scratch<float> planar(P), buffer(P);
+  PatchError<Pred, Pixel> patch_error(args);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / L, row = args.row[unit];
+    const int64_t row = args.row[unit];
     if (row < 0 && !all_rows) continue;
-    Pred* dpred = static_cast<Pred*>(args.dpred) + (n * args.rows + (row < 0 ? unit % L : row)) * P;
+    Pred* dpred = static_cast<Pred*>(args.dpred) + (unit / L * args.rows + (row < 0 ? unit % L : row)) * P;
     if (row < 0) {
       std::memset(dpred, 0, P * sizeof(Pred));
       continue;
     }
-    const Pred* pred = static_cast<const Pred*>(args.pred) + n * args.pred_stride_n + row * args.pred_stride_l;
-    const float* target = make_target<Pixel>(args, n, unit % L, planar, buffer);
     const Vec scale = broadcast(args.scale * args.mask[unit]);
-    int64_t i = 0;
+    const auto last = [&](int64_t i, int64_t count, Vec error) { store_first(dpred + i, error * scale, count); };
     if constexpr (sizeof(Pred) == sizeof(float)) {
       if (args.streaming) {
-        for (; i < P; i += kLanes) stream(dpred + i, (load(pred + i) - load(target + i)) * scale);
+        patch_error(unit, end, [&](int64_t i, Vec error) { stream(dpred + i, error * scale); }, last);
+        continue;
       }
     }
-    for (; i + kLanes <= P; i += kLanes) store(dpred + i, (load(pred + i) - load(target + i)) * scale);
-    if (i < P) store_first(dpred + i, (load_first(pred + i, P - i) - load_first(target + i, P - i)) * scale, P - i);
+    patch_error(unit, end, [&](int64_t i, Vec error) { store(dpred + i, error * scale); }, last);
   }
   if (args.streaming) stream_fence();
 }

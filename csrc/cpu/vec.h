@@ -115,14 +115,19 @@ class Scratch {
   T* data_;
 };
 
-inline float sum(Vec v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+template <int N, typename V>
+inline float sum_lanes(V v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * N)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return sum_lanes<N / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
 }
+
+inline float sum(Vec v) { return sum_lanes<kLanes>(v); }
 
 }  // namespace
 }  // namespace MAEFAST_ISA
