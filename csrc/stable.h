@@ -31,11 +31,16 @@ void check(bool ok, const Parts&... parts) {
 
 inline int64_t item_size(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Byte: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Float: return 4;
-    case ScalarType::Long: return 8;
-    default: throw std::invalid_argument("no maefast kernel takes this dtype");
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Long:
+      return 8;
+    default:
+      throw std::invalid_argument("no maefast kernel takes this dtype");
   }
 }
 

@@ -7,14 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-
-
-def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
-    """`size` as (height, width); an int stands for both."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} must be positive; it is {size}")
-    return int(height), int(width)
+from .reference import pair
 
 
 class PatchEmbed(nn.Module):

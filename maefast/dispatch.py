@@ -21,7 +21,7 @@ OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse")
 BACKENDS = ("native", "eager")  # fastest first
 
 _F32, _BF16, _U8 = torch.float32, torch.bfloat16, torch.uint8
-_NATIVE_DTYPES = {
+_NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "random_masking": {"noise": (_F32,)},
     "gather_patches": {"imgs": (_F32, _BF16, _U8), "out": (_F32, _BF16)},
     "unshuffle": {"x": (_F32, _BF16), "mask_token": (_F32, _BF16), "pos_embed": (_F32, _BF16)},
@@ -117,7 +117,7 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
     for row in rows:
         print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
     if model is not None:
-        overridden = getattr(model, "overridden_methods", tuple)()
+        overridden: tuple[str, ...] = getattr(model, "overridden_methods", tuple)()
         route = f"the official route, through the overridden {', '.join(overridden)}" if overridden else "the fused path"
         print(f"{type(model).__name__}.forward takes {route}")
 

@@ -20,7 +20,7 @@ DECODER_METHODS = ("forward_decoder", "forward_loss", "patchify")
 
 
 class MAE(nn.Module):
-    """Masked Autoencoder with a Vision Transformer backbone; constructor, parameter names and initialisation are the official ones.
+    """Masked Autoencoder with a Vision Transformer backbone; the official constructor, parameter names and initialisation.
 
     img_size, patch_size     int or (H, W)
     mean, std                per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's by default for three channels
@@ -203,14 +203,13 @@ class MAE(nn.Module):
         """Pictures (N, C, H, W), fp32, in the range of imgs (0..255 for uint8): the visible patches of imgs, and the predictions
         of the removed ones, de-normalised with the statistics of their own patch where the target is normalised."""
         _, pred, mask = self(imgs, mask_ratio, noise=noise, mask=mask)
-        pixels = imgs.float() if imgs.dtype.is_floating_point else self._float_pixels(imgs)
-        target, pred = MAE.patchify(self, pixels), pred.float()
+        target, pred = MAE.patchify(self, self._float_pixels(imgs)), pred.float()
         if self.norm_pix_loss:
-            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-            pred = pred * (var + VAR_EPS) ** 0.5 + mean
+            average, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+            pred = pred * (var + VAR_EPS) ** 0.5 + average
         predicted = self.unpatchify(pred)
-        if imgs.dtype == torch.uint8:
-            mean, std = self._statistics_for(imgs)
+        mean, std = self._statistics_for(imgs)
+        if mean is not None and std is not None:
             predicted = ((predicted * std[:, None, None] + mean[:, None, None]) * 255).clamp(0, 255)
         removed = self.unpatchify(mask[..., None].expand_as(target))
         return torch.where(removed == 1, predicted, imgs.float())
@@ -230,6 +229,8 @@ class MAE(nn.Module):
 
     def _float_pixels(self, imgs: Tensor) -> Tensor:
         mean, std = self._statistics_for(imgs)
+        if mean is None or std is None:
+            return imgs.float()
         return (imgs.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
     def _embed(self, imgs: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -271,7 +272,9 @@ class MAE(nn.Module):
     def _refuse(self, argument: str, names: Sequence[str]) -> None:
         for name in names:
             if self._overridden(name):
-                raise RuntimeError(f"{argument} cannot be honoured: {type(self).__name__} overrides {name}, which does not take it")
+                raise RuntimeError(
+                    f"{argument} cannot be honoured: {type(self).__name__} overrides {name}, which has no such argument"
+                )
 
     def _check_forward(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None, mask: Tensor | None, return_pred: bool

@@ -1,9 +1,7 @@
-"""The official module's names: `import maefast.models_mae as models_mae`, then `models_mae.__dict__[name](norm_pix_loss=True)`."""
+"""The official module's names: `import maefast.models_mae as models_mae; models_mae.__dict__[name](norm_pix_loss=True)`."""
 
 from .model import (
-    MAE as MaskedAutoencoderViT,
-)
-from .model import (
+    MAE,
     mae_vit_base_patch16,
     mae_vit_base_patch16_dec512d8b,
     mae_vit_huge_patch14,
@@ -15,6 +13,8 @@ from .model import (
     mae_vit_tiny_patch16,
     mae_vit_tiny_patch16_dec512d8b,
 )
+
+MaskedAutoencoderViT = MAE
 
 __all__ = [
     "MaskedAutoencoderViT",

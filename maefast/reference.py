@@ -6,7 +6,7 @@ same parameter names, same initialisation, same masks for the same seed, same lo
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,12 @@ class MAEOutput(NamedTuple):
     mask: Tensor  # (N, L) fp32, 1 = removed
 
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
     """`size` as (height, width); an int stands for both."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be positive; it is {size}")
+    return int(height), int(width)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -44,7 +47,7 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module) -> None:
+def init_weights(model: Any) -> None:
     """The official initialisation; consumes random numbers in the official order, so one seed gives the same weights.
 
     `model` has just been built with torch's default initialisation. The bias of the patch embedding keeps its default draw.
@@ -64,7 +67,7 @@ def init_weights(model: nn.Module) -> None:
 class PatchEmbed(nn.Module):
     def __init__(self, img_size, patch_size, in_chans, embed_dim):
         super().__init__()
-        self.img_size, self.patch_size = pair(img_size), pair(patch_size)
+        self.img_size, self.patch_size = pair(img_size, "img_size"), pair(patch_size, "patch_size")
         self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size)

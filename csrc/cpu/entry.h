@@ -12,10 +12,14 @@ namespace {
 
 inline DType kernel_dtype(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Byte: return DType::u8;
-    default: throw std::invalid_argument("the CPU kernels take float32, bfloat16 and, for images, uint8");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Byte:
+      return DType::u8;
+    default:
+      throw std::invalid_argument("the CPU kernels take float32, bfloat16 and, for images, uint8");
   }
 }
 
@@ -24,7 +28,8 @@ class ImageInput {
  public:
   Image image;
 
-  ImageInput(const Tensor& imgs, int64_t patch_h, int64_t patch_w, const std::optional<Tensor>& mean, const std::optional<Tensor>& std) {
+  ImageInput(const Tensor& imgs, int64_t patch_h, int64_t patch_w, const std::optional<Tensor>& mean,
+             const std::optional<Tensor>& std) {
     check(imgs.dim() == 4, "imgs must be (N, C, H, W), it has ", imgs.dim(), " dimensions");
     check(patch_h > 0 && patch_w > 0 && imgs.size(2) % patch_h == 0 && imgs.size(3) % patch_w == 0, "the size of imgs, ",
           imgs.size(2), " x ", imgs.size(3), ", must be a multiple of the patch, ", patch_h, " x ", patch_w);
@@ -43,8 +48,19 @@ class ImageInput {
         shift_[c] = static_cast<float>(-static_cast<const float*>(mean_c.const_data_ptr())[c] / divisor);
       }
     }
-    image = {imgs.const_data_ptr(), kernel_dtype(imgs.scalar_type()), imgs.stride(0), imgs.stride(1), imgs.stride(2),
-             imgs.stride(3), C, patch_h, patch_w, imgs.size(2) / patch_h, imgs.size(3) / patch_w, scale_.data(), shift_.data()};
+    image = {imgs.const_data_ptr(),
+             kernel_dtype(imgs.scalar_type()),
+             imgs.stride(0),
+             imgs.stride(1),
+             imgs.stride(2),
+             imgs.stride(3),
+             C,
+             patch_h,
+             patch_w,
+             imgs.size(2) / patch_h,
+             imgs.size(3) / patch_w,
+             scale_.data(),
+             shift_.data()};
   }
   ImageInput(const ImageInput&) = delete;  // image points into scale_ and shift_
   ImageInput& operator=(const ImageInput&) = delete;

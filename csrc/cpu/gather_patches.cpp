@@ -31,9 +31,12 @@ void gather(const GatherPatches& args, int64_t begin, int64_t end) {
 void gather_patches_kernel(const GatherPatches& args, int64_t begin, int64_t end) {
   const bool to_f32 = args.out_dtype == DType::f32;
   switch (args.imgs.dtype) {
-    case DType::f32: return to_f32 ? gather<float, float>(args, begin, end) : gather<float, bf16>(args, begin, end);
-    case DType::bf16: return to_f32 ? gather<bf16, float>(args, begin, end) : gather<bf16, bf16>(args, begin, end);
-    case DType::u8: return to_f32 ? gather<uint8_t, float>(args, begin, end) : gather<uint8_t, bf16>(args, begin, end);
+    case DType::f32:
+      return to_f32 ? gather<float, float>(args, begin, end) : gather<float, bf16>(args, begin, end);
+    case DType::bf16:
+      return to_f32 ? gather<bf16, float>(args, begin, end) : gather<bf16, bf16>(args, begin, end);
+    case DType::u8:
+      return to_f32 ? gather<uint8_t, float>(args, begin, end) : gather<uint8_t, bf16>(args, begin, end);
   }
 }
 

@@ -16,26 +16,24 @@ __attribute__((visibility("default"))) const char* isa_name();
 
 }  // namespace maefast::cpu
 
-// Declares kernel `name`, which works on the units [begin, end) of `Args`, in every compilation; MAEFAST_KERNEL is the one to run.
+// Declares kernel `name`, which works on the units [begin, end) of `Args`, in every compilation; MAEFAST_KERNEL is the one to
+// run.
 #ifdef __x86_64__
-#define MAEFAST_DECLARE_KERNEL(name, Args)                    \
-  namespace scalar {                                          \
-  void name(const Args& args, int64_t begin, int64_t end);    \
-  }                                                           \
-  namespace avx2 {                                            \
-  void name(const Args& args, int64_t begin, int64_t end);    \
-  }                                                           \
-  namespace avx512 {                                          \
-  void name(const Args& args, int64_t begin, int64_t end);    \
+#define MAEFAST_DECLARE_KERNEL(name, Args)                 \
+  namespace scalar {                                       \
+  void name(const Args& args, int64_t begin, int64_t end); \
+  }                                                        \
+  namespace avx2 {                                         \
+  void name(const Args& args, int64_t begin, int64_t end); \
+  }                                                        \
+  namespace avx512 {                                       \
+  void name(const Args& args, int64_t begin, int64_t end); \
   }
-#define MAEFAST_KERNEL(name)                              \
-  (isa() == Isa::avx512 ? &avx512::name                   \
-   : isa() == Isa::avx2 ? &avx2::name                     \
-                        : &scalar::name)
+#define MAEFAST_KERNEL(name) (isa() == Isa::avx512 ? &avx512::name : isa() == Isa::avx2 ? &avx2::name : &scalar::name)
 #else
-#define MAEFAST_DECLARE_KERNEL(name, Args)                    \
-  namespace scalar {                                          \
-  void name(const Args& args, int64_t begin, int64_t end);    \
+#define MAEFAST_DECLARE_KERNEL(name, Args)                 \
+  namespace scalar {                                       \
+  void name(const Args& args, int64_t begin, int64_t end); \
   }
 #define MAEFAST_KERNEL(name) (&scalar::name)
 #endif

@@ -1,4 +1,5 @@
-// masked_mse: the error of the predicted patches against the pixels of the image. The target exists one patch at a time, in cache.
+// masked_mse: the error of the predicted patches against the pixels of the image. The target exists one patch at a time, in
+// cache.
 #include "image.h"
 #include "isa.h"
 
@@ -9,14 +10,14 @@ struct MaskedMse {
   const void* pred;  // [N, L, P] or [N, M, P], rows dense, channel-fastest
   DType pred_dtype;
   int64_t pred_stride_n, pred_stride_l;
-  const float* mask;    // [N, L]
-  const int32_t* row;   // [N, L]: the row of pred that predicts the patch, -1 where the weight is zero
+  const float* mask;   // [N, L]
+  const int32_t* row;  // [N, L]: the row of pred that predicts the patch, -1 where the weight is zero
   bool norm_pix;
-  float* patch_loss;    // forward: [N, L]
-  void* dpred;          // backward: [N, rows, P]
+  float* patch_loss;  // forward: [N, L]
+  void* dpred;        // backward: [N, rows, P]
   int64_t rows;
   bool streaming;
-  float scale;          // backward: dloss * 2 / (P * sum(mask))
+  float scale;  // backward: dloss * 2 / (P * sum(mask))
 };
 
 namespace MAEFAST_ISA {
@@ -72,8 +73,9 @@ inline void interleave(const float* planar, int64_t channels, int64_t pixels, in
   }
 }
 
-// The error of one predicted patch, pred - target, in the order of pred: visit(offset, error) for whole vectors, last(offset,
-// count, error) for the rest. The pixels and the prediction of the next patch are asked for on the way.
+// The error of one predicted patch, pred - target, in the order of pred: visit(offset, chain, error) for whole vectors, where
+// chain in 0 .. 2 names independent sums, last(offset, count, error) for the rest. The pixels and the prediction of the next
+// patch are asked for on the way.
 template <typename Pred, typename Pixel>
 class PatchError {
  public:
@@ -103,7 +105,7 @@ class PatchError {
         for (int j = 0; j < 3; ++j, i += kLanes) {
           __builtin_prefetch(ahead + i);
           const Vec wanted = __builtin_shuffle(__builtin_shuffle(rgb[0], rgb[1], first[j]), rgb[2], second[j]);
-          visit(i, load(pred + i) - wanted);
+          visit(i, j, load(pred + i) - wanted);
         }
       }
       if (q < pixels) interleave(planar_, C, pixels, q, interleaved_ + i);
@@ -116,7 +118,7 @@ class PatchError {
     }
     for (; i + kLanes <= P_; i += kLanes) {
       __builtin_prefetch(ahead + i);
-      visit(i, load(pred + i) - (load(target + i) - stats.mean) * stats.rstd);
+      visit(i, 0, load(pred + i) - (load(target + i) - stats.mean) * stats.rstd);
     }
     if (i < P_) last(i, P_ - i, load_first(pred + i, P_ - i) - (load_first(target + i, P_ - i) - stats.mean) * stats.rstd);
   }
@@ -134,14 +136,14 @@ void forward(const MaskedMse& args, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     args.patch_loss[unit] = 0.0f;
     if (args.row[unit] < 0) continue;
-    Vec total = {};
+    Vec total[3] = {};
     float rest = 0.0f;
     patch_error(
-        unit, end, [&](int64_t, Vec error) { total += error * error; },
+        unit, end, [&](int64_t, int chain, Vec error) { total[chain] += error * error; },
         [&](int64_t, int64_t count, Vec error) {
           for (int64_t i = 0; i < count; ++i) rest += error[i] * error[i];
         });
-    args.patch_loss[unit] = (sum(total) + rest) / P;
+    args.patch_loss[unit] = (sum(total[0] + total[1] + total[2]) + rest) / P;
   }
 }
 
@@ -162,11 +164,11 @@ void backward(const MaskedMse& args, int64_t begin, int64_t end) {
     const auto last = [&](int64_t i, int64_t count, Vec error) { store_first(dpred + i, error * scale, count); };
     if constexpr (sizeof(Pred) == sizeof(float)) {
       if (args.streaming) {
-        patch_error(unit, end, [&](int64_t i, Vec error) { stream(dpred + i, error * scale); }, last);
+        patch_error(unit, end, [&](int64_t i, int, Vec error) { stream(dpred + i, error * scale); }, last);
         continue;
       }
     }
-    patch_error(unit, end, [&](int64_t i, Vec error) { store(dpred + i, error * scale); }, last);
+    patch_error(unit, end, [&](int64_t i, int, Vec error) { store(dpred + i, error * scale); }, last);
   }
   if (args.streaming) stream_fence();
 }
@@ -174,18 +176,24 @@ void backward(const MaskedMse& args, int64_t begin, int64_t end) {
 template <typename Pred>
 void forward_for(const MaskedMse& args, int64_t begin, int64_t end) {
   switch (args.imgs.dtype) {
-    case DType::f32: return forward<Pred, float>(args, begin, end);
-    case DType::bf16: return forward<Pred, bf16>(args, begin, end);
-    case DType::u8: return forward<Pred, uint8_t>(args, begin, end);
+    case DType::f32:
+      return forward<Pred, float>(args, begin, end);
+    case DType::bf16:
+      return forward<Pred, bf16>(args, begin, end);
+    case DType::u8:
+      return forward<Pred, uint8_t>(args, begin, end);
   }
 }
 
 template <typename Pred>
 void backward_for(const MaskedMse& args, int64_t begin, int64_t end) {
   switch (args.imgs.dtype) {
-    case DType::f32: return backward<Pred, float>(args, begin, end);
-    case DType::bf16: return backward<Pred, bf16>(args, begin, end);
-    case DType::u8: return backward<Pred, uint8_t>(args, begin, end);
+    case DType::f32:
+      return backward<Pred, float>(args, begin, end);
+    case DType::bf16:
+      return backward<Pred, bf16>(args, begin, end);
+    case DType::u8:
+      return backward<Pred, uint8_t>(args, begin, end);
   }
 }
 
@@ -244,11 +252,23 @@ struct MaskedMseInput {
         row[n * L + i] = w == 0.0f ? -1 : static_cast<int32_t>(rows == L ? i : removed);
         removed += w != 0.0f;
       }
-      check(rows == L || removed == rows, "pred has ", rows, " rows a sample, but row ", n, " of mask removes ", removed, " patches");
+      check(rows == L || removed == rows, "pred has ", rows, " rows a sample, but row ", n, " of mask removes ", removed,
+            " patches");
     }
     check(N == 0 || weight != 0.0, "mask is all zeros: the mean over removed patches does not exist");
-    args = {imgs.image, pred.const_data_ptr(), kernel_dtype(pred.scalar_type()), pred.stride(0), pred.stride(1), weights,
-            row.data(), norm_pix, nullptr, nullptr, rows, false, 0.0f};
+    args = {imgs.image,
+            pred.const_data_ptr(),
+            kernel_dtype(pred.scalar_type()),
+            pred.stride(0),
+            pred.stride(1),
+            weights,
+            row.data(),
+            norm_pix,
+            nullptr,
+            nullptr,
+            rows,
+            false,
+            0.0f};
     check(args.pred_dtype != DType::u8, "pred must be float32 or bfloat16");
   }
 };

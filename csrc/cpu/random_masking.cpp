@@ -5,9 +5,9 @@
 namespace maefast::cpu {
 
 struct RandomMasking {
-  const float* noise;    // [N, L]
+  const float* noise;               // [N, L]
   int64_t *ids_keep, *ids_restore;  // [N, K], [N, L]
-  float* mask;           // [N, L]
+  float* mask;                      // [N, L]
   int64_t L, K;
 };
 

@@ -8,7 +8,7 @@ struct UnshuffleFwd {
   const void* x;  // [N, 1+K, D], rows dense
   DType x_dtype;
   int64_t x_stride_n, x_stride_t;
-  const int64_t* ids_restore;  // [N, L]
+  const int64_t* ids_restore;           // [N, L]
   const float *mask_token, *pos_embed;  // [D], [1+L, D]
   void* out;                            // [N, 1+L, D]
   DType out_dtype;
@@ -106,7 +106,8 @@ void unshuffle_fwd_kernel(const UnshuffleFwd& args, int64_t begin, int64_t end) 
 // Units: chunks of patches of one sample.
 void unshuffle_bwd_kernel(const UnshuffleBwd& args, int64_t begin, int64_t end) {
   const bool to_f32 = args.dx_dtype == DType::f32;
-  if (args.dy_dtype == DType::f32) return to_f32 ? backward<float, float>(args, begin, end) : backward<float, bf16>(args, begin, end);
+  if (args.dy_dtype == DType::f32)
+    return to_f32 ? backward<float, float>(args, begin, end) : backward<float, bf16>(args, begin, end);
   to_f32 ? backward<bf16, float>(args, begin, end) : backward<bf16, bf16>(args, begin, end);
 }
 
@@ -161,7 +162,8 @@ Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mas
   const Tensor ids = checked_permutations(ids_in), x = x_in.dim() == 3 ? dense_rows(x_in) : x_in;
   const Tensor mask_token = torch::stable::contiguous(mask_token_in), pos_embed = torch::stable::contiguous(pos_embed_in);
   const int64_t N = ids.size(0), L = ids.size(1);
-  check(x.dim() == 3 && x.size(0) == N && x.size(1) >= 1 && x.size(1) <= L + 1, "x must be (N, 1+K, D) with the N of ids_restore");
+  check(x.dim() == 3 && x.size(0) == N && x.size(1) >= 1 && x.size(1) <= L + 1,
+        "x must be (N, 1+K, D) with the N of ids_restore");
   const int64_t K = x.size(1) - 1, D = x.size(2);
   check(mask_token.numel() == D && pos_embed.numel() == (1 + L) * D, "mask_token must be (1, 1, D) and pos_embed (1, 1+L, D)");
   const auto is_bf16 = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; };
@@ -169,10 +171,19 @@ Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mas
   std::vector<float> mask_token_f32, pos_embed_f32;
   Tensor out = empty_cpu({N, 1 + L, D}, to_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   const UnshuffleFwd args{
-      x.const_data_ptr(), kernel_dtype(x.scalar_type()), x.stride(0), x.stride(1),
+      x.const_data_ptr(),
+      kernel_dtype(x.scalar_type()),
+      x.stride(0),
+      x.stride(1),
       static_cast<const int64_t*>(ids.const_data_ptr()),
-      as_floats(mask_token, mask_token_f32), as_floats(pos_embed, pos_embed_f32),
-      out.mutable_data_ptr(), kernel_dtype(out.scalar_type()), may_stream(out, D), L, K, D,
+      as_floats(mask_token, mask_token_f32),
+      as_floats(pos_embed, pos_embed_f32),
+      out.mutable_data_ptr(),
+      kernel_dtype(out.scalar_type()),
+      may_stream(out, D),
+      L,
+      K,
+      D,
   };
   run(MAEFAST_KERNEL(unshuffle_fwd_kernel), args, N * (1 + L), D * 8);
   return out;
@@ -190,9 +201,19 @@ std::tuple<Tensor, Tensor> unshuffle_bwd(const Tensor& dy_in, const Tensor& ids_
   Tensor dmask_token = empty_cpu({1, 1, D}, ScalarType::Float);
   std::vector<float> partial(N * chunks * D);
   const UnshuffleBwd args{
-      dy.const_data_ptr(), kernel_dtype(dy.scalar_type()), dy.stride(0), dy.stride(1),
+      dy.const_data_ptr(),
+      kernel_dtype(dy.scalar_type()),
+      dy.stride(0),
+      dy.stride(1),
       static_cast<const int64_t*>(ids.const_data_ptr()),
-      dx.mutable_data_ptr(), kernel_dtype(dtype), partial.data(), L, len_keep, D, kChunk, chunks,
+      dx.mutable_data_ptr(),
+      kernel_dtype(dtype),
+      partial.data(),
+      L,
+      len_keep,
+      D,
+      kChunk,
+      chunks,
   };
   run(MAEFAST_KERNEL(unshuffle_bwd_kernel), args, N * chunks, std::min(L, kChunk) * D * 8);
   std::vector<double> total(D, 0.0);

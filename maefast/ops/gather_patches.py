@@ -57,7 +57,7 @@ def gather_patches_ref(
 ) -> Tensor:
     (ph, pw), (N, C, H, W) = patch_size, imgs.shape
     grid_h, grid_w = H // ph, W // pw
-    if values_are_known(ids) and ids.numel() and not (0 <= ids.min() and ids.max() < grid_h * grid_w):
+    if values_are_known(ids) and ids.numel() and not (ids.min() >= 0 and ids.max() < grid_h * grid_w):
         raise ValueError(f"ids must be in [0, {grid_h * grid_w}); they are in [{ids.min()}, {ids.max()}]")
     patches = imgs.reshape(N, C, grid_h, ph, grid_w, pw).permute(0, 2, 4, 1, 3, 5)  # [N, grid_h, grid_w, C, ph, pw]
     kept = patches[torch.arange(N, device=imgs.device)[:, None], ids // grid_w, ids % grid_w]  # [N, K, C, ph, pw]

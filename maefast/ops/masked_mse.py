@@ -93,7 +93,7 @@ def masked_mse_ref(
 def _check_mask(mask: Tensor, rows: int) -> None:
     removed = (mask != 0).sum(dim=1)
     if rows < mask.shape[1] and not (removed == rows).all():
-        raise ValueError(f"pred has {rows} rows a sample; mask must remove as many patches in each row, it removes {removed.tolist()}")
+        raise ValueError(f"pred has {rows} rows a sample; mask must remove as many in each row, it removes {removed.tolist()}")
     if mask.sum() == 0:
         raise ValueError("mask is all zeros: the mean over removed patches does not exist")
 

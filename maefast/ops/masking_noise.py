@@ -10,12 +10,12 @@ fragment.define("masking_noise(SymInt N, SymInt L, Device device) -> Tensor", ta
 
 
 @torch.library.impl(fragment, "masking_noise", "CompositeExplicitAutograd")
-def _masking_noise(N: int, L: int, device: torch.device) -> Tensor:  # noqa: N803
+def _masking_noise(N: int, L: int, device: torch.device) -> Tensor:
     return torch.rand(N, L, dtype=torch.float32, device=device)
 
 
 @torch.library.register_fake("maefast::masking_noise")
-def _masking_noise_fake(N: int, L: int, device: torch.device) -> Tensor:  # noqa: N803
+def _masking_noise_fake(N: int, L: int, device: torch.device) -> Tensor:
     return torch.empty(N, L, dtype=torch.float32, device=device)
 
 
