@@ -19,6 +19,13 @@ ENCODER_METHODS = ("forward_encoder", "random_masking")
 DECODER_METHODS = ("forward_decoder", "forward_loss", "patchify")
 
 
+def _take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """x (N, T, D), ids (N, K) -> (N, K, D). As rows of one matrix: a gather along dim 1 is 4 to 10 times slower on the CPU."""
+    N, T, D = x.shape
+    rows = ids + T * torch.arange(N, device=ids.device)[:, None]
+    return x.reshape(N * T, D).index_select(0, rows.flatten()).view(N, ids.shape[1], D)
+
+
 class MAE(nn.Module):
     """Masked Autoencoder with a Vision Transformer backbone; the official constructor, parameter names and initialisation.
 
@@ -118,7 +125,7 @@ class MAE(nn.Module):
         N, L, _ = x.shape
         noise = ops.masking_noise(N, L, x.device)
         ids_keep, ids_restore, mask = ops.random_masking(noise, self._len_keep(mask_ratio, L))
-        return torch.take_along_dim(x, ids_keep[..., None], dim=1), mask, ids_restore
+        return _take_tokens(x, ids_keep), mask, ids_restore
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """imgs (N, C, H, W) -> latent (N, 1+K, D), mask (N, L), ids_restore (N, L)."""
@@ -257,7 +264,7 @@ class MAE(nn.Module):
         x = self._decode_tokens(latent, ids_restore)
         removed = mask.shape[1] + 1 - latent.shape[1]
         ids_removed = ops.random_masking(1 - mask, removed)[0]  # ranks of 0 and 1: the removed ones first, in ascending order
-        x = torch.take_along_dim(x, 1 + ids_removed[..., None], dim=1)
+        x = _take_tokens(x, 1 + ids_removed)
         return self.decoder_pred(self.decoder_norm(x))
 
     # -- overrides and checks ---------------------------------------------------------------------------
