@@ -109,10 +109,13 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
         inputs = {name: torch.empty(0, dtype=dtype, device=device) for name in _NATIVE_DTYPES[op]}
         if op == "random_masking":
             inputs = {"noise": torch.empty(0, device=device)}
-        chosen = choose(op, inputs)
-        others = [name for name in BACKENDS if name != chosen]
-        reasons = [f"{name}: {can_run(op, name, inputs) or _not_taken(name, chosen)}" for name in others]
-        rows.append((op, chosen, "; ".join(reasons)))
+        chosen = _requested or choose(op, inputs)
+        reason = can_run(op, chosen, inputs)
+        why = [f"{chosen} was requested and cannot run: {reason}"] if reason else []
+        for name in BACKENDS:
+            if name != chosen:
+                why.append(f"{name}: {can_run(op, name, inputs) or _not_taken(chosen)}")
+        rows.append((op, chosen, "; ".join(why)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for row in rows:
         print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
@@ -122,7 +125,7 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
         print(f"{type(model).__name__}.forward takes {route}")
 
 
-def _not_taken(name: str, chosen: str) -> str:
+def _not_taken(chosen: str) -> str:
     return f"{chosen} was requested" if _requested is not None else f"{chosen} is faster"
 
 

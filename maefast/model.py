@@ -123,18 +123,19 @@ class MAE(nn.Module):
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """Embedded tokens x (N, L, D) -> the kept ones (N, K, D), mask (N, L), 1 = removed, ids_restore (N, L)."""
         N, L, _ = x.shape
-        noise = ops.masking_noise(N, L, x.device)
-        ids_keep, ids_restore, mask = ops.random_masking(noise, self._len_keep(mask_ratio, L))
+        len_keep = self._len_keep(mask_ratio, L)
+        ids_keep, ids_restore, mask = ops.random_masking(ops.masking_noise(N, L, x.device), len_keep)
         return _take_tokens(x, ids_keep), mask, ids_restore
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """imgs (N, C, H, W) -> latent (N, 1+K, D), mask (N, L), ids_restore (N, L)."""
+        self._check_images(imgs)
         if self._overridden("random_masking"):
             x = self._embed(imgs) + self.pos_embed[:, 1:]
             x, mask, ids_restore = self.random_masking(x, mask_ratio)
         else:
-            noise = ops.masking_noise(imgs.shape[0], self.patch_embed.num_patches, imgs.device)
             len_keep = self._len_keep(mask_ratio, self.patch_embed.num_patches)
+            noise = ops.masking_noise(imgs.shape[0], self.patch_embed.num_patches, imgs.device)
             ids_keep, ids_restore, mask = ops.random_masking(noise, len_keep)
             x = self._embed_kept(imgs, ids_keep)
         return self._encode_tokens(x), mask, ids_restore
@@ -152,7 +153,9 @@ class MAE(nn.Module):
                 target = (target - mean) / (var + VAR_EPS) ** 0.5
             loss = ((pred - target) ** 2).mean(dim=-1)
             return (loss * mask).sum() / mask.sum()
-        return ops.masked_mse(pred, imgs, mask, self.patch_embed.patch_size, self.norm_pix_loss, *self._statistics_for(imgs))
+        return ops.masked_mse(
+            pred, imgs, mask.float(), self.patch_embed.patch_size, self.norm_pix_loss, *self._statistics_for(imgs)
+        )
 
     # -- forward ----------------------------------------------------------------------------------------
 
@@ -201,6 +204,7 @@ class MAE(nn.Module):
     def encode(self, imgs: Tensor) -> Tensor:
         """Features of whole images, nothing masked: imgs (N, C, H, W) -> (N, 1+L, D) after `norm`, class token first, patches in
         row-major order."""
+        self._check_images(imgs)
         return self._encode_tokens(self._embed(imgs) + self.pos_embed[:, 1:])
 
     @torch.no_grad()
@@ -225,6 +229,8 @@ class MAE(nn.Module):
 
     @staticmethod
     def _len_keep(mask_ratio: float, L: int) -> int:
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1); it is {mask_ratio}")
         return int(L * (1 - mask_ratio))
 
     def _statistics_for(self, imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -283,16 +289,19 @@ class MAE(nn.Module):
                     f"{argument} cannot be honoured: {type(self).__name__} overrides {name}, which has no such argument"
                 )
 
-    def _check_forward(
-        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None, mask: Tensor | None, return_pred: bool
-    ) -> None:
+    def _check_images(self, imgs: Tensor) -> None:
         self.patch_embed.check(imgs)
-        N, L = imgs.shape[0], self.patch_embed.num_patches
-        if N == 0:
-            raise ValueError("imgs must hold at least one image; the batch is empty")
         if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
             raise TypeError(f"imgs must be floating-point or uint8; it is {str(imgs.dtype).removeprefix('torch.')}")
         self._statistics_for(imgs)
+
+    def _check_forward(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None, mask: Tensor | None, return_pred: bool
+    ) -> None:
+        self._check_images(imgs)
+        N, L = imgs.shape[0], self.patch_embed.num_patches
+        if N == 0:
+            raise ValueError("imgs must hold at least one image; the batch is empty")
         if not return_pred:
             self._refuse("return_pred=False", DECODER_METHODS)
         given: dict[str, Tensor] = {name: t for name, t in (("noise", noise), ("mask", mask)) if t is not None}
@@ -310,8 +319,6 @@ class MAE(nn.Module):
             if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
                 raise TypeError(f"mask must be bool or floating-point; it is {str(mask.dtype).removeprefix('torch.')}")
             return
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be in [0, 1); it is {mask_ratio}")
         len_keep = self._len_keep(mask_ratio, L)
         if not 0 < len_keep < L:
             raise ValueError(

@@ -17,7 +17,7 @@ def relative_errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def assert_close_to_float64(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Hold `got` against the float64 result `exact`, allowing 2 x the error of `eager` (same inputs, same dtype) + eps of got.dtype.
+    """Hold `got` against the float64 result `exact`: at most 2 x the error of `eager` (same inputs and dtype) + eps of got.dtype.
 
     Both in relative L2 and in the largest absolute error over max|exact|. Raises AssertionError with the figures.
     """

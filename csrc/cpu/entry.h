@@ -10,17 +10,9 @@
 namespace maefast::cpu {
 namespace {
 
-inline DType kernel_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Byte:
-      return DType::u8;
-    default:
-      throw std::invalid_argument("the CPU kernels take float32, bfloat16 and, for images, uint8");
-  }
+inline DType float_dtype(const char* name, ScalarType dtype) {
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, " must be float32 or bfloat16 for the CPU kernels");
+  return dtype == ScalarType::Float ? DType::f32 : DType::bf16;
 }
 
 // An image tensor as the kernels take it, and the normalisation of a uint8 image.
@@ -36,6 +28,7 @@ class ImageInput {
     const int64_t C = imgs.size(1);
     scale_.assign(C, 1.0f / 255.0f);
     shift_.assign(C, 0.0f);
+    check(mean.has_value() == std.has_value(), "mean and std must be given together");
     if (mean && std) {
       check(imgs.scalar_type() == ScalarType::Byte, "mean and std are for uint8 images");
       const Tensor mean_c = torch::stable::contiguous(*mean), std_c = torch::stable::contiguous(*std);
@@ -49,7 +42,7 @@ class ImageInput {
       }
     }
     image = {imgs.const_data_ptr(),
-             kernel_dtype(imgs.scalar_type()),
+             imgs.scalar_type() == ScalarType::Byte ? DType::u8 : float_dtype("imgs", imgs.scalar_type()),
              imgs.stride(0),
              imgs.stride(1),
              imgs.stride(2),

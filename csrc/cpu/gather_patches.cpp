@@ -65,8 +65,9 @@ Tensor gather_patches_fwd(const Tensor& imgs, const Tensor& ids_in, int64_t patc
   for (int64_t i = 0; i < N * K; ++i) {
     check(id[i] >= 0 && id[i] < L, "ids must be in [0, ", L, "), row ", i / K, " holds ", id[i]);
   }
+  const DType out_dtype = float_dtype("dtype", dtype);
   Tensor out = empty_cpu({N, K, P}, dtype);
-  const GatherPatches args{input.image, id, out.mutable_data_ptr(), kernel_dtype(dtype), K};
+  const GatherPatches args{input.image, id, out.mutable_data_ptr(), out_dtype, K};
   run(MAEFAST_KERNEL(gather_patches_kernel), args, N * K, P * 2 * item_size(dtype));
   return out;
 }

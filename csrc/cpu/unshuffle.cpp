@@ -172,14 +172,14 @@ Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mas
   Tensor out = empty_cpu({N, 1 + L, D}, to_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   const UnshuffleFwd args{
       x.const_data_ptr(),
-      kernel_dtype(x.scalar_type()),
+      float_dtype("x", x.scalar_type()),
       x.stride(0),
       x.stride(1),
       static_cast<const int64_t*>(ids.const_data_ptr()),
       as_floats(mask_token, mask_token_f32),
       as_floats(pos_embed, pos_embed_f32),
       out.mutable_data_ptr(),
-      kernel_dtype(out.scalar_type()),
+      to_bf16 ? DType::bf16 : DType::f32,
       may_stream(out, D),
       L,
       K,
@@ -197,17 +197,18 @@ std::tuple<Tensor, Tensor> unshuffle_bwd(const Tensor& dy_in, const Tensor& ids_
   const int64_t D = dy.size(2);
   constexpr int64_t kChunk = 64;  // fixed, so that the sum of the mask token's gradient does not depend on the threads
   const int64_t chunks = std::max<int64_t>(1, (L + kChunk - 1) / kChunk);
+  const DType dx_dtype = float_dtype("dtype", dtype);
   Tensor dx = empty_cpu({N, 1 + len_keep, D}, dtype);
   Tensor dmask_token = empty_cpu({1, 1, D}, ScalarType::Float);
   std::vector<float> partial(N * chunks * D);
   const UnshuffleBwd args{
       dy.const_data_ptr(),
-      kernel_dtype(dy.scalar_type()),
+      float_dtype("dy", dy.scalar_type()),
       dy.stride(0),
       dy.stride(1),
       static_cast<const int64_t*>(ids.const_data_ptr()),
       dx.mutable_data_ptr(),
-      kernel_dtype(dtype),
+      dx_dtype,
       partial.data(),
       L,
       len_keep,

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import dispatch
 from ._checks import (
@@ -76,8 +75,9 @@ def masked_mse_ref(
     pixels = to_float_pixels(imgs, mean, std).to(dtype)
     target = pixels.reshape(N, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 3, 5, 1).reshape(N, L, ph * pw * C)
     if norm_pix:
-        average, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-        target = (target - average) / (var + VAR_EPS) ** 0.5
+        centred = target - target.mean(dim=-1, keepdim=True)
+        var = (centred**2).sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
+        target = centred / (var + VAR_EPS) ** 0.5
     weight = mask.to(dtype)
     if values_are_known(mask) and N:
         _check_mask(mask, pred.shape[1])
@@ -85,9 +85,8 @@ def masked_mse_ref(
         removed = (mask != 0).float().argsort(dim=1, descending=True, stable=True)[:, : pred.shape[1]]
         target = target.gather(1, removed[..., None].expand(-1, -1, target.shape[2]))
         weight = weight.gather(1, removed)
-    loss = ((pred.to(dtype) - target) ** 2).mean(dim=-1)
-    loss = torch.where(weight == 0, 0, loss * weight)  # a patch without weight may hold anything
-    return loss.sum() / weight.sum()
+    error = torch.where((weight == 0)[..., None], 0, pred.to(dtype) - target)  # a patch without weight may hold anything
+    return ((error**2).mean(dim=-1) * weight).sum() / weight.sum()
 
 
 def _check_mask(mask: Tensor, rows: int) -> None:
@@ -116,11 +115,23 @@ class _MaskedMse(torch.autograd.Function):
         return torch.ops.maefast.masked_mse_fwd(pred, imgs, mask, patch_h, patch_w, norm_pix, mean, std)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         pred, imgs, mask, mean, std = ctx.saved_tensors
-        dpred = torch.ops.maefast.masked_mse_bwd(dloss, pred, imgs, mask, *ctx.options, mean, std)
+        dpred = _MaskedMseGradient.apply(dloss, pred, imgs, mask, *ctx.options, mean, std)
         return dpred, None, None, None, None, None, None, None
+
+
+class _MaskedMseGradient(torch.autograd.Function):
+    """dpred as a Function of its own: it depends on pred, so a second derivative must raise even where dloss is a constant, which
+    once_differentiable alone lets pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return torch.ops.maefast.masked_mse_bwd(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError('masked_mse is once_differentiable on this backend; maefast.backend("eager") has second derivatives')
 
 
 @torch.library.register_fake("maefast::masked_mse_fwd")

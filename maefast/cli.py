@@ -1,0 +1,96 @@
+"""The command line, `maefast <command>`: arguments in, one function called, errors as one line on stderr with exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ._version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors without the usage before them: one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. Whatever it needs beyond torch is imported when it runs."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def positive_int(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; it is {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1; it is {text!r}")
+    return int(text)
+
+
+def ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, both excluded; it is {text!r}")
+    return value
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of images to train on instead, subfolders included")
+    parser.add_argument("--output", type=Path, default="maefast-demo", metavar="DIR", help="where the results go (%(default)s)")
+    parser.add_argument(
+        "--steps", type=positive_int, help="pre-training steps of the main model; that of the photographs follows"
+    )
+    parser.add_argument("--batch-size", type=positive_int, help="images a step; the learning rate scales along")
+    parser.add_argument("--mask-ratio", type=ratio, help="the part of the patches that is removed")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, data order, masks and draws (%(default)s)")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .train.demo import demo
+
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    demo(**options)
+
+
+COMMANDS = {
+    "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="maefast", description="Masked Autoencoder pre-training at the speed of the hardware.")
+    parser.add_argument("--version", action="version", version=f"maefast {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in COMMANDS.items():
+        command.add_arguments(subparsers.add_parser(name, help=command.help, description=command.help.capitalize() + "."))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+    from .train import UserError
+
+    arguments = build_parser().parse_args(argv)
+    try:
+        COMMANDS[arguments.command].run(arguments)
+    except UserError as error:
+        print(f"maefast {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"maefast {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

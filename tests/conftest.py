@@ -1,0 +1,73 @@
+"""Fixtures: seeds, backends, instruction sets, poisoned memory."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import support
+import torch
+
+import maefast
+
+GIB = 1 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "huge: more than 2^31 elements; takes up to 6 GiB of memory and ten seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("huge"):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if free < 8 * GIB:
+            pytest.skip(f"needs 8 GiB of free memory, there are {free / GIB:.1f}")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native() -> None:
+    """The test needs the native library."""
+    if not support.NATIVE:
+        pytest.skip("maefast was installed without its native library")
+
+
+@pytest.fixture(params=support.ISAS)
+def isa(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
+    """Runs the test on each instruction set of the native kernels, and gives the best one back."""
+    from maefast import _C
+
+    try:
+        _C.set_cpu_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
+    assert _C.cpu_isa() == request.param
+    yield request.param
+    _C.set_cpu_isa("auto")
+
+
+@pytest.fixture(params=support.BACKENDS)
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each backend forced."""
+    with maefast.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a kernel allocates and does not write holds 3e38 or an index out of range; huge tests do without."""
+    if request.node.get_closest_marker("huge"):
+        yield
+        return
+    with support.poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

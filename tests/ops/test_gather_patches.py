@@ -1,0 +1,177 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import IMAGE_LAYOUTS, LAYOUTS, check_op, threads, widened
+from torch import Tensor
+
+import maefast
+from maefast import ops
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def images(N: int, C: int, H: int, W: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randint(256, (N, C, H, W), dtype=U8) if dtype == U8 else torch.randn(N, C, H, W).to(dtype)
+
+
+def gather_by_loops(imgs: Tensor, ids: Tensor, ph: int, pw: int) -> Tensor:
+    columns = imgs.shape[3] // pw
+    rows = [[(i // columns * ph, i % columns * pw) for i in row] for row in ids.tolist()]
+    patches = [[img[:, y : y + ph, x : x + pw].flatten() for y, x in row] for img, row in zip(imgs, rows, strict=True)]
+    return torch.stack([torch.stack(row) for row in patches])
+
+
+def test_order_by_hand(each_backend):
+    imgs = torch.arange(2 * 4 * 6, dtype=F32).reshape(1, 2, 4, 6)  # channel 1 is channel 0 + 24
+    out = ops.gather_patches(imgs, torch.tensor([[3, 1]]), (2, 3))
+    assert out.tolist() == [
+        [
+            [15, 16, 17, 21, 22, 23, 39, 40, 41, 45, 46, 47],  # patch 3: rows 2-3, columns 3-5
+            [3, 4, 5, 9, 10, 11, 27, 28, 29, 33, 34, 35],  # patch 1: rows 0-1, columns 3-5
+        ]
+    ]
+
+
+def test_reference_is_the_definition():
+    imgs, ids = images(3, 4, 14, 15), torch.randint(6, (3, 5))
+    assert torch.equal(ops.gather_patches_ref(imgs, ids, (7, 5), None, None, F32), gather_by_loops(imgs, ids, 7, 5))
+
+
+def test_a_gemm_on_all_patches_is_the_convolution(each_backend):
+    imgs, weight = torch.randint(-9, 9, (2, 3, 16, 24)).float(), torch.randint(-9, 9, (5, 3, 8, 4)).float()  # exact in fp32
+    patches = ops.gather_patches(imgs, torch.arange(12).expand(2, -1), (8, 4))
+    assert torch.equal(patches @ weight.flatten(1).T, F.conv2d(imgs, weight, stride=(8, 4)).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("C", [1, 3, 4, 13])
+@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (7, 5), (14, 14), (16, 16), (3, 40)], ids=str)
+def test_pixels_are_copied(isa, patch, C, dtype):
+    imgs, ids = images(3, C, 3 * patch[0], 4 * patch[1], dtype), torch.randint(12, (3, 7))
+    out = ops.gather_patches(imgs, ids, patch)
+    assert out.dtype == dtype
+    assert torch.equal(out, gather_by_loops(imgs, ids, *patch))
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(F32, BF16), (BF16, F32), (BF16, BF16), (F32, F32)], ids=str)
+def test_conversion(isa, dtype, out_dtype):
+    imgs, ids = images(2, 3, 21, 10, dtype), torch.randint(6, (2, 6))
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]
+    imgs[0, 0].view(-1)[: len(special)] = torch.tensor(special).to(dtype)
+    ids[0, 0] = 0
+    out = ops.gather_patches(imgs, ids, (7, 5), dtype=out_dtype)
+    expected = gather_by_loops(imgs, ids, 7, 5).to(out_dtype)
+    assert expected.isnan().any()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(out.signbit() & (out == 0), expected.signbit() & (expected == 0))
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["mean_std", "plain"])
+@pytest.mark.parametrize("out_dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("patch", [(1, 1), (7, 5), (16, 16)], ids=str)
+def test_uint8(isa, patch, out_dtype, normalised):
+    statistics = (MEAN, STD) if normalised else ()
+    cases = [{"imgs": images(2, 3, 4 * patch[0], 3 * patch[1], U8)} for _ in range(3)]
+    ids = torch.randint(12, (2, 6))
+
+    def op(imgs: Tensor) -> Tensor:
+        if imgs.dtype == torch.float64:
+            return ops.gather_patches(imgs, ids, patch)
+        return ops.gather_patches(imgs, ids, patch, *statistics, dtype=None if out_dtype == F32 else out_dtype)
+
+    check_op(op, cases, exact=lambda inputs: {"imgs": widened(inputs["imgs"], *statistics)})
+
+
+def test_uint8_by_hand(each_backend):
+    imgs = torch.tensor([0, 51, 255, 102], dtype=U8).reshape(1, 1, 2, 2)
+    out = ops.gather_patches(imgs, torch.tensor([[0]]), 2, torch.tensor([0.2]), torch.tensor([0.5]))
+    torch.testing.assert_close(out, torch.tensor([[[-0.4, 0.0, 1.6, 0.4]]]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", IMAGE_LAYOUTS.values(), ids=IMAGE_LAYOUTS)
+@pytest.mark.parametrize("dtype", [F32, BF16, U8], ids=["fp32", "bf16", "uint8"])
+def test_layouts(isa, dtype, layout):
+    imgs, ids = images(3, 3, 16, 36, dtype), torch.randint(4, (3, 4))
+    expected = ops.gather_patches(imgs, ids, (8, 18))
+    assert torch.equal(ops.gather_patches(layout(imgs), ids, (8, 18)), expected)
+    for ids_layout in LAYOUTS.values():
+        assert torch.equal(ops.gather_patches(imgs, ids_layout(ids), (8, 18)), expected)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_zero_strides(isa, dim):
+    imgs, ids = images(2, 3, 16, 16).narrow(dim, 0, 1), torch.randint(4, (2, 3))
+    expanded = imgs.expand(*(size if i != dim else (2, 3, 16, 16)[dim] for i, size in enumerate(imgs.shape)))
+    assert torch.equal(ops.gather_patches(expanded, ids, 8), gather_by_loops(expanded.contiguous(), ids, 8, 8))
+
+
+@pytest.mark.parametrize(("N", "K"), [(0, 4), (0, 0), (3, 0)])
+@pytest.mark.parametrize("dtype", [F32, U8], ids=["fp32", "uint8"])
+def test_empty(each_backend, dtype, N, K):
+    out = ops.gather_patches(images(N, 3, 8, 8, dtype), torch.zeros(N, K, dtype=torch.int64), 4)
+    assert out.shape == (N, K, 48)
+    assert out.dtype == F32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_other_dtypes_run_eagerly(dtype):
+    imgs, ids = images(2, 3, 8, 8, dtype), torch.randint(4, (2, 3))
+    out = ops.gather_patches(imgs, ids, 4)
+    assert out.dtype == dtype
+    assert torch.equal(out, gather_by_loops(imgs, ids, 4, 4))
+
+
+def test_gradient_of_images():
+    imgs, ids = images(2, 2, 6, 4, torch.float64).requires_grad_(), torch.tensor([[0, 0, 3], [1, 5, 2]])  # a patch twice
+    assert torch.autograd.gradcheck(lambda x: ops.gather_patches(x, ids, 2), (imgs,))
+    single = imgs.detach().float().requires_grad_()
+    (grad,) = torch.autograd.grad(ops.gather_patches(single, ids, 2).sum(), single)
+    assert grad[0].tolist() == [[[2, 2, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2 + [[0, 0, 0, 0]] * 2] * 2
+
+
+def test_native_refuses_a_gradient_of_images(native):
+    imgs, ids = images(1, 1, 4, 4).requires_grad_(), torch.tensor([[1]])
+    with maefast.backend("native"):
+        with pytest.raises(RuntimeError, match=r"gather_patches.*native.*no gradient for imgs"):
+            ops.gather_patches(imgs, ids, 2)
+        with torch.no_grad():
+            assert torch.equal(ops.gather_patches(imgs, ids, 2), gather_by_loops(imgs, ids, 2, 2))
+
+
+def test_threads_do_not_matter(native):
+    imgs, ids = images(8, 3, 128, 128, U8), torch.randint(64, (8, 40))
+    with threads(1):
+        one = ops.gather_patches(imgs, ids, 16, MEAN, STD)
+    with threads(2):
+        assert torch.equal(ops.gather_patches(imgs, ids, 16, MEAN, STD), one)
+
+
+@pytest.mark.huge
+def test_more_than_2_31_elements(native):
+    N = 15_000
+    single, ids = images(1, 3, 224, 224), torch.randint(196, (N, 1))
+    imgs = single.expand(N, -1, -1, -1)
+    assert imgs.numel() > 2**31
+    assert torch.equal(ops.gather_patches(imgs, ids, 16), gather_by_loops(single, ids.T, 16, 16).reshape(N, 1, 768))
+
+
+@pytest.mark.huge
+def test_offsets_beyond_2_31(native):
+    imgs = torch.zeros(15_000, 3, 224, 224, dtype=U8)  # untouched pages take no memory
+    imgs[-1] = images(1, 3, 224, 224, U8)[0]
+    ids = torch.randint(196, (1, 50))
+    out = ops.gather_patches(imgs, ids.expand(15_000, -1)[:, :2], 16)
+    assert out[-1].any()
+    assert torch.equal(out[-1:], ops.gather_patches(imgs[-1:].clone(), ids[:, :2], 16))
+
+
+def test_opcheck(native):
+    op = torch.ops.maefast.gather_patches_fwd.default
+    ids = torch.randint(4, (2, 3))
+    for imgs, statistics in ((images(2, 3, 4, 10), (None, None)), (images(2, 3, 4, 10, U8), (MEAN, STD))):
+        torch.library.opcheck(op, (imgs, ids, 2, 5, *statistics, BF16))

@@ -1,0 +1,223 @@
+"""What several test files share: awkward layouts of a tensor, ops against float64 and small models."""
+
+import ctypes
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from errors import assert_close_to_float64
+from torch import Tensor, nn
+
+import maefast
+from maefast import _library
+from maefast.reference import ReferenceMAE
+
+NATIVE = _library.HAS_NATIVE
+BACKENDS = ("native", "eager") if NATIVE else ("eager",)
+ISAS = ("scalar", "avx2", "avx512")
+Op = Callable[..., Tensor]
+Results = dict[str, Tensor]
+
+
+def _poison(tensor: Tensor) -> Tensor:
+    return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 113)
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """The same values, one element after an aligned address."""
+    storage = _poison(t.new_empty(t.numel() + 2))
+    return storage[1:-1].view(t.shape).copy_(t)
+
+
+def padded(t: Tensor) -> Tensor:
+    """The same values in rows that are dense but apart, poison between them."""
+    storage = _poison(t.new_empty(*t.shape[:-1], t.shape[-1] + 5))
+    return storage[..., 3:-2].copy_(t)
+
+
+def sliced(t: Tensor) -> Tensor:
+    """The same values, every stride doubled, poison between them."""
+    storage = _poison(t.new_empty([2 * size for size in t.shape]))
+    return storage[(slice(1, None, 2),) * t.dim()].copy_(t)
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values, the last two dimensions swapped in memory."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS = {"misaligned": misaligned, "padded": padded, "sliced": sliced, "transposed": transposed}
+IMAGE_LAYOUTS = LAYOUTS | {"channels_last": channels_last}
+
+
+def lay_out(layout: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """`t` in another layout, with the same values and the same need of a gradient."""
+    out = layout(t.detach()).requires_grad_(t.requires_grad)
+    assert torch.equal(out, t)
+    return out
+
+
+def permutations(N: int, L: int) -> Tensor:
+    return torch.rand(N, L).argsort(dim=1)
+
+
+def removed_mask(N: int, L: int, len_keep: int) -> Tensor:
+    return (permutations(N, L) >= len_keep).float()
+
+
+def widened(imgs: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """The pixels in float64; uint8 ones by the formula (x/255 - mean)/std."""
+    pixels = imgs.detach().double()
+    if imgs.dtype != torch.uint8:
+        return pixels
+    pixels = pixels / 255
+    return pixels if mean is None else (pixels - mean.double()[:, None, None]) / std.double()[:, None, None]
+
+
+def forward_backward(op: Op, inputs: dict[str, Tensor], dy: Tensor | None) -> dict[str, Tensor]:
+    """The output of op(**inputs), and the gradient of each leaf that needs one as d_<name>."""
+    leaves = {name: t for name, t in inputs.items() if t.requires_grad}
+    out = op(**inputs)
+    if not leaves:
+        return {"out": out}
+    grads = torch.autograd.grad(out, list(leaves.values()), None if dy is None else dy.to(out.dtype))
+    return {"out": out.detach()} | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def check_op(
+    op: Op,
+    cases: list[dict[str, Tensor]],
+    exact: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dy: Callable[[Tensor], Tensor] | None = None,
+    layout: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs,
+) -> None:
+    """Native against float64, forward and every gradient, by the error rule with the eager reference as the yardstick.
+
+    The results of all `cases` (inputs of one shape) are held to the rule as one tensor. `exact` makes the float64 inputs, `dy`
+    the incoming gradient (also for a scalar, where None would be 1), `layout` changes how the native inputs lie in memory.
+    """
+    results: dict[str, list[dict[str, Tensor]]] = {"native": [], "eager": [], "exact": []}
+    for inputs in cases:
+        wide = exact(inputs)
+        wide = {name: t.detach().requires_grad_(inputs[name].requires_grad) for name, t in wide.items()}
+        incoming = None
+        if dy is not None:
+            incoming = dy(op(**wide).detach())
+        for backend in ("native", "eager"):
+            with maefast.backend(backend):
+                results[backend].append(forward_backward(op, layout(inputs) if backend == "native" else inputs, incoming))
+        results["exact"].append(forward_backward(op, wide, incoming))
+    for name in results["exact"][0]:
+        got, eager, truth = (torch.stack([case[name] for case in results[key]]) for key in ("native", "eager", "exact"))
+        assert got.dtype == eager.dtype, f"{name}: native gives {got.dtype}, eager {eager.dtype}"
+        assert_close_to_float64(name, got, eager, truth)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within the block every fresh allocation of the process holds 0x7f7f7f7f: 3e38 as fp32 or bf16, out of range as an index."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
+    if mallopt is None:
+        yield
+        return
+    m_perturb, inverted = -6, 0x80
+    mallopt(m_perturb, inverted)
+    try:
+        assert (torch.empty(100_000).view(torch.uint8) == 0x7F).all()
+        yield
+    finally:
+        mallopt(m_perturb, 0)
+
+
+def at_the_edge(t: Tensor, end: bool) -> Tensor:
+    """The same values up against a page that may not be touched: behind the last of them, or before the first."""
+    page, size = mmap.PAGESIZE, t.numel() * t.itemsize
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    no_access = 0
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + pages * page * end), ctypes.c_size_t(page), no_access):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    view = memoryview(memory)[pages * page - size : pages * page] if end else memoryview(memory)[page : page + size]
+    out = torch.frombuffer(view, dtype=t.dtype).view(t.permute(*_dense_order(t)).shape)
+    return out.copy_(t.permute(*_dense_order(t))).permute(*_inverse(_dense_order(t)))
+
+
+def _dense_order(t: Tensor) -> list[int]:
+    """The dimensions of a dense tensor from the outermost in memory to the innermost."""
+    return sorted(range(t.dim()), key=lambda dim: (-t.stride(dim), dim))
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+SMALL = {
+    "img_size": (64, 48),
+    "patch_size": (8, 16),
+    "in_chans": 3,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "decoder_embed_dim": 24,
+    "decoder_depth": 1,
+    "decoder_num_heads": 3,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+    "norm_pix_loss": True,
+}
+
+
+def small_mae(cls: type[maefast.MAE] = maefast.MAE, seed: int = 0, **options: object) -> maefast.MAE:
+    torch.manual_seed(seed)
+    return cls(**{**SMALL, **options})
+
+
+def small_reference(seed: int = 0, **options: object) -> ReferenceMAE:
+    torch.manual_seed(seed)
+    return ReferenceMAE(**{**SMALL, **options})
+
+
+def images_for(model: nn.Module, N: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    """Random images of the size that the model takes."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (N, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    if dtype == torch.uint8:
+        return torch.randint(256, shape, dtype=dtype, generator=generator)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def noise_for(model: nn.Module, N: int = 2, seed: int = 2) -> Tensor:
+    return torch.rand(N, model.patch_embed.num_patches, generator=torch.Generator().manual_seed(seed))
+
+
+def step(model: nn.Module, imgs: Tensor, noise: Tensor, mode: str = "fp32", in_place: bool = False, **options: object) -> Results:
+    """loss, pred, mask and every parameter's gradient; pure bf16 has model and images in bf16."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else nullcontext():
+        loss, pred, mask = model(imgs, noise=noise, **options)
+    if in_place:
+        loss /= 2
+    loss.backward()
+    results = {"loss": loss.detach(), "mask": mask} | ({} if pred is None else {"pred": pred.detach()})
+    return results | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def stacked(runs: list[Results]) -> Results:
+    assert all(run.keys() == runs[0].keys() for run in runs)
+    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}

@@ -1,0 +1,313 @@
+"""Bad input: an error that names the argument, what it was and what it should be, and nothing has changed."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import support
+import torch
+from support import images_for, noise_for, small_mae
+from torch import Tensor
+
+import maefast
+from maefast import MAE, ops
+
+I64, U8 = torch.int64, torch.uint8
+Case = tuple[Callable[[], object], str]  # the call, and a pattern of the message
+ModelCase = tuple[Callable[[MAE, Tensor], object], str]  # the model and images that fit it
+
+
+def mask_of(*removed: int) -> Tensor:
+    """(N, 24), row n removes the first `removed[n]` patches."""
+    return torch.stack([(torch.arange(24) < count).float() for count in removed])
+
+
+def grads(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+IMGS, IDS, NOISE = torch.rand(2, 3, 8, 12), torch.zeros(2, 3, dtype=I64), torch.rand(2, 6)
+MEAN, STD = torch.rand(3), torch.rand(3) + 0.1
+X, RESTORE, TOKEN, POS = torch.rand(2, 3, 4), torch.arange(6).expand(2, 6), torch.rand(1, 1, 4), torch.rand(1, 7, 4)
+PRED, MASK = torch.rand(2, 6, 48), torch.tensor([[1.0, 1, 0, 1, 1, 0]] * 2)
+UNEVEN = torch.tensor([[1.0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0]])
+R24 = torch.rand(2, 24)
+META = torch.device("meta")
+
+TYPE_ERRORS: dict[str, Case] = {
+    "noise_in_float64": (lambda: ops.random_masking(NOISE.double(), 1), "noise must be float32.*float64"),
+    "gather_integers": (lambda: ops.gather_patches(IMGS.int(), IDS, 4), "imgs must be floating-point or uint8.*int32"),
+    "gather_bools": (lambda: ops.gather_patches(IMGS > 0, IDS, 4), "imgs must be floating-point or uint8.*bool"),
+    "gather_ids_int32": (lambda: ops.gather_patches(IMGS, IDS.int(), 4), "ids must be int64.*int32"),
+    "gather_std_in_float64": (
+        lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN, STD.double()),
+        "std must be float32.*float64",
+    ),
+    "gather_to_integers": (lambda: ops.gather_patches(IMGS, IDS, 4, dtype=I64), "dtype must be floating-point.*int64"),
+    "unshuffle_integers": (lambda: ops.unshuffle(X.int(), RESTORE, TOKEN, POS), "x must be floating-point.*int32"),
+    "unshuffle_float_ids": (lambda: ops.unshuffle(X, RESTORE.float(), TOKEN, POS), "ids_restore must be int64.*float32"),
+    "mse_integers": (lambda: ops.masked_mse(PRED.int(), IMGS, MASK, 4, True), "pred must be floating-point.*int32"),
+    "mse_bool_mask": (lambda: ops.masked_mse(PRED, IMGS, MASK.bool(), 4, True), "mask must be float32.*bool"),
+    "mse_integer_images": (lambda: ops.masked_mse(PRED, IMGS.to(I64), MASK, 4, True), "imgs must be.*int64"),
+}
+
+VALUE_ERRORS: dict[str, Case] = {
+    "noise_of_one_dimension": (lambda: ops.random_masking(NOISE[0], 1), r"noise must be \(N, L\).*\(6,\)"),
+    "noise_with_gradient": (lambda: ops.random_masking(grads(NOISE), 1), "noise has no gradient.*detach"),
+    "len_keep_negative": (lambda: ops.random_masking(NOISE, -1), r"len_keep must be in \[0, 6\].*-1"),
+    "len_keep_too_large": (lambda: ops.random_masking(NOISE, 7), r"len_keep must be in \[0, 6\].*7"),
+    "masking_noise_negative": (lambda: ops.masking_noise(-1, 5, "cpu"), "N and L must not be negative.*-1 and 5"),
+    "gather_three_dimensions": (lambda: ops.gather_patches(IMGS[0], IDS, 4), r"imgs must be \(N, C, H, W\).*\(3, 8, 12\)"),
+    "gather_no_multiple": (lambda: ops.gather_patches(IMGS, IDS, 5), "imgs must have.*multiples of the patch, 5 x 5.*8 x 12"),
+    "gather_patch_of_zero": (lambda: ops.gather_patches(IMGS, IDS, 0), "patch_size must be positive.*0"),
+    "gather_ids_of_other_batch": (lambda: ops.gather_patches(IMGS, IDS[:1], 4), r"ids must be \(N, K\) with N = 2.*\(1, 3\)"),
+    "gather_ids_on_meta": (lambda: ops.gather_patches(IMGS, IDS.to(META), 4), "ids must be on the device of imgs, cpu.*meta"),
+    "gather_mean_alone": (lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN), "mean and std must be given together"),
+    "gather_mean_of_floats": (
+        lambda: ops.gather_patches(IMGS, IDS, 4, MEAN, STD),
+        "mean and std normalise uint8 images.*float32",
+    ),
+    "gather_mean_too_short": (
+        lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN[:2], STD),
+        r"mean must be \(C,\) = \(3,\).*\(2,\)",
+    ),
+    "gather_std_with_gradient": (lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN, grads(STD)), "std has no gradient"),
+    "unshuffle_flat_ids": (lambda: ops.unshuffle(X, RESTORE[0], TOKEN, POS), r"ids_restore must be \(N, L\).*\(6,\)"),
+    "unshuffle_other_batch": (
+        lambda: ops.unshuffle(X[:1], RESTORE, TOKEN, POS),
+        r"x must be \(N, 1\+K, D\) with N = 2.*\(1, 3, 4\)",
+    ),
+    "unshuffle_no_class_token": (lambda: ops.unshuffle(X[:, :0], RESTORE, TOKEN, POS), r"x must be.*\(2, 0, 4\)"),
+    "unshuffle_too_many_tokens": (lambda: ops.unshuffle(torch.rand(2, 8, 4), RESTORE, TOKEN, POS), r"K <= L = 6.*\(2, 8, 4\)"),
+    "unshuffle_mask_token": (lambda: ops.unshuffle(X, RESTORE, TOKEN[0], POS), r"mask_token must be \(1, 1, 4\).*\(1, 4\)"),
+    "unshuffle_pos_embed": (lambda: ops.unshuffle(X, RESTORE, TOKEN, POS[:, 1:]), r"pos_embed must be \(1, 7, 4\).*\(1, 6, 4\)"),
+    "unshuffle_on_meta": (
+        lambda: ops.unshuffle(X, RESTORE, TOKEN.to(META), POS),
+        "mask_token must be on the device of x, cpu.*meta",
+    ),
+    "mse_mask_with_gradient": (lambda: ops.masked_mse(PRED, IMGS, grads(MASK), 4, True), "mask has no gradient"),
+    "mse_mask_shape": (lambda: ops.masked_mse(PRED, IMGS, MASK[:, 1:], 4, True), r"mask must be \(N, L\) = \(2, 6\).*\(2, 5\)"),
+    "mse_pred_rows": (
+        lambda: ops.masked_mse(torch.rand(2, 7, 48), IMGS, MASK, 4, True),
+        r"pred must be \(2, M, 48\).*\(2, 7, 48\)",
+    ),
+    "mse_pred_no_rows": (lambda: ops.masked_mse(PRED[:, :0], IMGS, MASK, 4, True), r"pred must be.*\(2, 0, 48\)"),
+    "mse_pred_values": (lambda: ops.masked_mse(PRED[..., 1:], IMGS, MASK, 4, True), r"pred must be \(2, M, 48\).*\(2, 6, 47\)"),
+    "mse_pred_batch": (lambda: ops.masked_mse(PRED[:1], IMGS, MASK, 4, True), r"pred must be \(2, M, 48\).*\(1, 6, 48\)"),
+    "mse_no_multiple": (lambda: ops.masked_mse(PRED, IMGS[..., 1:], MASK, 4, True), "imgs must have.*8 x 11"),
+    "mse_one_value": (
+        lambda: ops.masked_mse(torch.rand(2, 96, 1), IMGS[:, :1], torch.ones(2, 96), 1, True),
+        "norm_pix.*at least two",
+    ),
+    "mse_on_meta": (lambda: ops.masked_mse(PRED, IMGS, MASK.to(META), 4, True), "mask must be on the device of pred, cpu.*meta"),
+}
+
+# What only the values tell; checked by both backends on the CPU.
+VALUE_CASES: dict[str, Case] = {
+    "id_too_large": (lambda: ops.gather_patches(IMGS, IDS + torch.tensor([0, 6, 0]), 4), r"ids must be in \[0, 6\).*6"),
+    "id_negative": (lambda: ops.gather_patches(IMGS, IDS - torch.tensor([0, 0, 1]), 4), r"ids must be in \[0, 6\).*-1"),
+    "id_huge": (lambda: ops.gather_patches(IMGS, IDS + 2**62, 4), r"ids must be in \[0, 6\).*4611686018427387904"),
+    "id_int_min": (lambda: ops.gather_patches(IMGS, IDS - 2**63, 4), r"ids must be in \[0, 6\).*-9223372036854775808"),
+    "rank_twice": (
+        lambda: ops.unshuffle(X, RESTORE.clone().index_fill_(1, torch.tensor(3), 2), TOKEN, POS),
+        "ids_restore must hold a permutation",
+    ),
+    "rank_too_large": (lambda: ops.unshuffle(X, RESTORE + RESTORE // 5, TOKEN, POS), "ids_restore must"),
+    "rank_negative": (lambda: ops.unshuffle(X, RESTORE - 1, TOKEN, POS), "ids_restore must"),
+    "mask_of_zeros": (lambda: ops.masked_mse(PRED, IMGS, MASK * 0, 4, True), "mask is all zeros"),
+    "mask_and_rows": (lambda: ops.masked_mse(PRED[:, :3], IMGS, MASK, 4, True), "pred has 3 rows.*mask.*removes.*4"),
+    "mask_uneven": (lambda: ops.masked_mse(PRED[:, :4], IMGS, UNEVEN, 4, True), "pred has 4 rows.*mask.*2"),
+}
+
+
+@pytest.mark.parametrize("case", TYPE_ERRORS.values(), ids=TYPE_ERRORS)
+def test_dtypes(case):
+    call, message = case
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("case", VALUE_ERRORS.values(), ids=VALUE_ERRORS)
+def test_shapes_and_devices(case):
+    call, message = case
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("case", VALUE_CASES.values(), ids=VALUE_CASES)
+def test_values(each_backend, case):
+    call, message = case
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def raw(name: str, *args: object) -> Callable[[], object]:
+    return lambda: getattr(torch.ops.maefast, name)(*args)
+
+
+GATHER, MSE = (4, 4, None, None, torch.float32), (4, 4, True, None, None)
+RAW_CASES: dict[str, Case] = {
+    "noise_shape": (raw("random_masking_fwd", NOISE[0], 1), "noise must be"),
+    "noise_dtype": (raw("random_masking_fwd", NOISE.double(), 1), "noise must be"),
+    "len_keep_negative": (raw("random_masking_fwd", NOISE, -1), "len_keep must be"),
+    "len_keep_too_large": (raw("random_masking_fwd", NOISE, 7), "len_keep must be"),
+    "gather_imgs_shape": (raw("gather_patches_fwd", IMGS[0], IDS, *GATHER), "imgs must be"),
+    "gather_imgs_dtype": (raw("gather_patches_fwd", IMGS.double(), IDS, *GATHER), "float32"),
+    "gather_out_dtype": (raw("gather_patches_fwd", IMGS, IDS, *GATHER[:4], torch.float64), "dtype"),
+    "gather_out_uint8": (raw("gather_patches_fwd", IMGS, IDS, *GATHER[:4], U8), "dtype"),
+    "gather_patch_zero": (raw("gather_patches_fwd", IMGS, IDS, 0, *GATHER[1:]), "patch"),
+    "gather_patch_negative": (raw("gather_patches_fwd", IMGS, IDS, -4, *GATHER[1:]), "patch"),
+    "gather_patch_no_multiple": (raw("gather_patches_fwd", IMGS, IDS, 4, 5, *GATHER[2:]), "multiple of the patch"),
+    "gather_ids_shape": (raw("gather_patches_fwd", IMGS, IDS[0], *GATHER), "ids must be"),
+    "gather_ids_batch": (raw("gather_patches_fwd", IMGS, IDS[:1], *GATHER), "ids must be"),
+    "gather_ids_dtype": (raw("gather_patches_fwd", IMGS, IDS.int(), *GATHER), "ids must be"),
+    "gather_ids_range": (raw("gather_patches_fwd", IMGS, IDS + 6, *GATHER), r"ids must be in \[0, 6\)"),
+    "gather_mean_short": (raw("gather_patches_fwd", IMGS.to(U8), IDS, 4, 4, MEAN[:1], STD, torch.float32), "mean and std"),
+    "gather_mean_dtype": (raw("gather_patches_fwd", IMGS.to(U8), IDS, 4, 4, MEAN.double(), STD, torch.float32), "mean and std"),
+    "gather_mean_alone": (raw("gather_patches_fwd", IMGS.to(U8), IDS, 4, 4, MEAN, None, torch.float32), "mean and std"),
+    "unshuffle_x_shape": (raw("unshuffle_fwd", X[0], RESTORE, TOKEN, POS), "x must be"),
+    "unshuffle_x_dtype": (raw("unshuffle_fwd", X.double(), RESTORE, TOKEN, POS), "float32"),
+    "unshuffle_x_uint8": (raw("unshuffle_fwd", X.to(U8), RESTORE, TOKEN, POS), "x must be"),
+    "unshuffle_x_batch": (raw("unshuffle_fwd", X[:1], RESTORE, TOKEN, POS), "x must be"),
+    "unshuffle_x_empty": (raw("unshuffle_fwd", X[:, :0], RESTORE, TOKEN, POS), "x must be"),
+    "unshuffle_x_long": (raw("unshuffle_fwd", torch.rand(2, 8, 4), RESTORE, TOKEN, POS), "x must be"),
+    "unshuffle_token": (raw("unshuffle_fwd", X, RESTORE, TOKEN[..., :3], POS), "mask_token must be"),
+    "unshuffle_pos": (raw("unshuffle_fwd", X, RESTORE, TOKEN, POS[:, :3]), "pos_embed"),
+    "unshuffle_pos_dtype": (raw("unshuffle_fwd", X, RESTORE, TOKEN, POS.double()), "float32 or bfloat16"),
+    "unshuffle_ids_shape": (raw("unshuffle_fwd", X, RESTORE[0], TOKEN, POS), "ids_restore must be"),
+    "unshuffle_ids_range": (raw("unshuffle_fwd", X, RESTORE + 1, TOKEN, POS), "ids_restore must be"),
+    "unshuffle_ids_twice": (raw("unshuffle_fwd", X, RESTORE // 2, TOKEN, POS), "permutation"),
+    "unshuffle_dy_shape": (raw("unshuffle_bwd", POS[0], RESTORE, 2, torch.float32), "dy must be"),
+    "unshuffle_dy_tokens": (raw("unshuffle_bwd", torch.rand(2, 6, 4), RESTORE, 2, torch.float32), "dy must be"),
+    "unshuffle_dy_uint8": (raw("unshuffle_bwd", torch.zeros(2, 7, 4, dtype=U8), RESTORE, 2, torch.float32), "dy must be"),
+    "unshuffle_dy_ids": (raw("unshuffle_bwd", torch.rand(2, 7, 4), RESTORE * 7, 2, torch.float32), "ids_restore must be"),
+    "unshuffle_dy_len_keep": (raw("unshuffle_bwd", torch.rand(2, 7, 4), RESTORE, 7, torch.float32), "len_keep must be"),
+    "unshuffle_dx_dtype": (raw("unshuffle_bwd", torch.rand(2, 7, 4), RESTORE, 2, torch.float64), "dtype"),
+    "unshuffle_dx_uint8": (raw("unshuffle_bwd", torch.rand(2, 7, 4), RESTORE, 2, U8), "dtype"),
+    "mse_pred_shape": (raw("masked_mse_fwd", PRED[0], IMGS, MASK, *MSE), "pred must be"),
+    "mse_pred_dtype": (raw("masked_mse_fwd", PRED.double(), IMGS, MASK, *MSE), "float32"),
+    "mse_pred_uint8": (raw("masked_mse_fwd", PRED.to(U8), IMGS, MASK, *MSE), "pred must be"),
+    "mse_pred_values": (raw("masked_mse_fwd", PRED[..., :9], IMGS, MASK, *MSE), "pred must be"),
+    "mse_pred_rows": (raw("masked_mse_fwd", PRED[:, :3], IMGS, MASK, *MSE), "pred has 3 rows"),
+    "mse_mask_shape": (raw("masked_mse_fwd", PRED, IMGS, MASK[:, :5], *MSE), "mask must be"),
+    "mse_mask_dtype": (raw("masked_mse_fwd", PRED, IMGS, MASK.double(), *MSE), "mask must be"),
+    "mse_mask_empty": (raw("masked_mse_fwd", PRED, IMGS, MASK * 0, *MSE), "mask is all zeros"),
+    "mse_patch_zero": (raw("masked_mse_fwd", PRED, IMGS, MASK, 0, 0, True, None, None), "patch"),
+    "mse_dloss_shape": (raw("masked_mse_bwd", torch.rand(2), PRED, IMGS, MASK, *MSE), "dloss must be"),
+    "mse_dloss_dtype": (raw("masked_mse_bwd", torch.rand(()).double(), PRED, IMGS, MASK, *MSE), "dloss must be"),
+    "mse_bwd_pred": (raw("masked_mse_bwd", torch.rand(()), PRED[:, :3], IMGS, MASK, *MSE), "pred has 3 rows"),
+}
+
+
+@pytest.mark.parametrize("case", RAW_CASES.values(), ids=RAW_CASES)
+def test_native_ops_called_directly(native, case):
+    call, message = case
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call()
+
+
+MODEL_TYPE_ERRORS: dict[str, ModelCase] = {
+    "integers": (lambda m, x: m(x.long()), "imgs must be floating-point or uint8.*int64"),
+    "int8": (lambda m, x: m(x.to(torch.int8)), "imgs must be floating-point or uint8.*int8"),
+    "noise_dtype": (lambda m, x: m(x, noise=R24.double()), "noise must be float32.*float64"),
+    "mask_dtype": (lambda m, x: m(x, mask=mask_of(9, 9).int()), "mask must be bool or floating-point.*int32"),
+    "encode_integers": (lambda m, x: m.encode(x.long()), "imgs must be floating-point or uint8.*int64"),
+}
+
+MODEL_VALUE_ERRORS: dict[str, ModelCase] = {
+    "other_size": (lambda m, x: m(x[..., :32]), r"imgs must be \(N, 3, 64, 48\).*\(2, 3, 64, 32\)"),
+    "no_multiple": (lambda m, x: m(x[..., 1:]), r"imgs must be \(N, 3, 64, 48\).*\(2, 3, 64, 47\)"),
+    "other_channels": (lambda m, x: m(x[:, :1]), r"imgs must be \(N, 3, 64, 48\).*\(2, 1, 64, 48\)"),
+    "no_batch_dimension": (lambda m, x: m(x[0]), r"imgs must be \(N, 3, 64, 48\).*\(3, 64, 48\)"),
+    "empty_batch": (lambda m, x: m(x[:0]), "imgs must hold at least one image.*empty"),
+    "ratio_negative": (lambda m, x: m(x, -0.1), r"mask_ratio must be in \[0, 1\).*-0\.1"),
+    "ratio_one": (lambda m, x: m(x, 1.0), r"mask_ratio must be in \[0, 1\).*1\.0"),
+    "ratio_nan": (lambda m, x: m(x, math.nan), r"mask_ratio must be in \[0, 1\).*nan"),
+    "ratio_zero": (lambda m, x: m(x, 0.0), "mask_ratio must keep.*remove at least one.*keeps 24"),
+    "ratio_keeps_none": (lambda m, x: m(x, 0.97), "mask_ratio must keep at least one of the 24 patches.*0.97 keeps 0"),
+    "noise_shape": (lambda m, x: m(x, noise=R24[:, 1:]), r"noise must be \(N, L\) = \(2, 24\).*\(2, 23\)"),
+    "noise_batch": (lambda m, x: m(x, noise=R24[:1]), r"noise must be \(N, L\) = \(2, 24\).*\(1, 24\)"),
+    "noise_device": (lambda m, x: m(x, noise=R24.to(META)), "noise must be on the device of imgs, cpu.*meta"),
+    "noise_gradient": (lambda m, x: m(x, noise=grads(R24)), "noise has no gradient"),
+    "noise_and_mask": (lambda m, x: m(x, noise=R24, mask=mask_of(9, 9)), "noise and mask"),
+    "mask_shape": (lambda m, x: m(x, mask=mask_of(9, 9)[:, :23]), r"mask must be \(N, L\) = \(2, 24\).*\(2, 23\)"),
+    "mask_device": (lambda m, x: m(x, mask=mask_of(9, 9).to(META)), "mask must be on the device of imgs, cpu.*meta"),
+    "mask_uneven": (lambda m, x: m(x, mask=mask_of(9, 10)), "mask must remove as many.*9 to 10"),
+    "mask_uneven_bool": (lambda m, x: m(x, mask=mask_of(12, 10).bool()), "mask must remove as many.*10 to 12"),
+    "mask_weights": (lambda m, x: m(x, mask=mask_of(9, 9) * 0.5), "mask must hold 0.*and 1"),
+    "mask_nan": (lambda m, x: m(x, mask=mask_of(9, 9) * math.nan), "mask must hold 0.*and 1"),
+    "mask_of_zeros": (lambda m, x: m(x, mask=mask_of(0, 0)), "mask must keep.*remove at least one.*removes 0"),
+    "mask_of_ones": (lambda m, x: m(x, mask=mask_of(24, 24)), "mask must keep at least one.*removes 24"),
+    "reconstruct": (lambda m, x: m.reconstruct(x[:, :2]), r"imgs must be \(N, 3, 64, 48\)"),
+    "encode": (lambda m, x: m.encode(x[..., :32]), r"imgs must be \(N, 3, 64, 48\)"),
+    "patchify": (lambda m, x: m.patchify(x[..., :32]), r"imgs must be \(N, 3, 64, 48\)"),
+    "unpatchify": (lambda m, x: m.unpatchify(torch.ones(2, 24, 5)), r"x must be \(N, 24, 384\).*\(2, 24, 5\)"),
+    "forward_encoder": (lambda m, x: m.forward_encoder(x[..., :32], 0.75), r"imgs must be \(N, 3, 64, 48\)"),
+    "forward_encoder_ratio": (lambda m, x: m.forward_encoder(x, -0.1), r"mask_ratio must be in \[0, 1\).*-0\.1"),
+    "forward_decoder": (lambda m, x: m.forward_decoder(torch.ones(2, 26, 32), torch.arange(24).expand(2, -1)), "x must be"),
+    "forward_loss": (
+        lambda m, x: m.forward_loss(x, torch.ones(2, 24, 5), mask_of(9, 9)),
+        r"pred must be \(2, M, 384\).*\(2, 24, 5\)",
+    ),
+}
+
+
+def check_refused(case: ModelCase, error: type[Exception]) -> None:
+    """The call raises, and weights, gradients and the random generator are as they were."""
+    call, message = case
+    model = small_mae()
+    imgs = images_for(model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        call(model, imgs)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("case", MODEL_TYPE_ERRORS.values(), ids=MODEL_TYPE_ERRORS)
+def test_model_dtypes(case):
+    check_refused(case, TypeError)
+
+
+@pytest.mark.parametrize("case", MODEL_VALUE_ERRORS.values(), ids=MODEL_VALUE_ERRORS)
+def test_model_values(case):
+    check_refused(case, ValueError)
+
+
+CONSTRUCTOR_CASES: dict[str, tuple[dict[str, object], str]] = {
+    "no_multiple": ({"img_size": 50}, "img_size must be a multiple of patch_size.*50 x 50.*8 x 16"),
+    "img_size_zero": ({"img_size": 0}, "img_size must be positive.*0"),
+    "patch_size_negative": ({"patch_size": (8, -16)}, r"patch_size must be positive.*\(8, -16\)"),
+    "heads": ({"num_heads": 5}, "width must be a multiple of num_heads.*32.*5"),
+    "decoder_heads": ({"decoder_num_heads": 5}, "width must be a multiple of num_heads.*24.*5"),
+    "positions": ({"embed_dim": 30, "num_heads": 3}, "divisible by 4.*30"),
+    "mean_alone": ({"mean": [0.5] * 3}, "mean and std must be given together"),
+    "mean_length": ({"mean": [0.5] * 2, "std": [0.5] * 3}, "mean must have one value for each of the 3 channels.*2"),
+    "std_length": ({"mean": [0.5] * 3, "std": [0.5]}, "std must have one value for each of the 3 channels.*1"),
+    "std_zero": ({"mean": [0.5] * 3, "std": [0.5, 0.0, 0.5]}, "std must be positive.*0.0"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTOR_CASES.values(), ids=CONSTRUCTOR_CASES)
+def test_constructor(case):
+    options, message = case
+    with pytest.raises(ValueError, match=message):
+        small_mae(**options)
+
+
+@pytest.mark.parametrize("call", [MAE.__call__, MAE.encode, MAE.reconstruct], ids=["forward", "encode", "reconstruct"])
+def test_uint8_images_need_statistics(call):
+    model = small_mae(in_chans=4)
+    with pytest.raises(ValueError, match="mean and std must be given to MAE for uint8 images of 4 channels"):
+        call(model, images_for(model, dtype=U8))
+
+
+def test_a_failed_forward_leaves_the_next_one_as_it_was():
+    model, reference = small_mae(), support.small_reference()
+    imgs, noise = images_for(model), noise_for(model)
+    with pytest.raises(ValueError, match="mask_ratio"):
+        model(imgs, 2.0)
+    with maefast.backend("eager"):
+        assert torch.equal(model(imgs, noise=noise).mask, reference(imgs, noise=noise).mask)

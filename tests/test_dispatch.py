@@ -1,0 +1,149 @@
+"""Which backend runs: auto, requests that never fall back, the environment variable, explain()."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import NATIVE, images_for, noise_for, small_mae
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import maefast
+from maefast import dispatch, ops
+
+AUTO = "native" if NATIVE else "eager"
+
+
+class Seen(TorchDispatchMode):
+    """The native ops that ran within the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "maefast":
+            self.names.add(func._schema.name.removeprefix("maefast::"))
+        return func(*args, **(kwargs or {}))
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def ops_of_a_step(model: torch.nn.Module, imgs: torch.Tensor, noise: torch.Tensor) -> set[str]:
+    with Seen() as seen:
+        model(imgs, noise=noise).loss.backward()
+    return seen.names
+
+
+def test_auto_takes_native_where_it_can(native):
+    model = small_mae()
+    names = {"random_masking_fwd", "gather_patches_fwd", "unshuffle_fwd", "unshuffle_bwd", "masked_mse_fwd", "masked_mse_bwd"}
+    assert ops_of_a_step(model, images_for(model), noise_for(model)) == names
+    assert ops_of_a_step(model.bfloat16(), images_for(model).bfloat16(), noise_for(model)) == names
+    assert ops_of_a_step(model.double(), images_for(model).double(), noise_for(model)) == {"random_masking_fwd"}
+
+
+def test_eager_runs_no_native_op():
+    model = small_mae()
+    with maefast.backend("eager"):
+        assert ops_of_a_step(model, images_for(model), noise_for(model)) == set()
+
+
+def test_requests_nest_and_end():
+    x = torch.rand(2, 5).double()
+    with maefast.backend("eager"):
+        with maefast.backend("auto"):
+            assert dispatch.choose("masked_mse", {"pred": x}) == "eager"
+        with pytest.raises(ZeroDivisionError), maefast.backend("auto"):
+            1 / 0  # noqa: B018
+        assert dispatch.choose("random_masking", {"noise": x.float()}) == "eager"
+    assert dispatch.choose("random_masking", {"noise": x.float()}) == AUTO
+
+
+@pytest.mark.parametrize("name", ["nativ", "", "cuda", "EAGER"])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match=f"backend must be one of auto, native, eager.*'{name}'"), maefast.backend(name):
+        pass
+    assert dispatch.choose("random_masking", {"noise": torch.rand(1, 2)}) == AUTO
+
+
+def test_a_request_that_cannot_run_raises_with_the_reason(native):
+    model = small_mae().double()
+    imgs, ids = torch.rand(1, 1, 4, 4).double(), torch.tensor([[1]])
+    with maefast.backend("native"):
+        with pytest.raises(RuntimeError, match=r"gather_patches cannot run on the requested backend 'native'.*imgs is float64"):
+            ops.gather_patches(imgs, ids, 2)
+        with pytest.raises(RuntimeError, match=r"unshuffle cannot run.*'native'.*x is float64"):
+            ops.unshuffle(torch.rand(1, 2, 3).double(), ids * 0, torch.rand(1, 1, 3), torch.rand(1, 2, 3))
+        with pytest.raises(RuntimeError, match=r"cannot run.*'native'.*float64"):
+            model(images_for(model).double())
+        with pytest.raises(RuntimeError, match=r"masked_mse cannot run.*'native'.*pred is float16"):
+            ops.masked_mse(torch.rand(1, 4, 4).half(), imgs.float(), torch.ones(1, 4), 2, False)
+        with pytest.raises(RuntimeError, match=r"random_masking cannot run.*'native'.*noise is on meta"):
+            ops.random_masking(torch.rand(1, 4, device="meta"), 2)
+    assert ops.gather_patches(imgs, ids, 2).dtype == torch.float64
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_every_backend_answers_in_one_sentence(op):
+    assert dispatch.can_run(op, "eager", {}) is None
+    reason = dispatch.can_run(op, "native", {"pred": torch.empty(0, device="meta")})
+    assert reason.count("\n") == 0
+    assert "meta" in reason or not NATIVE
+
+
+@pytest.mark.parametrize(("value", "expected"), [("auto", AUTO), ("eager", "eager"), *[("native", "native")] * NATIVE])
+def test_environment_variable(value, expected):
+    code = (
+        "import torch, maefast; print(maefast.dispatch.choose('random_masking', {'noise': torch.rand(1, 2)})); maefast.explain()"
+    )
+    done = run_python(code, MAEFAST_BACKEND=value)
+    assert done.returncode == 0, done.stderr
+    chosen, *table = done.stdout.splitlines()
+    assert chosen == expected
+    assert [line.split()[:2] for line in table[1:]] == [[op, expected] for op in dispatch.OPS]
+    assert (done.stderr == "") == NATIVE
+
+
+def test_environment_variable_of_an_unknown_backend():
+    done = run_python("import maefast", MAEFAST_BACKEND="triton9")
+    assert done.returncode != 0
+    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, eager; it is 'triton9'" in done.stderr
+
+
+def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, tuple[str, str]]:
+    maefast.explain(**options)
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split(maxsplit=2) == ["op", "backend", "why not the others"]
+    return {op: (backend, why) for op, backend, why in (line.split(maxsplit=2) for line in lines)}
+
+
+def test_explain(native, capsys):
+    table = explained(capsys)
+    assert tuple(table) == dispatch.OPS
+    assert set(table.values()) == {("native", "eager: native is faster")}
+    table = explained(capsys, dtype=torch.float64)
+    assert table["masked_mse"][0] == "eager"
+    assert "native: native masked_mse takes float32, bfloat16, pred is float64" in table["masked_mse"][1]
+    with maefast.backend("eager"):
+        assert explained(capsys)["unshuffle"] == ("eager", "native: eager was requested")
+    table = explained(capsys, device="meta")
+    assert table["gather_patches"][0] == "eager"
+    assert "run on the CPU" in table["gather_patches"][1]
+
+
+def test_explain_reports_a_request_that_cannot_run(native, capsys):
+    """It prints the table all the same: it is where one looks when a request fails."""
+    with maefast.backend("native"):
+        table = explained(capsys, dtype=torch.float64)
+    assert "float64" in " ".join(table["masked_mse"])
