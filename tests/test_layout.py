@@ -1,0 +1,157 @@
+"""The shape of the repository: who may import whom, what an op consists of, one set of pinned versions."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support import NATIVE
+
+import maefast
+from maefast import dispatch, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "maefast"
+
+# Bottom up; a module imports from layers below its own, and a package also from itself.
+LAYERS = (
+    {"_version", "_library", "reference"},
+    {"dispatch"},
+    {"ops"},
+    {"blocks"},
+    {"model"},
+    {"models_mae"},
+    {""},  # maefast/__init__.py
+    {"train"},
+    {"cli"},
+    {"__main__"},
+)
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+
+OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
+SCHEMAS = re.findall(r'^"(.*)",$', (PACKAGE / "schemas.inc").read_text(), flags=re.MULTILINE)
+NATIVE_OPS = sorted({re.sub(r"_(fwd|bwd)\(.*", "", schema) for schema in SCHEMAS})
+
+
+def module_name(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def is_module(parts: tuple[str, ...]) -> bool:
+    return ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts, "__init__.py").exists()
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """The modules of maefast that a file imports, anywhere in it, as parts of their names."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path)[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names if alias.name.split(".")[0] == "maefast")
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            if base[0] == "maefast":
+                yield from {(*base, alias.name) if is_module((*base, alias.name)) else base for alias in node.names}
+
+
+def top(parts: tuple[str, ...]) -> str:
+    return parts[1] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    mine = top(module_name(path))
+    assert mine in LEVEL, f"give {mine} a layer in this test"
+    for imported in imports(path):
+        theirs = top(imported)
+        inside = mine == theirs and mine in ("ops", "train")
+        assert inside or LEVEL[theirs] < LEVEL[mine], f"{mine} must not import {'.'.join(imported)}"
+
+
+def test_the_walk_over_imports_sees_them():
+    assert set(imports(PACKAGE / "dispatch.py")) == {("maefast", "_library")}
+    assert ("maefast", "ops") in set(imports(PACKAGE / "blocks.py"))
+    assert ("maefast", "ops", "_checks") in set(imports(PACKAGE / "ops" / "unshuffle.py"))
+    assert ("maefast", "dispatch") in set(imports(PACKAGE / "ops" / "unshuffle.py"))
+    assert ("maefast", "reference") in set(imports(PACKAGE / "model.py"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_do_not_import_each_other(op):
+    siblings = {parts[2] for parts in imports(PACKAGE / "ops" / f"{op}.py") if parts[:2] == ("maefast", "ops") and len(parts) > 2}
+    assert siblings <= {"_checks"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda path: path.name)
+def test_native_includes(path):
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), flags=re.MULTILINE)
+    if path.name != "stable.h":
+        assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))]
+    assert not [name for name in included if Path(name).stem in NATIVE_OPS]
+    if path.name != "module.cpp":
+        assert not [name for name in included if name.startswith(("Python", "pybind11"))]
+
+
+def test_torch_headers_are_those_of_the_stable_interface():
+    included = re.findall(r"#include <((?:torch|ATen|c10)/[^>]+)>", (ROOT / "csrc" / "stable.h").read_text())
+    assert included
+    assert all(name.startswith(("torch/csrc/stable/", "torch/headeronly/")) for name in included)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_complete(op):
+    assert op in ops.__all__
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+    assert getattr(ops, op).__doc__
+    if op == "masking_noise":  # its own reference: torch.rand
+        return
+    assert callable(getattr(ops, f"{op}_ref"))
+    assert op in dispatch.OPS
+    assert op in NATIVE_OPS
+    benchmarks = ast.parse((ROOT / "benchmarks" / "test_ops.py").read_text())
+    assert op in {node.attr for node in ast.walk(benchmarks) if isinstance(node, ast.Attribute)}
+
+
+def test_every_op_has_a_module():
+    assert set(dispatch.OPS) == set(NATIVE_OPS) == set(OPS) - {"masking_noise"}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    assert tests == set(OPS)
+
+
+@pytest.mark.parametrize("op", NATIVE_OPS)
+def test_native_sources(op):
+    source = ROOT / "csrc" / "cpu" / f"{op}.cpp"
+    assert source.exists()
+    assert f"csrc/cpu/{op}.cpp" in (ROOT / "CMakeLists.txt").read_text()
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.split("(")[0])
+def test_schemas_are_registered(schema):
+    name = schema.split("(")[0]
+    registered = getattr(torch.ops.maefast, name).default
+    assert str(registered._schema) == f"maefast::{schema}"
+    assert torch._library.simple_registry.singleton.find(f"maefast::{name}").fake_impl.kernel is not None
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{name}", "CPU") == NATIVE
+
+
+def test_public_names():
+    assert all(hasattr(maefast, name) for name in maefast.__all__)
+    assert {"MAE", "ops", "explain", "backend", "__version__"} <= set(maefast.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", maefast.__version__)
+
+
+def test_versions_are_pinned_once():
+    """The hooks use the versions of the development environment."""
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.\[\]-]+==[\w.+]+", pin) for pin in pins), pins
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    used = {dependency for hook in hooks for dependency in hook["additional_dependencies"]}
+    assert used <= set(pins)
+    assert {dependency.split("==")[0] for dependency in used} == {"ruff", "clang-format", "mypy"}

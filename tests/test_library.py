@@ -1,0 +1,180 @@
+"""The package without its native library: everything works, it says once that it is slower, and says why."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import NATIVE
+
+import maefast
+
+PACKAGE = Path(maefast.__file__).parent
+
+STEP = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import maefast
+assert [str(w.message) for w in caught] == ["maefast runs without its native kernels: everything works, slower"], caught
+import torch
+assert not maefast._library.HAS_NATIVE
+torch.manual_seed(0)
+model = maefast.MAE((8, 12), 4, 3, 16, 1, 2, 16, 1, 2, norm_pix_loss=True)
+reference = maefast.reference.ReferenceMAE((8, 12), 4, 3, 16, 1, 2, 16, 1, 2, norm_pix_loss=True)
+reference.load_state_dict(model.state_dict())
+imgs, noise = torch.rand(2, 3, 8, 12), torch.rand(2, 6)
+losses = []
+for m in (model, reference):
+    loss, pred, mask = m(imgs, noise=noise)
+    loss.backward()
+    losses.append((loss, pred, m.blocks[0].attn.qkv.weight.grad))
+assert torch.equal(model(imgs, noise=noise).mask, reference(imgs, noise=noise).mask)
+torch.testing.assert_close(*losses)
+torch.manual_seed(1)
+noise = maefast.ops.masking_noise(2, 6, "cpu")
+torch.manual_seed(1)
+assert torch.equal(noise, torch.rand(2, 6))
+# the schemas exist, so that other backends can be registered; there is no CPU kernel behind them
+assert torch.ops.maefast.unshuffle_bwd.default._schema.returns[1].type.kind() == "TensorType"
+try:
+    torch.ops.maefast.random_masking_fwd(noise, 3)
+except NotImplementedError:
+    print("no kernel")
+maefast.explain()
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package alone, no native object in it."""
+    root = tmp_path_factory.mktemp("site")
+    shutil.copytree(PACKAGE, root / "maefast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return root
+
+
+def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name != "MAEFAST_BACKEND"}
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"]
+    return subprocess.run(command, env=clean | env, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_works_warns_once_and_explains(plain_package):
+    done = run_python(STEP, plain_package)
+    assert done.returncode == 0, done.stderr
+    no_kernel, _, *rows = done.stdout.splitlines()
+    assert no_kernel == "no kernel"
+    assert [row.split()[:2] for row in rows] == [[op, "eager"] for op in maefast.dispatch.OPS]
+    assert all("native: maefast was installed without its native library (MAEFAST_NATIVE=0)" in row for row in rows)
+
+
+def test_asking_for_native_raises(plain_package):
+    done = run_python("import maefast", plain_package, MAEFAST_BACKEND="native")
+    assert done.returncode != 0
+    assert "RuntimeError: MAEFAST_BACKEND asks for native: maefast was installed without its native library" in done.stderr
+    done = run_python("import maefast\nwith maefast.backend('native'): pass", plain_package)
+    assert "RuntimeError: backend asks for native: maefast was installed without" in done.stderr
+
+
+def test_a_native_library_that_does_not_load_is_an_error(plain_package, tmp_path):
+    shutil.copytree(plain_package / "maefast", tmp_path / "maefast")
+    (tmp_path / "maefast" / "libmaefast.so").write_bytes(b"not a library")
+    done = run_python("import maefast", tmp_path)
+    assert done.returncode != 0
+    assert "ImportError: libmaefast.so does not load beside torch" in done.stderr
+
+
+@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+def test_build_facts():
+    from maefast import _C
+
+    info = _C.build_info()
+    assert info["cplusplus"] >= 202002
+    assert info["cuda"] is False
+    assert info["compiler"]
+    assert _C.cpu_isa() in ("scalar", "avx2", "avx512")
+
+
+@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+@pytest.mark.parametrize("name", ["sse2", "", "AVX2", "avx5"])
+def test_unknown_instruction_set(name):
+    from maefast import _C
+
+    before = _C.cpu_isa()
+    with pytest.raises(ValueError, match=f"name must be 'auto', 'scalar', 'avx2' or 'avx512'.*'{name}'"):
+        _C.set_cpu_isa(name)
+    assert _C.cpu_isa() == before
+
+
+@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+def test_the_ops_need_no_python():
+    """libmaefast.so refers to no symbol of Python, and to torch through the stable C interface alone."""
+    command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+    assert not [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
+
+
+EDGES = """
+import torch
+from maefast import _C, ops
+from support import at_the_edge, channels_last, permutations, removed_mask
+
+torch.manual_seed(0)
+
+def run(op, **inputs):
+    leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    out = op(**inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    return [*outs, *(torch.autograd.grad(out, leaves, torch.ones_like(out)) if leaves else ())]
+
+def check(op, options, **inputs):
+    expected = run(op, **inputs, **options)
+    for end in (True, False):
+        edged = {name: at_the_edge(t.detach(), end).requires_grad_(t.requires_grad) for name, t in inputs.items()}
+        for a, b in zip(run(op, **edged, **options), expected, strict=True):
+            assert torch.equal(a, b), (op, end)
+
+for isa in ("scalar", "avx2", "avx512"):
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError:
+        continue
+    for L in (5, 300, 3000):
+        check(ops.random_masking, {"len_keep": L // 4}, noise=torch.rand(2, L))
+    for dtype in (torch.float32, torch.bfloat16):
+        for D in (1, 5, 63, 768):
+            check(ops.unshuffle, {}, x=torch.randn(2, 4, D, dtype=dtype).requires_grad_(), ids_restore=permutations(2, 9),
+                  mask_token=torch.randn(1, 1, D).to(dtype).requires_grad_(), pos_embed=torch.randn(1, 10, D).to(dtype))
+    for C, patch in ((1, (3, 5)), (3, (7, 5)), (3, (4, 4)), (4, (2, 9))):
+        shape = (2, C, 2 * patch[0], 3 * patch[1])
+        for imgs in (torch.randn(shape), torch.randn(shape).bfloat16(), torch.randint(256, shape, dtype=torch.uint8)):
+            for imgs in (imgs, channels_last(imgs)):
+                check(ops.gather_patches, {"patch_size": patch}, imgs=imgs, ids=torch.tensor([[5, 0], [0, 5]]))
+                check(ops.masked_mse, {"patch_size": patch, "norm_pix": True}, imgs=imgs, mask=removed_mask(2, 6, 2),
+                      pred=torch.randn(2, 4, C * patch[0] * patch[1]).requires_grad_())
+print("within")
+"""
+
+
+@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+def test_kernels_read_nothing_beyond_their_inputs():
+    """In a process of its own: a read across the edge ends it."""
+    done = run_python(EDGES, Path(__file__).parent)
+    assert done.stdout == "within\n", f"exit status {done.returncode}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(("end", "beyond"), [(True, "+ 20"), (False, "- 1")], ids=["behind", "before"])
+def test_the_edge_is_there(end, beyond):
+    """Five fp32 values; the byte behind the last of them, or before the first, ends the process."""
+    code = f"""
+import ctypes, torch
+from support import at_the_edge
+ctypes.string_at(at_the_edge(torch.ones(5), {end}).data_ptr() {beyond}, 1)
+"""
+    assert run_python(code, Path(__file__).parent).returncode == -signal.SIGSEGV

@@ -1,0 +1,216 @@
+"""MAE against ReferenceMAE: the same weights and seed give the same masks, and loss, pred and gradients within the error rule."""
+
+import copy
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from errors import assert_close_to_float64
+from support import Results, images_for, noise_for, small_mae, small_reference, stacked, step
+from torch import Tensor, nn
+
+import maefast
+from maefast.reference import ReferenceMAE
+
+F32, BF16 = torch.float32, torch.bfloat16
+MODES = ("fp32", "bf16", "autocast")
+MODELS = {
+    "non_square": {},
+    "pixels": {"norm_pix_loss": False},
+    "one_channel": {"in_chans": 1, "img_size": 28, "patch_size": 4},
+    "four_channels": {"in_chans": 4, "img_size": 32, "patch_size": (16, 4)},
+    "thirteen_channels": {"in_chans": 13, "img_size": (20, 30), "patch_size": 10},
+}
+
+
+def load(model: nn.Module, reference: ReferenceMAE) -> nn.Module:
+    model.load_state_dict(reference.state_dict())
+    return model
+
+
+def compare(
+    model: nn.Module, reference: ReferenceMAE, mode: str, batches: int, exact: list[Results] | None = None, **options
+) -> None:
+    """The results of several batches, held to the error rule as one tensor each; `exact` saves computing the truth again."""
+    if mode == "bf16":
+        model, reference = model.bfloat16(), reference.bfloat16()
+    exact_model = None if exact else copy.deepcopy(reference).double()
+    got, eager, truth = [], [], exact or []
+    for seed in range(batches):
+        imgs, noise = images_for(model, dtype=BF16 if mode == "bf16" else F32, seed=10 + seed), noise_for(model, seed=seed)
+        got.append(step(model, imgs, noise, mode, **options))
+        eager.append(step(reference, imgs, noise, mode))
+        if exact_model is not None:
+            truth.append(step(exact_model, imgs.double(), noise))
+    mine, theirs, exactly = map(stacked, (got, eager, truth))
+    assert torch.equal(mine.pop("mask"), theirs.pop("mask"))
+    assert mine["loss"].dtype == F32
+    assert (mine.keys() == theirs.keys()) or options == {"return_pred": False}
+    if "pred" in mine:
+        assert mine["pred"].dtype == theirs["pred"].dtype
+    for name, value in mine.items():
+        assert_close_to_float64(f"{mode}, {name}", value, theirs[name], exactly[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_small_models(options, mode):
+    reference = small_reference(**options)
+    compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [MODELS["non_square"], MODELS["one_channel"]], ids=["non_square", "one_channel"])
+def test_without_pred(options, mode):
+    reference = small_reference(**options)
+    compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=8, return_pred=False)
+
+
+BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12, "norm_layer": partial(nn.LayerNorm, eps=1e-6), "norm_pix_loss": True}
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[nn.Module, ReferenceMAE, Results]:
+    """ViT-B/16, its reference with the same weights, and the exact results of one batch."""
+    torch.manual_seed(0)
+    reference = ReferenceMAE(**BASE)
+    model = load(maefast.mae_vit_base_patch16(norm_pix_loss=True), reference)
+    exact = step(copy.deepcopy(reference).double(), images_for(model, seed=10).double(), noise_for(model, seed=0))
+    return model, reference, exact
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_base_patch16_at_224(base, mode):
+    model, reference, exact = base
+    if mode == "bf16":  # other weights, so another truth
+        compare(copy.deepcopy(model), copy.deepcopy(reference), mode, batches=1)
+    else:
+        compare(model, reference, mode, batches=1, exact=[exact])
+
+
+def test_attention_of_the_paper():
+    """The reference with materialised scores is the same model."""
+    reference = small_reference(attention="math")
+    compare(load(small_mae(seed=9), reference), reference, "fp32", batches=8)
+
+
+@pytest.mark.parametrize("return_pred", [True, False], ids=["pred", "no_pred"])
+def test_the_caller_may_divide_the_loss_in_place(return_pred):
+    model = small_mae()
+    imgs, noise = images_for(model), noise_for(model)
+    whole = step(model, imgs, noise, return_pred=return_pred)
+    whole = {name: value.clone() for name, value in whole.items()}
+    half = step(model, imgs, noise, in_place=True, return_pred=return_pred)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(half[name], whole[name] / 2), name
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.5, 0.9, 0.05])
+def test_masks_of_a_seed(ratio):
+    reference, model = small_reference(), small_mae()
+    imgs = images_for(model, N=5)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected, after = reference(imgs, ratio).mask, torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(model(imgs, ratio).mask, expected)
+        assert torch.equal(torch.rand(1), after)
+        torch.manual_seed(seed)
+        assert torch.equal(model(imgs, ratio, return_pred=False).mask, expected)
+        torch.manual_seed(seed)
+        assert torch.equal(model.forward_encoder(imgs, ratio)[1], expected)
+
+
+def test_ratio_is_truncated_as_a_float():
+    """int(100 * (1 - 0.9)) is 9."""
+    model = small_mae(img_size=40, patch_size=4)
+    assert (model(images_for(model), 0.9).mask == 0).sum(dim=1).tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("name", ["non_square", "pixels", "thirteen_channels"])
+def test_same_seed_gives_the_same_weights(name):
+    reference, model = small_reference(seed=4, **MODELS[name]), small_mae(seed=4, **MODELS[name])
+    after_model = torch.rand(2)
+    small_reference(seed=4, **MODELS[name])
+    assert torch.equal(torch.rand(2), after_model)
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    for key, value in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        n for n, p in reference.named_parameters() if p.requires_grad
+    ]
+
+
+def test_state_dicts_are_exchanged_both_ways():
+    reference, model = small_reference(seed=1), small_mae(seed=2)
+    saved = copy.deepcopy(model.state_dict())
+    load(model, reference)
+    reference.load_state_dict(saved)
+    for key, value in saved.items():
+        assert torch.equal(reference.state_dict()[key], value), key
+    imgs, noise = images_for(model), noise_for(model)
+    assert torch.equal(small_reference(seed=1)(imgs, noise=noise).mask, model(imgs, noise=noise).mask)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_encode_is_the_encoder_with_nothing_masked(mode):
+    """In the order of the image: the reference told to keep everything, with noise that shuffles nothing."""
+    reference = small_reference()
+    model = load(small_mae(seed=9), reference)
+    imgs = images_for(model, N=4)
+    if mode == "bf16":
+        model, reference, imgs = model.bfloat16(), reference.bfloat16(), imgs.bfloat16()
+    in_order = torch.linspace(0, 1, 24).expand(4, -1)
+    with torch.autocast("cpu", BF16) if mode == "autocast" else nullcontext():
+        got, eager = model.encode(imgs), reference.forward_encoder(imgs, 0.0, in_order)[0]
+    exact = copy.deepcopy(reference).double().forward_encoder(imgs.double(), 0.0, in_order)[0]
+    assert got.dtype == eager.dtype
+    assert_close_to_float64("encode", got, eager, exact)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_official_methods(mode):
+    """forward_encoder and forward_decoder, called as a script would."""
+    reference = small_reference()
+    model = load(small_mae(seed=9), reference)
+    imgs = images_for(model, N=4)
+    if mode == "bf16":
+        model, reference, imgs = model.bfloat16(), reference.bfloat16(), imgs.bfloat16()
+    exact_model = copy.deepcopy(reference).double()
+
+    def run(m: nn.Module, imgs: Tensor, context=nullcontext) -> tuple[Tensor, ...]:
+        torch.manual_seed(5)
+        with context():
+            latent, mask, ids_restore = m.forward_encoder(imgs, 0.5)
+            pred = m.forward_decoder(latent, ids_restore)
+            return mask, ids_restore, latent, pred
+
+    context = partial(torch.autocast, "cpu", BF16) if mode == "autocast" else nullcontext
+    got, eager, exact = run(model, imgs, context), run(reference, imgs, context), run(exact_model, imgs.double())
+    for i in range(2):
+        assert torch.equal(got[i], eager[i])
+    for name, a, b, c in zip(("latent", "pred"), got[2:], eager[2:], exact[2:], strict=True):
+        assert_close_to_float64(name, a, b, c)
+
+
+def test_random_masking_of_tokens():
+    reference, model = small_reference(), small_mae()
+    x = torch.randn(3, 24, 32)
+    torch.manual_seed(6)
+    expected = reference.random_masking(x, 0.7)
+    torch.manual_seed(6)
+    for got, value in zip(model.random_masking(x, 0.7), expected, strict=True):
+        assert torch.equal(got, value)
+
+
+def test_float64_model():
+    """Runs eagerly, and is the reference up to rounding."""
+    reference = small_reference()
+    model = load(small_mae(seed=9), reference).double()
+    reference.double()
+    imgs, noise = images_for(model).double(), noise_for(model)
+    mine, theirs = (step(m, imgs, noise) for m in (model, reference))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-11)
