@@ -1,0 +1,149 @@
+"""torch.compile: whole graphs, the masks of eager, no recompilation from step to step, a switched backend noticed."""
+
+import copy
+
+import pytest
+import torch
+from errors import assert_close_to_float64
+from support import NATIVE, images_for, noise_for, small_mae, small_reference, stacked, step
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+
+import maefast
+from maefast import ops
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+SHALLOW = {"depth": 1}
+
+
+def test_inductor_model_forward_and_backward():
+    """Against the reference, with the masks of eager for the same seeds."""
+    reference = small_reference(**SHALLOW)
+    model, exact_model = small_mae(**SHALLOW), copy.deepcopy(reference).double()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    got, eager, exact = [], [], []
+    for seed in range(6):
+        imgs = images_for(model, seed=seed)
+        for m, runs in ((compiled, got), (reference, eager)):
+            torch.manual_seed(seed)
+            runs.append(step(m, imgs, None))
+        torch.manual_seed(seed)
+        exact.append(step(exact_model, imgs.double(), torch.rand(2, 24)))
+    mine = {name.removeprefix("_orig_mod."): value for name, value in stacked(got).items()}
+    theirs, truth = stacked(eager), stacked(exact)
+    assert torch.equal(mine.pop("mask"), theirs.pop("mask"))
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert_close_to_float64(name, value, theirs[name], truth[name])
+
+
+def test_inductor_draws_the_noise_of_torch_rand():
+    @torch.compile(fullgraph=True)
+    def draws(x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.masking_noise(4, 30, x.device) + x, ops.masking_noise(4, 30, x.device) + x
+
+    torch.manual_seed(5)
+    first, second = draws(torch.zeros(4, 30))
+    torch.manual_seed(5)
+    assert torch.equal(first, torch.rand(4, 30))
+    assert torch.equal(second, torch.rand(4, 30))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
+def test_training_does_not_recompile(options):
+    model, eager = small_mae(**SHALLOW), small_mae(**SHALLOW)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    losses = []
+    for m, parameters in ((compiled, model.parameters()), (eager, eager.parameters())):
+        optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1)
+        torch.manual_seed(3)
+        for i in range(4):
+            optimizer.zero_grad()
+            loss = m(images_for(model, seed=i), **options).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert counter.frame_count == 1
+    assert losses[:4] == losses[4:]
+
+
+def test_dynamic_batch_compiles_once():
+    model, eager = small_mae(**SHALLOW), small_mae(**SHALLOW)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for N in (4, 2, 7):
+        imgs, noise = images_for(model, N=N, seed=N), noise_for(model, N=N)
+        for tensor in (imgs, noise):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        mine, theirs = step(compiled, imgs, noise), step(eager, imgs, noise)
+        for name, value in theirs.items():
+            assert torch.equal(mine[name if name in mine else f"_orig_mod.{name}"], value), name
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=["bf16", "uint8"])
+def test_other_inputs(dtype):
+    """Autocast on float images, and uint8 images with a mask given as noise."""
+    model, eager = small_mae(**SHALLOW), small_mae(**SHALLOW)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    imgs, noise = images_for(model, dtype=dtype), (noise_for(model).argsort(dim=1) >= 6).float()
+    mode = "autocast" if dtype == torch.bfloat16 else "fp32"
+    imgs = imgs.float() if mode == "autocast" else imgs
+    mine, theirs = step(compiled, imgs, noise, mode), step(eager, imgs, noise, mode)
+    assert torch.equal(mine["mask"], noise)
+    for name, value in theirs.items():
+        assert torch.equal(mine[name if name in mine else f"_orig_mod.{name}"], value), name
+
+
+def test_encode():
+    model = small_mae(**SHALLOW)
+    imgs = images_for(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    encode = torch.compile(model.encode, fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert torch.equal(encode(imgs), model.encode(imgs))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+def test_a_switched_backend_is_noticed():
+    recorder = EagerAndRecordGraphs()
+    compiled = torch.compile(ops.random_masking, fullgraph=True, backend=recorder)
+    noise = torch.rand(3, 40)
+    expected = ops.random_masking_ref(noise, 10)
+
+    def run() -> None:
+        assert all(torch.equal(a, b) for a, b in zip(compiled(noise, 10), expected, strict=True))
+
+    run()
+    with maefast.backend("eager"):
+        run()
+        run()
+    run()
+    native = [any("random_masking_fwd" in str(node.target) for node in graph.graph.nodes) for graph in recorder.graphs]
+    assert native == [True, False]
+
+
+@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+def test_a_request_that_cannot_run_raises_from_compiled_code():
+    compiled = torch.compile(ops.gather_patches, backend="eager")
+    imgs, ids = torch.rand(1, 1, 4, 4), torch.tensor([[1]])
+    assert torch.equal(compiled(imgs, ids, 2), ops.gather_patches(imgs, ids, 2))
+    with maefast.backend("native"), pytest.raises(Exception, match=r"gather_patches cannot run.*float64"):
+        compiled(imgs.double(), ids, 2)
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_bad_values_raise_from_compiled_code(backend):
+    """Nothing reads out of bounds: the native kernels check, and plain torch does."""
+    if backend == "native" and not NATIVE:
+        pytest.skip("maefast was installed without its native library")
+    compiled = torch.compile(ops.gather_patches, fullgraph=True, backend="aot_eager")
+    imgs, ids = torch.rand(1, 1, 4, 4), torch.tensor([[1]])
+    with maefast.backend(backend):
+        assert torch.equal(compiled(imgs, ids, 2), ops.gather_patches(imgs, ids, 2))
+        with pytest.raises((ValueError, IndexError, RuntimeError), match=r"ids must be in|out of bounds|out of range"):
+            compiled(imgs, ids + 7, 2)
