@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import machine
 import pytest
 import torch
-
-import machine
 from measure import Group, Options
 from rotation import ReplayClock
 

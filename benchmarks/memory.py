@@ -1,4 +1,4 @@
-"""Peak memory of one contender, in a process of its own: the high-water mark of a running step, less what the process held before.
+"""Peak memory of one contender, in a process of its own: the high-water mark of a running step, less what was held before.
 
 Run as `python benchmarks/memory.py MODULE WORKLOAD CONTENDER DEVICE quick|full`; prints {"peak_bytes": ...}.
 """

@@ -6,11 +6,11 @@ from functools import cached_property
 
 import torch
 from errors import assert_close_to_float64
+from rotation import Run
 from torch import Tensor
 
 import maefast
 from maefast import dispatch
-from rotation import Run
 
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -22,7 +22,7 @@ class OpEntry:
     """What a benchmark of an op needs: inputs, the plain way, the maefast way, and what must be moved and computed."""
 
     name: str
-    variants: tuple[str, ...]  # the first is the one that quick runs compile
+    variants: tuple[str, ...]
     make: Callable[[int, str, torch.Generator], Inputs]  # (N, variant, generator)
     plain: Callable[..., Outputs]
     fused: Callable[..., Outputs]
@@ -38,7 +38,6 @@ class OpWorkload:
     variant: str
     N: int
     device: torch.device
-    compiled: bool = True
 
     eager_name = "reference"
     compiled_name = "reference-compiled"
@@ -54,8 +53,7 @@ class OpWorkload:
 
     @property
     def contenders(self) -> list[str]:
-        plain = [self.eager_name, self.compiled_name] if self.compiled else [self.eager_name]
-        return plain + [f"maefast-{backend}" for backend in dispatch.BACKENDS]
+        return [self.eager_name, self.compiled_name, *(f"maefast-{backend}" for backend in dispatch.BACKENDS)]
 
     def bench(self) -> "OpBench":
         return OpBench(self)

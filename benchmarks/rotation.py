@@ -1,4 +1,4 @@
-"""Timing in rotation: every contender of a group runs once per round, in an order shuffled per round; the rounds are the samples."""
+"""Timing in rotation: every contender of a group runs once a round, in an order shuffled per round; rounds are the samples."""
 
 import gc
 import random

@@ -2,20 +2,22 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import traffic
 from errors import assert_close_to_float64
+from rotation import Run
 from torch import Tensor, nn
 
 import maefast
-import traffic
 from maefast.reference import ReferenceMAE
-from rotation import Run
+
+Forward = Callable[[Tensor, Tensor], Any]
 
 SETS = 3
 MASK_RATIO = 0.75
@@ -51,9 +53,7 @@ class Size:
     def flops(self) -> int:
         L, P = self.patches, 3 * self.patch_size**2
         K = int(L * (1 - MASK_RATIO))
-        return traffic.mae_step_flops(
-            self.batch, L, K, P, self.embed_dim, self.depth, self.decoder_embed_dim, self.decoder_depth
-        )
+        return traffic.mae_step_flops(self.batch, L, K, P, self.embed_dim, self.depth, self.decoder_embed_dim, self.decoder_depth)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class StepBench:
             self.weights = self._build(ReferenceMAE, attention="math")
         self.optimizer = adamw(self.weights)
         self.flops = size.flops
+        self._forwards: dict[str, Forward] = {}
+        self._results: dict[str, dict[str, Tensor]] = {}
 
     def _build(self, model_class: type[nn.Module], **options: Any) -> nn.Module:
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -118,8 +120,13 @@ class StepBench:
         model.load_state_dict(self.weights.state_dict(keep_vars=True), assign=True)
         return model
 
-    def forward(self, contender: str) -> Callable[[Tensor, Tensor], Any]:
-        """(imgs, noise) -> an output whose first item is the loss."""
+    def forward(self, contender: str) -> Forward:
+        """(imgs, noise) -> an output whose first item is the loss; built, and so compiled, once."""
+        if contender not in self._forwards:
+            self._forwards[contender] = self._build_forward(contender)
+        return self._forwards[contender]
+
+    def _build_forward(self, contender: str) -> Forward:
         if contender in REFERENCES:
             model: Any = self._sharing(ReferenceMAE, attention=REFERENCES[contender])
         else:
@@ -138,7 +145,7 @@ class StepBench:
             return self._step(lambda imgs, noise: model(pixel_values=imgs, noise=noise), adamw(model))
         return self._step(self.forward(contender), self.optimizer)
 
-    def _step(self, forward: Callable[[Tensor, Tensor], Any], optimizer: torch.optim.Optimizer) -> Run:
+    def _step(self, forward: Forward, optimizer: torch.optim.Optimizer) -> Run:
         def step(i: int) -> None:
             with self.autocast():
                 loss = forward(self.imgs[i], self.noise[i])[0]
@@ -148,9 +155,11 @@ class StepBench:
 
         return step
 
-    def results(self, forward: Callable[[Tensor, Tensor], Any]) -> dict[str, Tensor]:
+    def results(self, contender: str) -> dict[str, Tensor]:
         """Losses of all input sets, and of the first the prediction (where there is one) and every parameter's gradient."""
-        losses = []
+        if contender in self._results:
+            return self._results[contender]
+        forward, losses = self.forward(contender), []
         found: dict[str, Tensor] = {}
         for imgs, noise in zip(self.imgs, self.noise, strict=True):
             with self.autocast():
@@ -162,11 +171,14 @@ class StepBench:
                 if out[1] is not None:
                     found["pred"] = out[1].detach()
             self.weights.zero_grad(set_to_none=True)
-        return found | {"loss": torch.stack(losses)}
+        found["loss"] = torch.stack(losses)
+        if contender in REFERENCES:
+            self._results[contender] = found
+        return found
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
-        """The same in float64, a few images at a time: every row removes as many patches, so the loss is the mean of the chunks'."""
+        """The same in float64, a few images at a time: each removes as many patches, so the loss is the mean of the chunks'."""
         model = copy.deepcopy(self.weights).double()
         losses, preds = [], []
         for i, (imgs, noise) in enumerate(zip(self.imgs, self.noise, strict=True)):
@@ -182,20 +194,28 @@ class StepBench:
                 losses.append(torch.stack(parts).sum())
         return gradients(model) | {"pred": torch.cat(preds), "loss": torch.stack(losses)}
 
-    @cached_property
-    def eager(self) -> dict[str, Tensor]:
-        return self.results(self.forward("reference-math"))
-
     def check(self, contender: str, run: Run) -> None:
-        """The gate: loss, prediction and every parameter's gradient within the error rule. Not for models with other weights."""
+        """The gate: loss, prediction and every parameter's gradient within the error rule. Not for models with other weights.
+
+        What the compiler generates around maefast's ops may be off by as much as what it makes of the reference.
+        """
         if contender == "transformers":
             return
-        got = self.results(self.forward(contender))
+        peers = ["reference-math"] + [self.workload.compiled_name] * (contender == "maefast-compiled")
+        got = self.results(contender)
         lost = self.exact.keys() - got.keys() - {"pred"}
         assert not lost, f"{self.workload.name}, {contender}: no gradient for {sorted(lost)}"
         for name, result in got.items():
             where = f"{self.workload.name}, {contender}, {name}"
-            assert_close_to_float64(where, result, self.eager[name], self.exact[name])
+            assert_close_to_any(where, result, [self.results(peer)[name] for peer in peers], self.exact[name])
+
+
+def assert_close_to_any(where: str, got: Tensor, peers: list[Tensor], exact: Tensor) -> None:
+    """The error rule, with the error of whichever peer lets it hold."""
+    for peer in peers[:-1]:
+        with suppress(AssertionError):
+            return assert_close_to_float64(where, got, peer, exact)
+    return assert_close_to_float64(where, got, peers[-1], exact)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-
 import traffic
-from maefast import ops
-from maefast.reference import VAR_EPS
 from opbench import Inputs, OpEntry, OpWorkload, Outputs
 from rotation import ReplayClock
+from torch import Tensor
+
+from maefast import ops
+from maefast.reference import VAR_EPS
 
 CLOCK = ReplayClock()
 PATCH, GRID = 16, 14
@@ -19,9 +19,8 @@ QUICK_N, FULL_N = 8, 64
 
 
 def workloads(full: bool, device: torch.device) -> list[OpWorkload]:
-    """Full runs every variant with every contender; quick ones compile the first variant of each op only."""
     make = partial(OpWorkload, N=FULL_N if full else QUICK_N, device=device)
-    return [make(entry, variant, compiled=full or not i) for entry in ENTRIES for i, variant in enumerate(entry.variants)]
+    return [make(entry, variant) for entry in ENTRIES for variant in entry.variants]
 
 
 @pytest.mark.benchmark(timer=CLOCK)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from rotation import ReplayClock
 from stepbench import Size, StepWorkload
 

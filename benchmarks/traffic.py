@@ -14,7 +14,7 @@ def masking_bytes(N: int, L: int, K: int, P: int, image_size: int, out_size: int
 
 
 def unshuffle_bytes(N: int, L: int, K: int, D: int, x_size: int, token_size: int, out_size: int) -> int:
-    """Forward: x, ids_restore, mask_token and the positions in, tokens out. Backward: dy and ids_restore in, dx and dmask_token out."""
+    """Forward: x, ids_restore, mask_token, positions in, tokens out. Backward: dy and ids_restore in, dx and dmask_token out."""
     x, y, ids = N * (1 + K) * D * x_size, N * (1 + L) * D * out_size, N * L * INDEX
     token, positions = D * token_size, (1 + L) * D * token_size
     return (x + ids + token + positions + y) + (y + ids + x + token)
@@ -32,7 +32,7 @@ def masked_mse_bytes(N: int, L: int, K: int, P: int, pred_size: int, image_size:
 
 
 def masked_mse_flops(N: int, L: int, K: int, P: int) -> int:
-    """Per removed value: mean 1, variance 3, normalise 2, square and add 3; backward the first six again, difference and scale."""
+    """Per removed value: mean 1, variance 3, normalise 2, square and add 3; backward the first six, difference and scale."""
     return N * (L - K) * P * (9 + 8)
 
 

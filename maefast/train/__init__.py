@@ -1,4 +1,4 @@
-"""Training around the model: data, schedules, optimizers, the demo. Nothing here is needed to use `maefast.MAE` in a script of one's own."""
+"""Training around the model: data, schedules, optimizers, the demo. A script of one's own needs none of it."""
 
 
 class UserError(Exception):

@@ -55,7 +55,9 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any
     return loss.detach()
 
 
-def pretrain(model: nn.Module, images: Iterator[Tensor], *, title: str, steps: int, lr: float, mask_ratio: float) -> list[dict[str, Any]]:
+def pretrain(
+    model: nn.Module, images: Iterator[Tensor], *, title: str, steps: int, lr: float, mask_ratio: float
+) -> list[dict[str, Any]]:
     """`steps` steps of AdamW (0.9, 0.95, weight decay 0.05) under a warm-up over a tenth of them and a half-cycle cosine.
 
     images   batches (N, C, H, W) uint8
@@ -74,7 +76,8 @@ def pretrain(model: nn.Module, images: Iterator[Tensor], *, title: str, steps: i
                 group["lr"] = rate
             losses.append(training_step(model, optimizer, batch, mask_ratio, return_pred=False).item())
             if not math.isfinite(losses[-1]):
-                raise UserError(f"the loss of {title} is {losses[-1]} at step {step + 1}; a smaller --batch-size lowers the learning rate")
+                hint = "a smaller --batch-size lowers the learning rate"
+                raise UserError(f"the loss of {title} is {losses[-1]} at step {step + 1}; {hint}")
             progress.update(step + 1, losses[-1])
             if (step + 1) % every == 0 or step + 1 == steps:
                 seconds = time.perf_counter() - since

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..model import MAE
 
 SHOTS = (2, 5, 10)
 DRAWS = 20
+GRID = 4  # cells a side that patch tokens are averaged over
 MARGIN = 0.05  # what pre-training must win by, at the fewest labels
-
-
-class Encoder(Protocol):
-    def encode(self, imgs: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,20 @@ class ProbeRow:
 
 
 @torch.no_grad()
-def patch_features(model: Encoder, images: Tensor, batch_size: int = 256) -> Tensor:
-    """(N, L*D) fp32: the patch tokens of `encode()`, one after the other. images (N, C, H, W).
+def patch_features(model: MAE, images: Tensor, batch_size: int = 256) -> Tensor:
+    """(N, D*GRID*GRID) fp32: the patch tokens of `encode()`, averaged over a grid of cells. images (N, C, H, W).
 
-    On digits this beats their mean and the class token, for the pre-trained and even more for the untrained encoder (0.85 against 0.83 and
-    0.83; 0.71 against 0.17 and 0.19, at 2 labels per class), so it is the harder comparison too.
+    On digits, whose patches are the cells, at 2 labels per class and with standardised features, this beats the mean of all
+    tokens and the class token for the pre-trained encoder (0.85 against 0.83 and 0.83) and far more for the untrained one (0.65
+    against 0.28 and 0.32): it is the harder comparison too.
     """
-    return torch.cat([model.encode(batch)[:, 1:].flatten(1).float() for batch in images.split(batch_size)])
+    rows, cols = model.patch_embed.grid_size
+    features = []
+    for batch in images.split(batch_size):
+        tokens = model.encode(batch)[:, 1:].float().transpose(1, 2)  # [N, D, L]
+        cells = F.adaptive_avg_pool2d(tokens.unflatten(2, (rows, cols)), (min(GRID, rows), min(GRID, cols)))
+        features.append(cells.flatten(1))
+    return torch.cat(features)
 
 
 def few_label_probe(
@@ -49,35 +56,41 @@ def few_label_probe(
 ) -> list[ProbeRow]:
     """Logistic regression on frozen features, with few labels and with all of them.
 
-    representations  name -> (N, F) features; each is centred and scaled by one number, both from the images of `train` without their
-                     labels (scaling every feature by its own number costs raw pixels 4 points)
+    representations  name -> (N, F) features; each is centred and scaled by one number, both from the images of `train` without
+                     their labels (a number of its own for every feature costs raw pixels 4 points)
     labels           (N,) int64
     train, held_out  indices of the images that labels are drawn from, and of those that accuracy is measured on
     returns          a row for each representation and each of `shots` that every class has images for, then for all labels; the
                      draws are the same for every representation
     """
-    from sklearn.linear_model import LogisticRegression
-
     classes = labels[train].unique().tolist()
     fewest = min(int((labels[train] == c).sum()) for c in classes)
     generator = torch.Generator().manual_seed(seed)
     settings: list[tuple[int | None, list[Tensor]]] = []
-    for shot in (s for s in shots if s <= fewest):
-        settings.append((shot, [_draw(labels, train, classes, shot, generator) for _ in range(draws)]))
+    for few in (shot for shot in shots if shot <= fewest):
+        settings.append((few, [_draw(labels, train, classes, few, generator) for _ in range(draws)]))
     settings.append((None, [train]))
 
     rows = []
     for name, features in representations.items():
         centred = features - features[train].mean(dim=0)
-        scaled = (centred / centred[train].square().mean().sqrt().clamp_min(1e-12)).numpy()
+        scaled = centred / centred[train].square().mean().sqrt().clamp_min(1e-12)
         for shot, drawn in settings:
-            scores = []
-            for ids in drawn:
-                fitted = LogisticRegression(max_iter=1000, tol=1e-3).fit(scaled[ids.numpy()], labels[ids].numpy())
-                scores.append(float(fitted.score(scaled[held_out.numpy()], labels[held_out].numpy())))
+            scores = [_accuracy(scaled[ids], labels[ids], scaled[held_out], labels[held_out]) for ids in drawn]
             score = torch.tensor(scores, dtype=torch.float64)
             rows.append(ProbeRow(name, shot, score.mean().item(), score.std(correction=0).item(), len(drawn)))
     return rows
+
+
+def _accuracy(x: Tensor, y: Tensor, held_out_x: Tensor, held_out_y: Tensor) -> float:
+    """Held-out accuracy of a logistic regression. x (n, F), y (n,), held_out_x (m, F), held_out_y (m,)."""
+    from sklearn.linear_model import LogisticRegression
+
+    if x.shape[1] > x.shape[0]:  # the solution lies in the span of x: there the problem is the same and has n dimensions
+        basis = torch.linalg.qr(x.T).Q  # [F, n]
+        x, held_out_x = x @ basis, held_out_x @ basis
+    fitted = LogisticRegression(max_iter=1000, tol=1e-3).fit(x.numpy(), y.numpy())
+    return float(fitted.score(held_out_x.numpy(), held_out_y.numpy()))
 
 
 def _draw(labels: Tensor, train: Tensor, classes: list[int], shot: int, generator: torch.Generator) -> Tensor:
@@ -97,8 +110,8 @@ def verdict(rows: Sequence[ProbeRow], pretrained: str) -> tuple[bool, str]:
     lead = at[pretrained] - at[best]
     held = lead >= MARGIN
     labels = "all labels" if fewest is None else f"{fewest} labels per class"
-    points = f"{lead * 100:+.1f} points against the {best}"
-    return held, f"{'Pre-training helped' if held else 'Pre-training did not help enough'}: {points} at {labels} (asked for: +{MARGIN * 100:.0f})."
+    points = f"{lead * 100:+.1f} points against the {best} at {labels} (asked for: {MARGIN * 100:+.0f})"
+    return held, f"{'Pre-training helped' if held else 'Pre-training did not help enough'}: {points}."
 
 
 def table(rows: Sequence[ProbeRow]) -> str:

@@ -1,0 +1,216 @@
+"""The benchmark harness itself: the rotation, the replay, byte counts by paper and pencil, the gate, memory, the report."""
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+
+import machine
+import memory
+import pytest
+import report
+import rotation
+import test_ops as bench_ops
+import torch
+import traffic
+from errors import assert_close_to_float64
+
+CPU = torch.device("cpu")
+
+
+def test_error_rule_allows_twice_the_error_of_eager_and_one_eps():
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)  # norm 5
+    eager = (exact + torch.tensor([0.05, 0.0])).double()  # L2 0.01, max 0.0125
+    assert_close_to_float64("inside", exact + torch.tensor([0.0999, 0.0]), eager, exact)
+    with pytest.raises(AssertionError, match=r"outside: relative L2 error 0\.0202 > 0\.02 = 2 x eager's 0\.01"):
+        assert_close_to_float64("outside", exact + torch.tensor([0.101, 0.0]), eager, exact)
+    eps = torch.finfo(torch.bfloat16).eps
+    one = torch.ones(1, dtype=torch.float64)
+    assert_close_to_float64("one eps", (one + eps).bfloat16(), one.bfloat16(), one)
+    with pytest.raises(AssertionError, match="two eps"):
+        assert_close_to_float64("two eps", (one + 2 * eps).bfloat16(), one.bfloat16(), one)
+
+
+def test_error_rule_refuses_nan_and_other_shapes_and_takes_empty_tensors():
+    exact = torch.ones(2, dtype=torch.float64)
+    nan = torch.tensor([1.0, float("nan")])
+    for got, eager in ((nan, exact.float()), (exact.float(), nan), (nan, nan)):
+        with pytest.raises(AssertionError):
+            assert_close_to_float64("nan", got, eager, exact)
+    with pytest.raises(AssertionError, match="differ"):
+        assert_close_to_float64("shape", torch.ones(1), exact.float(), exact)
+    empty = torch.empty(0, 3)
+    assert_close_to_float64("empty", empty, empty, empty.double())
+
+
+def test_rotation_runs_each_contender_once_a_round_on_the_round_s_inputs():
+    calls: list[tuple[str, int]] = []
+    runs = {name: lambda i, name=name: calls.append((name, i)) for name in "abcd"}
+
+    def timer(run, i):
+        run(i)
+        return float(len(calls))
+
+    samples = rotation.rotate(runs, timer, rotation.Budget(seconds=0.0, least=6, most=9), sets=3, warmup=2)
+    rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
+    assert len(rounds) == 2 + 6
+    for r, timed in enumerate(rounds):
+        assert sorted(name for name, _ in timed) == list("abcd")
+        assert {i for _, i in timed} == {(r if r < 2 else r - 2) % 3}
+    assert len({tuple(name for name, _ in timed) for timed in rounds}) > 1
+    positions = {name: [float(4 * r + [n for n, _ in rounds[r]].index(name) + 1) for r in range(2, 8)] for name in "abcd"}
+    assert samples == positions  # each sample went to the contender that took it
+    assert gc.isenabled()
+
+
+def test_rotation_s_order_is_the_same_in_every_run_and_its_length_follows_the_budget():
+    assert rotation.order(["a", "b", "c"], 3) == rotation.order(["a", "b", "c"], 3)
+    budget = rotation.Budget(seconds=10, least=5, most=30)
+    assert [budget.rounds(s) for s in (0.0, 0.1, 0.5, 1.0, 100.0)] == [30, 30, 20, 10, 5]
+
+
+REPLAYED = """
+import pytest
+from rotation import ReplayClock
+
+CLOCK = ReplayClock()
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_replayed(benchmark):
+    CLOCK.replay(benchmark, [0.3, 0.1, 12.7, 1e-7])
+"""
+
+
+def test_replayed_samples_are_what_pytest_benchmark_reports(tmp_path):
+    (tmp_path / "test_replayed.py").write_text(REPLAYED)
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--benchmark-json=out.json", "test_replayed.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (bench,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert bench["stats"]["data"] == [0.3, 0.1, 12.7, 1e-7]
+    assert bench["stats"]["median"] == pytest.approx(0.2, rel=1e-15)
+    assert bench["stats"]["rounds"] == 4
+
+
+def test_bytes_and_flops_by_paper_and_pencil():
+    # noise 32, ids_keep 16, ids_restore 64, mask 32; two kept patches of 12 values, 4 bytes in and 4 out
+    assert traffic.masking_bytes(N=2, L=4, K=1, P=12, image_size=4, out_size=4) == 144 + 2 * 12 * 8
+    assert traffic.masking_bytes(N=64, L=196, K=49, P=768, image_size=4, out_size=4) == 19_493_376
+    # x 48, ids 64, token 12, positions 60, y 120; then dy 120, ids 64, dx 48, dtoken 12
+    assert traffic.unshuffle_bytes(N=2, L=4, K=1, D=3, x_size=4, token_size=4, out_size=4) == 304 + 244
+    assert traffic.unshuffle_flops(N=2, L=4, K=1, D=3) == 30 + 18
+    # mask 16, three removed patches of 12 values, 5 bytes each, twice; dpred 4 * 12 * 4
+    assert traffic.masked_mse_bytes(N=1, L=4, K=1, P=12, pred_size=4, image_size=1) == 2 * (16 + 180) + 192
+    assert traffic.masked_mse_flops(N=1, L=4, K=1, P=12) == 36 * 17
+    # qkv 192, proj 64, fc1 256, fc2 256, scores 32, values 32
+    assert traffic.block_flops(T=2, D=4) == 832
+
+
+@pytest.mark.parametrize(
+    ("gflop", "model"),
+    [
+        (58.7, {"L": 196, "K": 49, "P": 768, "D": 768, "depth": 12}),
+        (124.5, {"L": 196, "K": 49, "P": 768, "D": 1024, "depth": 24}),
+        (291.4, {"L": 256, "K": 64, "P": 588, "D": 1280, "depth": 32}),
+    ],
+)
+def test_model_flops_of_one_training_image(gflop, model):
+    assert traffic.mae_step_flops(N=1, decoder_D=512, decoder_depth=8, **model) / 1e9 == pytest.approx(gflop, rel=1e-3)
+
+
+def test_entries_count_the_bytes_of_their_own_tensors():
+    expected = {
+        "masking-bf16": traffic.masking_bytes(8, 196, 49, 768, 2, 2),
+        "masking-uint8": traffic.masking_bytes(8, 196, 49, 768, 1, 4),
+        "unshuffle-autocast": traffic.unshuffle_bytes(8, 196, 49, 512, 2, 4, 4),
+        "masked_mse-autocast": traffic.masked_mse_bytes(8, 196, 49, 768, 2, 4),
+    }
+    found = {w.name: w.bench().bytes for w in bench_ops.workloads(full=False, device=CPU) if w.name in expected}
+    assert found == expected
+
+
+def test_the_gate_stops_a_wrong_result_and_lets_the_reference_pass():
+    entry = next(entry for entry in bench_ops.ENTRIES if entry.name == "unshuffle")
+
+    def wrong(**inputs):
+        return {"y": bench_ops.plain_unshuffle(**inputs)["y"] * (1 + 1e-5)}
+
+    bench = bench_ops.OpWorkload(dataclasses.replace(entry, fused=wrong), "fp32", 2, CPU).bench()
+    bench.check("reference", bench.run("reference"))
+    with pytest.raises(AssertionError, match="unshuffle-fp32, maefast-eager, y: relative L2 error"):
+        bench.check("maefast-eager", bench.run("maefast-eager"))
+
+
+HUNGRY = """
+import torch
+
+class Spec:
+    name, sets = "hungry", 3
+    def bench(self):
+        self.kept = torch.ones(8 << 20)
+        return self
+    def run(self, contender):
+        return lambda i: torch.ones(16 << 20).sum()
+
+def workloads(full, device):
+    return [Spec()]
+"""
+
+
+def test_peak_memory_is_the_high_water_mark_above_the_baseline(tmp_path, monkeypatch):
+    (tmp_path / "hungry.py").write_text(HUNGRY)
+    monkeypatch.syspath_prepend(tmp_path)
+    peak = memory.peak_in_fresh_process("hungry", "hungry", "any", CPU, full=False)
+    assert (32 + 64) << 20 <= peak <= (32 + 64 + 16) << 20
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name", "slug"),
+    [
+        ("AuthenticAMD", 25, 17, "AMD EPYC 9B14 96-Core Processor", "amd-epyc-zen4-2c"),
+        ("AuthenticAMD", 26, 2, "AMD EPYC", "amd-epyc-zen5-2c"),
+        ("AuthenticAMD", 99, 1, "AMD Oracle", "amd-f99m1-2c"),
+        ("GenuineIntel", 6, 143, "Intel(R) Xeon(R) Platinum 8481C", "intel-xeon-sapphirerapids-2c"),
+    ],
+)
+def test_machine_slug(vendor, family, model, name, slug):
+    fields = {"processor": 0, "vendor_id": vendor, "cpu family": family, "model": model, "model name": name, "flags": "fpu"}
+    text = "".join(f"{key}\t: {value}\n" for key, value in fields.items()) + "\n"
+    assert machine.cpu_slug(text + text, cores=2) == slug
+
+
+def results() -> dict:
+    info = {"contender": "reference", "x_eager": 1.0, "bytes": 2_000_000}
+    info |= {"gb_per_s": 1.0, "copy_gb_per_s": 40.0, "copy_fraction": 0.025}
+    stats = {"median": 2e-3, "iqr": 1e-4}
+    fast = info | {"contender": "maefast-native", "x_eager": 8.0, "gb_per_s": 8.0, "copy_fraction": 0.2}
+    slow = info | {"contender": "maefast-eager", "x_eager": 0.5, "gb_per_s": 0.5, "outside_error_rule": "off by 3"}
+    return {
+        "machine_info": {key: key for key in ("machine", "device", "threads", "system", "python", "torch", "maefast", "commit")}
+        | {"size": "quick"},
+        "benchmarks": [
+            {"group": "op-fp32", "extra_info": info, "stats": stats},
+            {"group": "op-fp32", "extra_info": fast, "stats": {"median": 2.5e-4, "iqr": 1e-5}},
+            {"group": "op-fp32", "extra_info": slow, "stats": {"median": 4e-3, "iqr": 1e-5}},
+        ],
+    }
+
+
+def test_report_shows_losses_like_wins_and_leaves_out_empty_columns():
+    lines = report.markdown(results()).splitlines()
+    assert "| contender | median | IQR | x eager | GB/s | of copy |" in lines
+    assert "| maefast-native | 250 us | 10 us | 8.00 | 8.0 | 20 % |" in lines
+    assert "| maefast-eager (*) | 4 ms | 10 us | 0.50 | 0.5 | 2 % |" in lines
+    assert "2.0 MB must be touched; a large copy ran at 40.0 GB/s." in lines
+    assert lines[-1] == "- off by 3"
+
+
+def test_report_writes_three_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = report.write(results(), tmp_path / "machine")
+    assert [path.name for path in files] == ["quick.json", "quick.md", "quick.png"]
+    assert json.loads(files[0].read_text()) == results()
+    assert files[2].read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,277 @@
+"""The main job: what it writes, what it says, and that the encoder it trains is worth having."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maefast import MAE, cli
+from maefast.reference import ReferenceMAE
+from maefast.train import UserError, loop
+from maefast.train.compare import Comparison, compare
+from maefast.train.data import batches, centre_crops, digits, normalised
+from maefast.train.demo import DIGITS, demo, run_probe, train
+from maefast.train.files import replace_file
+from maefast.train.pictures import make_panel
+from maefast.train.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
+
+FILES = ["checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A short demo: its folder and its summary."""
+    output = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    return output, demo(output=output, steps=60, seed=1)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_files(run: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = run
+    assert sorted(path.name for path in output.iterdir()) == FILES  # and no temporary file
+
+
+def test_pictures(run: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = run
+    reconstruction = pixels(output / "reconstruction.png")
+    assert reconstruction.shape == (825, 1100, 3)  # two panels of 8 columns, at 110 dots an inch
+    top, bottom = reconstruction[:412].astype(int), reconstruction[412:].astype(int)
+    assert (top.max(axis=2) == top.min(axis=2)).all()  # digits are grey
+    assert (bottom.max(axis=2) - bottom.min(axis=2)).max() > 100  # photographs are not
+    assert len(np.unique(reconstruction.reshape(-1, 3), axis=0)) > 1000
+    assert pixels(output / "loss.png").std() > 5
+
+
+def test_checkpoint_gives_the_same_loss(run: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = run
+    checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert checkpoint["args"] == {"steps": 60, "batch_size": 64, "mask_ratio": 0.5, "lr": 0.003, "seed": 1}
+    model = MAE(**checkpoint["config"])
+    model.load_state_dict(checkpoint["model"], strict=True)
+    data = digits(seed=1)
+    images = data.images[data.held_out]
+    noise = torch.rand(len(images), model.patch_embed.num_patches)
+    loss = model(images, 0.5, noise=noise).loss.item()
+    reference = ReferenceMAE(**{name: value for name, value in checkpoint["config"].items() if name not in ("mean", "std")})
+    reference.load_state_dict(checkpoint["model"], strict=True)
+    assert loss == pytest.approx(reference(normalised(images, checkpoint["config"]), 0.5, noise=noise).loss.item(), rel=1e-5)
+    assert loss == pytest.approx(summary["summary"]["digits"]["loss"], rel=0.25)  # of unseen digits against the last batches
+
+
+def test_log(run: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = run
+    *records, last = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert last == json.loads(json.dumps(summary))
+    digits_log = [record for record in records if record["model"] == "digits"]
+    assert [record["step"] for record in digits_log] == list(range(1, 61))
+    assert [record["step"] for record in records if record["model"] == "photographs"] == list(range(1, 29))  # 60 * 1200 // 2500
+    assert digits_log[0]["lr"] == 0.0
+    assert digits_log[6]["lr"] == pytest.approx(3e-3)  # the end of six steps of warm-up
+    assert digits_log[-1]["loss"] < 0.7 * digits_log[0]["loss"]
+    assert all(record["images_per_second"] > 0 for record in records)
+
+
+def test_agrees_with_the_reference(run: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = run
+    for model in summary["summary"].values():
+        assert model["loss_difference"] < 1e-4
+        assert model["ratio_to_reference"] > 0
+
+
+def test_same_seed_same_losses_and_weights(run: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = run
+    again = train(DIGITS.changed(60, None, None), digits(seed=1), seed=1)
+    logged = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()][:60]
+    assert [record["loss"] for record in again.records] == [record["loss"] for record in logged]
+    saved = torch.load(output / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in again.model.state_dict().items())
+
+
+def test_pretraining_beats_raw_pixels_and_the_untrained_encoder() -> None:
+    trained = train(DIGITS.changed(2000, None, None), digits(seed=0), seed=0)
+    assert run_probe(trained, seed=0) is True
+    rows = {(row["features"], row["labels_per_class"]): row for row in trained.probe}
+    assert len(rows) == 3 * 4
+    best = rows["pre-trained encoder", 2]["mean"]
+    assert best >= rows["raw pixels", 2]["mean"] + 0.05
+    assert best >= rows["untrained encoder", 2]["mean"] + 0.05
+    assert [rows["raw pixels", shot]["draws"] for shot in (2, 5, 10, None)] == [20, 20, 20, 1]
+    assert min(rows[name, None]["mean"] for name in ("pre-trained encoder", "untrained encoder", "raw pixels")) > 0.93
+
+
+def test_probe_scores_by_hand() -> None:
+    labels = torch.arange(4).repeat(10)
+    told = torch.nn.functional.one_hot(labels, 4).float()
+    nothing = torch.zeros(40, 3)
+    rows = few_label_probe(
+        {"told": told, "nothing": nothing}, labels, torch.arange(20), torch.arange(20, 40), shots=(2, 6), draws=3
+    )
+    assert rows == [  # 6 labels are more than the 5 that a class has to train on
+        ProbeRow("told", 2, 1.0, 0.0, 3),
+        ProbeRow("told", None, 1.0, 0.0, 1),
+        ProbeRow("nothing", 2, 0.25, 0.0, 3),
+        ProbeRow("nothing", None, 0.25, 0.0, 1),
+    ]
+    assert table(rows).splitlines() == [
+        "| features | 2 per class   | all labels |",
+        "|----------|---------------|------------|",
+        "| told     | 1.000 ± 0.000 | 1.000      |",
+        "| nothing  | 0.250 ± 0.000 | 0.250      |",
+    ]
+    assert verdict(rows, "told") == (
+        True,
+        "Pre-training helped: +75.0 points against the nothing at 2 labels per class (asked for: +5).",
+    )
+    held, sentence = verdict(rows, "nothing")
+    assert not held
+    assert sentence.startswith("Pre-training did not help enough: -75.0 points against the told")
+    assert MARGIN == 0.05
+
+
+def test_probe_of_more_features_than_images_is_plain_logistic_regression() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    labels = torch.arange(3).repeat(40)
+    features = torch.randn(120, 200) + 0.4 * torch.randn(3, 200)[labels]
+    train, held_out = torch.arange(60), torch.arange(60, 120)
+    (row,) = few_label_probe({"wide": features}, labels, train, held_out, shots=())
+    centred = features - features[train].mean(dim=0)
+    x = (centred / centred[train].square().mean().sqrt()).double().numpy()
+    plain = LogisticRegression(max_iter=10000, tol=1e-8).fit(x[:60], labels[:60])
+    assert 0.5 < row.mean < 1  # else the agreement would say nothing
+    assert row.mean == pytest.approx(plain.score(x[60:], labels[60:]), abs=1.01 / 60)  # one image, for the looser stop
+
+
+def test_comparison_is_honest_below_one() -> None:
+    assert "1.50 x the speed of the eager reference (" in str(Comparison(8, 4, 0.02, 0.03, 1e-7))
+    assert "0.50 x the speed of the eager reference; maefast is SLOWER here (" in str(Comparison(8, 4, 0.02, 0.01, 1e-7))
+
+
+def test_comparison_sees_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(MAE):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            return out._replace(loss=out.loss * 1.5)
+
+    def difference() -> float:
+        stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
+        return compare(DIGITS.config, stream, turns=1, lr=1e-4, mask_ratio=0.5, seed=0).loss_difference
+
+    assert difference() < 1e-4
+    monkeypatch.setattr("maefast.train.compare.MAE", Wrong)
+    assert difference() > 0.4
+
+
+def test_panel_shows_what_the_model_saw() -> None:
+    model = MAE(**DIGITS.config).eval()
+    images = digits(seed=0).images[:3]
+    panel = make_panel("", model, images, 0.5, seed=0)
+    assert panel.original is images
+    hidden = panel.masked != images
+    visible = (panel.masked == images) & (images != 128)
+    assert panel.masked[hidden].unique().tolist() == [128]
+    assert torch.equal(panel.reconstruction[visible], images[visible])
+    assert (panel.reconstruction != images).float().mean() > 0.2
+
+
+def save_folder(root: Path, classes: tuple[str, ...], per_class: int) -> None:
+    generator = np.random.default_rng(0)
+    makers: list[Callable[[np.ndarray], Image.Image]] = [
+        lambda x: Image.fromarray(x),
+        lambda x: Image.fromarray(x[..., 0]),
+        lambda x: Image.fromarray(x).quantize(16),
+        lambda x: Image.fromarray(x).convert("RGBA"),
+        lambda x: Image.fromarray(x).convert("CMYK"),
+        lambda x: Image.fromarray(x[..., 0].astype(np.uint16) * 16),
+    ]
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            height, width = generator.integers(40, 90, 2)
+            noise = generator.integers(0, 128, (height, width, 3)) + 100 * c
+            image = makers[i % len(makers)](noise.astype(np.uint8))
+            image.save(root / name / (f"{i}.tiff" if image.mode == "CMYK" else f"{i}.png"))
+
+
+def test_folder_with_classes_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_folder(tmp_path / "data", ("dark", "light"), 12)
+    (tmp_path / "data" / "dark" / "broken.jpg").write_bytes(b"\xff\xd8 and no more")
+    (tmp_path / "data" / "text.png").write_text("no image")
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch-size", "4"]
+    assert cli.main(["demo", *arguments]) == 0
+    streams = capsys.readouterr()
+    assert re.search(r"^skipped .*broken\.jpg: .", streams.out, re.MULTILINE)
+    assert re.search(r"^skipped .*text\.png: .", streams.out, re.MULTILINE)
+    assert "2 unreadable files skipped\n24 images from" in streams.out
+    assert "20 to train on, 4 held out" in streams.out
+    assert "| raw pixels " in streams.out
+    assert "2 classes, 4 held-out images" in streams.out
+    assert "images: step 3/3, loss" in streams.err  # no terminal here: plain lines
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    summary = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert [Path(path).name for path in summary["skipped"]] == ["broken.jpg", "text.png"]
+    assert {row["labels_per_class"] for row in summary["probe"]} == {2, 5, 10, None}
+    assert pixels(tmp_path / "out" / "reconstruction.png").shape[0] == 412  # one panel
+
+
+def test_folder_without_classes_skips_the_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_folder(tmp_path, (".",), 6)
+    summary = demo(data=tmp_path, output=tmp_path / "out", steps=2, batch_size=2)
+    assert "no few-label probe: it needs two class folders or more" in capsys.readouterr().out
+    assert (summary["probe"], summary["probe_held"]) == ([], None)
+    assert demo(data=tmp_path, output=tmp_path / "out", steps=1, batch_size=2)["skipped"] == []
+    assert "\n6 images from" in "\n" + capsys.readouterr().out  # the first run's pictures are no data
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    def write_half(path: Path) -> None:
+        with replace_file(path) as temporary:
+            temporary.write_text("ne")
+            raise RuntimeError("half-way")
+
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half-way"):
+        write_half(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    model = MAE(**DIGITS.config)
+    torch.nn.init.constant_(model.decoder_pred.bias, float("nan"))
+    images = iter([digits(seed=0).images[:2]] * 2)
+    with pytest.raises(UserError, match="the loss of digits is nan at step 1"):
+        loop.pretrain(model, images, title="digits", steps=1, lr=1e-3, mask_ratio=0.5)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    stream = batches(digits(seed=0), 8, 16, torch.Generator().manual_seed(0), flip=False)
+    loop.pretrain(MAE(**DIGITS.config), stream, title="digits", steps=20, lr=1e-3, mask_ratio=0.5)
+    last = terminal.getvalue().rstrip().split("\r")[-1]
+    assert re.search(r"digits: 100%.* 320/320 \[\d\d:\d\d<00:00, .* images/s, loss=\d\.\d{4}\]", last), last
+    assert "step" not in last
+
+
+def test_pictures_come_from_the_centre() -> None:
+    images = torch.arange(25).reshape(1, 1, 5, 5)
+    assert centre_crops(images, 3).flatten().tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
