@@ -81,7 +81,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", f"## {group}", "", machine_rate(benches[0]["extra_info"]), "", *table(benches)]
         remarks += [b["extra_info"]["outside_error_rule"] for b in benches if "outside_error_rule" in b["extra_info"]]
     if remarks:
-        lines += ["", "(*) Not maefast's, and less exact than the error rule allows:", ""]
+        lines += ["", "(*) Less exact than the error rule allows, in code that is not maefast's:", ""]
         lines += [f"- {remark}" for remark in remarks]
     return "\n".join(lines) + "\n"
 

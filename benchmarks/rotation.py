@@ -12,6 +12,10 @@ import torch
 Run = Callable[[int], Any]  # does one sample's work on input set i
 
 
+class NotOursError(AssertionError):
+    """A result outside the error rule that maefast did not compute: it is timed, and the breach noted beside the figures."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many rounds: as many as fit into `seconds`, but at least `least` and at most `most`."""

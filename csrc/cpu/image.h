@@ -43,19 +43,17 @@ inline void copy_row(const In* p, int64_t stride, Out* out, int64_t n, float sca
   }
 }
 
-// One patch to out in conv-weight order (C, ph, pw). `next` is the patch of the same image that is read after it, or -1: its rows
-// lie an image row apart, which the hardware's prefetchers do not follow, so they are asked for one by one on the way.
-template <typename In, typename Out>
-inline void copy_patch(const Image& img, int64_t n, int64_t patch, int64_t next, Out* out) {
-  const In* data = static_cast<const In*>(img.data);
+// One patch to out in conv-weight order (C, ph, pw). visit(c, y) is called for every row.
+template <typename In, typename Out, typename Visit>
+inline void copy_patch(const Image& img, int64_t n, int64_t patch, Out* out, Visit visit) {
+  const In* data = static_cast<const In*>(img.data) + img.row(n, patch, 0, 0);
   const int64_t width = img.patch_w;
   const bool whole_vectors = img.stride_w == 1 && width % kLanes == 0;
-  for (int64_t c = 0; c < img.channels; ++c) {
+  for (int64_t c = 0; c < img.channels; ++c, data += img.stride_c) {
     const float scale = sizeof(In) == 1 ? img.scale[c] : 1.0f, shift = sizeof(In) == 1 ? img.shift[c] : 0.0f;
-    const In* p = data + img.row(n, patch, c, 0);
-    const In* ahead = next < 0 ? p : data + img.row(n, next, c, 0);
-    for (int64_t y = 0; y < img.patch_h; ++y, p += img.stride_h, ahead += img.stride_h, out += width) {
-      __builtin_prefetch(ahead);
+    const In* p = data;
+    for (int64_t y = 0; y < img.patch_h; ++y, p += img.stride_h, out += width) {
+      visit(c, y);
       if (whole_vectors) {
         for (int64_t i = 0; i < width; i += kLanes) store(out + i, pixel<In>(load(p + i), scale, shift));
       } else {
@@ -63,6 +61,15 @@ inline void copy_patch(const Image& img, int64_t n, int64_t patch, int64_t next,
       }
     }
   }
+}
+
+// Copies patches and asks for the rows of the patch that comes next on the way: they lie an image row apart, which the hardware's
+// prefetchers do not follow. next: a patch of the same image, or -1.
+template <typename In, typename Out>
+inline void copy_patch(const Image& img, int64_t n, int64_t patch, int64_t next, Out* out) {
+  const In* ahead = static_cast<const In*>(img.data) + img.row(n, next < 0 ? patch : next, 0, 0);
+  copy_patch<In>(img, n, patch, out,
+                 [&](int64_t c, int64_t y) { __builtin_prefetch(ahead + c * img.stride_c + y * img.stride_h); });
 }
 
 }  // namespace

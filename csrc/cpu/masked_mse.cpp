@@ -83,20 +83,29 @@ inline void interleave(const float* planar, int64_t channels, int64_t pixels, in
 
 // The error of one predicted patch, pred - target, in the order of pred: visit(offset, chain, error) for whole vectors, where
 // chain in 0 .. 2 names independent sums, last(offset, count, error) for the rest. The pixels and the prediction of the next
-// patch are asked for on the way.
+// removed patch are asked for on the way, into L2: asked into L1, the few misses that it can wait for would stall the arithmetic.
 template <typename Pred, typename Pixel>
 class PatchError {
  public:
   explicit PatchError(const MaskedMse& args)
-      : args_(args), P_(args.imgs.patch_values()), planar_(P_), interleaved_(args.imgs.channels == 1 ? 0 : P_) {}
+      : args_(args),
+        L_(args.imgs.patches()),
+        P_(args.imgs.patch_values()),
+        planar_(P_),
+        interleaved_(args.imgs.channels == 1 ? 0 : P_) {}
 
   template <typename Visit, typename Last>
   void operator()(int64_t unit, int64_t end, Visit visit, Last last) {
-    const int64_t L = args_.imgs.patches(), n = unit / L, C = args_.imgs.channels, pixels = P_ / C;
-    const bool again = unit + 1 < end && (unit + 1) / L == n && args_.row[unit + 1] >= 0;
-    copy_patch<Pixel>(args_.imgs, n, unit % L, again ? unit % L + 1 : -1, static_cast<float*>(planar_));
-    const Pred* pred = static_cast<const Pred*>(args_.pred) + n * args_.pred_stride_n + args_.row[unit] * args_.pred_stride_l;
-    const Pred* ahead = again ? pred + (args_.row[unit + 1] - args_.row[unit]) * args_.pred_stride_l : pred;
+    const Image& imgs = args_.imgs;
+    const int64_t C = imgs.channels, pixels = P_ / C;
+    int64_t next = unit + 1;
+    while (next < end && args_.row[next] < 0) ++next;
+    if (next == end) next = unit;
+    const Pixel* pixels_ahead = static_cast<const Pixel*>(imgs.data) + imgs.row(next / L_, next % L_, 0, 0);
+    copy_patch<Pixel>(imgs, unit / L_, unit % L_, static_cast<float*>(planar_), [&](int64_t c, int64_t y) {
+      __builtin_prefetch(pixels_ahead + c * imgs.stride_c + y * imgs.stride_h, 0, kToL2);
+    });
+    const Pred *pred = pred_row(unit), *pred_ahead = pred_row(next);
     Statistics stats = {broadcast(0.0f), broadcast(1.0f)};
     if (args_.norm_pix) stats = statistics(planar_, P_);
     const float* target = planar_;
@@ -111,7 +120,7 @@ class PatchError {
         Vec rgb[3];
         for (int c = 0; c < 3; ++c) rgb[c] = (load(planar_ + c * pixels + q) - stats.mean) * stats.rstd;
         for (int j = 0; j < 3; ++j, i += kLanes) {
-          __builtin_prefetch(ahead + i);
+          __builtin_prefetch(pred_ahead + i, 0, kToL2);
           const Vec wanted = __builtin_shuffle(__builtin_shuffle(rgb[0], rgb[1], first[j]), rgb[2], second[j]);
           visit(i, j, load(pred + i) - wanted);
         }
@@ -125,15 +134,21 @@ class PatchError {
       target = interleaved_;
     }
     for (; i + kLanes <= P_; i += kLanes) {
-      __builtin_prefetch(ahead + i);
+      __builtin_prefetch(pred_ahead + i, 0, kToL2);
       visit(i, 0, load(pred + i) - (load(target + i) - stats.mean) * stats.rstd);
     }
     if (i < P_) last(i, P_ - i, load_first(pred + i, P_ - i) - (load_first(target + i, P_ - i) - stats.mean) * stats.rstd);
   }
 
  private:
+  static constexpr int kToL2 = 2;
+
+  const Pred* pred_row(int64_t unit) const {
+    return static_cast<const Pred*>(args_.pred) + unit / L_ * args_.pred_stride_n + args_.row[unit] * args_.pred_stride_l;
+  }
+
   const MaskedMse& args_;
-  const int64_t P_;
+  const int64_t L_, P_;
   const Scratch<float> planar_, interleaved_;
 };
 
@@ -149,7 +164,7 @@ void forward(const MaskedMse& args, int64_t begin, int64_t end) {
     patch_error(
         unit, end,
         [&](int64_t i, int chain, Vec error) {
-          if (i % (kBlock * 3 * kLanes) == 0) {
+          if (chain == 0 && i % (kBlock * 3 * kLanes) == 0) {
             total += block[0] + block[1] + block[2];
             for (Vec& sum : block) sum = Vec{};
           }
