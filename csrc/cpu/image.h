@@ -55,7 +55,13 @@ inline void copy_patch(const Image& img, int64_t n, int64_t patch, Out* out, Vis
     for (int64_t y = 0; y < img.patch_h; ++y, p += img.stride_h, out += width) {
       visit(c, y);
       if (whole_vectors) {
-        for (int64_t i = 0; i < width; i += kLanes) store(out + i, pixel<In>(load(p + i), scale, shift));
+        for (int64_t i = 0; i < width; i += kLanes) {
+          if constexpr (sizeof(In) == sizeof(Out)) {
+            std::memcpy(out + i, p + i, kLanes * sizeof(In));
+          } else {
+            store(out + i, pixel<In>(load(p + i), scale, shift));
+          }
+        }
       } else {
         copy_row(p, img.stride_w, out, width, scale, shift);
       }
@@ -69,7 +75,7 @@ template <typename In, typename Out>
 inline void copy_patch(const Image& img, int64_t n, int64_t patch, int64_t next, Out* out) {
   const In* ahead = static_cast<const In*>(img.data) + img.row(n, next < 0 ? patch : next, 0, 0);
   copy_patch<In>(img, n, patch, out,
-                 [&](int64_t c, int64_t y) { __builtin_prefetch(ahead + c * img.stride_c + y * img.stride_h); });
+                 [&](int64_t c, int64_t y) { __builtin_prefetch(ahead + c * img.stride_c + y * img.stride_h, 0, 2); });
 }
 
 }  // namespace
