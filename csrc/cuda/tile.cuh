@@ -1,0 +1,114 @@
+// Tiles of 2-byte values in shared memory, and the moves between them, registers and global memory.
+#pragma once
+
+#include "mma.cuh"
+
+namespace maefast::cuda {
+
+// Rows of kWidth values. The 16-byte chunks of a row are permuted so that eight consecutive rows of one chunk column lie in
+// eight different groups of banks: ldmatrix and stmatrix then have no conflicts, whatever the width, and rows need no padding.
+template <int kWidth>
+struct Tile {
+  static_assert(kWidth % 16 == 0);
+  static constexpr int kChunks = kWidth / 8, kStride = kWidth * 2;
+  static constexpr int kMask = kChunks % 8 == 0 ? 7 : kChunks % 8 == 4 ? 3 : 1;
+  static constexpr int kShift = kChunks % 8 == 0 ? 0 : kChunks % 8 == 4 ? 1 : 2;
+
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    return row * kStride + ((chunk ^ (row >> kShift & kMask)) << 4);
+  }
+};
+
+// The address that this lane gives to ldmatrix or stmatrix for a block of 16 rows and 2 chunks. kRowMajor has the four matrices
+// in the order of an A fragment of the block (rows first), kColMajor in the order of two B fragments with n along the rows; with
+// .trans they swap roles: kRowMajor gives two B fragments with k along the rows, kColMajor the A fragment of the transpose.
+enum class Order { kRowMajor, kColMajor };
+
+template <int kWidth, Order kOrder>
+__device__ __forceinline__ uint32_t block_address(uint32_t tile, int chunk) {
+  const int lane = threadIdx.x % 32;
+  const int row = kOrder == Order::kRowMajor ? lane % 16 : lane % 8 + lane / 16 * 8;
+  return tile + Tile<kWidth>::offset(row, chunk + (kOrder == Order::kRowMajor ? lane / 16 : lane / 8 % 2));
+}
+
+// Such addresses for any rows from a multiple of 8 on and any even chunk known at compile time.
+template <int kWidth, Order kOrder>
+class Block {
+  static constexpr int kMask = Tile<kWidth>::kMask;
+  uint32_t at_[(kMask + 1) / 2];
+
+ public:
+  __device__ __forceinline__ explicit Block(uint32_t tile) {
+#pragma unroll
+    for (int i = 0; i < (kMask + 1) / 2; ++i) at_[i] = block_address<kWidth, kOrder>(tile, 2 * i);
+  }
+  __device__ __forceinline__ uint32_t operator()(int row, int chunk) const {
+    return at_[(chunk & kMask) / 2] + row * Tile<kWidth>::kStride + ((chunk & ~kMask) << 4);
+  }
+  __device__ __forceinline__ void advance(int rows) {
+#pragma unroll
+    for (int i = 0; i < (kMask + 1) / 2; ++i) at_[i] += rows * Tile<kWidth>::kStride;
+  }
+};
+
+// Starts copying rows [0, rows) of kTiles tensors, `apart` values apart, into tiles kTileBytes apart; rows from T on become
+// zeros.
+template <int D, int kTiles, int kTileBytes>
+__device__ __forceinline__ void load_tiles(uint32_t tile, const uint16_t* src, int row_stride, int apart, int T, int rows) {
+  constexpr int kChunks = Tile<D>::kChunks;
+  for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const bool valid = row < T;
+    const uint16_t* from = src + (valid ? row * row_stride + chunk * 8 : 0);
+    const uint32_t to = tile + Tile<D>::offset(row, chunk);
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) copy_async(to + k * kTileBytes, from + k * apart, valid);
+  }
+}
+
+// Writes factor * acc, 16 rows of D, to global memory through 16 rows of a tile that this warp alone uses; the first
+// `valid` rows only.
+template <typename Half, int D>
+__device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const float (&factor)[2], uint32_t stage, uint16_t* dst,
+                                           int row_stride, int valid) {
+  const Block<D, Order::kRowMajor> block(stage);
+#pragma unroll
+  for (int i = 0; i < D / 8; i += 2) {
+    const uint32_t r[4] = {Half::pack(acc[i][0] * factor[0], acc[i][1] * factor[0]),
+                           Half::pack(acc[i][2] * factor[1], acc[i][3] * factor[1]),
+                           Half::pack(acc[i + 1][0] * factor[0], acc[i + 1][1] * factor[0]),
+                           Half::pack(acc[i + 1][2] * factor[1], acc[i + 1][3] * factor[1])};
+    store_matrix(block(0, i), r);
+  }
+  __syncwarp();
+  constexpr int kChunks = Tile<D>::kChunks;
+#pragma unroll
+  for (int i = threadIdx.x % 32; i < 16 * kChunks; i += 32) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const uint4 v = load_shared(stage + Tile<D>::offset(row, chunk));
+    if (row < valid) *reinterpret_cast<uint4*>(dst + row * row_stride + chunk * 8) = v;
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+template <int kTiles>
+__device__ __forceinline__ void clear(float (&acc)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+  }
+}
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+}  // namespace maefast::cuda
