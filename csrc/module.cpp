@@ -20,12 +20,14 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Compiler, build type, C++ standard, and whether the CUDA kernels are in.");
-  m.def("cpu_isa", &maefast::cpu::isa_name, "The instruction set that the CPU kernels use: 'avx512', 'avx2' or 'scalar'.");
+  m.def("cpu_isa", &maefast::cpu::isa_name,
+        "The instruction set that the CPU kernels use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'.");
   m.def(
       "set_cpu_isa",
       [](const std::string& name) {
         if (!maefast::cpu::set_isa(name.c_str())) {
-          throw py::value_error("name must be 'auto', 'scalar', 'avx2' or 'avx512', and run on this CPU; it is '" + name + "'");
+          throw py::value_error("name must be 'auto', 'scalar', 'avx2', 'avx512' or 'avx512bf16', and run on this CPU; it is '" +
+                                name + "'");
         }
       },
       py::arg("name"), "Forces an instruction set for the whole process; 'auto' gives the best one back.");

@@ -16,7 +16,7 @@ from maefast.reference import ReferenceMAE
 
 NATIVE = _library.HAS_NATIVE
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
 

@@ -96,7 +96,7 @@ def test_build_facts():
     assert info["cplusplus"] >= 202002
     assert info["cuda"] is False
     assert info["compiler"]
-    assert _C.cpu_isa() in ("scalar", "avx2", "avx512")
+    assert _C.cpu_isa() in ("scalar", "avx2", "avx512", "avx512bf16")
 
 
 @pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
@@ -105,7 +105,7 @@ def test_unknown_instruction_set(name):
     from maefast import _C
 
     before = _C.cpu_isa()
-    with pytest.raises(ValueError, match=f"name must be 'auto', 'scalar', 'avx2' or 'avx512'.*'{name}'"):
+    with pytest.raises(ValueError, match=f"name must be 'auto', 'scalar', 'avx2', 'avx512' or 'avx512bf16'.*'{name}'"):
         _C.set_cpu_isa(name)
     assert _C.cpu_isa() == before
 
@@ -140,7 +140,7 @@ def check(op, options, **inputs):
         for a, b in zip(run(op, **edged, **options), expected, strict=True):
             assert torch.equal(a, b), (op, end)
 
-for isa in ("scalar", "avx2", "avx512"):
+for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
     try:
         _C.set_cpu_isa(isa)
     except ValueError:

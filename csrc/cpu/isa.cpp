@@ -1,13 +1,16 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 
 namespace maefast::cpu {
 namespace {
 
 bool supported([[maybe_unused]] Isa isa) {
 #ifdef __x86_64__
+  if (isa == Isa::avx512bf16) return __builtin_cpu_supports("avx512bf16") && supported(Isa::avx512);
   if (isa == Isa::avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && supported(Isa::avx2);
@@ -19,14 +22,15 @@ bool supported([[maybe_unused]] Isa isa) {
   return isa == Isa::scalar;
 }
 
-Isa best() { return supported(Isa::avx512) ? Isa::avx512 : supported(Isa::avx2) ? Isa::avx2 : Isa::scalar; }
+constexpr Isa kWidestFirst[] = {Isa::avx512bf16, Isa::avx512, Isa::avx2, Isa::scalar};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+
+Isa best() { return *std::find_if(std::begin(kWidestFirst), std::end(kWidestFirst), supported); }
 
 std::atomic<Isa>& current() {
   static std::atomic<Isa> value{best()};
   return value;
 }
-
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
 
 }  // namespace
 
@@ -39,7 +43,7 @@ bool set_isa(const char* name) {
     current() = best();
     return true;
   }
-  for (Isa candidate : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (Isa candidate : kWidestFirst) {
     if (std::strcmp(name, kNames[static_cast<int>(candidate)]) == 0 && supported(candidate)) {
       current() = candidate;
       return true;

@@ -1,11 +1,12 @@
-// The choice of instruction set at run time. Kernels exist once for each, in namespaces scalar, avx2 and avx512.
+// The choice of instruction set at run time. Kernels exist once for each, in namespaces scalar, avx2, avx512 and avx512bf16
+// (AVX-512 with dot products of bf16 pairs).
 #pragma once
 
 #include <cstdint>
 
 namespace maefast::cpu {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, avx2, avx512, avx512bf16 };
 
 // The best instruction set of this CPU, or the one forced by set_isa.
 Isa isa();
@@ -28,8 +29,15 @@ __attribute__((visibility("default"))) const char* isa_name();
   }                                                        \
   namespace avx512 {                                       \
   void name(const Args& args, int64_t begin, int64_t end); \
+  }                                                        \
+  namespace avx512bf16 {                                   \
+  void name(const Args& args, int64_t begin, int64_t end); \
   }
-#define MAEFAST_KERNEL(name) (isa() == Isa::avx512 ? &avx512::name : isa() == Isa::avx2 ? &avx2::name : &scalar::name)
+#define MAEFAST_KERNEL(name)                    \
+  (isa() == Isa::avx512bf16 ? &avx512bf16::name \
+   : isa() == Isa::avx512   ? &avx512::name     \
+   : isa() == Isa::avx2     ? &avx2::name       \
+                            : &scalar::name)
 #else
 #define MAEFAST_DECLARE_KERNEL(name, Args)                 \
   namespace scalar {                                       \

@@ -1,6 +1,6 @@
-// A small vector of fp32, as wide as the instruction set of this compilation: 16, 8 or 1 lanes. bf16 and uint8 are widened on
-// load and bf16 rounded to nearest even on store. Everything has internal linkage: no code of one instruction set can be linked
-// into another.
+// A small vector of fp32, as wide as the instruction set of this compilation: 16, 8 or 1 lanes. bf16, fp16 and uint8 are widened
+// on load, bf16 and fp16 rounded to nearest even on store. Everything has internal linkage: no code of one instruction set can be
+// linked into another.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,11 @@ struct bf16 {
   uint16_t bits;
 };
 
-enum class DType { f32, bf16, u8 };
+struct f16 {
+  uint16_t bits;
+};
+
+enum class DType { f32, bf16, f16, u8 };
 
 namespace MAEFAST_ISA {
 namespace {
@@ -51,6 +55,27 @@ inline Vec load(const bf16* p) {
   return reinterpret_cast<Vec>(__builtin_convertvector(bits, VecU) << 16);
 }
 
+inline Vec load(const f16* p) {
+#if defined(MAEFAST_ISA_avx512)
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(MAEFAST_ISA_avx2)
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  const uint32_t sign = (p->bits & 0x8000u) << 16, magnitude = p->bits & 0x7fffu;
+  const uint32_t shifted = magnitude << 13;
+  float value;
+  std::memcpy(&value, &shifted, sizeof value);
+  value *= 0x1p112f;  // the exponent's bias, subnormals included
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (magnitude >= 0x7c00) bits = 0x7f800000u | shifted;
+  bits |= sign;
+  Vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+#endif
+}
+
 inline Vec load(const uint8_t* p) {
   VecU8 bytes;
   std::memcpy(&bytes, p, sizeof bytes);
@@ -65,6 +90,34 @@ inline void store(bf16* p, Vec v) {
   const VecU quiet = (bits >> 16) | 0x40;
   const VecU16 out = __builtin_convertvector(v == v ? rounded : quiet, VecU16);  // NaN stays NaN
   std::memcpy(p, &out, sizeof out);
+}
+
+inline void store(f16* p, Vec v) {
+#if defined(MAEFAST_ISA_avx512)
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), kNearest));
+#elif defined(MAEFAST_ISA_avx2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u | (magnitude >> 13 & 0x3ffu);  // NaN stays NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: 0.5 + x has steps of 2^-24
+    float value;
+    std::memcpy(&value, &magnitude, sizeof value);
+    value += 0.5f;
+    std::memcpy(&half, &value, sizeof half);
+    half -= 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+#endif
 }
 
 // The first n < kLanes elements; the others read as zero and are not written.
