@@ -34,6 +34,7 @@ inline int64_t item_size(ScalarType dtype) {
     case ScalarType::Byte:
       return 1;
     case ScalarType::BFloat16:
+    case ScalarType::Half:
       return 2;
     case ScalarType::Float:
       return 4;

@@ -20,12 +20,13 @@ Inputs = Mapping[str, Tensor]
 OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse")
 BACKENDS = ("native", "eager")  # fastest first
 
-_F32, _BF16, _U8 = torch.float32, torch.bfloat16, torch.uint8
+_F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+_FLOATS = (_F32, _BF16, _F16)
 _NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "random_masking": {"noise": (_F32,)},
-    "gather_patches": {"imgs": (_F32, _BF16, _U8), "out": (_F32, _BF16)},
-    "unshuffle": {"x": (_F32, _BF16), "mask_token": (_F32, _BF16), "pos_embed": (_F32, _BF16)},
-    "masked_mse": {"pred": (_F32, _BF16), "imgs": (_F32, _BF16, _U8)},
+    "gather_patches": {"imgs": (*_FLOATS, _U8), "out": _FLOATS},
+    "unshuffle": {"x": _FLOATS, "mask_token": _FLOATS, "pos_embed": _FLOATS},
+    "masked_mse": {"pred": _FLOATS, "imgs": (*_FLOATS, _U8)},
 }
 
 

@@ -147,13 +147,14 @@ for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
         continue
     for L in (5, 300, 3000):
         check(ops.random_masking, {"len_keep": L // 4}, noise=torch.rand(2, L))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for D in (1, 5, 63, 768):
             check(ops.unshuffle, {}, x=torch.randn(2, 4, D, dtype=dtype).requires_grad_(), ids_restore=permutations(2, 9),
                   mask_token=torch.randn(1, 1, D).to(dtype).requires_grad_(), pos_embed=torch.randn(1, 10, D).to(dtype))
     for C, patch in ((1, (3, 5)), (3, (7, 5)), (3, (4, 4)), (4, (2, 9))):
         shape = (2, C, 2 * patch[0], 3 * patch[1])
-        for imgs in (torch.randn(shape), torch.randn(shape).bfloat16(), torch.randint(256, shape, dtype=torch.uint8)):
+        pixels = torch.randn(shape)
+        for imgs in (pixels, pixels.bfloat16(), pixels.half(), torch.randint(256, shape, dtype=torch.uint8)):
             for imgs in (imgs, channels_last(imgs)):
                 check(ops.gather_patches, {"patch_size": patch}, imgs=imgs, ids=torch.tensor([[5, 0], [0, 5]]))
                 check(ops.masked_mse, {"patch_size": patch, "norm_pix": True}, imgs=imgs, mask=removed_mask(2, 6, 2),

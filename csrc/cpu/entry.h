@@ -11,8 +11,10 @@ namespace maefast::cpu {
 namespace {
 
 inline DType float_dtype(const char* name, ScalarType dtype) {
-  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, " must be float32 or bfloat16 for the CPU kernels");
-  return dtype == ScalarType::Float ? DType::f32 : DType::bf16;
+  if (dtype == ScalarType::Float) return DType::f32;
+  if (dtype == ScalarType::BFloat16) return DType::bf16;
+  check(dtype == ScalarType::Half, name, " must be float32, bfloat16 or float16 for the CPU kernels");
+  return DType::f16;
 }
 
 // An image tensor as the kernels take it, and the normalisation of a uint8 image.

@@ -12,14 +12,17 @@ from maefast.reference import ReferenceMAE
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 DTYPES = {  # pred, imgs
     "fp32": (F32, F32),
     "bf16": (BF16, BF16),
+    "fp16": (F16, F16),
     "autocast": (BF16, F32),
     "fp32_bf16": (F32, BF16),
+    "bf16_fp16": (BF16, F16),
     "fp32_uint8": (F32, U8),
     "bf16_uint8": (BF16, U8),
+    "fp16_uint8": (F16, U8),
 }
 FLOATS, AUTOCAST, BYTES = DTYPES["fp32"], DTYPES["autocast"], DTYPES["fp32_uint8"]
 PATCHES = [(1, 2), (2, 2), (7, 5), (14, 14), (16, 16)]
@@ -171,7 +174,7 @@ def test_statistics_far_from_zero(isa, spread):
     check(cases, (8, 8))
 
 
-@pytest.mark.parametrize("dtypes", [FLOATS, DTYPES["bf16"], BYTES], ids=["fp32", "bf16", "uint8"])
+@pytest.mark.parametrize("dtypes", [FLOATS, DTYPES["bf16"], DTYPES["fp16"], BYTES], ids=["fp32", "bf16", "fp16", "uint8"])
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS.values(), ids=IMAGE_LAYOUTS)
 def test_layouts(isa, layout, dtypes):
     def laid_out(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,13 +207,13 @@ def test_no_samples(each_backend):
     assert dpred.shape == inputs["pred"].shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_other_dtypes_run_eagerly(dtype):
+def test_other_dtypes_run_eagerly(native):
     inputs = make((4, 4))
-    exact = ops.masked_mse(inputs["pred"].double(), inputs["imgs"].double(), inputs["mask"], 4, True)
-    loss = ops.masked_mse(inputs["pred"].to(dtype), inputs["imgs"].to(dtype), inputs["mask"], 4, True)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else F32)
-    assert math.isclose(loss.item(), exact.item(), rel_tol=torch.finfo(dtype).eps)
+    loss = ops.masked_mse(inputs["pred"].double(), inputs["imgs"].double(), inputs["mask"], 4, True)
+    assert loss.dtype == torch.float64
+    with maefast.backend("native"):
+        single = ops.masked_mse(**inputs, patch_size=4, norm_pix=True)
+    assert math.isclose(loss.item(), single.item(), rel_tol=torch.finfo(F32).eps)
 
 
 def test_images_with_a_gradient_run_eagerly(native):
