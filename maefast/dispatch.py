@@ -17,15 +17,19 @@ from . import _library
 
 Inputs = Mapping[str, Tensor]
 
-OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse")
+OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse", "layer_norm", "add_layer_norm", "bias_gelu")
 BACKENDS = ("native", "eager")  # fastest first
 
-_F32, _BF16, _U8 = torch.float32, torch.bfloat16, torch.uint8
+_F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+_FLOATS = (_F32, _BF16, _F16)
 _NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "random_masking": {"noise": (_F32,)},
     "gather_patches": {"imgs": (_F32, _BF16, _U8), "out": (_F32, _BF16)},
     "unshuffle": {"x": (_F32, _BF16), "mask_token": (_F32, _BF16), "pos_embed": (_F32, _BF16)},
     "masked_mse": {"pred": (_F32, _BF16), "imgs": (_F32, _BF16, _U8)},
+    "layer_norm": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
+    "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
+    "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
 }
 
 

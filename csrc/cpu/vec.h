@@ -29,6 +29,7 @@ namespace {
 
 #if defined(MAEFAST_ISA_avx512)
 constexpr int kLanes = 16;
+constexpr __mmask16 kAllLanes = 0xffff;  // for intrinsics whose plain form makes GCC warn of their own undefined operand
 #elif defined(MAEFAST_ISA_avx2)
 constexpr int kLanes = 8;
 #else
@@ -40,6 +41,25 @@ typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
+
+// Calls f with a value of the C++ type of `dtype`, for the sake of that type alone: one kernel for all floating-point dtypes.
+template <typename F>
+inline void visit_float(DType dtype, F f) {
+  switch (dtype) {
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(float{});
+  }
+}
+
+// The same for pixels, which may also be bytes.
+template <typename F>
+inline void visit_pixel(DType dtype, F f) {
+  dtype == DType::u8 ? f(uint8_t{}) : visit_float(dtype, f);
+}
 
 inline Vec broadcast(float value) { return value - Vec{}; }
 
@@ -57,7 +77,7 @@ inline Vec load(const bf16* p) {
 
 inline Vec load(const f16* p) {
 #if defined(MAEFAST_ISA_avx512)
-  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(MAEFAST_ISA_avx2)
   return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -95,7 +115,7 @@ inline void store(bf16* p, Vec v) {
 inline void store(f16* p, Vec v) {
 #if defined(MAEFAST_ISA_avx512)
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), kNearest));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAllLanes, reinterpret_cast<__m512>(v), kNearest));
 #elif defined(MAEFAST_ISA_avx2)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
