@@ -6,7 +6,7 @@ namespace maefast::cpu {
 
 struct BiasGeluFwd {
   Rows x;
-  const float* bias;  // [D], zeros where there is none
+  const float* bias;  // [D], -0.0 where there is none: x + -0.0 is x
   void* y;            // [rows, D], in the dtype of x
   int64_t D;
 };
@@ -22,49 +22,84 @@ struct BiasGeluBwd {
 namespace MAEFAST_ISA {
 namespace {
 
-constexpr float kFar = 13.1f;  // the distribution's tail beyond it is less than the smallest normal fp32
-
-inline Vec clamped_below(Vec v) { return v < -kFar ? broadcast(-kFar) : v; }
-inline Vec clamped(Vec v) { return clamped_below(v > kFar ? broadcast(kFar) : v); }  // NaN stays
-
-struct Normal {
-  Vec bell;  // exp(-v^2 / 2), the density times sqrt(2 pi)
-  Vec cdf;
-};
-
-// exp(-v^2 / 2) = 2^n 2^f with |f| <= 1/2. With z = |v|, the tail is cdf(-z) = exp(-z^2 / 2) r(z); r is a polynomial in
-// t = 1 / (1 + p z), the form of Abramowitz and Stegun 7.1.26. Both polynomials are least-maximum fits: 2^f to 2e-9 relative, the
-// tail to 1e-8 absolute and 9e-7 relative.
-inline Normal normal(Vec v) {
-  const Vec magnitude = reinterpret_cast<Vec>(reinterpret_cast<VecU>(v) & 0x7fffffffu);
-  const Vec z = magnitude < kFar ? magnitude : broadcast(kFar);
-  constexpr float kHalfLog2E = 0.72134752044f, kRound = 12582912.0f;  // 1.5 * 2^23: its last bits hold an integer that is added
-  const Vec power = z * z * -kHalfLog2E, shifted = power + kRound, f = power - (shifted - kRound);
-  Vec p = 0.000153533618f * f + 0.00133988744f;
-  p = p * f + 0.00961843736f;
-  p = p * f + 0.0555033247f;
-  p = p * f + 0.240226479f;
-  p = p * f + 0.693147203f;
-  p = p * f + 1.0f;
-  Vec bell = reinterpret_cast<Vec>(reinterpret_cast<VecU>(p) + (reinterpret_cast<VecU>(shifted) << 23));
-  bell = magnitude < kFar ? bell : Vec{};
-  const Vec t = 1.0f / (1.0f + 0.29f * z);
-  Vec r = 0.0367289148f * t - 0.179625269f;
-  r = r * t + 0.277729001f;
-  r = r * t - 0.117646677f;
-  r = r * t + 0.162006779f;
-  r = r * t + 0.0869713071f;
-  r = r * t + 0.11829078f;
-  r = r * t + 0.11554516f;
-  const Vec tail = bell * (r * t);
-  return {bell, v < 0.0f ? tail : 1.0f - tail};
+// A bound on v that lets NaN through.
+inline Vec at_most(Vec v, float bound) {
+#if defined(MAEFAST_ISA_avx512)
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_min_ps(kAllLanes, reinterpret_cast<__m512>(broadcast(bound)), reinterpret_cast<__m512>(v)));
+#else
+  return bound < v ? broadcast(bound) : v;
+#endif
 }
 
-inline Vec gelu(Vec v, Normal at) { return clamped_below(v) * at.cdf; }
+inline Vec at_least(Vec v, float bound) {
+#if defined(MAEFAST_ISA_avx512)
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_max_ps(kAllLanes, reinterpret_cast<__m512>(broadcast(bound)), reinterpret_cast<__m512>(v)));
+#else
+  return bound > v ? broadcast(bound) : v;
+#endif
+}
 
-inline Vec gelu_slope(Vec v, Normal at) {
+// 1 / v; on AVX-512 by a guess of 14 bits and, for fp32, a Newton step: a division takes several times as long.
+template <typename X>
+inline Vec reciprocal(Vec v) {
+#if defined(MAEFAST_ISA_avx512)
+  const Vec guess = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(kAllLanes, reinterpret_cast<__m512>(v)));
+  if constexpr (sizeof(X) < sizeof(float)) return guess;
+  return guess * (2.0f - v * guess);
+#else
+  return 1.0f / v;
+#endif
+}
+
+template <int N>
+inline Vec polynomial(Vec v, const float (&coefficients)[N]) {  // the highest power first
+  Vec p = broadcast(coefficients[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < N; ++i) p = p * v + coefficients[i];
+  return p;
+}
+
+// With z = |v|, what gelu and its slope need: z, exp(-z^2 / 2), and the tail of the distribution, cdf(-z), over that.
+struct Tail {
+  Vec z, bell, ratio;
+};
+
+// exp(-z^2 / 2) = 2^n 2^f with |f| <= 1/2, zero from n = -127 on. The ratio is a polynomial in t = 1 / (1 + p z), the form of
+// Abramowitz and Stegun 7.1.26, here around t = 1, so that it is exact at z = 0. All are least-maximum fits. For fp32: 2^f to
+// 9e-8 relative, the tail to 2e-8 absolute and 4e-6 relative; for results of 16 bits: 3e-6, 4e-7 and 1e-4.
+template <typename X>
+inline Tail tail_of(Vec v) {
+  constexpr bool kNarrow = sizeof(X) < sizeof(float);
+  constexpr float kMax = 3.402823466e38f;  // infinity times a bell of zero would be NaN
+  const Vec z = at_most(reinterpret_cast<Vec>(reinterpret_cast<VecU>(v) & 0x7fffffffu), kMax);
+  constexpr float kHalfLog2E = 0.72134752044f, kRound = 12582912.0f;  // 1.5 * 2^23: its last bits hold an integer that is added
+  const Vec power = at_least(v * v * -kHalfLog2E, -127.0f), shifted = power + kRound, f = power - (shifted - kRound);
+  Vec exp2_f, s;
+  Tail tail{z, {}, {}};
+  if constexpr (kNarrow) {
+    exp2_f = polynomial(f, {0.00958285299f, 0.0559064247f, 0.240240986f, 0.693124193f, 1.0f});
+    s = 1.0f - reciprocal<X>(0.34f * z + 1.0f);
+    tail.ratio = 0.5f - s * polynomial(s, {-0.10694257f, 0.199762354f, 0.22133621f, -0.98817039f, 1.17332077f});
+  } else {
+    exp2_f = polynomial(f, {0.00132647271f, 0.00967151265f, 0.0555073374f, 0.240222421f, 0.693146978f, 1.0f});
+    s = 1.0f - reciprocal<X>(0.33f * z + 1.0f);
+    tail.ratio = 0.5f - s * polynomial(s, {0.0465495417f, -0.099630055f, -0.0353165202f, 0.147851501f, 0.318541586f, -1.08679965f,
+                                           1.20891638f});
+  }
+  tail.bell = reinterpret_cast<Vec>(reinterpret_cast<VecU>(exp2_f) + (reinterpret_cast<VecU>(shifted) << 23));
+  return tail;
+}
+
+// v cdf(v) = max(v, 0) - z cdf(-z)
+inline Vec gelu(Vec v, const Tail& at) { return at_least(v, 0.0f) - at.z * (at.bell * at.ratio); }
+
+// cdf(v) + v density(v); for z it is one less what it is for -z
+inline Vec gelu_slope(Vec v, const Tail& at) {
   constexpr float kInvSqrt2Pi = 0.39894228040f;
-  return at.cdf + clamped(v) * (at.bell * kInvSqrt2Pi);
+  const Vec left = at.bell * (at.ratio - kInvSqrt2Pi * at.z);
+  return v < 0.0f ? left : 1.0f - left;
 }
 
 template <typename X>
@@ -74,7 +109,7 @@ void forward(const BiasGeluFwd& args, int64_t begin, int64_t end) {
     X* y = static_cast<X*>(args.y) + row * args.D;
     for_row(args.D, [&](auto part, int64_t i) {
       const Vec v = part.load(x + i) + part.load(args.bias + i);
-      part.store(y + i, gelu(v, normal(v)));
+      part.store(y + i, gelu(v, tail_of<X>(v)));
     });
   }
 }
@@ -92,7 +127,7 @@ void backward(const BiasGeluBwd& args, int64_t begin, int64_t end) {
       X *dx = static_cast<X*>(args.dx) + row * D, *y = static_cast<X*>(args.y) + row * D;
       for_row(D, [&](auto part, int64_t i) {
         const Vec v = part.load(x + i) + part.load(args.bias + i);
-        const Normal at = normal(v);
+        const Tail at = tail_of<X>(v);
         const Vec dx_i = part.load(dy + i) * gelu_slope(v, at);
         part.store(dx + i, dx_i);
         part.store(dbias + i, part.load(dbias + i) + dx_i);
@@ -131,15 +166,15 @@ MAEFAST_DECLARE_KERNEL(bias_gelu_bwd_kernel, BiasGeluBwd)
 namespace maefast::cpu {
 namespace {
 
-Tensor zeros(int64_t size) {
+Tensor no_bias(int64_t size) {
   Tensor out = empty_cpu({size}, ScalarType::Float);
-  std::memset(out.mutable_data_ptr(), 0, size * sizeof(float));
+  std::fill_n(static_cast<float*>(out.mutable_data_ptr()), size, -0.0f);
   return out;
 }
 
 Tensor bias_gelu_fwd(const Tensor& x_in, const std::optional<Tensor>& bias_in) {
   const RowsInput x("x", x_in);
-  const FloatInput bias("bias", bias_in ? *bias_in : zeros(x.D), x.D);
+  const FloatInput bias("bias", bias_in ? *bias_in : no_bias(x.D), x.D);
   Tensor y = empty_cpu(x_in.sizes(), x_in.scalar_type());
   const BiasGeluFwd args{x.rows, bias.data, y.mutable_data_ptr(), x.D};
   run(MAEFAST_KERNEL(bias_gelu_fwd_kernel), args, x.count, x.D * 16);
@@ -150,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_bwd(const Tensor& dy_in, const Tens
                                                  bool with_y) {
   check_same_shape("dy", dy_in, x_in);
   const RowsInput dy("dy", dy_in), x("x", x_in);
-  const FloatInput bias("bias", bias_in ? *bias_in : zeros(x.D), x.D);
+  const FloatInput bias("bias", bias_in ? *bias_in : no_bias(x.D), x.D);
   Tensor dx = empty_cpu(x_in.sizes(), x_in.scalar_type());
   Tensor y = with_y ? empty_cpu(x_in.sizes(), x_in.scalar_type()) : empty_cpu({0}, x_in.scalar_type());
   RowSums sums(x.count, x.D);
