@@ -16,6 +16,7 @@
 
 namespace maefast {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -55,8 +56,8 @@ Tensor call_op(const char* name, const Args&... args) {
 
 // An uninitialised contiguous tensor on the CPU. A large one is asked for in huge pages: fresh memory is first touched by the
 // kernel that fills it, and with 4 KiB pages the page faults cost several times as much as the writing.
-inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor out = torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+inline Tensor empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  Tensor out = torch::stable::empty(sizes, dtype);
   constexpr int64_t kLarge = 4 << 20, kPage = 4096;
   const int64_t bytes = out.numel() * item_size(dtype);
   if (bytes >= kLarge) {

@@ -11,27 +11,27 @@
 
 namespace maefast::cpu {
 
-// Rows of one projection: token t of head h of sample n starts at n * stride_n + t * stride_t + h * d.
-struct Rows {
+// One projection: head h of token t of sample n starts at n * stride_n + t * stride_t + h * d.
+struct Heads {
   const void* data;
   int64_t stride_n, stride_t;
 };
 
-struct MutableRows {
+struct MutableHeads {
   void* data;
   int64_t stride_n, stride_t;
 };
 
 struct AttentionFwd {
-  Rows q, k, v;
-  MutableRows out;
+  Heads q, k, v;
+  MutableHeads out;
   DType dtype;
   int64_t queries, keys, heads, width;
 };
 
 struct AttentionBwd {
-  Rows q, k, v, dout;
-  MutableRows dq, dk, dv;
+  Heads q, k, v, dout;
+  MutableHeads dq, dk, dv;
   DType dtype;
   int64_t queries, keys, heads, width;
 };
@@ -82,10 +82,7 @@ void tile(const Product& p, int64_t row, int64_t column) {
   const float *a = p.a + row * p.a_row, *b = p.b + column;
   const int64_t a_row = p.a_row, a_depth = p.a_depth, b_stride = p.b_stride, c_stride = p.c_stride;
   float* c = p.c + row * c_stride + column;
-  Vec sums[kRows][kVectors];
-  unrolled<kRows>([&](auto r) {
-    unrolled<kVectors>([&](auto v) { sums[r][v] = p.accumulate ? load(c + r * c_stride + v * kLanes) : Vec{}; });
-  });
+  Vec sums[kRows][kVectors] = {};
   for (int64_t k = p.depth; k > 0; --k, a += a_depth, b += b_stride) {
     Vec columns[kVectors];
     unrolled<kVectors>([&](auto v) { columns[v] = load(b + v * kLanes); });
@@ -93,7 +90,12 @@ void tile(const Product& p, int64_t row, int64_t column) {
       unrolled<kVectors>([&](auto v) { sums[r][v] = multiply_add<kPairs>(a + r * a_row, columns[v], sums[r][v]); });
     });
   }
-  unrolled<kRows>([&](auto r) { unrolled<kVectors>([&](auto v) { store(c + r * c_stride + v * kLanes, sums[r][v]); }); });
+  unrolled<kRows>([&](auto r) {
+    unrolled<kVectors>([&](auto v) {
+      float* to = c + r * c_stride + v * kLanes;
+      store(to, p.accumulate ? load(to) + sums[r][v] : sums[r][v]);
+    });
+  });
 }
 
 // Tiles that fill the registers: 32 of them with AVX-512, 16 with AVX2.
@@ -127,15 +129,23 @@ inline void columns_of(const Product& p, int64_t rows, int64_t column, int64_t v
   }
 }
 
-// C has `columns` columns, a multiple of the vector; they are split as evenly as the widest tile allows.
+// C has `columns` columns, a multiple of the vector; they are split as evenly as the widest tile allows. The summed dimension
+// goes in parts that are summed on their own: one long chain of additions would round worse than the reference does.
 template <bool kPairs>
-void multiply(const Product& p, int64_t rows, int64_t columns) {
-  int64_t vectors = columns / kLanes;
-  for (int64_t column = 0; vectors > 0;) {
-    const int64_t parts = (vectors + kMaxVectors - 1) / kMaxVectors, width = (vectors + parts - 1) / parts;
-    columns_of<kPairs>(p, rows, column, width);
-    column += width * kLanes;
-    vectors -= width;
+void multiply(Product p, int64_t rows, int64_t columns) {
+  constexpr int64_t kPart = kPairs ? 128 : 64;
+  for (int64_t depth = p.depth; depth > 0; depth -= kPart) {
+    p.depth = depth < kPart ? depth : kPart;
+    int64_t vectors = columns / kLanes;
+    for (int64_t column = 0; vectors > 0;) {
+      const int64_t parts = (vectors + kMaxVectors - 1) / kMaxVectors, width = (vectors + parts - 1) / parts;
+      columns_of<kPairs>(p, rows, column, width);
+      column += width * kLanes;
+      vectors -= width;
+    }
+    p.a += kPart * p.a_depth;
+    p.b += kPart * p.b_stride;
+    p.accumulate = true;
   }
 }
 
@@ -164,12 +174,12 @@ struct Ahead {
   int64_t unit, end, heads, width, queries;
 
   template <typename In>
-  __attribute__((always_inline)) void prefetch(std::initializer_list<Rows> inputs, std::initializer_list<int64_t> counts,
+  __attribute__((always_inline)) void prefetch(std::initializer_list<Heads> inputs, std::initializer_list<int64_t> counts,
                                                int64_t query, int64_t rows) const {
     if (unit >= end) return;
     constexpr int64_t kLine = 64 / sizeof(In);
     const int64_t* count = counts.begin();
-    for (const Rows& input : inputs) {
+    for (const Heads& input : inputs) {
       const In* in = static_cast<const In*>(input.data) + unit / heads * input.stride_n + unit % heads * width;
       const int64_t last = (query + rows) * *count / queries;
       for (int64_t t = query * *count / queries; t < last; ++t) {
@@ -284,9 +294,10 @@ inline float max_lane(Vec v) {
 
 // 2^x for x <= 0 by the minimax polynomial of degree 6, within 2 ulp; 0 far below, -inf included.
 inline Vec exp2_of_negative(Vec x) {
-#ifdef MAEFAST_ISA_avx512
+#ifdef MAEFAST_ISA_avx512  // the masked forms: GCC 12 warns of the others
   const __m512 exponent = reinterpret_cast<__m512>(x);
-  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(exponent, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));  // x - floor(x)
+  const Vec r =
+      reinterpret_cast<Vec>(_mm512_maskz_reduce_ps(0xffff, exponent, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));  // x - floor(x)
   Vec y = broadcast(2.1702255e-4f);
   y = y * r + broadcast(1.24396883e-3f);
   y = y * r + broadcast(9.67884091e-3f);
@@ -294,7 +305,7 @@ inline Vec exp2_of_negative(Vec x) {
   y = y * r + broadcast(2.40229836e-1f);
   y = y * r + broadcast(6.93146984e-1f);
   y = y * r + broadcast(1.0f);
-  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), exponent));  // y * 2^floor(x)
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(y), exponent));  // y * 2^floor(x)
 #else
   constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, which is then in the low bits
   const Vec shifted = x + broadcast(kShift), r = x - (shifted - broadcast(kShift));
@@ -318,7 +329,9 @@ inline float prepare_scores(float* s, int64_t keys, int64_t padded) {
   return max_lane(most);
 }
 
-// The scores of a row to exp(scale (s - max)), in place, as words; returns 1 / their sum. `exponent` is scale * log2(e).
+constexpr float kLog2E = 1.4426950408889634f;
+
+// The scores of a row to exp(scale (s - max)), in place, as words; returns 1 / their sum.
 template <bool kPairs>
 inline float softmax_row(float* s, int64_t keys, int64_t padded, float exponent) {
   const Vec factor = broadcast(exponent), offset = broadcast(-exponent * prepare_scores(s, keys, padded));
@@ -344,12 +357,12 @@ void forward(const AttentionFwd& args, int64_t begin, int64_t end) {
   const Layout<kPairs> layout{args.width};
   const int64_t M = args.queries, T = args.keys, width = args.width, depth = layout.depth();
   const int64_t row = layout.row(), column = layout.column(), padded = round_up(T, kLanes), summed = layout.tokens(T);
-  const float exponent = 1.4426950408889634f / __builtin_sqrtf(static_cast<float>(width));
+  const float exponent = kLog2E / __builtin_sqrtf(static_cast<float>(width));
   Scratch<float> q(M * row), k_columns(depth * padded), v(summed * column), s(kBlock * padded), o(kBlock * column);
   float inverse[kBlock];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / args.heads, head = unit % args.heads * width;
-    const auto at = [&](const Rows& rows) { return static_cast<const In*>(rows.data) + n * rows.stride_n + head; };
+    const auto at = [&](const Heads& rows) { return static_cast<const In*>(rows.data) + n * rows.stride_n + head; };
     pack_rows<kPairs>(at(args.q), args.q.stride_t, M, width, q, row);
     pack_columns<kPairs>(at(args.k), args.k.stride_t, T, width, k_columns);
     pack_summed<kPairs>(at(args.v), args.v.stride_t, T, width, v, column);
@@ -422,7 +435,7 @@ void backward(const AttentionBwd& args, int64_t begin, int64_t end) {
   const Layout<kPairs> layout{args.width};
   const int64_t M = args.queries, T = args.keys, width = args.width, depth = layout.depth();
   const int64_t row = layout.row(), column = layout.column(), padded = round_up(T, kLanes), summed = layout.tokens(T);
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(width)), exponent = 1.4426950408889634f * scale;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(width)), exponent = kLog2E * scale;
   Scratch<float> q(M * row), dout(M * row), k_columns(depth * padded), v_columns(depth * padded);
   Scratch<float> k_summed(summed * column), dk(T * column), dv(T * column), dq(kBlock * column);
   Scratch<float> s(kBlock * padded), dp(kBlock * padded);
@@ -434,8 +447,8 @@ void backward(const AttentionBwd& args, int64_t begin, int64_t end) {
   float inverse[kBlock], delta[kBlock];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / args.heads, head = unit % args.heads * width;
-    const auto at = [&](const Rows& rows) { return static_cast<const In*>(rows.data) + n * rows.stride_n + head; };
-    const auto to = [&](const MutableRows& rows) { return static_cast<In*>(rows.data) + n * rows.stride_n + head; };
+    const auto at = [&](const Heads& rows) { return static_cast<const In*>(rows.data) + n * rows.stride_n + head; };
+    const auto to = [&](const MutableHeads& rows) { return static_cast<In*>(rows.data) + n * rows.stride_n + head; };
     pack_columns<kPairs>(at(args.v), args.v.stride_t, T, width, v_columns);
     pack_columns<kPairs>(at(args.k), args.k.stride_t, T, width, k_columns);
     pack_summed<kPairs>(at(args.k), args.k.stride_t, T, width, k_summed, column);
@@ -520,11 +533,11 @@ Sizes checked_sizes(const std::optional<Tensor>& q, const Tensor& kv, int64_t nu
   return {kv.size(0), q ? q->size(1) : kv.size(1), kv.size(1), num_heads, width};
 }
 
-Rows part(const Tensor& t, int64_t first) {
+Heads part(const Tensor& t, int64_t first) {
   return {static_cast<const char*>(t.const_data_ptr()) + first * item_size(t.scalar_type()), t.stride(0), t.stride(1)};
 }
 
-MutableRows mutable_part(const Tensor& t, int64_t first) {
+MutableHeads mutable_part(const Tensor& t, int64_t first) {
   return {static_cast<char*>(t.mutable_data_ptr()) + first * item_size(t.scalar_type()), t.stride(0), t.stride(1)};
 }
 

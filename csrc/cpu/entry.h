@@ -1,4 +1,4 @@
-// What the boxed entries share: dtypes, images and rows of ids, checked. For the baseline compilation alone.
+// What the boxed entries share: dtypes, images, rows and parameters, checked. For the baseline compilation alone.
 #pragma once
 
 #include <string>
@@ -6,6 +6,7 @@
 
 #include "../stable.h"
 #include "image.h"
+#include "rows.h"
 
 namespace maefast::cpu {
 namespace {
@@ -62,6 +63,100 @@ class ImageInput {
 
  private:
   std::vector<float> scale_, shift_;
+};
+
+// A tensor (..., D) as rows: itself where they are dense and equally far apart, else a contiguous copy.
+class RowsInput {
+ public:
+  Rows rows;
+  int64_t count, D;
+
+  RowsInput(const char* name, const Tensor& t) : tensor_(t) {
+    check(t.dim() >= 1 && t.size(t.dim() - 1) >= 1, name, " must be (..., D) with D >= 1");
+    D = t.size(t.dim() - 1);
+    count = t.numel() / D;
+    int64_t stride = 0, span = 0;  // of the dimensions seen so far, from the innermost
+    bool even = D == 1 || t.stride(t.dim() - 1) == 1;
+    for (int64_t dim = t.dim() - 2; dim >= 0; --dim) {
+      if (t.size(dim) == 1) continue;
+      if (span == 0) {
+        stride = t.stride(dim);
+      } else {
+        even = even && t.stride(dim) == span;
+      }
+      span = t.stride(dim) * t.size(dim);
+    }
+    if (!even) {
+      tensor_ = torch::stable::contiguous(t);
+      stride = D;
+    }
+    rows = {tensor_.const_data_ptr(), float_dtype(name, t.scalar_type()), stride};
+  }
+  RowsInput(const RowsInput&) = delete;
+  RowsInput& operator=(const RowsInput&) = delete;
+
+ private:
+  Tensor tensor_;
+};
+
+inline void check_same_shape(const char* name, const Tensor& t, const Tensor& x) {
+  const auto mine = t.sizes(), wanted = x.sizes();
+  check(std::equal(mine.begin(), mine.end(), wanted.begin(), wanted.end()), name, " must have the shape of x");
+}
+
+// `size` fp32 values of a small tensor, converted where they are of another dtype.
+class FloatInput {
+ public:
+  const float* data;
+
+  FloatInput(const char* name, const Tensor& t, int64_t size) : tensor_(torch::stable::contiguous(t)) {
+    check(t.numel() == size, name, " must have ", size, " values, it has ", t.numel());
+    const DType dtype = float_dtype(name, t.scalar_type());
+    data = static_cast<const float*>(dtype == DType::f32 ? tensor_.const_data_ptr() : nullptr);
+    if (dtype == DType::f32) return;
+    converted_.resize(size);
+    scalar::visit_float(dtype, [&](auto value) {
+      const auto* in = static_cast<const decltype(value)*>(tensor_.const_data_ptr());
+      for (int64_t i = 0; i < size; ++i) scalar::store(converted_.data() + i, scalar::load(in + i));
+    });
+    data = converted_.data();
+  }
+  FloatInput(const FloatInput&) = delete;  // data points into the members
+  FloatInput& operator=(const FloatInput&) = delete;
+
+ private:
+  Tensor tensor_;
+  std::vector<float> converted_;
+};
+
+// Sums over rows in two stages: kernels sum chunks of rows in fp32, `total` adds the chunks. The chunks depend on the number of
+// rows alone, so the result does not depend on the threads.
+class RowSums {
+ public:
+  const int64_t chunk, chunks;
+
+  RowSums(int64_t rows, int64_t width)
+      : chunk(std::clamp<int64_t>(rows / 128, 16, 256)),
+        chunks((rows + chunk - 1) / chunk),
+        width_(width),
+        partial_(chunks * width) {}
+  float* partial() const { return partial_; }  // [chunks, width]
+
+  // The sums of columns [begin, begin + count).
+  Tensor total(int64_t begin, int64_t count) const {
+    std::vector<double> sums(count, 0.0);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const float* part = partial_ + c * width_ + begin;
+      for (int64_t i = 0; i < count; ++i) sums[i] += part[i];
+    }
+    Tensor out = empty_cpu({count}, ScalarType::Float);
+    std::copy(sums.begin(), sums.end(), static_cast<float*>(out.mutable_data_ptr()));
+    return out;
+  }
+
+ private:
+  int64_t width_;
+  scalar::Scratch<float> partial_;
 };
 
 }  // namespace

@@ -72,9 +72,15 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const bf16* p) {
+#if defined(MAEFAST_ISA_avx512)
+  // GCC would widen the two halves apart.
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Vec>(reinterpret_cast<VecU>(wide) << 16);
+#else
   VecU16 bits;
   std::memcpy(&bits, p, sizeof bits);
   return reinterpret_cast<Vec>(__builtin_convertvector(bits, VecU) << 16);
+#endif
 }
 
 inline Vec load(const f16* p) {

@@ -79,3 +79,25 @@ def to_float_pixels(imgs: Tensor, mean: Tensor | None, std: Tensor | None) -> Te
 def values_are_known(tensor: Tensor) -> bool:
     """Whether a check may look at values: on the CPU, and not while a graph is being traced. On a GPU nothing syncs."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def check_rows(x: Tensor, **parameters: Tensor | None) -> None:
+    """x (..., D) with D >= 1, each parameter (D,), all floating-point and on one device."""
+    given = {name: parameter for name, parameter in parameters.items() if parameter is not None}
+    check_floating(x=x, **given)
+    check_same_device(x=x, **given)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., D) with D >= 1; its shape is {shape_of(x)}")
+    D = x.shape[-1]
+    for name, parameter in given.items():
+        if parameter.shape != (D,):
+            raise ValueError(f"{name} must be (D,) = ({D},); its shape is {shape_of(parameter)}")
+
+
+def check_out_dtype(dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    """`dtype`, which must be floating-point, or the default where it is None."""
+    if dtype is None:
+        return default
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating-point; it is {str(dtype).removeprefix('torch.')}")
+    return dtype

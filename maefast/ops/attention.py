@@ -38,7 +38,7 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
         if T == 0:
             raise ValueError(f"qkv must hold at least one token; its shape is {shape_of(qkv)}")
         inputs["q"] = q
-    if dispatch.choose("attention", inputs, width=qkv.shape[2] // (parts * num_heads)) == "native":
+    if dispatch.choose("attention", inputs, head_width=qkv.shape[2] // (parts * num_heads)) == "native":
         return _Attention.apply(q, qkv, num_heads)
     return attention_ref(qkv, num_heads, q)
 

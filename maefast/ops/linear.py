@@ -5,9 +5,6 @@ linear): there forward and the input's gradient go to oneDNN, and the weight's g
 to sum into. Everything else is already on the faster one.
 """
 
-import platform
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +34,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (out,) = ({weight.shape[0]},); its shape is {shape_of(bias)}")
     dtype = dispatch.compute_dtype(x)
-    if dispatch.choose("linear", given, dtype=dtype) == "native":
+    if dispatch.choose("linear", given | {"out": x.new_empty(0, dtype=dtype)}) == "native":
         if gelu and not torch.is_grad_enabled():
-            return forward(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), native=True, gelu=True)
+            return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), native=True, gelu=True)
         y = _Linear.apply(x, weight, bias, dtype)
         return F.gelu(y) if gelu else y
     return linear_ref(x, weight, bias, gelu)
@@ -50,7 +47,8 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool
     return F.gelu(y) if gelu else y
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool, gelu: bool = False) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool, gelu: bool = False) -> Tensor:
+    """linear without its gradients, for inputs of one dtype."""
     if native:
         return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
     return linear_ref(x, weight, bias, gelu)
@@ -75,7 +73,7 @@ class _Linear(torch.autograd.Function):
         cast_x, cast_weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(cast_x, cast_weight)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return forward(cast_x, cast_weight, None if bias is None else bias.to(dtype), native=True)
+        return product(cast_x, cast_weight, None if bias is None else bias.to(dtype), native=True)
 
     @staticmethod
     @once_differentiable
@@ -86,13 +84,6 @@ class _Linear(torch.autograd.Function):
         dweight = weight_gradient(dy, x, native=True).to(weight_dtype) if ctx.needs_input_grad[1] else None
         dbias = dy.flatten(0, -2).sum(dim=0).to(bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None
-
-
-@cache
-def is_intel() -> bool:
-    """Whether MKL is at home here."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return platform.processor() == "Intel" or (cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text())
 
 
 @torch.library.register_fake("maefast::linear_fwd")

@@ -1,0 +1,176 @@
+// layer_norm: rows normalised by their mean and variance; the backward pass also serves add_layer_norm.
+#include "isa.h"
+#include "norm.h"
+
+namespace maefast::cpu {
+
+struct LayerNormFwd {
+  Rows x;
+  Norm norm;
+};
+
+struct LayerNormBwd {
+  Rows dy, dresidual, x;  // dresidual.data is null where there is none
+  const float *weight, *bias, *mean, *rstd;
+  void *dx, *y, *dx_cast;  // [rows, D], dx in the dtype of x; y and dx_cast are null where they are not asked for
+  DType y_dtype, cast_dtype;
+  float* partial;  // [chunks, 2, D]: dweight and dbias of one chunk of rows
+  int64_t rows, D, chunk;
+};
+
+namespace MAEFAST_ISA {
+namespace {
+
+template <typename Part>
+inline Vec load_as(Part part, const Rows& rows, int64_t row, int64_t i) {
+  Vec v;
+  visit_float(rows.dtype, [&](auto value) { v = part.load(row_of<decltype(value)>(rows, row) + i); });
+  return v;
+}
+
+template <typename Part>
+inline void store_as(Part part, void* out, DType dtype, int64_t i, Vec v) {
+  visit_float(dtype, [&](auto value) { part.store(static_cast<decltype(value)*>(out) + i, v); });
+}
+
+template <typename X, typename DY>
+inline void backward_row(const LayerNormBwd& args, int64_t row, float* dweight, float* dbias) {
+  const int64_t D = args.D;
+  const float width = static_cast<float>(D), rstd = args.rstd[row];
+  const X* x = row_of<X>(args.x, row);
+  const DY* dy = row_of<DY>(args.dy, row);
+  const Vec mean = broadcast(args.mean[row]), scale = broadcast(rstd);
+  const auto sums = sum_row<3>(D, [&](auto part, int64_t i, Vec* totals) {
+    const Vec difference = part.keep(part.load(x + i) - mean), g = part.load(dy + i) * part.load(args.weight + i);
+    totals[0] += difference;
+    totals[1] += g;
+    totals[2] += g * difference;
+  });
+  const float residue = sums.of[0] / width;
+  const Center at{mean, broadcast(residue)};
+  const Vec mean_g = broadcast(sums.of[1] / width);
+  const Vec mean_gx = broadcast((sums.of[2] - residue * sums.of[1]) * rstd / width);  // of g times the normalised x
+  X* dx = static_cast<X*>(args.dx) + row * D;
+  for_row(D, [&](auto part, int64_t i) {
+    __builtin_prefetch(x + args.x.stride + i, 0, 2);
+    __builtin_prefetch(dy + args.dy.stride + i, 0, 2);
+    const Vec xhat = normalised(part.load(x + i), at, scale), dy_i = part.load(dy + i), weight = part.load(args.weight + i);
+    part.store(dweight + i, part.load(dweight + i) + dy_i * xhat);
+    part.store(dbias + i, part.load(dbias + i) + dy_i);
+    Vec dx_i = (dy_i * weight - mean_g - xhat * mean_gx) * scale;
+    if (args.dresidual.data) dx_i += load_as(part, args.dresidual, row, i);
+    part.store(dx + i, dx_i);
+    if (args.dx_cast) store_as(part, args.dx_cast, args.cast_dtype, row * D + i, dx_i);
+    if (args.y) store_as(part, args.y, args.y_dtype, row * D + i, xhat * weight + part.load(args.bias + i));
+  });
+}
+
+template <typename X, typename DY>
+void backward(const LayerNormBwd& args, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    float *dweight = args.partial + unit * 2 * args.D, *dbias = dweight + args.D;
+    std::memset(dweight, 0, 2 * args.D * sizeof(float));
+    const int64_t first = unit * args.chunk, last = first + args.chunk < args.rows ? first + args.chunk : args.rows;
+    for (int64_t row = first; row < last; ++row) backward_row<X, DY>(args, row, dweight, dbias);
+  }
+}
+
+}  // namespace
+
+// Units: rows.
+void layer_norm_fwd_kernel(const LayerNormFwd& args, int64_t begin, int64_t end) {
+  visit_float(args.x.dtype, [&](auto x) {
+    visit_float(args.norm.y_dtype, [&](auto y) {
+      using X = decltype(x);
+      for (int64_t row = begin; row < end; ++row) norm_row<X, decltype(y)>(row_of<X>(args.x, row), args.norm, row);
+    });
+  });
+}
+
+// Units: chunks of rows.
+void layer_norm_bwd_kernel(const LayerNormBwd& args, int64_t begin, int64_t end) {
+  visit_float(args.x.dtype, [&](auto x) {
+    visit_float(args.dy.dtype, [&](auto dy) { backward<decltype(x), decltype(dy)>(args, begin, end); });
+  });
+}
+
+}  // namespace MAEFAST_ISA
+
+#ifdef MAEFAST_ENTRY
+MAEFAST_DECLARE_KERNEL(layer_norm_fwd_kernel, LayerNormFwd)
+MAEFAST_DECLARE_KERNEL(layer_norm_bwd_kernel, LayerNormBwd)
+#endif
+
+}  // namespace maefast::cpu
+
+#ifdef MAEFAST_ENTRY
+#include "entry.h"
+
+namespace maefast::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, double eps,
+                                                  ScalarType dtype) {
+  const RowsInput x("x", x_in);
+  const FloatInput weight("weight", weight_in, x.D), bias("bias", bias_in, x.D);
+  Tensor y = empty_cpu(x_in.sizes(), dtype);
+  Tensor mean = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
+  const LayerNormFwd args{
+      x.rows,
+      {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), float_dtype("dtype", dtype),
+       static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
+  };
+  run(MAEFAST_KERNEL(layer_norm_fwd_kernel), args, x.count, x.D * 8);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_in, const std::optional<Tensor>& dresidual_in,
+                                                                  const Tensor& x_in, const Tensor& weight_in,
+                                                                  const Tensor& bias_in, const Tensor& mean_in,
+                                                                  const Tensor& rstd_in, std::optional<ScalarType> y_dtype,
+                                                                  std::optional<ScalarType> cast_dtype) {
+  const RowsInput x("x", x_in), dy("dy", dy_in);
+  check_same_shape("dy", dy_in, x_in);
+  std::optional<RowsInput> dresidual;
+  if (dresidual_in) {
+    check_same_shape("dresidual", *dresidual_in, x_in);
+    dresidual.emplace("dresidual", *dresidual_in);
+  }
+  const int64_t D = x.D;
+  const FloatInput weight("weight", weight_in, D), bias("bias", bias_in, D);
+  const FloatInput mean("mean", mean_in, x.count), rstd("rstd", rstd_in, x.count);
+  const auto output = [&](std::optional<ScalarType> dtype) {
+    return dtype ? empty_cpu(x_in.sizes(), *dtype) : empty_cpu({0}, x_in.scalar_type());
+  };
+  Tensor dx = output(x_in.scalar_type()), y = output(y_dtype), dx_cast = output(cast_dtype);
+  RowSums sums(x.count, 2 * D);
+  const LayerNormBwd args{
+      dy.rows,
+      dresidual ? dresidual->rows : Rows{nullptr, DType::f32, 0},
+      x.rows,
+      weight.data,
+      bias.data,
+      mean.data,
+      rstd.data,
+      dx.mutable_data_ptr(),
+      y_dtype ? y.mutable_data_ptr() : nullptr,
+      cast_dtype ? dx_cast.mutable_data_ptr() : nullptr,
+      float_dtype("y_dtype", y_dtype.value_or(ScalarType::Float)),
+      float_dtype("cast_dtype", cast_dtype.value_or(ScalarType::Float)),
+      sums.partial(),
+      x.count,
+      D,
+      sums.chunk,
+  };
+  run(MAEFAST_KERNEL(layer_norm_bwd_kernel), args, sums.chunks, sums.chunk * D * 12);
+  return {dx, sums.total(0, D), sums.total(D, D), y, dx_cast};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
+}
+
+}  // namespace
+}  // namespace maefast::cpu
+#endif

@@ -1,0 +1,91 @@
+"""Add + layer norm: a branch added to the residual stream, and the sum normalised for the next branch, in one pass."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import dispatch
+from ._checks import check_floating, check_out_dtype, check_rows, check_same_device, shape_of
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The new residual x + residual, and its layer norm: what a pre-norm block does between two branches.
+
+    x             (..., D)  floating-point, a branch's output
+    residual      (..., D)  floating-point, of any dtype
+    weight, bias  (D,)      floating-point, of any dtype
+    dtype                   of the normalised sum; by default that of the sum
+    returns       (..., D), (..., D)  the normalised sum (statistics of the sum as stored), and the sum in the promoted dtype
+    Gradients for x, residual, weight and bias, deterministic.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    """
+    check_rows(x, weight=weight, bias=bias)
+    check_floating(residual=residual)
+    check_same_device(x=x, residual=residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have the shape of x, {shape_of(x)}; its shape is {shape_of(residual)}")
+    dtype = check_out_dtype(dtype, torch.promote_types(x.dtype, residual.dtype))
+    inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias, "out": x.new_empty(0, dtype=dtype)}
+    if dispatch.choose("add_layer_norm", inputs) == "native":
+        return _AddLayerNorm.apply(x, residual, weight, bias, eps, dtype)
+    return add_layer_norm_ref(x, residual, weight, bias, eps, dtype)
+
+
+def add_layer_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    wide = torch.promote_types(total.dtype, torch.float32)
+    return F.layer_norm(total.to(wide), total.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype), total
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        y, total, mean, rstd = torch.ops.maefast.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        ctx.save_for_backward(total, weight, bias, mean, rstd)
+        ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, bias, mean, rstd = ctx.saved_tensors
+        needs_x, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if dy is None:  # only the sum was used
+            dx = None if dtotal is None or not needs_x else dtotal.to(ctx.x_dtype)
+            dresidual = None if dtotal is None or not needs_residual else dtotal.to(ctx.residual_dtype)
+            return dx, dresidual, None, None, None, None
+        # at most one of the two has another dtype than the sum; fp16 and bf16, where both have, take a cast of their own
+        cast = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype != total.dtype), None)
+        dsum, dweight, dbias, _, dsum_cast = torch.ops.maefast.layer_norm_bwd(
+            dy, dtotal, total, weight, bias, mean, rstd, None, cast
+        )
+        grads = {total.dtype: dsum, cast: dsum_cast}
+        dx = grads[ctx.x_dtype] if ctx.x_dtype in grads else dsum.to(ctx.x_dtype)
+        dresidual = grads[ctx.residual_dtype] if ctx.residual_dtype in grads else dsum.to(ctx.residual_dtype)
+        return (
+            dx if needs_x else None,
+            dresidual if needs_residual else None,
+            dweight.to(weight.dtype) if needs_weight else None,
+            dbias.to(bias.dtype) if needs_bias else None,
+            None,
+            None,
+        )
+
+
+@torch.library.register_fake("maefast::add_layer_norm_fwd")
+def _add_layer_norm_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    statistic = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), total, statistic, torch.empty_like(statistic)

@@ -1,0 +1,59 @@
+"""Bias + GELU: the activation of the MLP and the bias before it, with the bias's gradient in the same pass."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import dispatch
+from ._checks import check_rows
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The exact (erf) GELU of x + bias; the sum is in fp32 or wider and is not rounded before the GELU.
+
+    x        (..., D)  floating-point
+    bias     (D,)      floating-point, of any dtype, or None
+    returns  (..., D)  in the dtype of x
+    Gradients for x and bias, deterministic.
+    Infinities give their limits, which F.gelu does not always: 0 at -inf, with slope 0, and inf at inf, with slope 1.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    """
+    check_rows(x, bias=bias)
+    inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
+    if dispatch.choose("bias_gelu", inputs) == "native":
+        return _BiasGelu.apply(x, bias)
+    return bias_gelu_ref(x, bias)
+
+
+def bias_gelu_ref(x: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x.to(wide) if bias is None else x.to(wide) + bias.to(wide)).to(x.dtype)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        return torch.ops.maefast.bias_gelu_fwd(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx, dbias, _ = torch.ops.maefast.bias_gelu_bwd(dy, x, bias, False)
+        needs_x, needs_bias = ctx.needs_input_grad
+        return dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None
+
+
+@torch.library.register_fake("maefast::bias_gelu_fwd")
+def _bias_gelu_fwd_fake(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("maefast::bias_gelu_bwd")
+def _bias_gelu_bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape), dbias, x.new_empty(x.shape if with_y else 0)
