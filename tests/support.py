@@ -121,7 +121,10 @@ def check_op(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within the block every fresh allocation of the process holds 0x7f7f7f7f: 3e38 as fp32 or bf16, out of range as an index."""
+    """Within the block every fresh allocation of the process holds 0x7f7f7f7f: 3e38 as fp32 or bf16, out of range as an index.
+
+    Under AddressSanitizer, where mallopt does nothing, the options of `make test-sanitize` do the same.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
     if mallopt is None:
         yield
