@@ -110,12 +110,23 @@ def test_unknown_instruction_set(name):
     assert _C.cpu_isa() == before
 
 
+def undefined_symbols() -> list[str]:
+    command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
+
+
+@pytest.mark.skipif("MAEFAST_SANITIZE" not in os.environ, reason="for make test-sanitize")
+def test_the_sanitizers_watch():
+    names = undefined_symbols()
+    assert "__asan_report_load4" in names
+    assert "__ubsan_handle_add_overflow_abort" in names
+
+
 @pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
 def test_the_ops_need_no_python():
     """libmaefast.so refers to no symbol of Python, and to torch through the stable C interface alone."""
-    command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
-    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
+    names = undefined_symbols()
     assert not [name for name in names if name.startswith(("Py", "_Py"))]
     assert not [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
 

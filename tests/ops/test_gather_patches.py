@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import IMAGE_LAYOUTS, LAYOUTS, check_op, threads, widened
+from support import IMAGE_LAYOUTS, LAYOUTS, THREADS, check_op, threads, widened
 from torch import Tensor
 
 import maefast
@@ -152,11 +152,23 @@ def test_layouts(isa, dtype, layout):
         assert torch.equal(ops.gather_patches(imgs, ids_layout(ids), (8, 18)), expected)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, U8], ids=["fp32", "fp16", "uint8"])
 @pytest.mark.parametrize("dim", range(4))
-def test_zero_strides(isa, dim):
-    imgs, ids = images(2, 3, 16, 16).narrow(dim, 0, 1), torch.randint(4, (2, 3))
-    expanded = imgs.expand(*(size if i != dim else (2, 3, 16, 16)[dim] for i, size in enumerate(imgs.shape)))
-    assert torch.equal(ops.gather_patches(expanded, ids, 8), gather_by_loops(expanded.contiguous(), ids, 8, 8))
+def test_zero_strides(isa, dim, dtype):
+    expanded, ids = images(2, 3, 16, 16, dtype).narrow(dim, 0, 1).expand(2, 3, 16, 16), torch.randint(4, (1, 3)).expand(2, 3)
+    assert torch.equal(ops.gather_patches(expanded, ids, 8), ops.gather_patches(expanded.contiguous(), ids.contiguous(), 8))
+    if dtype != U8:
+        assert torch.equal(ops.gather_patches(expanded, ids, 8), gather_by_loops(expanded, ids, 8, 8))
+
+
+def test_layouts_of_the_statistics(isa):
+    imgs, ids = images(2, 3, 14, 10, U8), torch.randint(4, (2, 3))
+    expected = ops.gather_patches(imgs, ids, (7, 5), MEAN, STD)
+    for layout in (LAYOUTS["misaligned"], LAYOUTS["sliced"]):
+        assert torch.equal(ops.gather_patches(imgs, ids, (7, 5), layout(MEAN), layout(STD)), expected)
+    mean, std = torch.tensor(0.5), torch.tensor(0.25)
+    expected = ops.gather_patches(imgs, ids, (7, 5), mean.repeat(3), std.repeat(3))
+    assert torch.equal(ops.gather_patches(imgs, ids, (7, 5), mean.expand(3), std.expand(3)), expected)
 
 
 @pytest.mark.parametrize(("N", "K"), [(0, 4), (0, 0), (3, 0)])
@@ -191,12 +203,15 @@ def test_native_refuses_a_gradient_of_images(native):
             assert torch.equal(ops.gather_patches(imgs, ids, 2), gather_by_loops(imgs, ids, 2, 2))
 
 
-def test_threads_do_not_matter(native):
-    imgs, ids = images(8, 3, 128, 128, U8), torch.randint(64, (8, 40))
+@pytest.mark.parametrize("dtype", [F32, U8], ids=["fp32", "uint8"])
+def test_threads_do_not_matter(isa, dtype):
+    imgs, ids = images(7, 3, 128, 128, dtype), torch.randint(64, (7, 41))
+    statistics = (MEAN, STD) if dtype == U8 else ()
     with threads(1):
-        one = ops.gather_patches(imgs, ids, 16, MEAN, STD)
-    with threads(2):
-        assert torch.equal(ops.gather_patches(imgs, ids, 16, MEAN, STD), one)
+        one = ops.gather_patches(imgs, ids, 16, *statistics)
+    for count in THREADS:
+        with threads(count):
+            assert torch.equal(ops.gather_patches(imgs, ids, 16, *statistics), one)
 
 
 @pytest.mark.huge

@@ -3,7 +3,18 @@ from functools import partial
 
 import pytest
 import torch
-from support import IMAGE_LAYOUTS, LAYOUTS, check_op, forward_backward, lay_out, permutations, removed_mask, threads, widened
+from support import (
+    IMAGE_LAYOUTS,
+    LAYOUTS,
+    THREADS,
+    check_op,
+    forward_backward,
+    lay_out,
+    permutations,
+    removed_mask,
+    threads,
+    widened,
+)
 from torch import Tensor
 
 import maefast
@@ -261,7 +272,7 @@ def test_a_penalty_on_the_gradient_raises(native):
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "all_rows"])
-def test_deterministic(native, compact):
+def test_deterministic(isa, compact):
     inputs = make((16, 16), N=4, grid=(8, 9), compact=compact)
 
     def run() -> dict[str, Tensor]:
@@ -269,11 +280,12 @@ def test_deterministic(native, compact):
 
     with threads(1):
         one = run()
-    with threads(2):
-        runs = [run() for _ in range(2)]
-    for result in runs:
-        assert torch.equal(result["out"], one["out"])
-        assert torch.equal(result["d_pred"], one["d_pred"])
+    for count in THREADS:
+        with threads(count):
+            runs = [run() for _ in range(2)]
+        for result in runs:
+            assert torch.equal(result["out"], one["out"])
+            assert torch.equal(result["d_pred"], one["d_pred"])
 
 
 @pytest.mark.huge
@@ -304,7 +316,7 @@ def test_offsets_beyond_2_31(native):
 
 def test_opcheck(native):
     mean, std = torch.rand(3), torch.rand(3) + 0.2
-    for dtypes, compact in ((FLOATS, False), (BYTES, True), (AUTOCAST, True)):
+    for dtypes, compact in ((FLOATS, False), (BYTES, True), (AUTOCAST, True), (DTYPES["fp16"], False)):
         pred, imgs, mask = make((2, 5), dtypes=dtypes, compact=compact).values()
         args = (pred.detach(), imgs, mask, 2, 5, True, *((mean, std) if imgs.dtype == U8 else (None, None)))
         torch.library.opcheck(torch.ops.maefast.masked_mse_fwd.default, args)

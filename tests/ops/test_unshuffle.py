@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import LAYOUTS, check_op, forward_backward, lay_out, permutations, threads
+from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, permutations, threads
 from torch import Tensor
 
 from maefast import ops
@@ -103,7 +103,8 @@ def test_zero_strides(isa, dims):
         return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
 
     cases = [make(3, 9, 4, 21) for _ in range(20)]
-    check([inputs | {name: expanded(inputs[name]) for name in LEAVES} for inputs in cases], dy_layout=expanded)
+    names = (*LEAVES, "ids_restore") if dims == (0,) else LEAVES
+    check([inputs | {name: expanded(inputs[name]) for name in names} for inputs in cases], dy_layout=expanded)
 
 
 def test_large_output(isa):
@@ -164,15 +165,17 @@ def test_bf16_and_fp16_promote_to_fp32(each_backend, dtypes):
     assert [inputs[name].grad.dtype for name in LEAVES] == list(dtypes)
 
 
-def test_deterministic(native):
-    inputs, dy = make(5, 196, 49, 128), torch.randn(5, 197, 128)
+@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["autocast"]], ids=["fp32", "autocast"])
+def test_deterministic(isa, dtypes):
+    inputs, dy = make(5, 196, 49, 130, dtypes), torch.randn(5, 197, 130)
     with threads(1):
         one = forward_backward(ops.unshuffle, inputs, dy)
-    with threads(2):
-        runs = [forward_backward(ops.unshuffle, inputs, dy) for _ in range(2)]
-    for run in runs:
-        for name, value in run.items():
-            assert torch.equal(value, one[name]), name
+    for count in THREADS:
+        with threads(count):
+            runs = [forward_backward(ops.unshuffle, inputs, dy) for _ in range(2)]
+        for run in runs:
+            for name, value in run.items():
+                assert torch.equal(value, one[name]), name
 
 
 @pytest.mark.huge
@@ -197,8 +200,9 @@ def test_backward_of_more_than_2_31_elements(native):
 
 
 def test_opcheck(native):
-    inputs = {name: t.detach() for name, t in make(2, 9, 4, 5).items()}
-    torch.library.opcheck(torch.ops.maefast.unshuffle_fwd.default, tuple(inputs.values()))
+    for name in ("fp32", "fp16", "halves"):
+        inputs = {name: t.detach() for name, t in make(2, 9, 4, 5, DTYPES[name]).items()}
+        torch.library.opcheck(torch.ops.maefast.unshuffle_fwd.default, tuple(inputs.values()))
     for dtype in (BF16, F16):
         args = (torch.randn(2, 10, 5), inputs["ids_restore"], 4, dtype)
         torch.library.opcheck(torch.ops.maefast.unshuffle_bwd.default, args)
