@@ -76,15 +76,13 @@ class RowsInput {
     D = t.size(t.dim() - 1);
     count = t.numel() / D;
     int64_t stride = 0, span = 0;  // of the dimensions seen so far, from the innermost
-    bool even = D == 1 || t.stride(t.dim() - 1) == 1;
+    bool seen = false, even = D == 1 || t.stride(t.dim() - 1) == 1;
     for (int64_t dim = t.dim() - 2; dim >= 0; --dim) {
       if (t.size(dim) == 1) continue;
-      if (span == 0) {
-        stride = t.stride(dim);
-      } else {
-        even = even && t.stride(dim) == span;
-      }
+      if (!seen) stride = t.stride(dim);
+      even = even && (!seen || t.stride(dim) == span);
       span = t.stride(dim) * t.size(dim);
+      seen = true;
     }
     if (!even) {
       tensor_ = torch::stable::contiguous(t);
