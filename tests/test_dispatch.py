@@ -13,6 +13,7 @@ import maefast
 from maefast import dispatch, ops
 
 AUTO = "native" if NATIVE else "eager"
+AUTO_LINEAR = "eager" if dispatch._ON_INTEL else AUTO
 
 
 class Seen(TorchDispatchMode):
@@ -45,10 +46,16 @@ def ops_of_a_step(model: torch.nn.Module, imgs: torch.Tensor, noise: torch.Tenso
     return seen.names
 
 
-def test_auto_takes_native_where_it_can(native):
+def test_auto_takes_native_where_it_can(native, monkeypatch):
     model = small_mae()
-    names = {"random_masking_fwd", "gather_patches_fwd", "unshuffle_fwd", "unshuffle_bwd", "masked_mse_fwd", "masked_mse_bwd"}
-    assert ops_of_a_step(model, images_for(model), noise_for(model)) == names
+    names = {"random_masking_fwd", "gather_patches_fwd", "add_layer_norm_fwd"}
+    names |= {
+        f"{op}_{way}" for op in ("unshuffle", "masked_mse", "layer_norm", "bias_gelu", "attention") for way in ("fwd", "bwd")
+    }
+    for intel in (False, True):
+        monkeypatch.setattr(dispatch, "_ON_INTEL", intel)
+        expected = names if intel else names | {"linear_fwd"}
+        assert ops_of_a_step(model, images_for(model), noise_for(model)) == expected
     assert ops_of_a_step(model.bfloat16(), images_for(model).bfloat16(), noise_for(model)) == names
     assert ops_of_a_step(model.half(), images_for(model).half(), noise_for(model)) == names
     assert ops_of_a_step(model.double(), images_for(model).double(), noise_for(model)) == {"random_masking_fwd"}
@@ -90,9 +97,34 @@ def test_a_request_that_cannot_run_raises_with_the_reason(native):
             model(images_for(model).double())
         with pytest.raises(RuntimeError, match=r"masked_mse cannot run.*'native'.*pred is float64"):
             ops.masked_mse(torch.rand(1, 4, 4).double(), imgs.float(), torch.ones(1, 4), 2, False)
+        with pytest.raises(RuntimeError, match=r"attention cannot run.*'native'.*qkv is float64"):
+            ops.attention(torch.rand(1, 2, 6).double(), 1)
+        with pytest.raises(RuntimeError, match=r"linear cannot run.*'native'.*x is float64"):
+            ops.linear(torch.rand(1, 2).double(), torch.rand(3, 2).double())
         with pytest.raises(RuntimeError, match=r"random_masking cannot run.*'native'.*noise is on meta"):
             ops.random_masking(torch.rand(1, 4, device="meta"), 2)
     assert ops.gather_patches(imgs, ids, 2).dtype == torch.float64
+
+
+def test_heads_that_are_too_wide_are_a_reason(native):
+    inputs = {"qkv": torch.empty(1, 2, 3 * 129)}
+    reason = "native attention takes heads of up to 128, they are 129 wide"
+    assert dispatch.can_run("attention", "native", inputs, head_width=129) == reason
+    assert dispatch.can_run("attention", "native", inputs, head_width=128) is None
+    assert dispatch.choose("attention", inputs, head_width=129) == "eager"
+    assert dispatch.choose("attention", inputs, head_width=128) == "native"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_dtype_of_products(dtype):
+    """Autocast's where it is on, but for float64; x's own on a device that knows no autocast."""
+    x = torch.empty(1, dtype=dtype)
+    assert dispatch.compute_dtype(x) == dtype
+    for cast in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", cast):
+            expected = dtype if dtype == torch.float64 else cast
+            assert dispatch.compute_dtype(x) == expected == torch.nn.functional.linear(x, x[None]).dtype
+            assert dispatch.compute_dtype(x.to("meta")) == dtype
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
@@ -112,7 +144,8 @@ def test_environment_variable(value, expected):
     assert done.returncode == 0, done.stderr
     chosen, *table = done.stdout.splitlines()
     assert chosen == expected
-    assert [line.split()[:2] for line in table[1:]] == [[op, expected] for op in dispatch.OPS]
+    linear = AUTO_LINEAR if value == "auto" else expected
+    assert [line.split()[:2] for line in table[1:]] == [[op, linear if op == "linear" else expected] for op in dispatch.OPS]
     assert (done.stderr == "") == NATIVE
 
 
@@ -129,10 +162,18 @@ def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str
     return {op: (backend, why) for op, backend, why in (line.split(maxsplit=2) for line in lines)}
 
 
-def test_explain(native, capsys):
+def test_explain(native, capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "_ON_INTEL", False)
     table = explained(capsys)
     assert tuple(table) == dispatch.OPS
     assert set(table.values()) == {("native", "eager: native is faster")}
+    table = explained(capsys, dtype=torch.bfloat16)
+    assert table.pop("linear") == ("eager", "native: torch's own product is as fast in bfloat16")
+    assert set(table.values()) == {("native", "eager: native is faster")}
+    monkeypatch.setattr(dispatch, "_ON_INTEL", True)
+    assert explained(capsys)["linear"] == ("eager", "native: torch's own product, MKL's, is at home on Intel")
+    with maefast.backend("native"):
+        assert explained(capsys)["linear"] == ("native", "eager: native was requested")
     table = explained(capsys, dtype=torch.float64)
     assert table["masked_mse"][0] == "eager"
     assert "native: native masked_mse takes float32, bfloat16, float16, pred is float64" in table["masked_mse"][1]
