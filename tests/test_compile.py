@@ -101,8 +101,11 @@ def test_other_inputs(dtype):
 
 
 def block_run(block: nn.Module, x: Tensor, ids: Tensor | None, cast: bool) -> list[Tensor]:
-    """The output, and where gradients are on those of x and of every parameter."""
+    """The output, and where gradients are on those of x and of every parameter; N and T may vary."""
     x = x.detach().requires_grad_(torch.is_grad_enabled())
+    for tensor, dim in ((x, 0), (x, 1), (ids, 0)):
+        if tensor is not None:
+            torch._dynamo.mark_dynamic(tensor, dim)
     with torch.autocast("cpu", torch.bfloat16, enabled=cast):
         y = block(x) if ids is None else block(x, ids)
     if not torch.is_grad_enabled():
@@ -130,10 +133,6 @@ def test_blocks_of_any_batch_and_length_compile_once(grad, cast, with_ids):
     with torch.set_grad_enabled(grad):
         for N, T in ((3, 7), (5, 12), (2, 30)):
             x, ids = torch.randn(N, T, 16), torch.rand(N, T).argsort(dim=1)[:, :4] if with_ids else None
-            for dim in range(2):
-                torch._dynamo.mark_dynamic(x, dim)
-            if ids is not None:
-                torch._dynamo.mark_dynamic(ids, 0)
             got, expected = block_run(compiled, x, ids, cast), block_run(two, x, ids, cast)
             for a, b in zip(got, expected, strict=True):
                 assert a.dtype == b.dtype
