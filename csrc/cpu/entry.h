@@ -75,15 +75,13 @@ class RowsInput {
     check(t.dim() >= 1 && t.size(t.dim() - 1) >= 1, name, " must be (..., D) with D >= 1");
     D = t.size(t.dim() - 1);
     count = t.numel() / D;
-    int64_t stride = 0, span = 0;  // of the dimensions seen so far, from the innermost
+    int64_t stride = D;
     bool even = D == 1 || t.stride(t.dim() - 1) == 1;
+    std::optional<int64_t> span;  // from one index to the next of the dimension outside those seen
     for (int64_t dim = t.dim() - 2; dim >= 0; --dim) {
       if (t.size(dim) == 1) continue;
-      if (span == 0) {
-        stride = t.stride(dim);
-      } else {
-        even = even && t.stride(dim) == span;
-      }
+      if (!span) stride = t.stride(dim);
+      even = even && t.stride(dim) == span.value_or(stride);
       span = t.stride(dim) * t.size(dim);
     }
     if (!even) {
