@@ -27,9 +27,7 @@ class OpEntry:
     make: Callable[[int, str, torch.Generator], Inputs]  # (N, variant, generator)
     plain: Callable[..., Outputs]
     fused: Callable[..., Outputs]
-    leaves: tuple[
-        str, ...
-    ]  # inputs, where given, that get gradients: of each output `o` against the input `d<o>`, or of the first
+    leaves: tuple[str, ...]  # get gradients where given: of each output `o` against the input `d<o>`, else of the first output
     asks: Callable[[Inputs], dict[str, Inputs]]  # op -> the inputs that dispatch.can_run looks at
     bytes: Callable[[int, Inputs, Outputs], int]
     flops: Callable[[int], int]

@@ -102,19 +102,21 @@ inline void check_same_shape(const char* name, const Tensor& t, const Tensor& x)
   check(std::equal(mine.begin(), mine.end(), wanted.begin(), wanted.end()), name, " must have the shape of x");
 }
 
-// `size` fp32 values of a small tensor, converted where they are of another dtype.
+// `size` fp32 values of a small tensor, converted where they are of another dtype; null where there is none.
 class FloatInput {
  public:
-  const float* data;
+  const float* data = nullptr;
 
-  FloatInput(const char* name, const Tensor& t, int64_t size) : tensor_(torch::stable::contiguous(t)) {
-    check(t.numel() == size, name, " must have ", size, " values, it has ", t.numel());
-    const DType dtype = float_dtype(name, t.scalar_type());
-    data = static_cast<const float*>(dtype == DType::f32 ? tensor_.const_data_ptr() : nullptr);
+  FloatInput(const char* name, const std::optional<Tensor>& t, int64_t size) {
+    if (!t) return;
+    check(t->numel() == size, name, " must have ", size, " values, it has ", t->numel());
+    const DType dtype = float_dtype(name, t->scalar_type());
+    tensor_ = torch::stable::contiguous(*t);
+    data = static_cast<const float*>(tensor_->const_data_ptr());
     if (dtype == DType::f32) return;
     converted_.resize(size);
     scalar::visit_float(dtype, [&](auto value) {
-      const auto* in = static_cast<const decltype(value)*>(tensor_.const_data_ptr());
+      const auto* in = static_cast<const decltype(value)*>(tensor_->const_data_ptr());
       for (int64_t i = 0; i < size; ++i) scalar::store(converted_.data() + i, scalar::load(in + i));
     });
     data = converted_.data();
@@ -123,7 +125,7 @@ class FloatInput {
   FloatInput& operator=(const FloatInput&) = delete;
 
  private:
-  Tensor tensor_;
+  std::optional<Tensor> tensor_;
   std::vector<float> converted_;
 };
 
