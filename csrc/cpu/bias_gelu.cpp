@@ -132,7 +132,11 @@ void backward(const BiasGeluBwd& args, int64_t begin, int64_t end) {
       X *dx = static_cast<X*>(args.dx) + row * D, *y = static_cast<X*>(args.y) + row * D;
       for_row(D, [&](auto part, int64_t i) {
         Vec v = part.load(x + i);
-        if constexpr (kBias) v += part.load(args.bias + i);
+        if constexpr (kBias) {
+          prefetch(x + i, args.x.stride);
+          prefetch(dy + i, args.dy.stride);
+          v += part.load(args.bias + i);
+        }
         const Tail at = tail_of<kNarrowTail<X, kBias>>(v);
         const Vec dx_i = part.load(dy + i) * gelu_slope(v, at);
         part.store(dx + i, dx_i);

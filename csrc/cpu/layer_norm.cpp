@@ -52,8 +52,8 @@ inline void backward_row(const LayerNormBwd& args, int64_t row, float* dweight, 
   const Vec mean_gx = broadcast((sums.of[2] - residue * sums.of[1]) * rstd / width);  // of g times the normalised x
   X* dx = static_cast<X*>(args.dx) + row * D;
   for_row(D, [&](auto part, int64_t i) {
-    __builtin_prefetch(x + args.x.stride + i, 0, 2);
-    __builtin_prefetch(dy + args.dy.stride + i, 0, 2);
+    prefetch(x + i, args.x.stride);
+    prefetch(dy + i, args.dy.stride);
     const Vec xhat = normalised(part.load(x + i), at, scale), dy_i = part.load(dy + i), weight = part.load(args.weight + i);
     part.store(dweight + i, part.load(dweight + i) + dy_i * xhat);
     part.store(dbias + i, part.load(dbias + i) + dy_i);
