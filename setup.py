@@ -1,6 +1,7 @@
 """Drives CMake: builds libmaefast.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
 
-MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error.
+MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_SANITIZE=1 builds with the sanitizers, for
+`make test-sanitize`.
 """
 
 import os
@@ -19,10 +20,12 @@ class CMakeBuild(build_ext):
 
         source = Path(__file__).resolve().parent
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = source / "build" / "native"
+        sanitize = os.environ.get("MAEFAST_SANITIZE", "0") != "0"
+        build = source / "build" / ("sanitize" if sanitize else "native")
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
             "MAEFAST_OUTPUT_DIR": output,
+            "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "TORCH_ROOT": Path(torch.__file__).resolve().parent,
             "pybind11_DIR": pybind11.get_cmake_dir(),

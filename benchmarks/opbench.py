@@ -31,6 +31,7 @@ class OpEntry:
     asks: Callable[[Inputs], dict[str, Inputs]]  # op -> the inputs that dispatch.can_run looks at
     bytes: Callable[[int, Inputs, Outputs], int]
     flops: Callable[[int], int]
+    backends: tuple[str, ...] = dispatch.BACKENDS
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class OpWorkload:
 
     @property
     def contenders(self) -> list[str]:
-        return [self.eager_name, self.compiled_name, *(f"maefast-{backend}" for backend in dispatch.BACKENDS)]
+        return [self.eager_name, self.compiled_name, *(f"maefast-{backend}" for backend in self.entry.backends)]
 
     def bench(self) -> "OpBench":
         return OpBench(self)
@@ -77,7 +78,7 @@ class OpBench:
 
     def why_not(self, contender: str) -> str | None:
         backend = contender.removeprefix("maefast-")
-        if backend == contender:
+        if backend in (contender, "auto"):
             return None
         reasons = (dispatch.can_run(op, backend, inputs) for op, inputs in self.entry.asks(self.inputs[0]).items())
         return next(filter(None, reasons), None)

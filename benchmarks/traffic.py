@@ -57,6 +57,11 @@ def bias_gelu_bytes(rows: int, D: int, x_size: int, bias_size: int) -> int:
     return (x + bias + x) + (x + x + bias + x + bias)
 
 
+def attention_flops(N: int, T: int, D: int) -> int:
+    """Products of self-attention, forward 2 and backward 5: the scores are computed again there."""
+    return 7 * 2 * N * T * T * D
+
+
 def block_flops(T: int, D: int, mlp_ratio: float = 4.0) -> float:
     """Forward GEMMs of one transformer block on T tokens: qkv, proj, fc1, fc2, and the two of attention."""
     return 2 * T * D * D * (4 + 2 * mlp_ratio) + 4 * T * T * D

@@ -46,6 +46,14 @@ inline int64_t item_size(ScalarType dtype) {
   }
 }
 
+// Calls an op of torch by name; its result is the first item of `stack`.
+template <typename... Args>
+Tensor call_op(const char* name, const Args&... args) {
+  StableIValue stack[]{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // An uninitialised contiguous tensor on the CPU. A large one is asked for in huge pages: fresh memory is first touched by the
 // kernel that fills it, and with 4 KiB pages the page faults cost several times as much as the writing.
 inline Tensor empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {

@@ -1,13 +1,29 @@
 """The building blocks of a Vision Transformer, with the field's parameter names. MAE calls these and the ops, nothing else."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import dispatch, ops
+from .ops.linear import input_gradient, product, weight_gradient
 from .reference import pair
+
+
+def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """x (N, T, D), ids (N, K) -> (N, K, D). As rows of one matrix: a gather along dim 1 is 4 to 10 times slower on the CPU."""
+    N, T, D = x.shape
+    rows = ids + T * torch.arange(N, device=ids.device)[:, None]
+    return x.reshape(N * T, D).index_select(0, rows.flatten()).view(N, ids.shape[1], D)
+
+
+class Linear(nn.Linear):
+    """nn.Linear on the fastest GEMM of the machine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -41,10 +57,8 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight
         if ids is None:
             ids = torch.arange(self.num_patches, device=imgs.device).expand(imgs.shape[0], -1)
-        device = imgs.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        patches = ops.gather_patches(imgs, ids, self.patch_size, mean, std, dtype)
-        return F.linear(patches, weight.flatten(1), self.proj.bias)
+        patches = ops.gather_patches(imgs, ids, self.patch_size, mean, std, dispatch.compute_dtype(weight))
+        return ops.linear(patches, weight.flatten(1), self.proj.bias)
 
     def check(self, imgs: Tensor) -> None:
         """Raises ValueError unless imgs is (N, C, H, W) of the channels and size of this embedding."""
@@ -61,14 +75,11 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"the width must be a multiple of num_heads; {dim} is no multiple of {num_heads}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        N, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)  # [N, h, T, d]
-        return self.proj(out.transpose(1, 2).reshape(N, T, D))
+        return self.proj(ops.attention(self.qkv(x), self.num_heads))
 
 
 class Mlp(nn.Module):
@@ -76,11 +87,11 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(ops.bias_gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -93,6 +104,150 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed."""
+        if self._is_plain():
+            if ids is not None:
+                return self._of_tokens(x, ids)
+            if self._has_kernels(x):
+                return self._fused(x)
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x if ids is None else take_tokens(x, ids)
+
+    def _is_plain(self) -> bool:
+        """Whether the parts are what this file and nn.LayerNorm make of them, and nobody watches them."""
+        norms, attn, mlp = (self.norm1, self.norm2), self.attn, self.mlp
+        if not (type(attn) is Attention and type(mlp) is Mlp and all(type(norm) is nn.LayerNorm for norm in norms)):
+            return False
+        linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        if any(norm.weight is None or norm.bias is None for norm in norms):
+            return False
+        return all(type(linear) is Linear for linear in linears) and not any(map(_is_watched, (*norms, attn, mlp, *linears)))
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        out = x.new_empty(0, dtype=dispatch.compute_dtype(x))
+        inputs = {"x": x, "weight": self.norm1.weight, "bias": self.norm1.bias, "out": out, "qkv": out}
+        width = x.shape[-1] // self.attn.num_heads
+        ops_used = ("layer_norm", "add_layer_norm", "bias_gelu", "attention")
+        return all(dispatch.choose(op, inputs, head_width=width) == "native" for op in ops_used)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
+        dtype = dispatch.compute_dtype(x)
+        native = dispatch.choose("linear", {"x": x, "out": x.new_empty(0, dtype=dtype)}) == "native"
+        parameters = [p for m in (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2) for p in (m.weight, m.bias)]
+        options = _Options(attn.num_heads, norm1.eps, norm2.eps, dtype, native)
+        if torch.is_grad_enabled():
+            return _Block.apply(options, x, *parameters)
+        return _block_inference(options, x, *parameters)
+
+    def _of_tokens(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Keys and values of every token; queries, projection and MLP of those in ids (N, M) alone."""
+        attn, mlp, norm1, norm2, D = self.attn, self.mlp, self.norm1, self.norm2, x.shape[2]
+        dtype = dispatch.compute_dtype(x)
+        y = ops.layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        q = ops.linear(take_tokens(y, ids), weight[:D], bias[:D])
+        kv = ops.linear(y, weight[D:], bias[D:])
+        out = attn.proj(ops.attention(kv, attn.num_heads, q))
+        y, x = ops.add_layer_norm(out, take_tokens(x, ids), norm2.weight, norm2.bias, norm2.eps, dtype)
+        return x + mlp(y)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook would notice that the module is not called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+class _Options(NamedTuple):
+    num_heads: int
+    eps1: float
+    eps2: float
+    dtype: torch.dtype  # of the matrix products
+    native: bool  # whether these are maefast's
+
+
+def _block_inference(
+    options: _Options, x: Tensor, w1: Tensor, b1: Tensor, qkv_w: Tensor, qkv_b: Tensor, proj_w: Tensor, proj_b: Tensor,
+    w2: Tensor, b2: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
+) -> Tensor:  # fmt: skip
+    dtype, native = options.dtype, options.native
+    y, _, _ = torch.ops.maefast.layer_norm_fwd(x, w1, b1, options.eps1, dtype)
+    qkv = product(y, qkv_w.to(dtype), qkv_b.to(dtype), native)
+    out = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
+    out = product(out, proj_w.to(dtype), proj_b.to(dtype), native)
+    y, x, _, _ = torch.ops.maefast.add_layer_norm_fwd(out, x, w2, b2, options.eps2, dtype)
+    hidden = product(y, fc1_w.to(dtype), fc1_b.to(dtype), native, gelu=True)
+    return x + product(hidden, fc2_w.to(dtype), fc2_b.to(dtype), native)
+
+
+class _Block(torch.autograd.Function):
+    """A whole block. Kept for backward: what is written to memory anyway. Computed again: the outputs of both LayerNorms and of
+    GELU, in the passes that read their inputs, and the softmax.
+    """
+
+    PARAMETERS = ("w1", "b1", "qkv_w", "qkv_b", "proj_w", "proj_b", "w2", "b2", "fc1_w", "fc1_b", "fc2_w", "fc2_b")
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: _Options, x: Tensor, w1: Tensor, b1: Tensor, qkv_w: Tensor, qkv_b: Tensor, proj_w: Tensor,
+        proj_b: Tensor, w2: Tensor, b2: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
+    ) -> Tensor:  # fmt: skip
+        dtype, native = options.dtype, options.native
+        parameter_dtypes = [t.dtype for t in (w1, b1, qkv_w, qkv_b, proj_w, proj_b, w2, b2, fc1_w, fc1_b, fc2_w, fc2_b)]
+        qkv_w, proj_w, fc1_w, fc2_w = (weight.to(dtype) for weight in (qkv_w, proj_w, fc1_w, fc2_w))
+        y, mean1, rstd1 = torch.ops.maefast.layer_norm_fwd(x, w1, b1, options.eps1, dtype)
+        qkv = product(y, qkv_w, qkv_b.to(dtype), native)
+        attended = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
+        y = product(attended, proj_w, proj_b.to(dtype), native)
+        y, x_mid, mean2, rstd2 = torch.ops.maefast.add_layer_norm_fwd(y, x, w2, b2, options.eps2, dtype)
+        hidden = product(y, fc1_w, None, native)
+        y = product(torch.ops.maefast.bias_gelu_fwd(hidden, fc1_b), fc2_w, fc2_b.to(dtype), native)
+        ctx.options, ctx.parameter_dtypes = options, parameter_dtypes
+        ctx.save_for_backward(
+            x, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2, w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w
+        )
+        return y.add_(x_mid) if y.dtype == x_mid.dtype else x_mid + y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2 = ctx.saved_tensors[:9]
+        w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = ctx.saved_tensors[9:]
+        options = ctx.options
+        dtype, native = options.dtype, options.native
+        needs = dict(zip(_Block.PARAMETERS, ctx.needs_input_grad[2:], strict=True))
+        narrow = dtype if x.dtype != dtype else None  # the products' dtype, where the residual stream has another
+        grads: dict[str, Tensor] = {}
+
+        def linear_gradients(name: str, dy: Tensor, inputs: Tensor) -> None:
+            if needs[f"{name}_w"]:
+                grads[f"{name}_w"] = weight_gradient(dy, inputs, native)
+            if needs[f"{name}_b"]:
+                grads[f"{name}_b"] = dy.flatten(0, -2).sum(dim=0)
+
+        dy = dout.to(dtype)
+        dhidden, grads["fc1_b"], activated = torch.ops.maefast.bias_gelu_bwd(
+            input_gradient(dy, fc2_w, native), hidden, fc1_b, True
+        )
+        linear_gradients("fc2", dy, activated)
+        del activated
+        dx, grads["w2"], grads["b2"], y, dy = torch.ops.maefast.layer_norm_bwd(
+            input_gradient(dhidden, fc1_w, native), dout, x_mid, w2, b2, mean2, rstd2, dtype, narrow
+        )
+        if needs["fc1_w"]:
+            grads["fc1_w"] = weight_gradient(dhidden, y, native)
+        del dhidden, y
+        dy = dx if narrow is None else dy
+        linear_gradients("proj", dy, attended)
+        _, dqkv = torch.ops.maefast.attention_bwd(input_gradient(dy, proj_w, native), None, qkv, options.num_heads)
+        dx, grads["w1"], grads["b1"], y, _ = torch.ops.maefast.layer_norm_bwd(
+            input_gradient(dqkv, qkv_w, native), dx, x, w1, b1, mean1, rstd1, dtype, None
+        )
+        linear_gradients("qkv", dqkv, y)
+        wanted = (
+            grads[name].to(parameter_dtype) if needs[name] else None
+            for name, parameter_dtype in zip(_Block.PARAMETERS, ctx.parameter_dtypes, strict=True)
+        )
+        return None, dx if ctx.needs_input_grad[1] else None, *wanted

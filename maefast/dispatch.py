@@ -9,6 +9,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,27 +19,40 @@ from . import _library
 
 Inputs = Mapping[str, Tensor]
 
-OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse", "layer_norm", "add_layer_norm", "bias_gelu")
+OPS = (
+    "random_masking",
+    "gather_patches",
+    "unshuffle",
+    "masked_mse",
+    "layer_norm",
+    "add_layer_norm",
+    "bias_gelu",
+    "attention",
+    "linear",
+)
 BACKENDS = ("native", "eager")  # fastest first
 
 _F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 _FLOATS = (_F32, _BF16, _F16)
 _NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "random_masking": {"noise": (_F32,)},
-    "gather_patches": {"imgs": (_F32, _BF16, _U8), "out": (_F32, _BF16)},
-    "unshuffle": {"x": (_F32, _BF16), "mask_token": (_F32, _BF16), "pos_embed": (_F32, _BF16)},
-    "masked_mse": {"pred": (_F32, _BF16), "imgs": (_F32, _BF16, _U8)},
+    "gather_patches": {"imgs": (*_FLOATS, _U8), "out": _FLOATS},
+    "unshuffle": {"x": _FLOATS, "mask_token": _FLOATS, "pos_embed": _FLOATS},
+    "masked_mse": {"pred": _FLOATS, "imgs": (*_FLOATS, _U8)},
     "layer_norm": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
     "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
     "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
+    "attention": dict.fromkeys(("qkv", "q"), _FLOATS),
+    "linear": {"out": (_F32, _BF16)},
 }
+_MAX_HEAD_WIDTH = 128  # of native attention
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _why_not_native(op: str, inputs: Inputs) -> str | None:
+def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
     if not _library.HAS_NATIVE:
         return "maefast was installed without its native library (MAEFAST_NATIVE=0)"
     for name, tensor in inputs.items():
@@ -48,19 +63,38 @@ def _why_not_native(op: str, inputs: Inputs) -> str | None:
             return f"native {op} takes {_names(dtypes)}, {name} is {_names((tensor.dtype,))}"
         if name == "imgs" and tensor.requires_grad and torch.is_grad_enabled():
             return f"native {op} has no gradient for imgs"
+    if op == "attention" and head_width > _MAX_HEAD_WIDTH:
+        return f"native attention takes heads of up to {_MAX_HEAD_WIDTH}, they are {head_width} wide"
+    if op == "linear" and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return "this torch has no oneDNN"
     return None
 
 
-def _why_not_eager(op: str, inputs: Inputs) -> str | None:
+def _why_not_eager(op: str, inputs: Inputs, head_width: int) -> str | None:
     return None
 
 
-_REASONS: dict[str, Callable[[str, Inputs], str | None]] = {"native": _why_not_native, "eager": _why_not_eager}
+def _why_not_worth_it(op: str, inputs: Inputs) -> str | None:
+    """A reason for `auto` to leave native alone though it can run (figures: benchmarks/results, group linear)."""
+    if op != "linear":
+        return None
+    if inputs["out"].dtype != _F32:
+        return f"torch's own product is as fast in {_names((inputs['out'].dtype,))}"
+    return "torch's own product, MKL's, is at home on Intel" if _is_intel() else None
 
 
-def can_run(op: str, backend: str, inputs: Inputs) -> str | None:
+@cache
+def _is_intel() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
+
+
+_REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {"native": _why_not_native, "eager": _why_not_eager}
+
+
+def can_run(op: str, backend: str, inputs: Inputs, head_width: int = 0) -> str | None:
     """None where `backend` can run `op` on `inputs` (argument name -> tensor), else the reason, in one sentence."""
-    return _REASONS[backend](op, inputs)
+    return _REASONS[backend](op, inputs, head_width)
 
 
 def _checked(name: str, source: str) -> str | None:
@@ -69,7 +103,7 @@ def _checked(name: str, source: str) -> str | None:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; it is {name!r}")
     if name == "native" and not _library.HAS_NATIVE:
-        raise RuntimeError(f"{source} asks for native: {_why_not_native('', {})}")
+        raise RuntimeError(f"{source} asks for native: {_why_not_native('', {}, 0)}")
     return name
 
 
@@ -91,16 +125,22 @@ def backend(name: str) -> Iterator[None]:
         _requested = before
 
 
-def choose(op: str, inputs: Inputs) -> str:
+def choose(op: str, inputs: Inputs, head_width: int = 0) -> str:
     """The backend that runs `op` on `inputs`."""
     if _requested is not None:
-        reason = can_run(op, _requested, inputs)
+        reason = can_run(op, _requested, inputs, head_width)
         if reason is not None:
             raise RuntimeError(f"maefast.ops.{op} cannot run on the requested backend {_requested!r}: {reason}")
         return _requested
-    if can_run(op, "native", inputs) is None:
+    if can_run(op, "native", inputs, head_width) is None and _why_not_worth_it(op, inputs) is None:
         return "native"
     return "eager"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of `x` run in: autocast's where it is on, as torch casts."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
 
 
 def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -118,7 +158,7 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
         why = [f"{chosen} was requested and cannot run: {reason}"] if reason else []
         for name in BACKENDS:
             if name != chosen:
-                why.append(f"{name}: {can_run(op, name, inputs) or _not_taken(chosen)}")
+                why.append(f"{name}: {can_run(op, name, inputs) or _not_taken(chosen, op, inputs)}")
         rows.append((op, chosen, "; ".join(why)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for row in rows:
@@ -129,8 +169,10 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
         print(f"{type(model).__name__}.forward takes {route}")
 
 
-def _not_taken(chosen: str) -> str:
-    return f"{chosen} was requested" if _requested is not None else f"{chosen} is faster"
+def _not_taken(chosen: str, op: str, inputs: Inputs) -> str:
+    if _requested is not None:
+        return f"{chosen} was requested"
+    return (chosen == "eager" and _why_not_worth_it(op, inputs)) or f"{chosen} is faster"
 
 
 if not _library.HAS_NATIVE:

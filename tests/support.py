@@ -17,6 +17,7 @@ from maefast.reference import ReferenceMAE
 NATIVE = _library.HAS_NATIVE
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
 
@@ -121,7 +122,10 @@ def check_op(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within the block every fresh allocation of the process holds 0x7f7f7f7f: 3e38 as fp32 or bf16, out of range as an index."""
+    """Within the block every fresh allocation of the process holds 0x7f7f7f7f: 3e38 as fp32 or bf16, out of range as an index.
+
+    Under AddressSanitizer, where mallopt does nothing, the options of `make test-sanitize` do the same.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
     if mallopt is None:
         yield

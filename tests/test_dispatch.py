@@ -50,6 +50,7 @@ def test_auto_takes_native_where_it_can(native):
     names = {"random_masking_fwd", "gather_patches_fwd", "unshuffle_fwd", "unshuffle_bwd", "masked_mse_fwd", "masked_mse_bwd"}
     assert ops_of_a_step(model, images_for(model), noise_for(model)) == names
     assert ops_of_a_step(model.bfloat16(), images_for(model).bfloat16(), noise_for(model)) == names
+    assert ops_of_a_step(model.half(), images_for(model).half(), noise_for(model)) == names
     assert ops_of_a_step(model.double(), images_for(model).double(), noise_for(model)) == {"random_masking_fwd"}
 
 
@@ -87,8 +88,8 @@ def test_a_request_that_cannot_run_raises_with_the_reason(native):
             ops.unshuffle(torch.rand(1, 2, 3).double(), ids * 0, torch.rand(1, 1, 3), torch.rand(1, 2, 3))
         with pytest.raises(RuntimeError, match=r"cannot run.*'native'.*float64"):
             model(images_for(model).double())
-        with pytest.raises(RuntimeError, match=r"masked_mse cannot run.*'native'.*pred is float16"):
-            ops.masked_mse(torch.rand(1, 4, 4).half(), imgs.float(), torch.ones(1, 4), 2, False)
+        with pytest.raises(RuntimeError, match=r"masked_mse cannot run.*'native'.*pred is float64"):
+            ops.masked_mse(torch.rand(1, 4, 4).double(), imgs.float(), torch.ones(1, 4), 2, False)
         with pytest.raises(RuntimeError, match=r"random_masking cannot run.*'native'.*noise is on meta"):
             ops.random_masking(torch.rand(1, 4, device="meta"), 2)
     assert ops.gather_patches(imgs, ids, 2).dtype == torch.float64
@@ -134,7 +135,7 @@ def test_explain(native, capsys):
     assert set(table.values()) == {("native", "eager: native is faster")}
     table = explained(capsys, dtype=torch.float64)
     assert table["masked_mse"][0] == "eager"
-    assert "native: native masked_mse takes float32, bfloat16, pred is float64" in table["masked_mse"][1]
+    assert "native: native masked_mse takes float32, bfloat16, float16, pred is float64" in table["masked_mse"][1]
     with maefast.backend("eager"):
         assert explained(capsys)["unshuffle"] == ("eager", "native: eager was requested")
     table = explained(capsys, device="meta")

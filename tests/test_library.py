@@ -110,12 +110,23 @@ def test_unknown_instruction_set(name):
     assert _C.cpu_isa() == before
 
 
+def undefined_symbols() -> list[str]:
+    command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
+
+
+@pytest.mark.skipif("MAEFAST_SANITIZE" not in os.environ, reason="for make test-sanitize")
+def test_the_sanitizers_watch():
+    names = undefined_symbols()
+    assert "__asan_report_load4" in names
+    assert "__ubsan_handle_add_overflow_abort" in names
+
+
 @pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
 def test_the_ops_need_no_python():
     """libmaefast.so refers to no symbol of Python, and to torch through the stable C interface alone."""
-    command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
-    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
+    names = undefined_symbols()
     assert not [name for name in names if name.startswith(("Py", "_Py"))]
     assert not [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
 
@@ -147,7 +158,7 @@ for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
         continue
     for L in (5, 300, 3000):
         check(ops.random_masking, {"len_keep": L // 4}, noise=torch.rand(2, L))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for D in (1, 5, 63, 768):
             check(ops.unshuffle, {}, x=torch.randn(2, 4, D, dtype=dtype).requires_grad_(), ids_restore=permutations(2, 9),
                   mask_token=torch.randn(1, 1, D).to(dtype).requires_grad_(), pos_embed=torch.randn(1, 10, D).to(dtype))
@@ -161,7 +172,8 @@ for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
             check(ops.bias_gelu, {}, x=x)
     for C, patch in ((1, (3, 5)), (3, (7, 5)), (3, (4, 4)), (4, (2, 9))):
         shape = (2, C, 2 * patch[0], 3 * patch[1])
-        for imgs in (torch.randn(shape), torch.randn(shape).bfloat16(), torch.randint(256, shape, dtype=torch.uint8)):
+        pixels = torch.randn(shape)
+        for imgs in (pixels, pixels.bfloat16(), pixels.half(), torch.randint(256, shape, dtype=torch.uint8)):
             for imgs in (imgs, channels_last(imgs)):
                 check(ops.gather_patches, {"patch_size": patch}, imgs=imgs, ids=torch.tensor([[5, 0], [0, 5]]))
                 check(ops.masked_mse, {"patch_size": patch, "norm_pix": True}, imgs=imgs, mask=removed_mask(2, 6, 2),

@@ -15,6 +15,7 @@ from maefast.reference import ReferenceMAE
 
 F32, BF16 = torch.float32, torch.bfloat16
 MODES = ("fp32", "bf16", "autocast")
+HALVES = {"bf16": BF16, "fp16": torch.float16}
 MODELS = {
     "non_square": {},
     "pixels": {"norm_pix_loss": False},
@@ -33,12 +34,12 @@ def compare(
     model: nn.Module, reference: ReferenceMAE, mode: str, batches: int, exact: list[Results] | None = None, **options
 ) -> None:
     """The results of several batches, held to the error rule as one tensor each; `exact` saves computing the truth again."""
-    if mode == "bf16":
-        model, reference = model.bfloat16(), reference.bfloat16()
+    if mode in HALVES:
+        model, reference = model.to(HALVES[mode]), reference.to(HALVES[mode])
     exact_model = None if exact else copy.deepcopy(reference).double()
     got, eager, truth = [], [], exact or []
     for seed in range(batches):
-        imgs, noise = images_for(model, dtype=BF16 if mode == "bf16" else F32, seed=10 + seed), noise_for(model, seed=seed)
+        imgs, noise = images_for(model, dtype=HALVES.get(mode, F32), seed=10 + seed), noise_for(model, seed=seed)
         got.append(step(model, imgs, noise, mode, **options))
         eager.append(step(reference, imgs, noise, mode))
         if exact_model is not None:
@@ -53,7 +54,7 @@ def compare(
         assert_close_to_float64(f"{mode}, {name}", value, theirs[name], exactly[name])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "fp16"])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_small_models(options, mode):
     reference = small_reference(**options)

@@ -29,15 +29,9 @@ void gather(const GatherPatches& args, int64_t begin, int64_t end) {
 
 // Units: kept patches.
 void gather_patches_kernel(const GatherPatches& args, int64_t begin, int64_t end) {
-  const bool to_f32 = args.out_dtype == DType::f32;
-  switch (args.imgs.dtype) {
-    case DType::f32:
-      return to_f32 ? gather<float, float>(args, begin, end) : gather<float, bf16>(args, begin, end);
-    case DType::bf16:
-      return to_f32 ? gather<bf16, float>(args, begin, end) : gather<bf16, bf16>(args, begin, end);
-    case DType::u8:
-      return to_f32 ? gather<uint8_t, float>(args, begin, end) : gather<uint8_t, bf16>(args, begin, end);
-  }
+  visit_pixel(args.imgs.dtype, [&](auto in) {
+    visit_float(args.out_dtype, [&](auto out) { gather<decltype(in), decltype(out)>(args, begin, end); });
+  });
 }
 
 }  // namespace MAEFAST_ISA

@@ -1,7 +1,8 @@
-// Images as the kernels that read pixels see them: any strides, fp32, bf16 or uint8, and the way a row of a patch is read.
+// Images as the kernels that read pixels see them: any strides, fp32, bf16, fp16 or uint8, and the way a row of a patch is read.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -32,9 +33,17 @@ inline Vec pixel(Vec v, float scale, float shift) {
   return v;
 }
 
-// n values from p, `stride` elements apart, to out; value * scale + shift for uint8.
+// n values from p, `stride` elements apart, to out: the bits as they are where nothing changes, value * scale + shift for uint8.
 template <typename In, typename Out>
 inline void copy_row(const In* p, int64_t stride, Out* out, int64_t n, float scale, float shift) {
+  if constexpr (std::is_same_v<In, Out>) {
+    if (stride == 1) {
+      std::memcpy(out, p, n * sizeof(In));
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = p[i * stride];
+    }
+    return;
+  }
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t count = n - i < kLanes ? n - i : kLanes;
     In lanes[kLanes] = {};
@@ -56,7 +65,7 @@ inline void copy_patch(const Image& img, int64_t n, int64_t patch, Out* out, Vis
       visit(c, y);
       if (whole_vectors) {
         for (int64_t i = 0; i < width; i += kLanes) {
-          if constexpr (sizeof(In) == sizeof(Out)) {
+          if constexpr (std::is_same_v<In, Out>) {
             std::memcpy(out + i, p + i, kLanes * sizeof(In));
           } else {
             store(out + i, pixel<In>(load(p + i), scale, shift));

@@ -203,39 +203,19 @@ void backward(const MaskedMse& args, int64_t begin, int64_t end) {
   if (args.streaming) stream_fence();
 }
 
-template <typename Pred>
-void forward_for(const MaskedMse& args, int64_t begin, int64_t end) {
-  switch (args.imgs.dtype) {
-    case DType::f32:
-      return forward<Pred, float>(args, begin, end);
-    case DType::bf16:
-      return forward<Pred, bf16>(args, begin, end);
-    case DType::u8:
-      return forward<Pred, uint8_t>(args, begin, end);
-  }
-}
-
-template <typename Pred>
-void backward_for(const MaskedMse& args, int64_t begin, int64_t end) {
-  switch (args.imgs.dtype) {
-    case DType::f32:
-      return backward<Pred, float>(args, begin, end);
-    case DType::bf16:
-      return backward<Pred, bf16>(args, begin, end);
-    case DType::u8:
-      return backward<Pred, uint8_t>(args, begin, end);
-  }
-}
-
 }  // namespace
 
 // Units, both: patches of the image.
 void masked_mse_fwd_kernel(const MaskedMse& args, int64_t begin, int64_t end) {
-  args.pred_dtype == DType::f32 ? forward_for<float>(args, begin, end) : forward_for<bf16>(args, begin, end);
+  visit_float(args.pred_dtype, [&](auto pred) {
+    visit_pixel(args.imgs.dtype, [&](auto pixel) { forward<decltype(pred), decltype(pixel)>(args, begin, end); });
+  });
 }
 
 void masked_mse_bwd_kernel(const MaskedMse& args, int64_t begin, int64_t end) {
-  args.pred_dtype == DType::f32 ? backward_for<float>(args, begin, end) : backward_for<bf16>(args, begin, end);
+  visit_float(args.pred_dtype, [&](auto pred) {
+    visit_pixel(args.imgs.dtype, [&](auto pixel) { backward<decltype(pred), decltype(pixel)>(args, begin, end); });
+  });
 }
 
 }  // namespace MAEFAST_ISA

@@ -11,7 +11,7 @@ struct UnshuffleFwd {
   const int64_t* ids_restore;           // [N, L]
   const float *mask_token, *pos_embed;  // [D], [1+L, D]
   void* out;                            // [N, 1+L, D]
-  DType out_dtype;
+  DType out_dtype;                      // f32, or that of x
   bool streaming;
   int64_t L, K, D;
 };
@@ -99,16 +99,17 @@ void backward(const UnshuffleBwd& args, int64_t begin, int64_t end) {
 
 // Units: output rows.
 void unshuffle_fwd_kernel(const UnshuffleFwd& args, int64_t begin, int64_t end) {
-  if (args.out_dtype == DType::bf16) return forward<bf16, bf16>(args, begin, end);
-  args.x_dtype == DType::f32 ? forward<float, float>(args, begin, end) : forward<bf16, float>(args, begin, end);
+  visit_float(args.x_dtype, [&](auto x) {
+    using In = decltype(x);
+    args.out_dtype == DType::f32 ? forward<In, float>(args, begin, end) : forward<In, In>(args, begin, end);
+  });
 }
 
 // Units: chunks of patches of one sample.
 void unshuffle_bwd_kernel(const UnshuffleBwd& args, int64_t begin, int64_t end) {
-  const bool to_f32 = args.dx_dtype == DType::f32;
-  if (args.dy_dtype == DType::f32)
-    return to_f32 ? backward<float, float>(args, begin, end) : backward<float, bf16>(args, begin, end);
-  to_f32 ? backward<bf16, float>(args, begin, end) : backward<bf16, bf16>(args, begin, end);
+  visit_float(args.dy_dtype, [&](auto dy) {
+    visit_float(args.dx_dtype, [&](auto dx) { backward<decltype(dy), decltype(dx)>(args, begin, end); });
+  });
 }
 
 }  // namespace MAEFAST_ISA
@@ -145,16 +146,13 @@ Tensor checked_permutations(const Tensor& ids_in) {
 }
 
 // fp32 values of a small parameter, kept in `storage` where they had to be converted.
-const float* as_floats(const Tensor& t, std::vector<float>& storage) {
-  const int64_t n = t.numel();
-  if (t.scalar_type() == ScalarType::Float) return static_cast<const float*>(t.const_data_ptr());
-  check(t.scalar_type() == ScalarType::BFloat16, "mask_token and pos_embed must be float32 or bfloat16");
-  storage.resize(n);
-  const auto* bits = static_cast<const uint16_t*>(t.const_data_ptr());
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
-    std::memcpy(&storage[i], &wide, sizeof wide);
-  }
+const float* as_floats(const char* name, const Tensor& t, std::vector<float>& storage) {
+  const DType dtype = float_dtype(name, t.scalar_type());
+  if (dtype == DType::f32) return static_cast<const float*>(t.const_data_ptr());
+  storage.resize(t.numel());
+  MAEFAST_ISA::visit_float(dtype, [&](auto value) {
+    MAEFAST_ISA::copy_row(static_cast<const decltype(value)*>(t.const_data_ptr()), storage.data(), t.numel());
+  });
   return storage.data();
 }
 
@@ -166,20 +164,21 @@ Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mas
         "x must be (N, 1+K, D) with the N of ids_restore");
   const int64_t K = x.size(1) - 1, D = x.size(2);
   check(mask_token.numel() == D && pos_embed.numel() == (1 + L) * D, "mask_token must be (1, 1, D) and pos_embed (1, 1+L, D)");
-  const auto is_bf16 = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; };
-  const bool to_bf16 = is_bf16(x) && is_bf16(mask_token) && is_bf16(pos_embed);
+  const ScalarType x_dtype = x.scalar_type();
+  const bool alike = mask_token.scalar_type() == x_dtype && pos_embed.scalar_type() == x_dtype;
+  const ScalarType out_dtype = alike ? x_dtype : ScalarType::Float;  // two of fp32, bf16 and fp16 promote to fp32
   std::vector<float> mask_token_f32, pos_embed_f32;
-  Tensor out = empty_cpu({N, 1 + L, D}, to_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  Tensor out = empty_cpu({N, 1 + L, D}, out_dtype);
   const UnshuffleFwd args{
       x.const_data_ptr(),
-      float_dtype("x", x.scalar_type()),
+      float_dtype("x", x_dtype),
       x.stride(0),
       x.stride(1),
       static_cast<const int64_t*>(ids.const_data_ptr()),
-      as_floats(mask_token, mask_token_f32),
-      as_floats(pos_embed, pos_embed_f32),
+      as_floats("mask_token", mask_token, mask_token_f32),
+      as_floats("pos_embed", pos_embed, pos_embed_f32),
       out.mutable_data_ptr(),
-      to_bf16 ? DType::bf16 : DType::f32,
+      float_dtype("out", out_dtype),
       may_stream(out, D),
       L,
       K,

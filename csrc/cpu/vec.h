@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
+#include <utility>
 
 #if defined(MAEFAST_ISA_avx512) || defined(MAEFAST_ISA_avx2)
 #include <immintrin.h>

@@ -223,7 +223,7 @@ def run_probe(trained: Trained, seed: int) -> bool | None:
     print(f"\nAccuracy of logistic regression on frozen features ({chance}; mean ± std of {rows[0].draws} draws of labels):\n")
     print(f"{table(rows)}\n\n{sentence}\n", flush=True)
     if all(row.labels_per_class is not None for row in rows):
-        print(f"No column for all {len(data.train)} labels: with images this large, that fit would take minutes.\n", flush=True)
+        print(f"No column for all {len(data.train)} labels: with images this large, that fit would take long.\n", flush=True)
     return held
 
 

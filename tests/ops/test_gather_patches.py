@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import IMAGE_LAYOUTS, LAYOUTS, check_op, threads, widened
+from support import IMAGE_LAYOUTS, LAYOUTS, THREADS, check_op, threads, widened
 from torch import Tensor
 
 import maefast
@@ -11,7 +11,8 @@ from maefast import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+FLOATS = (F32, BF16, F16)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
@@ -48,7 +49,7 @@ def test_a_gemm_on_all_patches_is_the_convolution(each_backend):
     assert torch.equal(patches @ weight.flatten(1).T, F.conv2d(imgs, weight, stride=(8, 4)).flatten(2).transpose(1, 2))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("C", [1, 3, 4, 13])
 @pytest.mark.parametrize("patch", [(1, 1), (2, 2), (7, 5), (14, 14), (16, 16), (3, 40)], ids=str)
 def test_pixels_are_copied(isa, patch, C, dtype):
@@ -58,7 +59,8 @@ def test_pixels_are_copied(isa, patch, C, dtype):
     assert torch.equal(out, gather_by_loops(imgs, ids, *patch))
 
 
-@pytest.mark.parametrize(("dtype", "out_dtype"), [(F32, BF16), (BF16, F32), (BF16, BF16), (F32, F32)], ids=str)
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=["from_fp32", "from_bf16", "from_fp16"])
 def test_conversion(isa, dtype, out_dtype):
     imgs, ids = images(2, 3, 21, 10, dtype), torch.randint(6, (2, 6))
     special = [0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]
@@ -71,8 +73,55 @@ def test_conversion(isa, dtype, out_dtype):
     assert torch.equal(out.signbit() & (out == 0), expected.signbit() & (expected == 0))
 
 
+def all_patterns(dtype: torch.dtype) -> Tensor:
+    """Every value of a 16-bit dtype, as an image."""
+    return torch.arange(2**16).to(torch.int16).view(dtype).reshape(1, 1, 256, 256)
+
+
+def whole_image(imgs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The pixels of one image of one channel as they come out of the kernel."""
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    return ops.gather_patches(imgs, ids, tuple(imgs.shape[2:]), dtype=dtype).reshape(imgs.shape)
+
+
+def test_every_fp16_value_is_widened_by_its_definition(isa):
+    half = all_patterns(F16)
+    bits = half.view(torch.int16).int()
+    exponent, fraction = bits >> 10 & 31, bits & 1023
+    value = torch.where(exponent == 0, fraction * 2.0**-24, (1024 + fraction) * torch.exp2(exponent - 25.0))
+    value[exponent == 31] = torch.where(fraction == 0, math.inf, math.nan)[exponent == 31]
+    expected = torch.where(bits < 0, -value, value)
+    for imgs, wanted in ((half, expected), (half.mT, expected.mT)):  # dense and strided rows
+        out = whole_image(imgs, F32)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(out.signbit(), wanted.signbit())
+        assert torch.equal(whole_image(imgs, F16).view(torch.int16), imgs.contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+def test_rounding(isa, dtype):
+    """Every value, every tie between two of them and what lies just beside it, overflow, and fp32 patterns from end to end."""
+    values = all_patterns(dtype).flatten().double()
+    values = values[values.isfinite() & (values >= 0)].unique()
+    above = torch.cat([values[1:], 2 * values[-1:] - values[-2:-1]])
+    ties = (values + above) / 2
+    assert torch.equal(ties.float().double(), ties)
+    up, down = (torch.nextafter(ties.float(), torch.tensor(end)) for end in (math.inf, -math.inf))
+    patterns = torch.arange(-(2**31), 2**31, 4099).to(torch.int32).view(F32)
+    single = torch.cat([values.float(), ties.float(), up, down, torch.tensor([math.inf, 3.4e38, 1e-45]), patterns])
+    single = torch.cat([single, -single])
+    imgs = torch.cat([single, torch.zeros(-len(single) % 64)]).reshape(1, 1, 64, -1)
+    expected = imgs.to(dtype)
+    assert expected.isnan().any()
+    for pixels, wanted in ((imgs, expected), (imgs.mT, expected.mT)):  # dense and strided rows
+        out = whole_image(pixels, dtype)
+        assert torch.equal(out.isnan(), wanted.isnan())
+        number = ~wanted.isnan()
+        assert torch.equal(out[number].view(torch.int16), wanted[number].view(torch.int16))
+
+
 @pytest.mark.parametrize("normalised", [True, False], ids=["mean_std", "plain"])
-@pytest.mark.parametrize("out_dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("patch", [(1, 1), (7, 5), (16, 16)], ids=str)
 def test_uint8(isa, patch, out_dtype, normalised):
     statistics = (MEAN, STD) if normalised else ()
@@ -94,7 +143,7 @@ def test_uint8_by_hand(each_backend):
 
 
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS.values(), ids=IMAGE_LAYOUTS)
-@pytest.mark.parametrize("dtype", [F32, BF16, U8], ids=["fp32", "bf16", "uint8"])
+@pytest.mark.parametrize("dtype", [*FLOATS, U8], ids=["fp32", "bf16", "fp16", "uint8"])
 def test_layouts(isa, dtype, layout):
     imgs, ids = images(3, 3, 16, 36, dtype), torch.randint(4, (3, 4))
     expected = ops.gather_patches(imgs, ids, (8, 18))
@@ -103,11 +152,23 @@ def test_layouts(isa, dtype, layout):
         assert torch.equal(ops.gather_patches(imgs, ids_layout(ids), (8, 18)), expected)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, U8], ids=["fp32", "fp16", "uint8"])
 @pytest.mark.parametrize("dim", range(4))
-def test_zero_strides(isa, dim):
-    imgs, ids = images(2, 3, 16, 16).narrow(dim, 0, 1), torch.randint(4, (2, 3))
-    expanded = imgs.expand(*(size if i != dim else (2, 3, 16, 16)[dim] for i, size in enumerate(imgs.shape)))
-    assert torch.equal(ops.gather_patches(expanded, ids, 8), gather_by_loops(expanded.contiguous(), ids, 8, 8))
+def test_zero_strides(isa, dim, dtype):
+    expanded, ids = images(2, 3, 16, 16, dtype).narrow(dim, 0, 1).expand(2, 3, 16, 16), torch.randint(4, (1, 3)).expand(2, 3)
+    assert torch.equal(ops.gather_patches(expanded, ids, 8), ops.gather_patches(expanded.contiguous(), ids.contiguous(), 8))
+    if dtype != U8:
+        assert torch.equal(ops.gather_patches(expanded, ids, 8), gather_by_loops(expanded, ids, 8, 8))
+
+
+def test_layouts_of_the_statistics(isa):
+    imgs, ids = images(2, 3, 14, 10, U8), torch.randint(4, (2, 3))
+    expected = ops.gather_patches(imgs, ids, (7, 5), MEAN, STD)
+    for layout in (LAYOUTS["misaligned"], LAYOUTS["sliced"]):
+        assert torch.equal(ops.gather_patches(imgs, ids, (7, 5), layout(MEAN), layout(STD)), expected)
+    mean, std = torch.tensor(0.5), torch.tensor(0.25)
+    expected = ops.gather_patches(imgs, ids, (7, 5), mean.repeat(3), std.repeat(3))
+    assert torch.equal(ops.gather_patches(imgs, ids, (7, 5), mean.expand(3), std.expand(3)), expected)
 
 
 @pytest.mark.parametrize(("N", "K"), [(0, 4), (0, 0), (3, 0)])
@@ -118,11 +179,10 @@ def test_empty(each_backend, dtype, N, K):
     assert out.dtype == F32
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_other_dtypes_run_eagerly(dtype):
-    imgs, ids = images(2, 3, 8, 8, dtype), torch.randint(4, (2, 3))
+def test_other_dtypes_run_eagerly():
+    imgs, ids = images(2, 3, 8, 8, torch.float64), torch.randint(4, (2, 3))
     out = ops.gather_patches(imgs, ids, 4)
-    assert out.dtype == dtype
+    assert out.dtype == torch.float64
     assert torch.equal(out, gather_by_loops(imgs, ids, 4, 4))
 
 
@@ -143,12 +203,15 @@ def test_native_refuses_a_gradient_of_images(native):
             assert torch.equal(ops.gather_patches(imgs, ids, 2), gather_by_loops(imgs, ids, 2, 2))
 
 
-def test_threads_do_not_matter(native):
-    imgs, ids = images(8, 3, 128, 128, U8), torch.randint(64, (8, 40))
+@pytest.mark.parametrize("dtype", [F32, U8], ids=["fp32", "uint8"])
+def test_threads_do_not_matter(isa, dtype):
+    imgs, ids = images(7, 3, 128, 128, dtype), torch.randint(64, (7, 41))
+    statistics = (MEAN, STD) if dtype == U8 else ()
     with threads(1):
-        one = ops.gather_patches(imgs, ids, 16, MEAN, STD)
-    with threads(2):
-        assert torch.equal(ops.gather_patches(imgs, ids, 16, MEAN, STD), one)
+        one = ops.gather_patches(imgs, ids, 16, *statistics)
+    for count in THREADS:
+        with threads(count):
+            assert torch.equal(ops.gather_patches(imgs, ids, 16, *statistics), one)
 
 
 @pytest.mark.huge
@@ -174,4 +237,5 @@ def test_opcheck(native):
     op = torch.ops.maefast.gather_patches_fwd.default
     ids = torch.randint(4, (2, 3))
     for imgs, statistics in ((images(2, 3, 4, 10), (None, None)), (images(2, 3, 4, 10, U8), (MEAN, STD))):
-        torch.library.opcheck(op, (imgs, ids, 2, 5, *statistics, BF16))
+        for dtype in (BF16, F16):
+            torch.library.opcheck(op, (imgs, ids, 2, 5, *statistics, dtype))

@@ -3,7 +3,18 @@ from functools import partial
 
 import pytest
 import torch
-from support import IMAGE_LAYOUTS, LAYOUTS, check_op, forward_backward, lay_out, permutations, removed_mask, threads, widened
+from support import (
+    IMAGE_LAYOUTS,
+    LAYOUTS,
+    THREADS,
+    check_op,
+    forward_backward,
+    lay_out,
+    permutations,
+    removed_mask,
+    threads,
+    widened,
+)
 from torch import Tensor
 
 import maefast
@@ -12,14 +23,17 @@ from maefast.reference import ReferenceMAE
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 DTYPES = {  # pred, imgs
     "fp32": (F32, F32),
     "bf16": (BF16, BF16),
+    "fp16": (F16, F16),
     "autocast": (BF16, F32),
     "fp32_bf16": (F32, BF16),
+    "bf16_fp16": (BF16, F16),
     "fp32_uint8": (F32, U8),
     "bf16_uint8": (BF16, U8),
+    "fp16_uint8": (F16, U8),
 }
 FLOATS, AUTOCAST, BYTES = DTYPES["fp32"], DTYPES["autocast"], DTYPES["fp32_uint8"]
 PATCHES = [(1, 2), (2, 2), (7, 5), (14, 14), (16, 16)]
@@ -171,7 +185,7 @@ def test_statistics_far_from_zero(isa, spread):
     check(cases, (8, 8))
 
 
-@pytest.mark.parametrize("dtypes", [FLOATS, DTYPES["bf16"], BYTES], ids=["fp32", "bf16", "uint8"])
+@pytest.mark.parametrize("dtypes", [FLOATS, DTYPES["bf16"], DTYPES["fp16"], BYTES], ids=["fp32", "bf16", "fp16", "uint8"])
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS.values(), ids=IMAGE_LAYOUTS)
 def test_layouts(isa, layout, dtypes):
     def laid_out(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,13 +218,13 @@ def test_no_samples(each_backend):
     assert dpred.shape == inputs["pred"].shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_other_dtypes_run_eagerly(dtype):
+def test_other_dtypes_run_eagerly(native):
     inputs = make((4, 4))
-    exact = ops.masked_mse(inputs["pred"].double(), inputs["imgs"].double(), inputs["mask"], 4, True)
-    loss = ops.masked_mse(inputs["pred"].to(dtype), inputs["imgs"].to(dtype), inputs["mask"], 4, True)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else F32)
-    assert math.isclose(loss.item(), exact.item(), rel_tol=torch.finfo(dtype).eps)
+    loss = ops.masked_mse(inputs["pred"].double(), inputs["imgs"].double(), inputs["mask"], 4, True)
+    assert loss.dtype == torch.float64
+    with maefast.backend("native"):
+        single = ops.masked_mse(**inputs, patch_size=4, norm_pix=True)
+    assert math.isclose(loss.item(), single.item(), rel_tol=torch.finfo(F32).eps)
 
 
 def test_images_with_a_gradient_run_eagerly(native):
@@ -258,7 +272,7 @@ def test_a_penalty_on_the_gradient_raises(native):
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "all_rows"])
-def test_deterministic(native, compact):
+def test_deterministic(isa, compact):
     inputs = make((16, 16), N=4, grid=(8, 9), compact=compact)
 
     def run() -> dict[str, Tensor]:
@@ -266,11 +280,12 @@ def test_deterministic(native, compact):
 
     with threads(1):
         one = run()
-    with threads(2):
-        runs = [run() for _ in range(2)]
-    for result in runs:
-        assert torch.equal(result["out"], one["out"])
-        assert torch.equal(result["d_pred"], one["d_pred"])
+    for count in THREADS:
+        with threads(count):
+            runs = [run() for _ in range(2)]
+        for result in runs:
+            assert torch.equal(result["out"], one["out"])
+            assert torch.equal(result["d_pred"], one["d_pred"])
 
 
 @pytest.mark.huge
@@ -301,7 +316,7 @@ def test_offsets_beyond_2_31(native):
 
 def test_opcheck(native):
     mean, std = torch.rand(3), torch.rand(3) + 0.2
-    for dtypes, compact in ((FLOATS, False), (BYTES, True), (AUTOCAST, True)):
+    for dtypes, compact in ((FLOATS, False), (BYTES, True), (AUTOCAST, True), (DTYPES["fp16"], False)):
         pred, imgs, mask = make((2, 5), dtypes=dtypes, compact=compact).values()
         args = (pred.detach(), imgs, mask, 2, 5, True, *((mean, std) if imgs.dtype == U8 else (None, None)))
         torch.library.opcheck(torch.ops.maefast.masked_mse_fwd.default, args)

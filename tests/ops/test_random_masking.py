@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from support import LAYOUTS, permutations, threads
+from support import LAYOUTS, THREADS, permutations, threads
 from torch import Tensor
 
 from maefast import ops
@@ -86,12 +86,14 @@ def test_a_permutation_of_integers_ranks_as_itself(each_backend):
     assert torch.equal(ops.random_masking(ids.float(), 100)[1], ids)
 
 
-def test_threads_do_not_matter(native):
-    noise = torch.rand(300, 300)
+@pytest.mark.parametrize("L", [300, 3000])
+def test_threads_do_not_matter(isa, L):
+    noise = torch.rand(301, L)
     with threads(1):
-        one = ops.random_masking(noise, 75)
-    with threads(2):
-        assert_same(ops.random_masking(noise, 75), one)
+        one = ops.random_masking(noise, L // 4)
+    for count in THREADS:
+        with threads(count):
+            assert_same(ops.random_masking(noise, L // 4), one)
 
 
 def test_opcheck(native):

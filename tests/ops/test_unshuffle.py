@@ -1,15 +1,23 @@
 import pytest
 import torch
-from support import LAYOUTS, check_op, forward_backward, lay_out, permutations, threads
+from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, permutations, threads
 from torch import Tensor
 
 from maefast import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # x, mask_token, pos_embed; under autocast x alone is bf16
-DTYPES = {"fp32": (F32, F32, F32), "bf16": (BF16, BF16, BF16), "autocast": (BF16, F32, F32), "mixed": (F32, BF16, BF16)}
+DTYPES = {
+    "fp32": (F32, F32, F32),
+    "bf16": (BF16, BF16, BF16),
+    "fp16": (F16, F16, F16),
+    "autocast": (BF16, F32, F32),
+    "autocast_fp16": (F16, F32, F32),
+    "mixed": (F32, BF16, F16),
+    "halves": (F16, BF16, F16),  # promoted to fp32
+}
 LEAVES = ("x", "mask_token", "pos_embed")
 
 
@@ -78,7 +86,7 @@ def test_lengths(isa, N, L, K, dtypes):
     check([make(N, L, K, 20, dtypes) for _ in range(8)])
 
 
-@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["bf16"]], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["bf16"], DTYPES["fp16"]], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(isa, layout, dtypes):
     check(
@@ -95,7 +103,8 @@ def test_zero_strides(isa, dims):
         return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
 
     cases = [make(3, 9, 4, 21) for _ in range(20)]
-    check([inputs | {name: expanded(inputs[name]) for name in LEAVES} for inputs in cases], dy_layout=expanded)
+    names = (*LEAVES, "ids_restore") if dims == (0,) else LEAVES
+    check([inputs | {name: expanded(inputs[name]) for name in names} for inputs in cases], dy_layout=expanded)
 
 
 def test_large_output(isa):
@@ -115,8 +124,10 @@ def test_no_samples(each_backend, N, K):
 
 
 def test_other_dtypes_run_eagerly():
-    half = {name: t.detach().half() if name in LEAVES else t for name, t in make(2, 6, 3, 5).items()}
-    assert torch.equal(ops.unshuffle(**half), by_loops(**half))
+    double = exact(make(2, 6, 3, 5))
+    out = ops.unshuffle(**double)
+    assert out.dtype == torch.float64
+    assert torch.equal(out, by_loops(**double))
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -144,15 +155,27 @@ def test_double_backward_raises(native):
         dx.sum().backward()
 
 
-def test_deterministic(native):
-    inputs, dy = make(5, 196, 49, 128), torch.randn(5, 197, 128)
+@pytest.mark.parametrize("dtypes", [DTYPES["halves"], (BF16, BF16, F16), (F16, F16, BF16)], ids=["x", "pos_embed", "other"])
+def test_bf16_and_fp16_promote_to_fp32(each_backend, dtypes):
+    inputs = make(2, 6, 3, 5, dtypes)
+    out = ops.unshuffle(**inputs)
+    assert out.dtype == F32
+    assert torch.equal(out, by_loops(**{name: t.detach().float() if name in LEAVES else t for name, t in inputs.items()}))
+    out.sum().backward()
+    assert [inputs[name].grad.dtype for name in LEAVES] == list(dtypes)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["autocast"]], ids=["fp32", "autocast"])
+def test_deterministic(isa, dtypes):
+    inputs, dy = make(5, 196, 49, 130, dtypes), torch.randn(5, 197, 130)
     with threads(1):
         one = forward_backward(ops.unshuffle, inputs, dy)
-    with threads(2):
-        runs = [forward_backward(ops.unshuffle, inputs, dy) for _ in range(2)]
-    for run in runs:
-        for name, value in run.items():
-            assert torch.equal(value, one[name]), name
+    for count in THREADS:
+        with threads(count):
+            runs = [forward_backward(ops.unshuffle, inputs, dy) for _ in range(2)]
+        for run in runs:
+            for name, value in run.items():
+                assert torch.equal(value, one[name]), name
 
 
 @pytest.mark.huge
@@ -177,7 +200,9 @@ def test_backward_of_more_than_2_31_elements(native):
 
 
 def test_opcheck(native):
-    inputs = {name: t.detach() for name, t in make(2, 9, 4, 5).items()}
-    torch.library.opcheck(torch.ops.maefast.unshuffle_fwd.default, tuple(inputs.values()))
-    args = (torch.randn(2, 10, 5), inputs["ids_restore"], 4, BF16)
-    torch.library.opcheck(torch.ops.maefast.unshuffle_bwd.default, args)
+    for name in ("fp32", "fp16", "halves"):
+        inputs = {name: t.detach() for name, t in make(2, 9, 4, 5, DTYPES[name]).items()}
+        torch.library.opcheck(torch.ops.maefast.unshuffle_fwd.default, tuple(inputs.values()))
+    for dtype in (BF16, F16):
+        args = (torch.randn(2, 10, 5), inputs["ids_restore"], 4, dtype)
+        torch.library.opcheck(torch.ops.maefast.unshuffle_bwd.default, args)

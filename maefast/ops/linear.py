@@ -1,0 +1,91 @@
+"""Linear: y = x W^T + b and its gradients, each on the faster GEMM of the machine.
+
+torch sends fp32 products on x86 to MKL, which runs below oneDNN's rate on CPUs that are not Intel's (benchmarks/results, group
+linear): there forward and the input's gradient go to oneDNN, and the weight's gradient does where it has more rows than columns
+to sum into. Everything else is already on the faster one.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import dispatch
+from ._checks import check_floating, check_same_device, shape_of
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """As F.linear; with gelu the exact GELU of that, in inference within the GEMM.
+
+    x        (..., in)   floating-point
+    weight   (out, in)
+    bias     (out,)
+    returns  (..., out)  in the dtype of x, or under autocast in its dtype
+    Under autocast the weight is cast once, in forward, and kept for backward. Gradients for x, weight and bias.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    """
+    given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_floating(**given)
+    check_same_device(**given)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be (..., in) for a weight (out, in) of {shape_of(weight)}; its shape is {shape_of(x)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (out,) = ({weight.shape[0]},); its shape is {shape_of(bias)}")
+    dtype = dispatch.compute_dtype(x)
+    if dispatch.choose("linear", given | {"out": x.new_empty(0, dtype=dtype)}) == "native":
+        if gelu and not torch.is_grad_enabled():
+            return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), native=True, gelu=True)
+        y = _Linear.apply(x, weight, bias, dtype)
+        return F.gelu(y) if gelu else y
+    return linear_ref(x, weight, bias, gelu)
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool, gelu: bool = False) -> Tensor:
+    """linear without its gradients, for inputs of one dtype."""
+    if native:
+        return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
+    return linear_ref(x, weight, bias, gelu)
+
+
+def input_gradient(dy: Tensor, weight: Tensor, native: bool) -> Tensor:
+    """dy (..., out), weight (out, in) -> (..., in)."""
+    return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False) if native else dy @ weight
+
+
+def weight_gradient(dy: Tensor, x: Tensor, native: bool) -> Tensor:
+    """dy (..., out), x (..., in) -> (out, in)."""
+    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    if native and x.shape[1] > dy.shape[1]:
+        return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False)
+    return dy.t() @ x
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        cast_x, cast_weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(cast_x, cast_weight)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        return product(cast_x, cast_weight, None if bias is None else bias.to(dtype), native=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        dx = input_gradient(dy, weight, native=True).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dweight = weight_gradient(dy, x, native=True).to(weight_dtype) if ctx.needs_input_grad[1] else None
+        dbias = dy.flatten(0, -2).sum(dim=0).to(bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None
+
+
+@torch.library.register_fake("maefast::linear_fwd")
+def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
