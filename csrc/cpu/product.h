@@ -99,8 +99,9 @@ inline void columns_of(const Product& p, int64_t rows, int64_t column, int64_t v
 
 // C has `columns` columns, a multiple of the vector; they are split as evenly as the widest tile allows. The summed dimension
 // goes in parts that are summed on their own: one long chain of additions would round worse than the reference does.
-template <bool kPairs, int64_t kPart = kPairs ? 128 : 64>
+template <bool kPairs>
 void multiply(Product p, int64_t rows, int64_t columns) {
+  constexpr int64_t kPart = kPairs ? 128 : 64;
   for (int64_t depth = p.depth; depth > 0; depth -= kPart) {
     p.depth = depth < kPart ? depth : kPart;
     int64_t vectors = columns / kLanes;
