@@ -1,0 +1,30 @@
+"""The tests of the kernels run on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported: see
+tests/test_kernels.py). The ahead-of-time compilation needs neither, and a Triton that does not interpret."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from maefast.kernels import HAS_TRITON, INTERPRETED
+
+if not HAS_TRITON:
+    collect_ignore_glob = ["test_*.py"]
+elif INTERPRETED:
+    collect_ignore_glob = ["test_aot.py"]
+elif not torch.cuda.is_available():
+    collect_ignore_glob = [f"test_{op}.py" for op in ("random_masking", "gather_patches", "unshuffle", "masked_mse")]
+
+if HAS_TRITON and INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_with_scalars(tensor: type, scope: Any) -> None:
+        """The interpreter of Triton 3.6 makes a bound of a loop from an array of one element, which NumPy 2.4 refuses."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_with_scalars
+
+assert importlib.util.find_spec("errors"), "tests/ is not on the path: run pytest from the root of the repository"
