@@ -52,11 +52,15 @@ _TRITON_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "gather_patches": {"imgs": (*_FLOATS, _U8), "out": _FLOATS},
     "unshuffle": {"x": _FLOATS, "mask_token": _FLOATS, "pos_embed": _FLOATS},
     "masked_mse": {"pred": _FLOATS, "imgs": (*_FLOATS, _U8)},
+    "layer_norm": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
+    "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
+    "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
 }
 _MAX_HEAD_WIDTH = 128  # of native attention
 _TRITON_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
 _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
+_TRITON_WIDTH = 8192  # of a row that the norms hold in registers
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -100,6 +104,8 @@ def _why_not_triton(op: str, inputs: Inputs, head_width: int) -> str | None:
             return f"triton random_masking ranks up to {_TRITON_COUNTED} patches, noise has {tensor.shape[1]}"
         if name == "pred" and tensor.dim() == 3 and (reason := _too_large(tensor.shape[2], inputs["imgs"].shape[1])) is not None:
             return reason
+        if name == "x" and op in ("layer_norm", "add_layer_norm") and tensor.shape[-1] > _TRITON_WIDTH:
+            return f"triton {op} takes rows of up to {_TRITON_WIDTH} values, x has {tensor.shape[-1]}"
     return None
 
 
@@ -126,6 +132,8 @@ def _why_not_eager(op: str, inputs: Inputs, head_width: int) -> str | None:
 
 def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
     """A reason for `auto` to leave a backend alone though it can run (figures: benchmarks/results, group linear)."""
+    if backend == "triton" and op in ("layer_norm", "add_layer_norm", "bias_gelu"):
+        return f"no measurement shows that triton {op} is faster"
     if op != "linear" or backend != "native":
         return None
     if inputs["out"].dtype != _F32:

@@ -19,6 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from maefast.kernels import _common
+
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float32: "*fp32",
@@ -51,7 +53,7 @@ class Usage:
 
 @contextmanager
 def recorded(module: ModuleType) -> Iterator[list[Launch]]:
-    """Within the block the kernels of `module` are not launched but noted down."""
+    """Within the block the kernels of `module`, and those that all share, are not launched but noted down."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -66,14 +68,16 @@ def recorded(module: ModuleType) -> Iterator[list[Launch]]:
 
             return launch
 
-    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
-    for name, kernel in kernels.items():
-        setattr(module, name, Recorder(kernel))
+    kernels = [
+        (owner, name, kernel) for owner in (module, _common) for name, kernel in vars(owner).items() if name.endswith("_kernel")
+    ]
+    for owner, name, kernel in kernels:
+        setattr(owner, name, Recorder(kernel))
     try:
         yield launches
     finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+        for owner, name, kernel in kernels:
+            setattr(owner, name, kernel)
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -85,6 +89,8 @@ def source_of(launch: Launch) -> ASTSource:
         divisible = False
         if param.is_constexpr or value is None or value is True or value is False or (isinstance(value, int) and value == 1):
             signature[param.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
         elif isinstance(value, Tensor):
             signature[param.name] = POINTERS[value.dtype]
             divisible = value.data_ptr() % 16 == 0

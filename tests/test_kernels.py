@@ -13,18 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("name", ["random_masking", "gather_patches", "unshuffle", "masked_mse", "op_registration"])
-def test_in_the_interpreter(name):
+def test_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", f"tests/kernels/test_{name}.py"],
+        [sys.executable, "-m", "pytest", "-q", "tests/kernels"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
 
 
 def test_importing_maefast_imports_no_triton():

@@ -90,7 +90,7 @@ def test_ops_do_not_import_each_other(op):
 @pytest.mark.parametrize("op", sorted(kernels.OPS))
 def test_kernels_do_not_import_each_other(op):
     siblings = {parts[2] for parts in imports(PACKAGE / "kernels" / f"{op}.py") if len(parts) > 2}
-    assert siblings == {"_common"}
+    assert siblings <= {"_common", "_norm"}
     assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists()
 
 

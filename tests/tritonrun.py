@@ -14,6 +14,8 @@ F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
 FLOATS = [F32, F16] if INTERPRETED else [F32, F16, BF16]
 
 Tensors = dict[str, Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+Incoming = Tensor | tuple[Tensor | None, ...] | None  # one for every output, or one of each; None for 0.37
 
 
 def random(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -36,19 +38,21 @@ def widened(inputs: Tensors) -> Tensors:
     return {name: t.requires_grad_(inputs[name].requires_grad) for name, t in wide.items()}
 
 
-def outputs(op: Callable[..., Tensor], inputs: Tensors, dy: Tensor | None) -> Tensors:
-    """The output, and the gradient of each input that needs one as d_<name>."""
+def outputs(op: Op, inputs: Tensors, dy: Incoming) -> Tensors:
+    """The outputs, and the gradient of each input that needs one as d_<name>; None in a tuple `dy` leaves that output unused."""
     leaves = {name: t for name, t in inputs.items() if t.requires_grad}
     out = op(**inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    results = {f"out{i}": t.detach() for i, t in enumerate(outs)}
     if not leaves:
-        return {"out": out}
-    grads = torch.autograd.grad(out, list(leaves.values()), torch.full_like(out, 0.37) if dy is None else dy.to(out.dtype))
-    return {"out": out.detach()} | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        return results
+    dys = dy if isinstance(dy, tuple) else tuple(torch.full_like(t, 0.37) if dy is None else dy for t in outs)
+    used = [(t, grad.to(t.dtype)) for t, grad in zip(outs, dys, strict=True) if grad is not None]
+    grads = torch.autograd.grad([t for t, _ in used], list(leaves.values()), [grad for _, grad in used], allow_unused=True)
+    return results | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
 
 
-def check(
-    op: Callable[..., Tensor], *cases: Tensors, dy: Tensor | None = None, exact: Callable[..., Tensor] | None = None
-) -> None:
+def check(op: Op, *cases: Tensors, dy: Incoming = None, exact: Op | None = None) -> None:
     """Triton by the error rule, and the same bits twice; `exact` is the op in float64 where it needs other arguments.
 
     The results of all `cases` (inputs of one shape) are held to the rule as one tensor: of a single number eager may be exact.

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import column_block, dense_rows, launching_on
+from ._common import column_block, dense_rows, launching_on, rows_per_chunk, sum_columns
 
 
 @triton.jit
@@ -59,25 +59,9 @@ def _unshuffle_bwd_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
-@triton.jit
-def _unshuffle_sum_kernel(partial, dmask_token, chunks, D, ROWS: tl.constexpr, COLS: tl.constexpr):
-    d = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros([ROWS, COLS], tl.float32)
-    for first in range(0, chunks, ROWS):
-        chunk = first + tl.arange(0, ROWS)
-        at = chunk.to(tl.int64)[:, None] * D + d[None, :]
-        total += tl.load(partial + at, mask=(chunk < chunks)[:, None] & (d < D)[None, :], other=0.0)
-    tl.store(dmask_token + d, tl.sum(total, axis=0), mask=d < D)
-
-
 def config(D: int) -> dict[str, int]:
     cols = column_block(D)
     return {"ROWS": min(16, 4096 // cols), "COLS": cols, "num_warps": 4}
-
-
-def rows_per_chunk(rows: int) -> int:
-    """A rule of the shape alone, so that the order of the sum is: about 2000 chunks, or chunks of 16 .. 128 rows."""
-    return min(128, max(16, triton.next_power_of_2(triton.cdiv(rows, 2048))))
 
 
 def unshuffle_fwd(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
@@ -115,5 +99,5 @@ def unshuffle_bwd(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.d
         _unshuffle_bwd_kernel[(chunks, triton.cdiv(D, tile["COLS"]))](
             dy, ids_restore, dx, partial, rows, tokens - 1, len_keep, D, dy.stride(0), dy.stride(1), chunk, **tile
         )
-        _unshuffle_sum_kernel[(triton.cdiv(D, 16),)](partial, dmask_token, chunks, D, ROWS=512, COLS=16, num_warps=8)
+        sum_columns(partial, dmask_token)
     return dx, dmask_token

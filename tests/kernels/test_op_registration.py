@@ -24,6 +24,16 @@ def test_opcheck():
     torch.library.opcheck(maefast_triton.unshuffle_bwd.default, (random(2, 7, 8), ids, 2, torch.float16), test_utils=checks)
     torch.library.opcheck(maefast_triton.masked_mse_fwd.default, mse, test_utils=checks)
     torch.library.opcheck(maefast_triton.masked_mse_bwd.default, (random(), *mse), test_utils=checks)
+    x, weight, bias = random(2, 3, 8), random(8), random(8)
+    torch.library.opcheck(maefast_triton.layer_norm_fwd.default, (x, weight, bias, 1e-5, torch.float16), test_utils=checks)
+    add = (x.half(), x, weight, bias, 1e-5, torch.float16)
+    torch.library.opcheck(maefast_triton.add_layer_norm_fwd.default, add, test_utils=checks)
+    for dtype in (None, torch.float16):
+        norm = (x.half(), x, x, weight, bias, random(6), random(6), dtype, dtype)
+        torch.library.opcheck(maefast_triton.layer_norm_bwd.default, norm, test_utils=checks)
+    torch.library.opcheck(maefast_triton.bias_gelu_fwd.default, (x, bias), test_utils=checks)
+    for args in ((x.half(), x, bias, True), (x, x, None, False)):
+        torch.library.opcheck(maefast_triton.bias_gelu_bwd.default, args, test_utils=checks)
 
 
 def step(noise, imgs, x, mask_token, pos_embed, pred):
