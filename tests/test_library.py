@@ -142,7 +142,7 @@ def run(op, **inputs):
     leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
     out = op(**inputs)
     outs = out if isinstance(out, tuple) else (out,)
-    return [*outs, *(torch.autograd.grad(out, leaves, torch.ones_like(out)) if leaves else ())]
+    return [*outs, *(torch.autograd.grad(outs, leaves, [torch.ones_like(t) for t in outs]) if leaves else ())]
 
 def check(op, options, **inputs):
     expected = run(op, **inputs, **options)
@@ -162,6 +162,14 @@ for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
         for D in (1, 5, 63, 768):
             check(ops.unshuffle, {}, x=torch.randn(2, 4, D, dtype=dtype).requires_grad_(), ids_restore=permutations(2, 9),
                   mask_token=torch.randn(1, 1, D).to(dtype).requires_grad_(), pos_embed=torch.randn(1, 10, D).to(dtype))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for D in (1, 5, 63, 768):
+            x, residual = (torch.randn(3, D).to(dtype).requires_grad_() for _ in range(2))
+            weight, bias = (torch.randn(D).to(dtype).requires_grad_() for _ in range(2))
+            check(ops.layer_norm, {}, x=x, weight=weight, bias=bias)
+            check(ops.add_layer_norm, {}, x=x, residual=residual, weight=weight, bias=bias)
+            check(ops.bias_gelu, {}, x=x, bias=bias)
+            check(ops.bias_gelu, {}, x=x)
     for C, patch in ((1, (3, 5)), (3, (7, 5)), (3, (4, 4)), (4, (2, 9))):
         shape = (2, C, 2 * patch[0], 3 * patch[1])
         pixels = torch.randn(shape)
