@@ -1,14 +1,15 @@
 """The building blocks of a Vision Transformer, with the field's parameter names. MAE calls these and the ops, nothing else."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import dispatch, ops
-from .ops.linear import input_gradient, product, weight_gradient
+from .ops.linear import bias_gradient, input_gradient, product, weight_gradient
 from .reference import pair
 
 
@@ -106,58 +107,79 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed."""
-        if self._is_plain():
+        parts = self._plain_parts()
+        if parts is not None:
             if ids is not None:
-                return self._of_tokens(x, ids)
-            if self._has_kernels(x):
-                return self._fused(x)
+                return self._of_tokens(parts, x, ids)
+            if self._has_kernels(parts, x):
+                return self._fused(parts, x)
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x if ids is None else take_tokens(x, ids)
 
-    def _is_plain(self) -> bool:
-        """Whether the parts are what this file and nn.LayerNorm make of them, and nobody watches them."""
-        norms, attn, mlp = (self.norm1, self.norm2), self.attn, self.mlp
-        if not (type(attn) is Attention and type(mlp) is Mlp and all(type(norm) is nn.LayerNorm for norm in norms)):
-            return False
-        linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        if any(norm.weight is None or norm.bias is None for norm in norms):
-            return False
-        return all(type(linear) is Linear for linear in linears) and not any(map(_is_watched, (*norms, attn, mlp, *linears)))
+    def _plain_parts(self) -> "_Parts | None":
+        """The modules that hold the parameters, unless one of them is not what this file and nn.LayerNorm make of it."""
+        norm1, attn, norm2, mlp = self.norm1, self.attn, self.norm2, self.mlp
+        if not (
+            is_plain(norm1, nn.LayerNorm) and is_plain(norm2, nn.LayerNorm) and is_plain(attn, Attention) and is_plain(mlp, Mlp)
+        ):
+            return None
+        parts = _Parts(norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
+        if not all(is_plain(linear, Linear) for linear in parts.linears()):
+            return None
+        return None if any(part.weight is None or part.bias is None for part in parts) else parts
 
-    def _has_kernels(self, x: Tensor) -> bool:
+    def _has_kernels(self, parts: "_Parts", x: Tensor) -> bool:
+        if not dispatch.is_autocast(x) and any(linear.weight.dtype != x.dtype for linear in parts.linears()):
+            return False
         out = x.new_empty(0, dtype=dispatch.compute_dtype(x))
-        inputs = {"x": x, "weight": self.norm1.weight, "bias": self.norm1.bias, "out": out, "qkv": out}
+        inputs = {"x": x, "weight": parts.norm1.weight, "bias": parts.norm1.bias, "out": out, "qkv": out}
         width = x.shape[-1] // self.attn.num_heads
         ops_used = ("layer_norm", "add_layer_norm", "bias_gelu", "attention")
         return all(dispatch.choose(op, inputs, head_width=width) == "native" for op in ops_used)
 
-    def _fused(self, x: Tensor) -> Tensor:
-        attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
+    def _fused(self, parts: "_Parts", x: Tensor) -> Tensor:
         dtype = dispatch.compute_dtype(x)
         native = dispatch.choose("linear", {"x": x, "out": x.new_empty(0, dtype=dtype)}) == "native"
-        parameters = [p for m in (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2) for p in (m.weight, m.bias)]
-        options = _Options(attn.num_heads, norm1.eps, norm2.eps, dtype, native)
+        options = _Options(self.attn.num_heads, parts.norm1.eps, parts.norm2.eps, dtype, native)
+        parameters = [p for part in parts for p in (part.weight, part.bias)]
         if torch.is_grad_enabled():
             return _Block.apply(options, x, *parameters)
         return _block_inference(options, x, *parameters)
 
-    def _of_tokens(self, x: Tensor, ids: Tensor) -> Tensor:
+    def _of_tokens(self, parts: "_Parts", x: Tensor, ids: Tensor) -> Tensor:
         """Keys and values of every token; queries, projection and MLP of those in ids (N, M) alone."""
-        attn, mlp, norm1, norm2, D = self.attn, self.mlp, self.norm1, self.norm2, x.shape[2]
-        dtype = dispatch.compute_dtype(x)
+        norm1, qkv, proj, norm2, *_ = parts
+        D, dtype = x.shape[2], dispatch.compute_dtype(x)
         y = ops.layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype)
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        q = ops.linear(take_tokens(y, ids), weight[:D], bias[:D])
-        kv = ops.linear(y, weight[D:], bias[D:])
-        out = attn.proj(ops.attention(kv, attn.num_heads, q))
+        q = ops.linear(take_tokens(y, ids), qkv.weight[:D], qkv.bias[:D])
+        kv = ops.linear(y, qkv.weight[D:], qkv.bias[D:])
+        out = proj(ops.attention(kv, self.attn.num_heads, q))
         y, x = ops.add_layer_norm(out, take_tokens(x, ids), norm2.weight, norm2.bias, norm2.eps, dtype)
-        return x + mlp(y)
+        return x + self.mlp(y)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether a hook would notice that the module is not called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+class _Parts(NamedTuple):
+    """The modules of a block that hold parameters, in the order in which it uses them."""
+
+    norm1: nn.LayerNorm
+    qkv: Linear
+    proj: Linear
+    norm2: nn.LayerNorm
+    fc1: Linear
+    fc2: Linear
+
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.proj, self.fc1, self.fc2
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a call of `module` does what kind.forward says, and no hook would notice that it is not called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and "forward" not in module.__dict__ and not hooks and not _has_any_global_hook()
 
 
 class _Options(NamedTuple):
@@ -168,18 +190,19 @@ class _Options(NamedTuple):
     native: bool  # whether these are maefast's
 
 
-def _block_inference(
-    options: _Options, x: Tensor, w1: Tensor, b1: Tensor, qkv_w: Tensor, qkv_b: Tensor, proj_w: Tensor, proj_b: Tensor,
-    w2: Tensor, b2: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
-) -> Tensor:  # fmt: skip
+def _block_inference(options: _Options, x: Tensor, *parameters: Tensor) -> Tensor:
+    w1, b1, qkv_w, qkv_b, proj_w, proj_b, w2, b2, fc1_w, fc1_b, fc2_w, fc2_b = parameters
     dtype, native = options.dtype, options.native
     y, _, _ = torch.ops.maefast.layer_norm_fwd(x, w1, b1, options.eps1, dtype)
     qkv = product(y, qkv_w.to(dtype), qkv_b.to(dtype), native)
     out = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
     out = product(out, proj_w.to(dtype), proj_b.to(dtype), native)
     y, x, _, _ = torch.ops.maefast.add_layer_norm_fwd(out, x, w2, b2, options.eps2, dtype)
-    hidden = product(y, fc1_w.to(dtype), fc1_b.to(dtype), native, gelu=True)
+    hidden = torch.ops.maefast.bias_gelu_fwd(product(y, fc1_w.to(dtype), None, native), fc1_b)
     return x + product(hidden, fc2_w.to(dtype), fc2_b.to(dtype), native)
+
+
+_PARAMETERS = ("w1", "b1", "qkv_w", "qkv_b", "proj_w", "proj_b", "w2", "b2", "fc1_w", "fc1_b", "fc2_w", "fc2_b")
 
 
 class _Block(torch.autograd.Function):
@@ -187,15 +210,10 @@ class _Block(torch.autograd.Function):
     GELU, in the passes that read their inputs, and the softmax.
     """
 
-    PARAMETERS = ("w1", "b1", "qkv_w", "qkv_b", "proj_w", "proj_b", "w2", "b2", "fc1_w", "fc1_b", "fc2_w", "fc2_b")
-
     @staticmethod
-    def forward(
-        ctx: Any, options: _Options, x: Tensor, w1: Tensor, b1: Tensor, qkv_w: Tensor, qkv_b: Tensor, proj_w: Tensor,
-        proj_b: Tensor, w2: Tensor, b2: Tensor, fc1_w: Tensor, fc1_b: Tensor, fc2_w: Tensor, fc2_b: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, options: _Options, x: Tensor, *parameters: Tensor) -> Tensor:
+        w1, b1, qkv_w, qkv_b, proj_w, proj_b, w2, b2, fc1_w, fc1_b, fc2_w, fc2_b = parameters
         dtype, native = options.dtype, options.native
-        parameter_dtypes = [t.dtype for t in (w1, b1, qkv_w, qkv_b, proj_w, proj_b, w2, b2, fc1_w, fc1_b, fc2_w, fc2_b)]
         qkv_w, proj_w, fc1_w, fc2_w = (weight.to(dtype) for weight in (qkv_w, proj_w, fc1_w, fc2_w))
         y, mean1, rstd1 = torch.ops.maefast.layer_norm_fwd(x, w1, b1, options.eps1, dtype)
         qkv = product(y, qkv_w, qkv_b.to(dtype), native)
@@ -204,7 +222,7 @@ class _Block(torch.autograd.Function):
         y, x_mid, mean2, rstd2 = torch.ops.maefast.add_layer_norm_fwd(y, x, w2, b2, options.eps2, dtype)
         hidden = product(y, fc1_w, None, native)
         y = product(torch.ops.maefast.bias_gelu_fwd(hidden, fc1_b), fc2_w, fc2_b.to(dtype), native)
-        ctx.options, ctx.parameter_dtypes = options, parameter_dtypes
+        ctx.options, ctx.parameter_dtypes = options, [parameter.dtype for parameter in parameters]
         ctx.save_for_backward(
             x, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2, w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w
         )
@@ -217,7 +235,7 @@ class _Block(torch.autograd.Function):
         w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = ctx.saved_tensors[9:]
         options = ctx.options
         dtype, native = options.dtype, options.native
-        needs = dict(zip(_Block.PARAMETERS, ctx.needs_input_grad[2:], strict=True))
+        needs = dict(zip(_PARAMETERS, ctx.needs_input_grad[2:], strict=True))
         narrow = dtype if x.dtype != dtype else None  # the products' dtype, where the residual stream has another
         grads: dict[str, Tensor] = {}
 
@@ -225,7 +243,7 @@ class _Block(torch.autograd.Function):
             if needs[f"{name}_w"]:
                 grads[f"{name}_w"] = weight_gradient(dy, inputs, native)
             if needs[f"{name}_b"]:
-                grads[f"{name}_b"] = dy.flatten(0, -2).sum(dim=0)
+                grads[f"{name}_b"] = bias_gradient(dy)
 
         dy = dout.to(dtype)
         dhidden, grads["fc1_b"], activated = torch.ops.maefast.bias_gelu_bwd(
@@ -248,6 +266,6 @@ class _Block(torch.autograd.Function):
         linear_gradients("qkv", dqkv, y)
         wanted = (
             grads[name].to(parameter_dtype) if needs[name] else None
-            for name, parameter_dtype in zip(_Block.PARAMETERS, ctx.parameter_dtypes, strict=True)
+            for name, parameter_dtype in zip(_PARAMETERS, ctx.parameter_dtypes, strict=True)
         )
         return None, dx if ctx.needs_input_grad[1] else None, *wanted

@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ _NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
     "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
     "attention": dict.fromkeys(("qkv", "q"), _FLOATS),
-    "linear": {"out": (_F32, _BF16)},
+    "linear": dict.fromkeys(("x", "weight", "bias"), _FLOATS) | {"out": (_F32, _BF16)},
 }
 _TRITON_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "random_masking": {"noise": (_F32,)},
@@ -61,6 +60,9 @@ _TRITON_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
 _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
 _TRITON_WIDTH = 8192  # of a row that the norms hold in registers
+_CPUINFO = Path("/proc/cpuinfo")
+_ON_INTEL = _CPUINFO.exists() and "GenuineIntel" in _CPUINFO.read_text()
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -80,7 +82,7 @@ def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
             return f"native {op} has no gradient for imgs"
     if op == "attention" and head_width > _MAX_HEAD_WIDTH:
         return f"native attention takes heads of up to {_MAX_HEAD_WIDTH}, they are {head_width} wide"
-    if op == "linear" and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if op == "linear" and not _HAS_ONEDNN:
         return "this torch has no oneDNN"
     return None
 
@@ -138,13 +140,7 @@ def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
         return None
     if inputs["out"].dtype != _F32:
         return f"torch's own product is as fast in {_names((inputs['out'].dtype,))}"
-    return "torch's own product, MKL's, is at home on Intel" if _is_intel() else None
-
-
-@cache
-def _is_intel() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
+    return "torch's own product, MKL's, is at home on Intel" if _ON_INTEL else None
 
 
 _REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {
@@ -215,10 +211,15 @@ def ops_of(backend: str) -> Any:
     return torch.ops.maefast_triton if backend == "triton" else torch.ops.maefast
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of `x` run in: autocast's where it is on, as torch casts."""
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast has a say in matrix products of `x`; as in torch it leaves float64 alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of `x` run in: autocast's where it is on, else its own."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
 def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:

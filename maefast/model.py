@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .blocks import Block, Linear, PatchEmbed, take_tokens
+from .blocks import Block, Linear, PatchEmbed, is_plain, take_tokens
 from .reference import VAR_EPS, MAEOutput, init_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -258,7 +258,7 @@ class MAE(nn.Module):
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         for block in self.decoder_blocks[-1:]:
-            if ids is not None and isinstance(block, Block):
+            if ids is not None and is_plain(block, Block):
                 return block(x, ids)
             x = block(x)
         return x if ids is None else take_tokens(x, ids)

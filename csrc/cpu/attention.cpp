@@ -307,7 +307,8 @@ inline Vec exp2_of_negative(Vec x) {
   y = y * r + broadcast(1.0f);
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(y), exponent));  // y * 2^floor(x)
 #else
-  constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, which is then in the low bits
+  // Adding it rounds to an integer, which is then in the low bits, with the bias of an exponent.
+  constexpr float kShift = 0x1.8p23f + 127.0f;
   const Vec shifted = x + broadcast(kShift), r = x - (shifted - broadcast(kShift));
   Vec y = broadcast(1.53533619e-4f);
   y = y * r + broadcast(1.33988748e-3f);
@@ -316,7 +317,7 @@ inline Vec exp2_of_negative(Vec x) {
   y = y * r + broadcast(2.40226479e-1f);
   y = y * r + broadcast(6.93147203e-1f);
   y = y * r + broadcast(1.0f);
-  const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<VecU>(y) + (reinterpret_cast<VecU>(shifted) << 23));
+  const Vec scaled = y * reinterpret_cast<Vec>(reinterpret_cast<VecU>(shifted) << 23);  // a product, so that NaN stays NaN
   return x < broadcast(-125.0f) ? Vec{} : scaled;
 #endif
 }

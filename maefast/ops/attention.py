@@ -16,7 +16,7 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
 
     qkv      (N, T, 3 h d)  queries, keys and values of every token as the qkv Linear writes them: [q | k | v], each h heads of d
     q        (N, M, h d)    queries of their own; then qkv holds keys and values alone, (N, T, 2 h d): [k | v]
-    returns  (N, T, h d), with q (N, M, h d); in the dtype of qkv
+    returns  (N, T, h d), with q (N, M, h d); in the dtype of qkv, or under autocast in its dtype
     Scores are scaled by 1 / sqrt(d). Gradients for qkv and q, deterministic and independent of the number of threads.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
@@ -26,7 +26,6 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
         raise ValueError(f"num_heads must be positive; it is {num_heads}")
     if qkv.dim() != 3 or qkv.shape[2] == 0 or qkv.shape[2] % (parts * num_heads):
         raise ValueError(f"qkv must be {name} with h = {num_heads}; its shape is {shape_of(qkv)}")
-    inputs = {"qkv": qkv}
     if q is not None:
         check_floating(q=q)
         check_same_device(qkv=qkv, q=q)
@@ -37,19 +36,20 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
             raise TypeError(f"q must have the dtype of qkv, {qkv.dtype}; it is {q.dtype}")
         if T == 0:
             raise ValueError(f"qkv must hold at least one token; its shape is {shape_of(qkv)}")
-        inputs["q"] = q
+    dtype = dispatch.compute_dtype(qkv)
+    qkv, q = qkv.to(dtype), None if q is None else q.to(dtype)
+    inputs = {"qkv": qkv} if q is None else {"qkv": qkv, "q": q}
     if dispatch.choose("attention", inputs, head_width=qkv.shape[2] // (parts * num_heads)) == "native":
         return _Attention.apply(q, qkv, num_heads)
     return attention_ref(qkv, num_heads, q)
 
 
 def attention_ref(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
-    N, T, _ = qkv.shape
+    heads = qkv.unflatten(2, (3 if q is None else 2, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, h, T, d]
     if q is None:
-        queries, keys, values = qkv.view(N, T, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        queries, keys, values = heads
     else:
-        keys, values = qkv.view(N, T, 2, num_heads, -1).permute(2, 0, 3, 1, 4)
-        queries = q.view(N, q.shape[1], num_heads, -1).transpose(1, 2)
+        queries, (keys, values) = q.unflatten(2, (num_heads, -1)).transpose(1, 2), heads
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
-from ._checks import check_floating, check_same_device, shape_of
+from ._checks import check_dtype, check_floating, check_same_device, shape_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -33,6 +33,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
         raise ValueError(f"x must be (..., in) for a weight (out, in) of {shape_of(weight)}; its shape is {shape_of(x)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (out,) = ({weight.shape[0]},); its shape is {shape_of(bias)}")
+    if not dispatch.is_autocast(x):
+        for name, parameter in given.items():
+            check_dtype(name, parameter, (x.dtype,))
     dtype = dispatch.compute_dtype(x)
     if dispatch.choose("linear", given | {"out": x.new_empty(0, dtype=dtype)}) == "native":
         if gelu and not torch.is_grad_enabled():
@@ -61,10 +64,20 @@ def input_gradient(dy: Tensor, weight: Tensor, native: bool) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, native: bool) -> Tensor:
     """dy (..., out), x (..., in) -> (out, in)."""
-    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    dy, x = rows(dy), rows(x)
     if native and x.shape[1] > dy.shape[1]:
         return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False)
     return dy.t() @ x
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """dy (..., out) -> (out,)."""
+    return rows(dy).sum(dim=0)
+
+
+def rows(t: Tensor) -> Tensor:
+    """(..., D) as (rows, D)."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
 class _Linear(torch.autograd.Function):
@@ -82,7 +95,7 @@ class _Linear(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = input_gradient(dy, weight, native=True).to(x_dtype) if ctx.needs_input_grad[0] else None
         dweight = weight_gradient(dy, x, native=True).to(weight_dtype) if ctx.needs_input_grad[1] else None
-        dbias = dy.flatten(0, -2).sum(dim=0).to(bias_dtype) if ctx.needs_input_grad[2] else None
+        dbias = bias_gradient(dy).to(bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None
 
 

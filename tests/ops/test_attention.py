@@ -1,0 +1,305 @@
+import math
+
+import pytest
+import torch
+from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, threads
+from torch import Tensor
+
+import maefast
+from maefast import ops
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
+TOKENS = (1, 2, 49, 50, 65, 197, 257, 300)
+WIDTHS = (1, 5, 8, 16, 32, 33, 64, 80, 128)
+
+
+def make(N: int, T: int, h: int, d: int, dtype: torch.dtype = F32, M: int | None = None) -> dict[str, Tensor]:
+    """Packed projections; with M also queries of their own."""
+    if M is None:
+        return {"qkv": torch.randn(N, T, 3 * h * d).to(dtype).requires_grad_()}
+    return {
+        "qkv": torch.randn(N, T, 2 * h * d).to(dtype).requires_grad_(),
+        "q": torch.randn(N, M, h * d).to(dtype).requires_grad_(),
+    }
+
+
+def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() for name, t in inputs.items()}
+
+
+def with_heads(h: int):
+    def op(qkv: Tensor, q: Tensor | None = None) -> Tensor:
+        return ops.attention(qkv, h, q)
+
+    return op
+
+
+def check(cases: list[dict[str, Tensor]], h: int, layout=lambda inputs: inputs, dy_layout=lambda dy: dy) -> None:
+    def dy(out: Tensor) -> Tensor:
+        return dy_layout(torch.randn(out.shape))
+
+    check_op(with_heads(h), cases, exact, dy, layout)
+
+
+def by_loops(qkv: Tensor, h: int, q: Tensor | None = None) -> Tensor:
+    """One head of one sample at a time, by the formula."""
+    if q is None:
+        q, qkv = qkv.tensor_split([qkv.shape[2] // 3], dim=2)
+    keys, values = qkv.chunk(2, dim=2)
+    out = torch.empty_like(q)
+    d = q.shape[2] // h
+    for n in range(q.shape[0]):
+        for head in range(h):
+            at = slice(head * d, (head + 1) * d)
+            weights = (q[n, :, at] @ keys[n, :, at].T / math.sqrt(d)).exp()
+            out[n, :, at] = weights / weights.sum(dim=1, keepdim=True) @ values[n, :, at]
+    return out
+
+
+def test_by_hand(each_backend):
+    """Two tokens, one head of width 1: scores (0, 0) for the first, (ln 3, 0) for the second."""
+    qkv = torch.tensor([[[0.0, math.log(3.0), 5.0], [1.0, 0.0, 1.0]]], requires_grad=True)
+    out = ops.attention(qkv, 1)
+    torch.testing.assert_close(out.flatten(), torch.tensor([3.0, 4.0]), rtol=1e-6, atol=0)
+    (dqkv,) = torch.autograd.grad(out, qkv, torch.tensor([[[0.0], [1.0]]]))
+    # P = (3/4, 1/4), dP = v = (5, 1), delta = 4, dS = P (dP - delta) = (3/4, -3/4)
+    dq, dk, dv = dqkv[0].unbind(dim=1)
+    torch.testing.assert_close(dq, torch.tensor([0.0, 0.75 * math.log(3.0)]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dk, torch.tensor([0.75, -0.75]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dv, torch.tensor([0.75, 0.25]), rtol=1e-5, atol=1e-6)
+
+
+def test_reference_is_the_definition():
+    for M in (None, 4):
+        inputs = exact(make(2, 7, 3, 5, M=M))
+        expected = by_loops(inputs["qkv"], 3, inputs.get("q"))
+        torch.testing.assert_close(ops.attention_ref(inputs["qkv"], 3, inputs.get("q")), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("M", [None, 2], ids=["self", "q"])
+def test_reference_gradients(M):
+    inputs = [t.detach().requires_grad_() for t in exact(make(2, 5, 2, 3, M=M)).values()]
+    assert torch.autograd.gradcheck(with_heads(2), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("T", TOKENS)
+def test_lengths(isa, T, dtype):
+    h, d = 3, 32
+    check([make(2, T, h, d, dtype) for _ in range(8 if T < 197 else 2)], h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_widths(isa, d, dtype):
+    h = 2
+    check([make(2, 50, h, d, dtype) for _ in range(8)], h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("M", "T"), [(1, 197), (147, 197), (49, 50), (25, 1), (60, 7), (1, 1)])
+def test_queries_of_their_own(isa, M, T, dtype):
+    h, d = 3, 16
+    check([make(2, T, h, d, dtype, M) for _ in range(8)], h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("M", [None, 10], ids=["self", "q"])
+def test_layouts(isa, layout, dtype, M):
+    check(
+        [make(3, 19, 2, 9, dtype, M) for _ in range(8)],
+        2,
+        layout=lambda inputs: {name: lay_out(layout, t) for name, t in inputs.items()},
+        dy_layout=layout,
+    )
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("M", [None, 10], ids=["self", "q"])
+def test_zero_strides(isa, dims, M):
+    """The same bits as from a copy without them."""
+
+    def expanded(t: Tensor) -> Tensor:
+        shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
+        return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
+
+    inputs = {name: expanded(t) for name, t in make(3, 19, 2, 9, M=M).items()}
+    dy = expanded(torch.randn(3, M or 19, 18))
+    with maefast.backend("native"):
+        got = forward_backward(with_heads(2), inputs, dy)
+        copies = {name: t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, t in inputs.items()}
+        expected = forward_backward(with_heads(2), copies, dy.contiguous())
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize(("N", "T", "M"), [(0, 5, None), (0, 5, 3), (2, 0, None), (2, 5, 0), (0, 5, 0)])
+def test_nothing_to_do(each_backend, N, T, M):
+    inputs = make(N, T, 2, 4, M=M)
+    results = forward_backward(with_heads(2), inputs, torch.ones(N, T if M is None else M, 8))
+    assert results["out"].shape == (N, T if M is None else M, 8)
+    for name, t in inputs.items():
+        assert results[f"d_{name}"].shape == t.shape
+        assert not results[f"d_{name}"].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_equal_logits_give_the_mean(isa, dtype):
+    """Queries of zero attend to all tokens alike; whole numbers and a power of two of tokens: exact."""
+    N, T, h, d = 2, 64, 3, 20
+    qkv = torch.randint(-8, 9, (N, T, 3 * h * d)).to(dtype)
+    qkv[..., : h * d] = 0
+    with maefast.backend("native"):
+        out = ops.attention(qkv, h)
+    mean = qkv[..., 2 * h * d :].double().mean(dim=1, keepdim=True).to(dtype)  # 11 bits: rounded once in bf16
+    assert torch.equal(out, mean.expand(N, T, h * d))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_extreme_logits(isa, dtype, size):
+    """Scores up to +-1e4, far beyond what exp can take: no NaN, and right."""
+    h, d = 2, 16
+    cases = []
+    for _ in range(8):
+        qkv = torch.randn(2, 50, 3, h * d)
+        qkv[:, :, :2] *= math.sqrt(size / math.sqrt(d))
+        cases.append({"qkv": qkv.flatten(2).to(dtype).requires_grad_()})
+    scores = cases[0]["qkv"].detach().double()
+    assert (scores[..., : h * d] * scores[..., h * d : 2 * h * d]).unflatten(2, (h, d)).sum(dim=3).abs().max() > size
+    check(cases, h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_one_key_takes_all(isa, dtype):
+    """Scores of 1e4 against -1e4: the output is the one value, bit for bit, and nothing flows back to queries and keys."""
+    N, T, h, d = 2, 50, 2, 16
+    q, k = torch.full((N, T, h, d), 100.0), torch.full((N, T, h, d), -25.0)
+    k[:, 7] = 25.0
+    v = torch.randn(N, T, h, d)
+    qkv = torch.cat([t.flatten(2) for t in (q, k, v)], dim=2).to(dtype).requires_grad_()
+    dout = torch.randn(N, T, h * d).to(dtype)
+    with maefast.backend("native"):
+        results = forward_backward(with_heads(h), {"qkv": qkv}, dout)
+    assert torch.equal(results["out"], qkv[:, 7:8, 2 * h * d :].expand(N, T, h * d))
+    dq, dk, dv = results["d_qkv"].chunk(3, dim=2)
+    assert not dq.any()
+    assert not dk.any()
+    assert not dv[:, torch.arange(T) != 7].any()
+    assert dv[:, 7].ne(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize("payload", [0x7FC00000, 0x7FC00001, -0x400000], ids=hex)
+def test_nan_stays_in_its_head_and_sample(isa, dtype, part, payload):
+    """Whatever the bits of the NaN: a NaN in a query spoils its row, one in a key or value the whole head."""
+    N, T, h, d = 2, 19, 3, 10
+    inputs = make(N, T, h, d, dtype)
+    clean = inputs["qkv"].detach()
+    spoilt = clean.clone()
+    spoilt.view(N, T, 3, h, d)[1, 4, part, 2, 6] = torch.tensor(payload, dtype=torch.int32).view(F32).to(dtype)
+    dout = torch.randn(N, T, h * d)
+    expected, got = (forward_backward(with_heads(h), {"qkv": t.requires_grad_()}, dout) for t in (clean, spoilt))
+    nan = {name: t.isnan().view(N, T, -1, h, d) for name, t in got.items()}
+    for name, where in nan.items():
+        outside = torch.ones_like(where)
+        outside[1, :, :, 2] = False
+        assert torch.equal(got[name].view_as(where)[outside], expected[name].view_as(where)[outside]), name
+    rows = torch.arange(T) == 4 if part == 0 else torch.ones(T, dtype=torch.bool)
+    columns = torch.arange(d) == 6 if part == 2 else torch.ones(d, dtype=torch.bool)
+    assert torch.equal(nan["out"][1, :, 0, 2], rows[:, None] & columns)
+    assert nan["d_qkv"][1, rows, 0, 2].all()
+
+
+def test_other_dtypes_run_eagerly():
+    inputs = exact(make(2, 6, 2, 5))
+    out = ops.attention(inputs["qkv"], 2)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, by_loops(inputs["qkv"], 2), rtol=1e-12, atol=1e-12)
+
+
+def test_heads_wider_than_the_kernel_takes(native):
+    inputs = make(2, 6, 2, 129)
+    out = ops.attention(inputs["qkv"], 2)
+    torch.testing.assert_close(out, by_loops(inputs["qkv"].detach(), 2), rtol=1e-5, atol=1e-5)
+    with maefast.backend("native"), pytest.raises(RuntimeError, match=r"native attention takes heads of up to 128.*129 wide"):
+        ops.attention(inputs["qkv"], 2)
+
+
+@pytest.mark.parametrize("M", [None, 3], ids=["self", "q"])
+def test_autocast(each_backend, M):
+    """fp32 projections are cast, as by torch, and their gradients are fp32 again."""
+    inputs = make(2, 7, 2, 4, M=M)
+    narrow = {name: t.detach().bfloat16().requires_grad_() for name, t in inputs.items()}
+    expected = forward_backward(with_heads(2), narrow, torch.ones(2, M or 7, 8))
+    with torch.autocast("cpu", BF16):
+        out = with_heads(2)(**inputs)
+    assert out.dtype == BF16
+    assert torch.equal(out, expected["out"])
+    grads = torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+    for name, grad in zip(inputs, grads, strict=True):
+        assert grad.dtype == F32
+        assert torch.equal(grad, expected[f"d_{name}"].float())
+
+
+@pytest.mark.parametrize("leaf", ["qkv", "q"])
+def test_one_gradient_at_a_time(native, leaf):
+    inputs, dy = make(3, 20, 2, 9, M=5), torch.randn(3, 5, 18)
+    expected = forward_backward(with_heads(2), inputs, dy)[f"d_{leaf}"]
+    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
+    assert torch.equal(forward_backward(with_heads(2), alone, dy)[f"d_{leaf}"], expected)
+
+
+def test_backward_twice(native):
+    inputs = make(2, 20, 2, 6)
+    loss = ops.attention(inputs["qkv"], 2).square().sum()
+    first = torch.autograd.grad(loss, inputs["qkv"], retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(loss, inputs["qkv"])[0])
+
+
+def test_double_backward_raises(native):
+    inputs = make(2, 5, 2, 3)
+    (dqkv,) = torch.autograd.grad(ops.attention(inputs["qkv"], 2).square().sum(), inputs["qkv"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dqkv.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("M", [None, 147], ids=["self", "q"])
+def test_deterministic(isa, dtype, M):
+    inputs, dy = make(5, 197, 3, 32, dtype, M), torch.randn(5, M or 197, 96)
+    with threads(1):
+        one = forward_backward(with_heads(3), inputs, dy)
+    for count in THREADS:
+        with threads(count):
+            runs = [forward_backward(with_heads(3), inputs, dy) for _ in range(2)]
+        for run in runs:
+            for name, value in run.items():
+                assert torch.equal(value, one[name]), name
+
+
+@pytest.mark.huge
+def test_more_than_2_31_elements(native):
+    """Samples that are one and the same in memory: every output is that of the first."""
+    N, T, h, d = 14_600, 12, 96, 43
+    qkv = torch.randn(1, T, 3 * h * d).bfloat16()
+    expected = ops.attention(qkv, h)[0]
+    wide = qkv.expand(N, -1, -1)
+    assert wide.numel() > 2**31
+    out = ops.attention(wide, h)
+    for n in (0, N // 2, N - 1):
+        assert torch.equal(out[n], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("M", [None, 4], ids=["self", "q"])
+def test_opcheck(native, dtype, M):
+    inputs = {name: t.detach() for name, t in make(2, 9, 2, 5, dtype, M).items()}
+    args = (inputs.get("q"), inputs["qkv"], 2)
+    torch.library.opcheck(torch.ops.maefast.attention_fwd.default, args)
+    torch.library.opcheck(torch.ops.maefast.attention_bwd.default, (torch.randn(2, M or 9, 10).to(dtype), *args))
