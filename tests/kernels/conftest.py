@@ -13,7 +13,7 @@ if not HAS_TRITON:
 elif INTERPRETED:
     collect_ignore_glob = ["test_aot.py"]
 elif not torch.cuda.is_available():
-    collect_ignore_glob = [f"test_{op}.py" for op in (*OPS, "common")]
+    collect_ignore_glob = [f"test_{op}.py" for op in (*OPS, "common", "model")]
 
 if HAS_TRITON and INTERPRETED:
     from triton.runtime import interpreter
