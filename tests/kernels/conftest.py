@@ -16,15 +16,29 @@ elif not torch.cuda.is_available():
     collect_ignore_glob = [f"test_{op}.py" for op in (*OPS, "common", "model")]
 
 if HAS_TRITON and INTERPRETED:
+    import triton
     from triton.runtime import interpreter
 
-    _patch = interpreter._patch_lang_tensor
+    _patch_tensor, _patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+    _patched: set[int] = set()  # the modules of the language that the launch in progress has patched
 
-    def _patch_with_scalars(tensor: type, scope: Any) -> None:
+    def _patch_tensor_with_scalars(tensor: type, scope: Any) -> None:
         """The interpreter of Triton 3.6 makes a bound of a loop from an array of one element, which NumPy 2.4 refuses."""
-        _patch(tensor, scope)
+        _patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = _patch_with_scalars
+    def _patch_lang_once(function: Any) -> Any:
+        """It patches its language again in each call of a function by a kernel, a third of the time of these tests."""
+        modules = {id(value) for value in function.__globals__.values() if value in (triton.language, triton.language.core)}
+        if modules <= _patched:
+            return None
+        scope, outermost = _patch_lang(function), not _patched
+        _patched.update(modules)
+        if outermost:
+            restore = scope.restore
+            scope.restore = lambda: (_patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = _patch_tensor_with_scalars, _patch_lang_once
 
 assert importlib.util.find_spec("errors"), "tests/ is not on the path: run pytest from the root of the repository"
