@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +30,8 @@ warnings.filterwarnings("ignore", message="maefast runs without")
 from errors import assert_close_to_float64, relative_errors  # noqa: E402
 
 import maefast  # noqa: E402
-from maefast import dispatch, ops  # noqa: E402
-from maefast.kernels import gather_patches, masked_mse, unshuffle  # noqa: E402
+from maefast import ops  # noqa: E402
+from maefast.kernels import bias_gelu, gather_patches, layer_norm, masked_mse, unshuffle  # noqa: E402
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 DTYPES = {  # images; patches, x and pred; mask token and positions
@@ -41,7 +42,8 @@ DTYPES = {  # images; patches, x and pred; mask token and positions
     "uint8": (U8, BF16, F32),
 }
 GEOMETRIES = {"B": (16, 14), "H": (14, 16)}  # patch, grid; ViT-L is as ViT-B here
-C, DECODER = 3, 512
+C, DECODER, EPS = 3, 512, 1e-6
+OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse", "layer_norm", "add_layer_norm", "bias_gelu")
 DEVICE = torch.device("cuda")
 Tensors = dict[str, Tensor]
 
@@ -66,6 +68,14 @@ def make(N: int, geometry: tuple[int, int], dtypes: tuple[torch.dtype, ...], D: 
         "pos_embed": normal(1, 1 + L, D, dtype=token_dtype),
         "dy": normal(N, 1 + L, D, dtype=torch.promote_types(x_dtype, token_dtype)),
         "pred": normal(N, L, P, dtype=x_dtype).requires_grad_(),
+        "branch": normal(N, 1 + L, D, dtype=x_dtype).requires_grad_(),
+        "residual": normal(N, 1 + L, D, dtype=token_dtype).requires_grad_(),
+        "weight": normal(D, dtype=token_dtype).requires_grad_(),
+        "bias": normal(D, dtype=token_dtype).requires_grad_(),
+        "dbranch": normal(N, 1 + L, D, dtype=x_dtype),
+        "hidden": normal(N, 1 + L, 4 * D, dtype=x_dtype).requires_grad_(),
+        "hidden_bias": normal(4 * D, dtype=token_dtype).requires_grad_(),
+        "dhidden": normal(N, 1 + L, 4 * D, dtype=x_dtype),
         "mean": torch.tensor([0.485, 0.456, 0.406, 0.5][:channels], device=DEVICE),
         "std": torch.tensor([0.229, 0.224, 0.225, 0.2][:channels], device=DEVICE),
     }
@@ -89,6 +99,26 @@ def run_masked_mse(t: Tensors, patch: int) -> Tensors:
     loss = ops.masked_mse(t["pred"], t["imgs"], t["mask"], patch, True, *statistics_of(t))
     (dpred,) = torch.autograd.grad(loss * 0.37, t["pred"])
     return {"loss": loss.detach(), "dpred": dpred}
+
+
+def run_block_ops(t: Tensors, dtype: torch.dtype) -> Tensors:
+    """What a block does between its products: the norm of the residual, the branch added and the sum normalised, GELU."""
+    parameters = (t["weight"], t["bias"])
+    normed = ops.layer_norm(t["residual"], *parameters, EPS, dtype)
+    added, total = ops.add_layer_norm(t["branch"], t["residual"], *parameters, EPS, dtype)
+    gelu = ops.bias_gelu(t["hidden"], t["hidden_bias"])
+    results = {"normed": normed, "added": added, "total": total, "gelu": gelu}
+    dys = {"normed": t["dbranch"], "added": t["dbranch"], "total": t["dy"], "gelu": t["dhidden"]}
+    uses = {"normed": ("residual", "weight", "bias"), "gelu": ("hidden", "hidden_bias")}
+    uses["added total"] = ("branch", "residual", "weight", "bias")
+    for names, leaves in uses.items():
+        outs = names.split()
+        grads = [dys[out].to(results[out].dtype) for out in outs]
+        for leaf, grad in zip(
+            leaves, torch.autograd.grad([results[out] for out in outs], [t[leaf] for leaf in leaves], grads), strict=True
+        ):
+            results[f"{names} d{leaf}"] = grad
+    return {name: value.detach() for name, value in results.items()}
 
 
 def widened(t: Tensors) -> Tensors:
@@ -141,6 +171,7 @@ def check_case(label: str, cases: list[Tensors], patch: int, dtype: torch.dtype,
     check(f"{label} gather", lambda s: run_gather(s, patch, dtype), lambda s: run_gather(s, patch, wide), cases, worst)
     check(f"{label} unshuffle", run_unshuffle, run_unshuffle, cases, worst)
     check(f"{label} mse", lambda s: run_masked_mse(s, patch), lambda s: run_masked_mse(s, patch), cases, worst)
+    check(f"{label} block", lambda s: run_block_ops(s, dtype), lambda s: run_block_ops(s, wide), cases, worst)
     M = int(cases[0]["mask"][0].sum())
     compact = [t | {"pred": t["pred"].detach()[:, :M].requires_grad_()} for t in cases]  # rows of a larger tensor
     check(f"{label} compact", lambda s: run_masked_mse(s, patch), lambda s: run_masked_mse(s, patch), compact, worst)
@@ -172,13 +203,16 @@ def whole(t: Tensors, patch: int, dtype: torch.dtype) -> Tensors:
     patches = ops.gather_patches(t["imgs"], ids_keep, patch, *statistics_of(t), dtype)
     y = ops.unshuffle(t["x"], ids_restore, t["mask_token"], t["pos_embed"])
     loss = ops.masked_mse(t["pred"], t["imgs"], mask, patch, True, *statistics_of(t))
-    return {"patches": patches, "y": y, "loss": loss}
+    normed, total = ops.add_layer_norm(t["branch"], y, t["weight"], t["bias"], EPS, dtype)
+    return {"patches": patches, "y": total, "loss": loss, "gelu": ops.bias_gelu(normed, t["bias"])}
 
 
 def whole_with_gradients(function: Callable, t: Tensors, patch: int, dtype: torch.dtype) -> Tensors:
     out = function(t, patch, dtype)
-    grads = torch.autograd.grad((out["y"], out["loss"]), (t["x"], t["mask_token"], t["pred"]), (t["dy"], None))
-    return {k: v.detach().clone() for k, v in (out | dict(zip(("dx", "dtoken", "dpred"), grads, strict=True))).items()}
+    leaves = ("x", "mask_token", "pred", "branch", "weight", "bias")
+    incoming = (t["dy"].to(out["y"].dtype), None, t["dbranch"].to(out["gelu"].dtype))
+    grads = torch.autograd.grad((out["y"], out["loss"], out["gelu"]), [t[leaf] for leaf in leaves], incoming)
+    return {k: v.detach().clone() for k, v in (out | dict(zip(leaves, grads, strict=True))).items()}
 
 
 def check_compiled(report: dict) -> None:
@@ -242,6 +276,7 @@ def bytes_of(op: str, t: Tensors, out_size: int) -> int:
     x, dy, token = t["x"].element_size(), t["dy"].element_size(), t["mask_token"].element_size()
     imgs, pred = t["imgs"].element_size(), t["pred"].element_size()
     seen = N * L * 4 + N * (L - K) * P * (pred + imgs)
+    block = N * (1 + L) * D
     unshuffle_fwd = N * (1 + K) * D * x + N * L * 8 + (2 + L) * D * token + N * (1 + L) * D * dy
     unshuffle_bwd = N * (1 + L) * D * dy + N * L * 8 + N * (1 + K) * D * x + D * token
     return {
@@ -251,6 +286,12 @@ def bytes_of(op: str, t: Tensors, out_size: int) -> int:
         "unshuffle fwd+bwd": unshuffle_fwd + unshuffle_bwd,
         "masked_mse fwd": seen,
         "masked_mse fwd+bwd": 2 * seen + N * L * P * pred,
+        "layer_norm fwd": block * (token + x),
+        "layer_norm fwd+bwd": block * (token + x) + block * (x + 2 * token),
+        "add_layer_norm fwd": block * 2 * (x + token),
+        "add_layer_norm fwd+bwd": block * 2 * (x + token) + block * (x + 3 * token + (x if x != token else 0)),
+        "bias_gelu fwd": 4 * block * 2 * x,
+        "bias_gelu fwd+bwd": 4 * block * 5 * x,
     }[op]
 
 
@@ -265,6 +306,20 @@ def contenders(op: str, patch: int, dtype: torch.dtype) -> tuple[Callable, Calla
         )
     if op == "unshuffle":
         return ops.unshuffle_ref, ops.unshuffle
+    if op == "layer_norm":
+        return (
+            lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, EPS).to(dtype),
+            lambda x, weight, bias: ops.layer_norm(x, weight, bias, EPS, dtype),
+        )
+    if op == "add_layer_norm":
+
+        def plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            total = x + residual
+            return F.layer_norm(total, weight.shape, weight, bias, EPS).to(dtype), total
+
+        return plain, lambda x, residual, weight, bias: ops.add_layer_norm(x, residual, weight, bias, EPS, dtype)
+    if op == "bias_gelu":
+        return lambda x, bias: F.gelu(x + bias.to(x.dtype)), ops.bias_gelu
     return (
         lambda pred, imgs, mask, mean, std: ops.masked_mse_ref(pred, imgs, mask, (patch, patch), True, mean, std),
         lambda pred, imgs, mask, mean, std: ops.masked_mse(pred, imgs, mask, patch, True, mean, std),
@@ -277,6 +332,9 @@ def arguments(op: str, t: Tensors) -> tuple[Any, ...]:
         "gather_patches": lambda: (t["imgs"], t["ids_keep"], *statistics_of(t)),
         "unshuffle": lambda: (t["x"], t["ids_restore"], t["mask_token"], t["pos_embed"]),
         "masked_mse": lambda: (t["pred"], t["imgs"], t["mask"], *statistics_of(t)),
+        "layer_norm": lambda: (t["residual"], t["weight"], t["bias"]),
+        "add_layer_norm": lambda: (t["branch"], t["residual"], t["weight"], t["bias"]),
+        "bias_gelu": lambda: (t["hidden"], t["hidden_bias"]),
     }[op]()
 
 
@@ -289,12 +347,18 @@ def runs_of(op: str, sets: list[Tensors], function: Callable, backend: str) -> d
 
     if op in ("random_masking", "gather_patches"):
         return {op: forward}
-    leaves = ("x", "mask_token") if op == "unshuffle" else ("pred",)
+    leaves, incoming = {
+        "unshuffle": (("x", "mask_token"), ("dy",)),
+        "masked_mse": (("pred",), (None,)),
+        "layer_norm": (("residual", "weight", "bias"), ("dbranch",)),
+        "add_layer_norm": (("branch", "residual", "weight", "bias"), ("dbranch", "dy")),
+        "bias_gelu": (("hidden", "hidden_bias"), ("dhidden",)),
+    }[op]
 
     def both(i: int) -> Any:
         t = sets[i]
-        dy = t["dy"] if op == "unshuffle" else None
-        return torch.autograd.grad(forward(i), [t[leaf] for leaf in leaves], dy)
+        dys = [None if name is None else t[name] for name in incoming]
+        return torch.autograd.grad(forward(i), [t[leaf] for leaf in leaves], dys)
 
     return {f"{op} fwd": forward, f"{op} fwd+bwd": both}
 
@@ -308,7 +372,7 @@ def measure(report: dict, timer: Timer, deadline: float) -> None:
     for geometry, dtype_name, N in plan:
         patch, dtypes = GEOMETRIES[geometry][0], DTYPES[dtype_name]
         sets = [make(N, GEOMETRIES[geometry], dtypes) for _ in range(2)]
-        for op in dispatch.OPS:
+        for op in OPS:
             if op == "random_masking" and dtype_name != "amp":
                 continue
             plain, fused = contenders(op, patch, dtypes[1])
@@ -333,7 +397,7 @@ def measure(report: dict, timer: Timer, deadline: float) -> None:
 def host_overhead(report: dict) -> None:
     """Microseconds of Python and launching per call, small batch."""
     t = make(2, GEOMETRIES["B"], DTYPES["amp"])
-    for op in dispatch.OPS:
+    for op in OPS:
         plain, fused = contenders(op, 16, BF16)
         for contender, function, backend in (("eager", plain, "eager"), ("triton", fused, "triton")):
             for name, run in runs_of(op, [t], function, backend).items():
@@ -362,27 +426,40 @@ def sweep(report: dict, timer: Timer, deadline: float) -> None:
 
 
 def sweep_of(dtypes: tuple[torch.dtype, ...]) -> dict[str, tuple[Any, Callable[[], Any], list[dict[str, int]]]]:
-    t, kernels, one = make(1024, GEOMETRIES["B"], dtypes), torch.ops.maefast_triton, torch.ones((), device=DEVICE)
+    t, triton_ops, one = make(1024, GEOMETRIES["B"], dtypes), torch.ops.maefast_triton, torch.ones((), device=DEVICE)
     mse = (t["pred"].detach(), t["imgs"], t["mask"], 16, 16, True, None, None)
     rows = [{"ROWS": r, "num_warps": w} for r, w in ((2, 2), (4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 8))]
+    blocks = [{"num_warps": w} for w in (1, 2, 4, 8)]
     groups = [{"GROUP": g, "num_warps": w} for g, w in ((2, 1), (4, 1), (14, 1), (4, 2), (8, 2), (14, 2), (8, 4))]
     groups += [{"GROUP": g, "num_warps": 1, "maxnreg": 96} for g in (4, 8)]
 
     def gather_fwd() -> Tensor:
-        return kernels.gather_patches_fwd(t["imgs"], t["ids_keep"], 16, 16, None, None, dtypes[1])
+        return triton_ops.gather_patches_fwd(t["imgs"], t["ids_keep"], 16, 16, None, None, dtypes[1])
 
     def unshuffle_fwd() -> Tensor:
-        return kernels.unshuffle_fwd(t["x"], t["ids_restore"], t["mask_token"], t["pos_embed"])
+        return triton_ops.unshuffle_fwd(t["x"], t["ids_restore"], t["mask_token"], t["pos_embed"])
 
     def unshuffle_bwd() -> tuple[Tensor, Tensor]:
-        return kernels.unshuffle_bwd(t["dy"], t["ids_restore"], t["x"].shape[1] - 1, dtypes[1])
+        return triton_ops.unshuffle_bwd(t["dy"], t["ids_restore"], t["x"].shape[1] - 1, dtypes[1])
+
+    branch, residual, weight, bias = (t[name].detach() for name in ("branch", "residual", "weight", "bias"))
+    norm, cast = (weight, bias, EPS, dtypes[1]), None if residual.dtype == branch.dtype else branch.dtype
+    _, total, mean, rstd = triton_ops.add_layer_norm_fwd(branch, residual, *norm)
+    gelu = (t["hidden"].detach(), t["hidden_bias"].detach())
+
+    def layer_norm_bwd() -> tuple[Tensor, ...]:
+        return triton_ops.layer_norm_bwd(t["dbranch"], t["dy"], total, weight, bias, mean, rstd, None, cast)
 
     return {
         "gather_patches_fwd": (gather_patches, gather_fwd, rows),
         "unshuffle_fwd": (unshuffle, unshuffle_fwd, rows),
         "unshuffle_bwd": (unshuffle, unshuffle_bwd, rows[:-1]),
-        "masked_mse_fwd": (masked_mse, lambda: kernels.masked_mse_fwd(*mse), groups),
-        "masked_mse_bwd": (masked_mse, lambda: kernels.masked_mse_bwd(one, *mse), groups),
+        "masked_mse_fwd": (masked_mse, lambda: triton_ops.masked_mse_fwd(*mse), groups),
+        "masked_mse_bwd": (masked_mse, lambda: triton_ops.masked_mse_bwd(one, *mse), groups),
+        "layer_norm_fwd": (layer_norm, lambda: triton_ops.layer_norm_fwd(residual, *norm), blocks),
+        "layer_norm_bwd": (layer_norm, layer_norm_bwd, blocks),
+        "bias_gelu_fwd": (bias_gelu, lambda: triton_ops.bias_gelu_fwd(*gelu), rows),
+        "bias_gelu_bwd": (bias_gelu, lambda: triton_ops.bias_gelu_bwd(t["dhidden"], *gelu, False), rows[:-1]),
     }
 
 
@@ -390,7 +467,7 @@ def with_config(module: Any, variant: dict[str, int], call: Callable[[], Any]) -
     chosen = module.config
 
     def run(i: int) -> Any:
-        module.config = lambda *shape: chosen(*shape) | variant
+        module.config = lambda *shape, **options: chosen(*shape, **options) | variant
         try:
             return call()
         finally:
