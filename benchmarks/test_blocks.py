@@ -1,4 +1,4 @@
-"""Attention, Linear and one whole block against plain torch, at the ViT-B/16 shapes of encoder and decoder: forward and backward."""
+"""Attention, Linear and one block against plain torch, at the ViT-B/16 shapes of encoder and decoder: forward and backward."""
 
 from functools import partial
 

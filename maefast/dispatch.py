@@ -44,7 +44,7 @@ _NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
     "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
     "attention": dict.fromkeys(("qkv", "q"), _FLOATS),
-    "linear": dict.fromkeys(("x", "weight", "bias"), _FLOATS) | {"out": (_F32, _BF16)},
+    "linear": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
 }
 _TRITON_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "random_masking": {"noise": (_F32,)},
@@ -62,7 +62,6 @@ _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of
 _TRITON_WIDTH = 8192  # of a row that the norms hold in registers
 _CPUINFO = Path("/proc/cpuinfo")
 _ON_INTEL = _CPUINFO.exists() and "GenuineIntel" in _CPUINFO.read_text()
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -82,8 +81,6 @@ def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
             return f"native {op} has no gradient for imgs"
     if op == "attention" and head_width > _MAX_HEAD_WIDTH:
         return f"native attention takes heads of up to {_MAX_HEAD_WIDTH}, they are {head_width} wide"
-    if op == "linear" and not _HAS_ONEDNN:
-        return "this torch has no oneDNN"
     return None
 
 

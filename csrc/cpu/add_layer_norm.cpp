@@ -24,7 +24,11 @@ void forward(const AddLayerNormFwd& args, int64_t begin, int64_t end) {
     const X* x = row_of<X>(args.x, row);
     const Residual* residual = row_of<Residual>(args.residual, row);
     Sum* sum = static_cast<Sum*>(args.sum) + row * D;
-    for_row(D, [&](auto part, int64_t i) { part.store(sum + i, part.load(x + i) + part.load(residual + i)); });
+    for_row(D, [&](auto part, int64_t i) {
+      prefetch(x + i, args.x.stride);
+      prefetch(residual + i, args.residual.stride);
+      part.store(sum + i, part.load(x + i) + part.load(residual + i));
+    });
     norm_row<Sum, Y>(sum, args.norm, row);
   }
 }

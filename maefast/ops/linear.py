@@ -1,8 +1,7 @@
 """Linear: y = x W^T + b and its gradients, each on the faster GEMM of the machine.
 
-torch sends fp32 products on x86 to MKL, which runs below oneDNN's rate on CPUs that are not Intel's (benchmarks/results, group
-linear): there forward and the input's gradient go to oneDNN, and the weight's gradient does where it has more rows than columns
-to sum into. Everything else is already on the faster one.
+torch sends fp32 products on x86 to MKL, which runs below its own rate on CPUs that are not Intel's (benchmarks/results, group
+linear); there maefast's take over. Everything else is already on the fastest one.
 """
 
 from typing import Any
@@ -16,8 +15,8 @@ from .. import dispatch
 from ._checks import check_dtype, check_floating, check_same_device, shape_of
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """As F.linear; with gelu the exact GELU of that, in inference within the GEMM.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As F.linear.
 
     x        (..., in)   floating-point
     weight   (out, in)
@@ -38,36 +37,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
             check_dtype(name, parameter, (x.dtype,))
     dtype = dispatch.compute_dtype(x)
     if dispatch.choose("linear", given | {"out": x.new_empty(0, dtype=dtype)}) == "native":
-        if gelu and not torch.is_grad_enabled():
-            return product(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), native=True, gelu=True)
-        y = _Linear.apply(x, weight, bias, dtype)
-        return F.gelu(y) if gelu else y
-    return linear_ref(x, weight, bias, gelu)
+        return _Linear.apply(x, weight, bias, dtype)
+    return linear_ref(x, weight, bias)
 
 
-def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    y = F.linear(x, weight, bias)
-    return F.gelu(y) if gelu else y
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool, gelu: bool = False) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool) -> Tensor:
     """linear without its gradients, for inputs of one dtype."""
-    if native:
-        return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
-    return linear_ref(x, weight, bias, gelu)
+    return torch.ops.maefast.linear_fwd(x, weight, bias) if native else F.linear(x, weight, bias)
 
 
 def input_gradient(dy: Tensor, weight: Tensor, native: bool) -> Tensor:
     """dy (..., out), weight (out, in) -> (..., in)."""
-    return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False) if native else dy @ weight
+    return torch.ops.maefast.linear_fwd(dy, weight.t(), None) if native else dy @ weight
 
 
 def weight_gradient(dy: Tensor, x: Tensor, native: bool) -> Tensor:
     """dy (..., out), x (..., in) -> (out, in)."""
     dy, x = rows(dy), rows(x)
-    if native and x.shape[1] > dy.shape[1]:
-        return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False)
-    return dy.t() @ x
+    return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None) if native else dy.t() @ x
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
@@ -100,5 +91,5 @@ class _Linear(torch.autograd.Function):
 
 
 @torch.library.register_fake("maefast::linear_fwd")
-def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])

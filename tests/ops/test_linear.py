@@ -1,0 +1,290 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, threads
+from torch import Tensor
+
+import maefast
+from maefast import dispatch, ops
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
+# rows, in, out: nothing a multiple of anything, one of each, a task and one more, several parts of the summed dimension
+SIZES = [(7, 5, 3), (1, 1, 1), (1, 300, 1), (50, 64, 200), (145, 257, 49), (13, 48, 600), (3, 1000, 70), (300, 17, 97)]
+
+
+def make(shape: tuple[int, ...], features: int, dtype: torch.dtype = F32, bias: bool = True) -> dict[str, Tensor]:
+    """x of `shape`, and a weight from its last dimension to `features`."""
+    inputs = {"x": torch.randn(shape), "weight": torch.randn(features, shape[-1])}
+    if bias:
+        inputs["bias"] = torch.randn(features)
+    return {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
+
+
+def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() for name, t in inputs.items()}
+
+
+def check(cases: list[dict[str, Tensor]], layout=lambda inputs: inputs, dy_layout=lambda dy: dy) -> None:
+    def dy(out: Tensor) -> Tensor:
+        return dy_layout(torch.randn(out.shape))
+
+    check_op(ops.linear, cases, exact, dy, layout)
+
+
+def test_by_hand(each_backend):
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 10.0], [0.0, -1.0], [5.0, 0.0]], requires_grad=True)
+    bias = torch.tensor([100.0, 200.0, 300.0], requires_grad=True)
+    out = ops.linear(x, weight, bias)
+    assert out.tolist() == [[121.0, 198.0, 305.0], [143.0, 196.0, 315.0]]
+    out.backward(torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]]))
+    assert x.grad.tolist() == [[1.0, 8.0], [5.0, -1.0]]
+    assert weight.grad.tolist() == [[1.0, 2.0], [5.0, 8.0], [3.0, 4.0]]
+    assert bias.grad.tolist() == [1.0, 3.0, 1.0]
+
+
+def test_reference_gradients():
+    inputs = [t.detach().requires_grad_() for t in exact(make((2, 3, 4), 5)).values()]
+    assert torch.autograd.gradcheck(ops.linear, inputs)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(isa, size, bias):
+    rows, depth, features = size
+    check([make((rows, depth), features, bias=bias) for _ in range(8 if rows * features < 5000 else 2)])
+
+
+def test_a_weight_of_several_parts():
+    """More columns and depth than are packed at once, and more rows than a task has."""
+    check([make((290, 1100), 2100)])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_halves(native, size, bias, dtype):
+    rows, depth, features = size
+    check([make((rows, depth), features, dtype, bias) for _ in range(8)])
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (2, 1, 3, 6)], ids=str)
+def test_leading_dimensions(each_backend, shape):
+    inputs = make(shape, 4)
+    out = ops.linear(**inputs)
+    assert out.shape == (*shape[:-1], 4)
+    flat = {name: t.detach().flatten(0, -2) if t.dim() > 2 else t.detach() for name, t in inputs.items()}
+    dy = torch.randn(out.shape)
+    expected = forward_backward(
+        F.linear, {name: t.requires_grad_() for name, t in flat.items()}, dy.view(out.numel() // 4, 4) if len(shape) > 1 else dy
+    )
+    got = forward_backward(ops.linear, inputs, dy)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].view_as(value), value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(2, 9, 70), (150, 70)], ids=str)
+def test_layouts(native, layout, dtype, shape):
+    check(
+        [make(shape, 53, dtype) for _ in range(4)],
+        layout=lambda inputs: {name: lay_out(layout, t) if t.dim() > 1 else t for name, t in inputs.items()},
+        dy_layout=layout,
+    )
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_zero_strides(native, dims, dtype):
+    """As from a copy without them."""
+
+    def expanded(t: Tensor) -> Tensor:
+        shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
+        return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
+
+    inputs = {name: expanded(t) for name, t in make((2, 9, 70), 53, dtype).items() if t.dim() > 1}
+    dy = expanded(torch.randn(2, 9, 53))
+    with maefast.backend("native"):
+        got = forward_backward(ops.linear, inputs, dy)
+        copies = {name: t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, t in inputs.items()}
+        expected = forward_backward(ops.linear, copies, dy.contiguous())
+    for name, value in expected.items():
+        if dtype == F32:
+            assert torch.equal(got[name], value), name
+        else:  # torch's own, which may order its sums by the layout
+            torch.testing.assert_close(got[name], value, rtol=0.02, atol=0.02 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (0, 4, 6), (4, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("features", [5, 0])
+def test_nothing_to_do(each_backend, shape, features):
+    inputs = make(shape, features)
+    out = ops.linear(**inputs)
+    assert torch.equal(out, inputs["bias"].expand(*shape[:-1], features))
+    dx, dweight, dbias = torch.autograd.grad(out.sum(), list(inputs.values()))
+    assert dx.shape == shape
+    assert dweight.shape == (features, shape[-1])
+    assert not dx.any()
+    assert not dweight.any()
+    assert torch.equal(dbias, torch.full((features,), float(out.numel() // max(features, 1))))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_autocast(each_backend, dtype, bias):
+    """The result has autocast's dtype, gradients that of their inputs, and all are those of inputs that were cast."""
+    inputs = make((3, 7, 20), 11, bias=bias)
+    narrow = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
+    dy = torch.randn(3, 7, 11)
+    expected = forward_backward(ops.linear, narrow, dy)
+    with torch.autocast("cpu", dtype):
+        out = ops.linear(**inputs)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected["out"])
+    grads = torch.autograd.grad(out, list(inputs.values()), dy.to(dtype))
+    for name, grad in zip(inputs, grads, strict=True):
+        assert grad.dtype == F32
+        assert torch.equal(grad, expected[f"d_{name}"].float()), name
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = exact(make((3, 4), 5))
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(ops.linear(**inputs), F.linear(**inputs))
+
+
+def test_autocast_casts_the_weight_once(native):
+    """Backward keeps the cast weight of forward."""
+    inputs = make((3, 4), 5)
+    with maefast.backend("native"), torch.autocast("cpu", BF16):
+        out = ops.linear(**inputs)
+    expected = torch.ones(3, 5).bfloat16() @ inputs["weight"].detach().bfloat16()
+    with torch.no_grad():
+        inputs["weight"].zero_()
+    (dx,) = torch.autograd.grad(out.sum(), inputs["x"])
+    assert torch.equal(dx, expected.float())
+
+
+def test_which_backend(native, monkeypatch):
+    """auto takes native for fp32 alone, and not on Intel, where MKL is at home."""
+    x32, x16, x64 = (torch.empty(2, 3, dtype=dtype) for dtype in (F32, BF16, torch.float64))
+    for intel in (False, True):
+        monkeypatch.setattr(dispatch, "_ON_INTEL", intel)
+        chosen = [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16, x64)]
+        assert chosen == ["eager" if intel else "native", "eager", "eager"]
+        with maefast.backend("native"):
+            assert [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16)] == ["native", "native"]
+            with pytest.raises(RuntimeError, match=r"linear cannot run.*native.*float64"):
+                dispatch.choose("linear", {"x": x64, "out": x64})
+
+
+def test_eager_is_torch():
+    inputs = make((3, 7, 20), 11)
+    dy = torch.randn(3, 7, 11)
+    expected = forward_backward(F.linear, inputs, dy)
+    with maefast.backend("eager"):
+        got = forward_backward(ops.linear, inputs, dy)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("leaf", ["x", "weight", "bias"])
+def test_one_gradient_at_a_time(each_backend, leaf):
+    inputs, dy = make((3, 20), 9), torch.randn(3, 9)
+    expected = forward_backward(ops.linear, inputs, dy)[f"d_{leaf}"]
+    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
+    results = forward_backward(ops.linear, alone, dy)
+    assert torch.equal(results[f"d_{leaf}"], expected)
+
+
+def test_frozen_parameters_cost_nothing(native):
+    """No product for a gradient that nobody asked for."""
+    inputs = make((3, 20), 9)
+    calls = []
+    with maefast.backend("native"):
+        out = ops.linear(inputs["x"], inputs["weight"].detach(), inputs["bias"].detach())
+        with _Calls(calls):
+            out.sum().backward()
+    assert calls == ["linear_fwd"]
+    assert inputs["weight"].grad is None
+
+
+class _Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the native ops that run within the block."""
+
+    def __init__(self, calls: list[str]):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "maefast":
+            self.calls.append(func._schema.name.removeprefix("maefast::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_backward_twice(native):
+    inputs = make((3, 20), 9)
+    with maefast.backend("native"):
+        loss = ops.linear(**inputs).square().sum()
+    first = torch.autograd.grad(loss, list(inputs.values()), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, list(inputs.values())), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_double_backward_raises(native):
+    inputs = make((3, 20), 9)
+    with maefast.backend("native"):
+        (dx,) = torch.autograd.grad(ops.linear(**inputs).square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_deterministic(isa):
+    inputs, dy = make((5, 97, 300), 530), torch.randn(5, 97, 530)
+    with maefast.backend("native"):
+        with threads(1):
+            one = forward_backward(ops.linear, inputs, dy)
+        for count in THREADS:
+            with threads(count):
+                runs = [forward_backward(ops.linear, inputs, dy) for _ in range(2)]
+            for run in runs:
+                for name, value in run.items():
+                    assert torch.equal(value, one[name]), name
+
+
+def test_nan_and_infinity_pass(isa):
+    """A row's NaN stays in its row, a column's in its column; padding adds neither."""
+    inputs = {name: t.detach() for name, t in make((20, 50), 70).items()}
+    inputs["x"][3, 7], inputs["x"][5, 0] = torch.nan, torch.inf
+    inputs["weight"][11, 49] = torch.nan
+    with maefast.backend("native"):
+        out = ops.linear(**inputs)
+    nan = torch.zeros(20, 70, dtype=torch.bool)
+    nan[3], nan[:, 11] = True, True
+    assert torch.equal(out.isnan(), nan)
+    assert out[5].isinf().sum() == 69
+
+
+@pytest.mark.huge
+def test_more_than_2_31_elements(native):
+    """Rows that are one and the same in memory, and their gradients' sum."""
+    rows, depth = 4_300_000, 500
+    x = torch.randint(-4, 5, (1, depth)).float().expand(rows, -1)
+    assert x.numel() > 2**31
+    weight = torch.randint(-4, 5, (1, depth)).float()
+    out = torch.ops.maefast.linear_fwd(x, weight, None)
+    assert torch.equal(out, (weight @ x[0]).expand(rows, 1))  # whole numbers below 2^24
+    dweight = torch.ops.maefast.linear_fwd(torch.ones(rows, 1).t(), x.t(), None)
+    assert torch.equal(dweight, x[:1] * rows)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_opcheck(native, dtype, bias):
+    inputs = {name: t.detach() for name, t in make((2, 9, 5), 7, dtype).items()}
+    args = (inputs["x"], inputs["weight"], inputs["bias"] if bias else None)
+    torch.library.opcheck(torch.ops.maefast.linear_fwd.default, args)
