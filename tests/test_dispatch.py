@@ -10,7 +10,7 @@ from support import NATIVE, images_for, noise_for, small_mae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import dispatch, ops
+from maefast import dispatch, kernels, ops
 
 AUTO = "native" if NATIVE else "eager"
 
@@ -47,8 +47,10 @@ def ops_of_a_step(model: torch.nn.Module, imgs: torch.Tensor, noise: torch.Tenso
 
 def test_auto_takes_native_where_it_can(native):
     model = small_mae()
-    names = {"random_masking_fwd", "gather_patches_fwd", "unshuffle_fwd", "unshuffle_bwd", "masked_mse_fwd", "masked_mse_bwd"}
-    assert ops_of_a_step(model, images_for(model), noise_for(model)) == names
+    with_gradient = ("unshuffle", "masked_mse", "layer_norm", "bias_gelu", "attention")
+    names = {f"{op}_{direction}" for op in with_gradient for direction in ("fwd", "bwd")}
+    names |= {"random_masking_fwd", "gather_patches_fwd", "add_layer_norm_fwd"}
+    assert ops_of_a_step(model, images_for(model), noise_for(model)) - {"linear_fwd"} == names
     assert ops_of_a_step(model.bfloat16(), images_for(model).bfloat16(), noise_for(model)) == names
     assert ops_of_a_step(model.half(), images_for(model).half(), noise_for(model)) == names
     assert ops_of_a_step(model.double(), images_for(model).double(), noise_for(model)) == {"random_masking_fwd"}
@@ -73,7 +75,7 @@ def test_requests_nest_and_end():
 
 @pytest.mark.parametrize("name", ["nativ", "", "cuda", "EAGER"])
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match=f"backend must be one of auto, native, eager.*'{name}'"), maefast.backend(name):
+    with pytest.raises(ValueError, match=f"backend must be one of auto, native, triton, eager.*'{name}'"), maefast.backend(name):
         pass
     assert dispatch.choose("random_masking", {"noise": torch.rand(1, 2)}) == AUTO
 
@@ -98,9 +100,36 @@ def test_a_request_that_cannot_run_raises_with_the_reason(native):
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_backend_answers_in_one_sentence(op):
     assert dispatch.can_run(op, "eager", {}) is None
-    reason = dispatch.can_run(op, "native", {"pred": torch.empty(0, device="meta")})
-    assert reason.count("\n") == 0
-    assert "meta" in reason or not NATIVE
+    for name, installed in (("native", NATIVE), ("triton", kernels.HAS_TRITON)):
+        reason = dispatch.can_run(op, name, {"pred": torch.empty(0, device="meta")})
+        assert reason.count("\n") == 0
+        assert "meta" in reason or not installed or reason == f"there is no Triton kernel of {op}"
+
+
+def test_a_request_for_triton_on_the_cpu_raises_with_the_reason():
+    reason = "the Triton kernels run on a GPU, noise is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
+    with pytest.raises(RuntimeError, match=reason), maefast.backend("triton"):
+        ops.random_masking(torch.rand(1, 4), 2)
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+def test_a_request_binds_the_ops_that_have_a_kernel(capsys):
+    """The others choose by themselves, and the table says so."""
+    inputs = {"qkv": torch.rand(1, 2, 6)}
+    with maefast.backend("triton"):
+        assert dispatch.choose("attention", inputs) == AUTO
+        table = explained(capsys)
+        assert ops.attention(inputs["qkv"], 1).shape == (1, 2, 2)
+    without = set(dispatch.OPS) - kernels.OPS
+    assert without
+    for op in dispatch.OPS:
+        backend, why = table[op]
+        if op in without:
+            assert backend != "triton"
+            assert f"triton was requested and does not bind this op: there is no Triton kernel of {op}" in why
+        else:
+            assert backend == "triton"
+            assert why.startswith("triton was requested and cannot run: the Triton kernels run on a GPU")
 
 
 @pytest.mark.parametrize(("value", "expected"), [("auto", AUTO), ("eager", "eager"), *[("native", "native")] * NATIVE])
@@ -119,7 +148,7 @@ def test_environment_variable(value, expected):
 def test_environment_variable_of_an_unknown_backend():
     done = run_python("import maefast", MAEFAST_BACKEND="triton9")
     assert done.returncode != 0
-    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, eager; it is 'triton9'" in done.stderr
+    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, triton, eager; it is 'triton9'" in done.stderr
 
 
 def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, tuple[str, str]]:
@@ -132,12 +161,15 @@ def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str
 def test_explain(native, capsys):
     table = explained(capsys)
     assert tuple(table) == dispatch.OPS
-    assert set(table.values()) == {("native", "eager: native is faster")}
+    for op, first in {"random_masking": "noise", "gather_patches": "imgs", "unshuffle": "x", "masked_mse": "pred"}.items():
+        triton = f"the Triton kernels run on a GPU, {first} is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
+        assert table[op] == ("native", f"triton: {triton}; eager: native is faster")
     table = explained(capsys, dtype=torch.float64)
     assert table["masked_mse"][0] == "eager"
     assert "native: native masked_mse takes float32, bfloat16, float16, pred is float64" in table["masked_mse"][1]
     with maefast.backend("eager"):
-        assert explained(capsys)["unshuffle"] == ("eager", "native: eager was requested")
+        backend, why = explained(capsys)["unshuffle"]
+        assert (backend, why.split("; ")[0]) == ("eager", "native: eager was requested")
     table = explained(capsys, device="meta")
     assert table["gather_patches"][0] == "eager"
     assert "run on the CPU" in table["gather_patches"][1]
