@@ -237,8 +237,9 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2 = ctx.saved_tensors[:9]
-        w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = ctx.saved_tensors[9:]
+        saved = ctx.saved_tensors  # once: under checkpointing they may be unpacked once alone
+        x, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2 = saved[:9]
+        w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = saved[9:]
         options = ctx.options
         dtype, native = options.dtype, options.native
         needs = dict(zip(_PARAMETERS, ctx.needs_input_grad[2:], strict=True))
