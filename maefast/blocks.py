@@ -204,7 +204,10 @@ def _block_inference(options: _Options, x: Tensor, *parameters: Tensor) -> Tenso
     out = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
     out = product(out, proj_w.to(dtype), proj_b.to(dtype), native)
     y, x, _, _ = torch.ops.maefast.add_layer_norm_fwd(out, x, w2, b2, options.eps2, dtype)
-    hidden = torch.ops.maefast.bias_gelu_fwd(product(y, fc1_w.to(dtype), None, native), fc1_b)
+    if native:
+        hidden = product(y, fc1_w.to(dtype), fc1_b.to(dtype), native, gelu=True)
+    else:
+        hidden = torch.ops.maefast.bias_gelu_fwd(product(y, fc1_w.to(dtype), None, native), fc1_b)
     return x + product(hidden, fc2_w.to(dtype), fc2_b.to(dtype), native)
 
 
