@@ -33,6 +33,8 @@ PRED, MASK = torch.rand(2, 6, 48), torch.tensor([[1.0, 1, 0, 1, 1, 0]] * 2)
 UNEVEN = torch.tensor([[1.0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0]])
 W4, Y24 = torch.rand(4), torch.rand(2, 3, 4)
 R24 = torch.rand(2, 24)
+QKV, KV, Q = torch.rand(2, 5, 24), torch.rand(2, 5, 16), torch.rand(2, 3, 8)  # two heads, 4 wide
+WEIGHT, BIAS = torch.rand(5, 4), torch.rand(5)  # for X
 META = torch.device("meta")
 
 TYPE_ERRORS: dict[str, Case] = {
@@ -58,6 +60,14 @@ TYPE_ERRORS: dict[str, Case] = {
     "gelu_integers": (lambda: ops.bias_gelu(X.int()), "x must be floating-point.*int32"),
     "gelu_integer_bias": (lambda: ops.bias_gelu(X, W4.int()), "bias must be floating-point.*int32"),
     "mse_integer_images": (lambda: ops.masked_mse(PRED, IMGS.to(I64), MASK, 4, True), "imgs must be.*int64"),
+    "attention_integers": (lambda: ops.attention(QKV.int(), 2), "qkv must be floating-point.*int32"),
+    "attention_integer_q": (lambda: ops.attention(KV, 2, Q.long()), "q must be floating-point.*int64"),
+    "attention_q_of_other_dtype": (lambda: ops.attention(KV, 2, Q.half()), "q must have the dtype of qkv.*float32.*float16"),
+    "linear_integers": (lambda: ops.linear(X.int(), WEIGHT), "x must be floating-point.*int32"),
+    "linear_integer_weight": (lambda: ops.linear(X, WEIGHT.long()), "weight must be floating-point.*int64"),
+    "linear_bool_bias": (lambda: ops.linear(X, WEIGHT, BIAS > 0), "bias must be floating-point.*bool"),
+    "linear_weight_of_other_dtype": (lambda: ops.linear(X, WEIGHT.bfloat16()), "weight must be float32.*bfloat16"),
+    "linear_bias_of_other_dtype": (lambda: ops.linear(X, WEIGHT, BIAS.double()), "bias must be float32.*float64"),
 }
 
 VALUE_ERRORS: dict[str, Case] = {
@@ -124,6 +134,27 @@ VALUE_ERRORS: dict[str, Case] = {
         "norm_pix.*at least two",
     ),
     "mse_on_meta": (lambda: ops.masked_mse(PRED, IMGS, MASK.to(META), 4, True), "mask must be on the device of pred, cpu.*meta"),
+    "attention_width": (lambda: ops.attention(QKV[..., 1:], 2), r"qkv must be \(N, T, 3 h d\) with h = 2.*\(2, 5, 23\)"),
+    "attention_heads": (lambda: ops.attention(QKV, 5), r"qkv must be \(N, T, 3 h d\) with h = 5.*\(2, 5, 24\)"),
+    "attention_no_width": (lambda: ops.attention(QKV[..., :0], 2), r"qkv must be.*\(2, 5, 0\)"),
+    "attention_two_dimensions": (lambda: ops.attention(QKV[0], 2), r"qkv must be \(N, T, 3 h d\).*\(5, 24\)"),
+    "attention_no_heads": (lambda: ops.attention(QKV, 0), "num_heads must be positive.*0"),
+    "attention_negative_heads": (lambda: ops.attention(QKV, -2), "num_heads must be positive.*-2"),
+    "attention_keys_and_values": (
+        lambda: ops.attention(QKV[..., 1:], 2, Q),
+        r"qkv must be \(N, T, 2 h d\) beside q with h = 2.*\(2, 5, 23\)",
+    ),
+    "attention_q_width": (lambda: ops.attention(KV, 2, Q[..., 1:]), r"q must be.*N = 2 and h d = 8.*\(2, 3, 7\)"),
+    "attention_q_batch": (lambda: ops.attention(KV, 2, Q[:1]), r"q must be \(N, M, h d\) with N = 2.*\(1, 3, 8\)"),
+    "attention_q_flat": (lambda: ops.attention(KV, 2, Q[0]), r"q must be \(N, M, h d\).*\(3, 8\)"),
+    "attention_no_keys": (lambda: ops.attention(KV[:, :0], 2, Q), r"qkv must hold at least one token.*\(2, 0, 16\)"),
+    "attention_q_on_meta": (lambda: ops.attention(KV, 2, Q.to(META)), "q must be on the device of qkv, cpu.*meta"),
+    "linear_width": (lambda: ops.linear(X[..., 1:], WEIGHT), r"x must be \(..., in\).*\(5, 4\).*\(2, 3, 3\)"),
+    "linear_scalar": (lambda: ops.linear(X[0, 0, 0], WEIGHT), r"x must be \(..., in\).*\(\)"),
+    "linear_flat_weight": (lambda: ops.linear(X, WEIGHT[0]), r"x must be \(..., in\) for a weight \(out, in\) of \(4,\)"),
+    "linear_bias": (lambda: ops.linear(X, WEIGHT, BIAS[1:]), r"bias must be \(out,\) = \(5,\).*\(4,\)"),
+    "linear_bias_of_two_dimensions": (lambda: ops.linear(X, WEIGHT, BIAS[None]), r"bias must be \(out,\).*\(1, 5\)"),
+    "linear_on_meta": (lambda: ops.linear(X, WEIGHT.to(META)), "weight must be on the device of x, cpu.*meta"),
 }
 
 # What only the values tell; checked by both backends on the CPU.
@@ -247,6 +278,29 @@ RAW_CASES: dict[str, Case] = {
     "gelu_dy_dtype": (raw("bias_gelu_bwd", Y24.double(), X, None, True), "dy must be float32"),
     "gelu_bwd_bias": (raw("bias_gelu_bwd", Y24, X, X, False), "bias must have 4 values"),
     "mse_bwd_pred": (raw("masked_mse_bwd", torch.rand(()), PRED[:, :3], IMGS, MASK, *MSE), "pred has 3 rows"),
+    "attention_heads": (raw("attention_fwd", None, QKV, 0), "num_heads must be positive"),
+    "attention_width": (raw("attention_fwd", None, QKV, 5), "qkv must be"),
+    "attention_no_width": (raw("attention_fwd", None, QKV[..., :0], 2), "1 to 128 wide"),
+    "attention_wide": (raw("attention_fwd", None, torch.rand(1, 2, 387), 1), "1 to 128 wide, they are 129"),
+    "attention_shape": (raw("attention_fwd", None, QKV[0], 2), "qkv must be"),
+    "attention_dtype": (raw("attention_fwd", None, QKV.double(), 2), "no maefast kernel|float32"),
+    "attention_bytes": (raw("attention_fwd", None, QKV.to(U8), 2), "qkv must be float32"),
+    "attention_kv": (raw("attention_fwd", Q, QKV, 2), "q must be"),
+    "attention_q_batch": (raw("attention_fwd", Q[:1], KV, 2), "q must be"),
+    "attention_q_dtype": (raw("attention_fwd", Q.half(), KV, 2), "q must have the dtype of kv"),
+    "attention_no_keys": (raw("attention_fwd", Q, KV[:, :0], 2), "at least one token"),
+    "attention_dout_shape": (raw("attention_bwd", Q[:, 1:], Q, KV, 2), "dout must be"),
+    "attention_dout_width": (raw("attention_bwd", Q[..., 1:], Q, KV, 2), "dout must be"),
+    "attention_dout_flat": (raw("attention_bwd", Q[0], Q, KV, 2), "dout must be"),
+    "attention_dout_dtype": (raw("attention_bwd", Q.half(), Q, KV, 2), "dout must have the dtype"),
+    "attention_bwd_heads": (raw("attention_bwd", Q, Q, KV, -1), "num_heads must be positive"),
+    "linear_x_width": (raw("linear_fwd", X[..., 1:], WEIGHT, BIAS), "x must be"),
+    "linear_x_scalar": (raw("linear_fwd", X[0, 0, 0], WEIGHT, BIAS), "x must be"),
+    "linear_weight": (raw("linear_fwd", X, WEIGHT[0], BIAS), "x must be"),
+    "linear_weight_dtype": (raw("linear_fwd", X, WEIGHT.half(), BIAS), "dtype of weight"),
+    "linear_bias": (raw("linear_fwd", X, WEIGHT, BIAS[1:]), "bias must be"),
+    "linear_bias_shape": (raw("linear_fwd", X, WEIGHT, BIAS[None]), "bias must be"),
+    "linear_bias_dtype": (raw("linear_fwd", X, WEIGHT, BIAS.half()), "bias must be"),
 }
 
 

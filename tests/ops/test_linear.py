@@ -94,18 +94,8 @@ def test_halves(native, size, bias, dtype):
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (2, 1, 3, 6)], ids=str)
-def test_leading_dimensions(each_backend, shape):
-    inputs = make(shape, 4)
-    out = ops.linear(**inputs)
-    assert out.shape == (*shape[:-1], 4)
-    flat = {name: t.detach().flatten(0, -2) if t.dim() > 2 else t.detach() for name, t in inputs.items()}
-    dy = torch.randn(out.shape)
-    expected = forward_backward(
-        F.linear, {name: t.requires_grad_() for name, t in flat.items()}, dy.view(out.numel() // 4, 4) if len(shape) > 1 else dy
-    )
-    got = forward_backward(ops.linear, inputs, dy)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name].view_as(value), value, rtol=1e-5, atol=1e-5)
+def test_leading_dimensions(native, shape):
+    check([make(shape, 4) for _ in range(20)])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -120,25 +110,21 @@ def test_layouts(native, layout, dtype, shape):
 
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-def test_zero_strides(native, dims, dtype):
-    """As from a copy without them."""
+def test_zero_strides(isa, dims):
+    """The same bits as from a copy without them."""
 
     def expanded(t: Tensor) -> Tensor:
         shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
         return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
 
-    inputs = {name: expanded(t) for name, t in make((2, 9, 70), 53, dtype).items() if t.dim() > 1}
+    inputs = {name: expanded(t) for name, t in make((2, 9, 70), 53, bias=False).items()}
     dy = expanded(torch.randn(2, 9, 53))
     with maefast.backend("native"):
         got = forward_backward(ops.linear, inputs, dy)
         copies = {name: t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, t in inputs.items()}
         expected = forward_backward(ops.linear, copies, dy.contiguous())
     for name, value in expected.items():
-        if dtype == F32:
-            assert torch.equal(got[name], value), name
-        else:  # torch's own, which may order its sums by the layout
-            torch.testing.assert_close(got[name], value, rtol=0.02, atol=0.02 * value.abs().max().item())
+        assert torch.equal(got[name], value), name
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (0, 4, 6), (4, 0), (0, 0)], ids=str)
