@@ -17,18 +17,14 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """The new residual x + residual, and its layer norm: what a pre-norm block does between two branches.
 
-        x             (..., D)  floating-point, a branch's output
-        residual      (..., D)  floating-point, of any dtype
-        weight, bias  (D,)      floating-point, of any dtype
-        dtype                   of the normalised sum; by default that of the sum
-    <<<<<<< HEAD
-        returns       (..., D), (..., D)  the normalised sum (statistics of the sum as stored), and the sum in the promoted dtype
-    =======
-        returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is stored, and the sum itself,
-                                          in the promoted dtype of x and residual
-    >>>>>>> norms
-        Gradients for x, residual, weight and bias, deterministic.
-        Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    x             (..., D)  floating-point, a branch's output
+    residual      (..., D)  floating-point, of any dtype
+    weight, bias  (D,)      floating-point, of any dtype
+    dtype                   of the normalised sum; by default that of the sum
+    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is stored, and the sum itself, in the
+                                      promoted dtype of x and residual
+    Gradients for x, residual, weight and bias, deterministic.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
     check_rows(x, weight=weight, bias=bias)
     check_floating(residual=residual)
