@@ -21,7 +21,7 @@ def add_layer_norm(
     residual      (..., D)  floating-point, of any dtype
     weight, bias  (D,)      floating-point, of any dtype
     dtype                   of the normalised sum; by default that of the sum
-    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is stored, and the sum itself, in the
+    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is stored, and the sum, in the
                                       promoted dtype of x and residual
     Gradients for x, residual, weight and bias, deterministic.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
