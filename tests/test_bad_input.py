@@ -294,13 +294,13 @@ RAW_CASES: dict[str, Case] = {
     "attention_dout_flat": (raw("attention_bwd", Q[0], Q, KV, 2), "dout must be"),
     "attention_dout_dtype": (raw("attention_bwd", Q.half(), Q, KV, 2), "dout must have the dtype"),
     "attention_bwd_heads": (raw("attention_bwd", Q, Q, KV, -1), "num_heads must be positive"),
-    "linear_x_width": (raw("linear_fwd", X[..., 1:], WEIGHT, BIAS), "x must be"),
-    "linear_x_scalar": (raw("linear_fwd", X[0, 0, 0], WEIGHT, BIAS), "x must be"),
-    "linear_weight": (raw("linear_fwd", X, WEIGHT[0], BIAS), "x must be"),
-    "linear_weight_dtype": (raw("linear_fwd", X, WEIGHT.half(), BIAS), "dtype of weight"),
-    "linear_bias": (raw("linear_fwd", X, WEIGHT, BIAS[1:]), "bias must be"),
-    "linear_bias_shape": (raw("linear_fwd", X, WEIGHT, BIAS[None]), "bias must be"),
-    "linear_bias_dtype": (raw("linear_fwd", X, WEIGHT, BIAS.half()), "bias must be"),
+    "linear_x_width": (raw("linear_fwd", X[..., 1:], WEIGHT, BIAS, False), "x must be"),
+    "linear_x_scalar": (raw("linear_fwd", X[0, 0, 0], WEIGHT, BIAS, False), "x must be"),
+    "linear_weight": (raw("linear_fwd", X, WEIGHT[0], BIAS, False), "x must be"),
+    "linear_weight_dtype": (raw("linear_fwd", X, WEIGHT.half(), BIAS, False), "dtype of weight"),
+    "linear_bias": (raw("linear_fwd", X, WEIGHT, BIAS[1:], False), "bias must be"),
+    "linear_bias_shape": (raw("linear_fwd", X, WEIGHT, BIAS[None], False), "bias must be"),
+    "linear_bias_dtype": (raw("linear_fwd", X, WEIGHT, BIAS.half(), False), "bias must be"),
 }
 
 
