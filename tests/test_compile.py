@@ -6,20 +6,18 @@ import pytest
 import torch
 from errors import assert_close_to_float64
 from support import NATIVE, images_for, noise_for, small_mae, small_reference, stacked, step
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import maefast
 from maefast import ops
-from maefast.blocks import Block
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SHALLOW = {"depth": 1}
 
 
-@pytest.mark.parametrize("mode", ["fp32", "autocast"])
-def test_inductor_model_forward_and_backward(mode):
+def test_inductor_model_forward_and_backward():
     """Against the reference, with the masks of eager for the same seeds."""
     reference = small_reference(**SHALLOW)
     model, exact_model = small_mae(**SHALLOW), copy.deepcopy(reference).double()
@@ -29,7 +27,7 @@ def test_inductor_model_forward_and_backward(mode):
         imgs = images_for(model, seed=seed)
         for m, runs in ((compiled, got), (reference, eager)):
             torch.manual_seed(seed)
-            runs.append(step(m, imgs, None, mode))
+            runs.append(step(m, imgs, None))
         torch.manual_seed(seed)
         exact.append(step(exact_model, imgs.double(), torch.rand(2, 24)))
     mine = {name.removeprefix("_orig_mod."): value for name, value in stacked(got).items()}
@@ -98,61 +96,6 @@ def test_other_inputs(dtype):
     assert torch.equal(mine["mask"], noise)
     for name, value in theirs.items():
         assert torch.equal(mine[name if name in mine else f"_orig_mod.{name}"], value), name
-
-
-def block_run(block: nn.Module, x: Tensor, ids: Tensor | None, cast: bool) -> list[Tensor]:
-    """The output, and where gradients are on those of x and of every parameter."""
-    x = x.detach().requires_grad_(torch.is_grad_enabled())
-    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-        y = block(x) if ids is None else block(x, ids)
-    if not torch.is_grad_enabled():
-        return [y]
-    return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
-
-
-@pytest.mark.parametrize("with_ids", [False, True], ids=["whole", "ids"])
-@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_blocks_of_any_batch_and_length_compile_once(grad, cast, with_ids):
-    """Two blocks are one graph, whatever the number of samples and tokens; the results are those of eager."""
-
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = (Block(16, 2, 2.0, nn.LayerNorm) for _ in range(2))
-
-        def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-            return self.second(self.first(x), ids)
-
-    two = Two()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(two, fullgraph=True, backend=counter)
-    with torch.set_grad_enabled(grad):
-        for N, T in ((3, 7), (5, 12), (2, 30)):
-            x, ids = torch.randn(N, T, 16), torch.rand(N, T).argsort(dim=1)[:, :4] if with_ids else None
-            for dim in range(2):
-                torch._dynamo.mark_dynamic(x, dim)
-            if ids is not None:
-                torch._dynamo.mark_dynamic(ids, 0)
-            got, expected = block_run(compiled, x, ids, cast), block_run(two, x, ids, cast)
-            for a, b in zip(got, expected, strict=True):
-                assert a.dtype == b.dtype
-                assert torch.equal(a, b)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
-def test_compiled_blocks_run_the_fused_path():
-    recorder = EagerAndRecordGraphs()
-    block = Block(16, 2, 2.0, nn.LayerNorm)
-    torch.compile(block, fullgraph=True, backend=recorder)(torch.randn(2, 5, 16)).sum().backward()
-    text = "".join(str(node.target) for graph in recorder.graphs for node in graph.graph.nodes)
-    assert "autograd_function_apply" in text
-    with torch.no_grad():
-        torch.compile(block, fullgraph=True, backend=recorder)(torch.randn(2, 5, 16))
-    targets = [str(node.target) for node in recorder.graphs[-1].graph.nodes]
-    for name in ("layer_norm_fwd", "attention_fwd", "add_layer_norm_fwd", "bias_gelu_fwd"):
-        assert sum(f"maefast.{name}" in target for target in targets) == 1, name
 
 
 def test_encode():
