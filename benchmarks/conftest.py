@@ -12,18 +12,21 @@ from rotation import ReplayClock
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="ViT-B/16 sizes, every dtype; minutes, not seconds, per group")
+    parser.addoption("--contenders", help="comma-separated names: only these take part in their groups")
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 
 
 def options_of(config: pytest.Config) -> Options:
-    return Options(full=config.getoption("--full"), device=torch.device(config.getoption("--device")))
+    only = config.getoption("--contenders")
+    device = torch.device(config.getoption("--device"))
+    return Options(full=config.getoption("--full"), device=device, only=frozenset(only.split(",")) if only else None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per contender of each of the module's workloads, a group's contenders side by side."""
     if "workload" in metafunc.fixturenames:
         options = options_of(metafunc.config)
-        pairs = [(w, name) for w in metafunc.module.workloads(options.full, options.device) for name in w.contenders]
+        pairs = [(w, name) for w in metafunc.module.workloads(options.full, options.device) for name in options.contenders(w)]
         metafunc.parametrize(("workload", "contender"), pairs, ids=[f"{w.name}-{name}" for w, name in pairs])
 
 

@@ -16,6 +16,10 @@ COPY, GEMM = "machine-copy", "machine-gemm"  # probes that take part in every ro
 class Options:
     full: bool
     device: torch.device
+    only: frozenset[str] | None = None  # names of contenders
+
+    def contenders(self, workload: Any) -> list[str]:
+        return [name for name in workload.contenders if self.only is None or name in self.only]
 
     def budget(self, is_step: bool) -> Budget:
         if is_step:
@@ -32,9 +36,9 @@ class Group:
     def __init__(self, workload: Any, module: str, options: Options):
         self.workload, self.options = workload, options
         bench = workload.bench()
-        reasons = {name: bench.why_not(name) for name in workload.contenders}
+        reasons = {name: bench.why_not(name) for name in options.contenders(workload)}
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
-        runs = {name: bench.run(name) for name in workload.contenders if name not in self.skipped}
+        runs = {name: bench.run(name) for name in options.contenders(workload) if name not in self.skipped}
         self.outside: dict[str, str] = {}
         for name, run in runs.items():
             self._gate(bench, name, run)
@@ -48,7 +52,7 @@ class Group:
         torch._dynamo.reset()
         self.peak = {
             name: peak_in_fresh_process(module, workload.name, name, options.device, options.full)
-            for name in workload.contenders
+            for name in options.contenders(workload)
             if name not in self.skipped and options.wants_memory(is_step)
         }
 

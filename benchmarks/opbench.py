@@ -15,6 +15,7 @@ from maefast import dispatch
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 SETS = 3  # input sets that a rotation cycles through
+INCOMING = ("dy", "dtotal")  # inputs that are the gradients of the outputs y and total
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class OpEntry:
     make: Callable[[int, str, torch.Generator], Inputs]  # (N, variant, generator)
     plain: Callable[..., Outputs]
     fused: Callable[..., Outputs]
-    leaves: tuple[str, ...]  # inputs that get gradients; the first output is differentiated, against `dy` where it is given
+    leaves: tuple[str, ...]  # get gradients where given: of each output `o` against the input `d<o>`, else of the first output
     asks: Callable[[Inputs], dict[str, Inputs]]  # op -> the inputs that dispatch.can_run looks at
     bytes: Callable[[int, Inputs, Outputs], int]
     flops: Callable[[int], int]
+    backends: tuple[str, ...] = dispatch.BACKENDS
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,11 @@ class OpWorkload:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.variant == "bf16" else torch.float32
+        return torch.bfloat16 if self.variant.startswith("bf16") else torch.float32
 
     @property
     def contenders(self) -> list[str]:
-        return [self.eager_name, self.compiled_name, *(f"maefast-{backend}" for backend in dispatch.BACKENDS)]
+        return [self.eager_name, self.compiled_name, *(f"maefast-{backend}" for backend in self.entry.backends)]
 
     def bench(self) -> "OpBench":
         return OpBench(self)
@@ -69,13 +71,14 @@ class OpBench:
         generator = torch.Generator().manual_seed(0)
         self.inputs = [self.entry.make(workload.N, workload.variant, generator) for _ in range(SETS)]
         self.inputs = [{k: v.to(workload.device) for k, v in inputs.items()} for inputs in self.inputs]
+        self.leaves = [leaf for leaf in self.entry.leaves if leaf in self.inputs[0]]
         for inputs in self.inputs:
-            for leaf in self.entry.leaves:
+            for leaf in self.leaves:
                 inputs[leaf].requires_grad_()
 
     def why_not(self, contender: str) -> str | None:
         backend = contender.removeprefix("maefast-")
-        if backend == contender:
+        if backend in (contender, "auto"):
             return None
         reasons = (dispatch.can_run(op, backend, inputs) for op, inputs in self.entry.asks(self.inputs[0]).items())
         return next(filter(None, reasons), None)
@@ -95,11 +98,13 @@ class OpBench:
 
     def _apply(self, function: Callable[..., Outputs], inputs: Inputs) -> Outputs:
         """Outputs, and the gradients of the leaves as d_<leaf>."""
-        out = function(**{name: value for name, value in inputs.items() if name != "dy"})
-        if not self.entry.leaves:
+        incoming = {name: value for name, value in inputs.items() if name in INCOMING}
+        out = function(**{name: value for name, value in inputs.items() if name not in incoming})
+        if not self.leaves:
             return out
-        grads = torch.autograd.grad(next(iter(out.values())), [inputs[leaf] for leaf in self.entry.leaves], inputs.get("dy"))
-        return out | {f"d_{leaf}": grad for leaf, grad in zip(self.entry.leaves, grads, strict=True)}
+        outputs = [out[name.removeprefix("d")] for name in incoming] or [next(iter(out.values()))]
+        grads = torch.autograd.grad(outputs, [inputs[leaf] for leaf in self.leaves], list(incoming.values()) or None)
+        return out | {f"d_{leaf}": grad for leaf, grad in zip(self.leaves, grads, strict=True)}
 
     @cached_property
     def exact(self) -> Outputs:
@@ -118,7 +123,7 @@ class OpBench:
         try:
             self._compare(contender, stack([run(i) for i in range(SETS)]))
         except AssertionError as breach:
-            if contender.startswith("maefast"):
+            if contender.startswith("maefast") and contender != "maefast-eager":  # torch's own ops
                 raise
             raise NotOursError(str(breach)) from None
 

@@ -25,6 +25,7 @@ CHUNK = 4  # images at a time in the float64 reference
 
 REFERENCES = {"reference-math": "math", "reference-sdpa": "sdpa", "reference-sdpa-compiled": "sdpa"}
 OURS = ("maefast", "maefast-no-pred", "maefast-compiled")
+TRANSFORMERS = ("transformers", "transformers-compiled")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class StepWorkload:
 
     @property
     def contenders(self) -> list[str]:
-        return [*REFERENCES, *OURS, "transformers"]
+        return [*REFERENCES, *OURS, *TRANSFORMERS]
 
     def bench(self) -> "StepBench":
         return StepBench(self)
@@ -110,7 +111,7 @@ class StepBench:
         return model_class(**self.workload.size.model, norm_layer=norm_layer, norm_pix_loss=True, **options)
 
     def why_not(self, contender: str) -> str | None:
-        missing = contender == "transformers" and find_spec("transformers") is None
+        missing = contender in TRANSFORMERS and find_spec("transformers") is None
         return "transformers is not installed" if missing else None
 
     def _sharing(self, model_class: type[nn.Module], **options: Any) -> nn.Module:
@@ -140,9 +141,12 @@ class StepBench:
         return torch.autocast(self.workload.device.type, torch.bfloat16, enabled=self.workload.variant == "bf16")
 
     def run(self, contender: str) -> Run:
-        if contender == "transformers":
+        if contender in TRANSFORMERS:
             model = transformers_model(self.workload.size).to(self.workload.device)
-            return self._step(lambda imgs, noise: model(pixel_values=imgs, noise=noise), adamw(model))
+            forward = model_forward(model)
+            if contender.endswith("-compiled"):
+                forward = torch.compile(forward, dynamic=False)
+            return self._step(forward, adamw(model))
         return self._step(self.forward(contender), self.optimizer)
 
     def _step(self, forward: Forward, optimizer: torch.optim.Optimizer) -> Run:
@@ -200,7 +204,7 @@ class StepBench:
         The compiler's own code around maefast's ops may miss it tensor by tensor, as around the reference: that is noted. All
         gradients as one vector may be off by no more than the reference allows, eager or compiled.
         """
-        if contender == "transformers":
+        if contender in TRANSFORMERS:
             return
         got = self.results(contender)
         lost = self.exact.keys() - got.keys() - {"pred"}
@@ -237,6 +241,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+
+def model_forward(model: nn.Module) -> Forward:
+    return lambda imgs, noise: model(pixel_values=imgs, noise=noise)
 
 
 def transformers_model(size: Size) -> nn.Module:

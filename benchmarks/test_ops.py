@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import traffic
 from opbench import Inputs, OpEntry, OpWorkload, Outputs
 from rotation import ReplayClock
@@ -15,12 +16,14 @@ from maefast.reference import VAR_EPS
 CLOCK = ReplayClock()
 PATCH, GRID = 16, 14
 L, K, D, P = GRID * GRID, GRID * GRID // 4, 512, 3 * PATCH * PATCH
+ENCODER_D, MLP_RATIO, LN_EPS = 768, 4, 1e-6
+NORM_VARIANTS = ("fp32", "bf16", "autocast", "fp32-encoder", "bf16-encoder", "autocast-encoder")
 QUICK_N, FULL_N = 8, 64
 
 
 def workloads(full: bool, device: torch.device) -> list[OpWorkload]:
     make = partial(OpWorkload, N=FULL_N if full else QUICK_N, device=device)
-    return [make(entry, variant) for entry in ENTRIES for variant in entry.variants]
+    return [make(entry, variant) for entry in ENTRIES for variant in entry.variants if full or not variant.endswith("encoder")]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -139,6 +142,86 @@ def fused_masked_mse(pred: Tensor, imgs: Tensor, mask: Tensor, mean: Tensor | No
     return {"loss": ops.masked_mse(pred, imgs, mask, PATCH, True, mean, std)}
 
 
+# layer_norm and add_layer_norm on the decoder's tokens, and in the full set on the encoder's. "autocast": the residual stream in
+# fp32, what comes from and goes to a GEMM in bf16
+
+
+def rows_and_width(N: int, variant: str) -> tuple[int, int]:
+    return (N * (1 + K), ENCODER_D) if variant.endswith("encoder") else (N * (1 + L), D)
+
+
+def make_layer_norm(N: int, variant: str, generator: torch.Generator) -> Inputs:
+    shape = rows_and_width(N, variant)
+    dtype = torch.bfloat16 if variant.startswith("bf16") else torch.float32
+    gemm_dtype = torch.bfloat16 if variant.startswith("autocast") else dtype
+    rand = partial(torch.randn, generator=generator)
+    return {
+        "x": rand(shape).to(dtype),
+        "weight": (1 + rand(shape[1])).to(dtype),
+        "bias": rand(shape[1]).to(dtype),
+        "out": torch.empty(0, dtype=gemm_dtype),  # for its dtype
+        "dy": rand(shape).to(gemm_dtype),
+    }
+
+
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Outputs:
+    """In the dtype of x, then as the GEMM wants it."""
+    return {"y": F.layer_norm(x, x.shape[-1:], weight, bias, LN_EPS).to(out.dtype)}
+
+
+def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Outputs:
+    return {"y": ops.layer_norm(x, weight, bias, LN_EPS, out.dtype)}
+
+
+def count_layer_norm(N: int, x: Inputs, y: Outputs) -> int:
+    return traffic.layer_norm_bytes(*x["x"].shape, x["x"].itemsize, x["weight"].itemsize, y["y"].itemsize)
+
+
+def make_add_layer_norm(N: int, variant: str, generator: torch.Generator) -> Inputs:
+    inputs = make_layer_norm(N, variant, generator)
+    residual = inputs["x"]
+    x, dtotal = (torch.randn(residual.shape, generator=generator) for _ in range(2))
+    return inputs | {"x": x.to(inputs["out"].dtype), "residual": residual, "dtotal": dtotal.to(residual.dtype)}
+
+
+def plain_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Outputs:
+    total = x + residual
+    return plain_layer_norm(total, weight, bias, out) | {"total": total}
+
+
+def fused_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Outputs:
+    y, total = ops.add_layer_norm(x, residual, weight, bias, LN_EPS, out.dtype)
+    return {"y": y, "total": total}
+
+
+def count_add_layer_norm(N: int, x: Inputs, y: Outputs) -> int:
+    sizes = (x[name].itemsize for name in ("x", "residual", "weight"))
+    return traffic.add_layer_norm_bytes(*x["x"].shape, *sizes, y["y"].itemsize)
+
+
+# gelu: bias_gelu in the MLP, as the reference has it, behind a GEMM that adds the bias; "autocast": with a bias, in fp32
+
+
+def make_gelu(N: int, variant: str, generator: torch.Generator) -> Inputs:
+    rows, width = rows_and_width(N, variant)
+    dtype = torch.float32 if variant.startswith("fp32") else torch.bfloat16
+    x, dy = (torch.randn(rows, MLP_RATIO * width, generator=generator).to(dtype) for _ in range(2))
+    with_bias = {"bias": torch.randn(MLP_RATIO * width, generator=generator)} if variant == "autocast" else {}
+    return {"x": x, "dy": dy} | with_bias
+
+
+def plain_gelu(x: Tensor, bias: Tensor | None = None) -> Outputs:
+    return {"y": F.gelu(x if bias is None else x + bias).to(x.dtype)}
+
+
+def fused_gelu(x: Tensor, bias: Tensor | None = None) -> Outputs:
+    return {"y": ops.bias_gelu(x, bias)}
+
+
+def count_gelu(N: int, x: Inputs, y: Outputs) -> int:
+    return traffic.bias_gelu_bytes(*x["x"].shape, x["x"].itemsize, x["bias"].itemsize if "bias" in x else 0)
+
+
 ENTRIES = (
     OpEntry(
         name="masking",
@@ -172,5 +255,38 @@ ENTRIES = (
         asks=lambda x: {"masked_mse": x},
         bytes=lambda N, x, y: traffic.masked_mse_bytes(N, L, K, P, x["pred"].itemsize, x["imgs"].itemsize),
         flops=lambda N: traffic.masked_mse_flops(N, L, K, P),
+    ),
+    OpEntry(
+        name="layer_norm",
+        variants=NORM_VARIANTS,
+        make=make_layer_norm,
+        plain=plain_layer_norm,
+        fused=fused_layer_norm,
+        leaves=("x", "weight", "bias"),
+        asks=lambda x: {"layer_norm": x},
+        bytes=count_layer_norm,
+        flops=lambda N: 0,
+    ),
+    OpEntry(
+        name="add_layer_norm",
+        variants=NORM_VARIANTS,
+        make=make_add_layer_norm,
+        plain=plain_add_layer_norm,
+        fused=fused_add_layer_norm,
+        leaves=("x", "residual", "weight", "bias"),
+        asks=lambda x: {"add_layer_norm": x},
+        bytes=count_add_layer_norm,
+        flops=lambda N: 0,
+    ),
+    OpEntry(
+        name="gelu",
+        variants=("fp32", "bf16", "autocast", "fp32-encoder", "bf16-encoder"),
+        make=make_gelu,
+        plain=plain_gelu,
+        fused=fused_gelu,
+        leaves=("x", "bias"),
+        asks=lambda x: {"bias_gelu": x},
+        bytes=count_gelu,
+        flops=lambda N: 0,
     ),
 )

@@ -36,6 +36,32 @@ def masked_mse_flops(N: int, L: int, K: int, P: int) -> int:
     return N * (L - K) * P * (9 + 8)
 
 
+def layer_norm_bytes(rows: int, D: int, x_size: int, parameter_size: int, out_size: int) -> int:
+    """Forward: x, weight, bias in, y, mean and rstd out. Backward: dy, x, weight, mean, rstd in, dx, dweight, dbias out."""
+    x, y, parameter, statistic = rows * D * x_size, rows * D * out_size, D * parameter_size, rows * FP32
+    return (x + 2 * parameter + y + 2 * statistic) + (y + x + parameter + 2 * statistic + x + 2 * parameter)
+
+
+def add_layer_norm_bytes(rows: int, D: int, x_size: int, residual_size: int, parameter_size: int, out_size: int) -> int:
+    """layer_norm of the sum, which has the size of the residual. Forward also reads both terms in place of the sum and writes it;
+    backward also reads the sum's own gradient, and writes dx where its size is not the residual's.
+    """
+    x, residual = rows * D * x_size, rows * D * residual_size
+    norm = layer_norm_bytes(rows, D, residual_size, parameter_size, out_size)
+    return norm + (x + residual) + (residual + (x if x_size != residual_size else 0))
+
+
+def bias_gelu_bytes(rows: int, D: int, x_size: int, bias_size: int) -> int:
+    """Forward: x and bias in, y out. Backward: dy, x and bias in, dx and dbias out. No bias has size 0."""
+    x, bias = rows * D * x_size, D * bias_size
+    return (x + bias + x) + (x + x + bias + x + bias)
+
+
+def attention_flops(N: int, T: int, D: int) -> int:
+    """Products of self-attention, forward 2 and backward 5: the scores are computed again there."""
+    return 7 * 2 * N * T * T * D
+
+
 def block_flops(T: int, D: int, mlp_ratio: float = 4.0) -> float:
     """Forward GEMMs of one transformer block on T tokens: qkv, proj, fc1, fc2, and the two of attention."""
     return 2 * T * D * D * (4 + 2 * mlp_ratio) + 4 * T * T * D

@@ -1,10 +1,12 @@
-"""Loads libmaefast.so; without one, defines the schemas of the ops in Python, so that other backends can be registered on them.
+"""Loads libmaefast.so, or, without one, defines the schemas of the ops in Python; what every backend's ops share: schemas, fakes.
 
 Where a native library is present but does not load, importing maefast fails: nothing falls back silently.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,14 +14,25 @@ _PACKAGE = Path(__file__).resolve().parent
 _NATIVE = _PACKAGE / "libmaefast.so"
 
 HAS_NATIVE = _NATIVE.exists()
+NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
 
 # Ops whose body is Python on every device. A fragment, so that it may come before or after the native definitions.
 fragment = torch.library.Library("maefast", "FRAGMENT")
 
 
-def _define_schemas() -> None:
-    for schema in re.findall(r'"(.*)"', (_PACKAGE / "schemas.inc").read_text()):
-        fragment.define(schema)
+def schemas() -> list[str]:
+    return re.findall(r'"(.*)"', (_PACKAGE / "schemas.inc").read_text())
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the fake of an op that Triton has too: what shapes and dtypes it gives, the same for every backend."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        for namespace in NAMESPACES:
+            torch.library.register_fake(f"{namespace}::{name}", fake)
+        return fake
+
+    return register
 
 
 if HAS_NATIVE:
@@ -31,4 +44,5 @@ if HAS_NATIVE:
             "Reinstall maefast with this torch installed, or set MAEFAST_NATIVE=0 at installation for pure Python."
         ) from error
 else:
-    _define_schemas()
+    for _schema in schemas():
+        fragment.define(_schema)

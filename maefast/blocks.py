@@ -109,10 +109,11 @@ class Block(nn.Module):
         """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed."""
         parts = self._plain_parts()
         if parts is not None:
-            if ids is not None:
-                return self._of_tokens(parts, x, ids)
-            if self._has_kernels(parts, x):
+            backends = self._backends(parts, x)
+            if ids is None and backends == {"native"}:
                 return self._fused(parts, x)
+            if ids is not None or "triton" in backends:
+                return self._of_ops(parts, x, ids)
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x if ids is None else take_tokens(x, ids)
@@ -129,14 +130,15 @@ class Block(nn.Module):
             return None
         return None if any(part.weight is None or part.bias is None for part in parts) else parts
 
-    def _has_kernels(self, parts: "_Parts", x: Tensor) -> bool:
+    def _backends(self, parts: "_Parts", x: Tensor) -> set[str]:
+        """Those that its ops run on, matrix products aside; none where these take parameters of other dtypes."""
         if not dispatch.is_autocast(x) and any(linear.weight.dtype != x.dtype for linear in parts.linears()):
-            return False
+            return set()
         out = x.new_empty(0, dtype=dispatch.compute_dtype(x))
         inputs = {"x": x, "weight": parts.norm1.weight, "bias": parts.norm1.bias, "out": out, "qkv": out}
         width = x.shape[-1] // self.attn.num_heads
         ops_used = ("layer_norm", "add_layer_norm", "bias_gelu", "attention")
-        return all(dispatch.choose(op, inputs, head_width=width) == "native" for op in ops_used)
+        return {dispatch.choose(op, inputs, head_width=width) for op in ops_used}
 
     def _fused(self, parts: "_Parts", x: Tensor) -> Tensor:
         dtype = dispatch.compute_dtype(x)
@@ -147,16 +149,20 @@ class Block(nn.Module):
             return _Block.apply(options, x, *parameters)
         return _block_inference(options, x, *parameters)
 
-    def _of_tokens(self, parts: "_Parts", x: Tensor, ids: Tensor) -> Tensor:
-        """Keys and values of every token; queries, projection and MLP of those in ids (N, M) alone."""
-        norm1, qkv, proj, norm2, *_ = parts
+    def _of_ops(self, parts: "_Parts", x: Tensor, ids: Tensor | None) -> Tensor:
+        """The block as ops with gradients of their own. With ids (N, M): keys and values of every token; queries, projection and
+        MLP of those in ids alone."""
+        norm1, qkv, proj, norm2, fc1, fc2 = parts
         D, dtype = x.shape[2], dispatch.compute_dtype(x)
         y = ops.layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype)
-        q = ops.linear(take_tokens(y, ids), qkv.weight[:D], qkv.bias[:D])
-        kv = ops.linear(y, qkv.weight[D:], qkv.bias[D:])
-        out = proj(ops.attention(kv, self.attn.num_heads, q))
-        y, x = ops.add_layer_norm(out, take_tokens(x, ids), norm2.weight, norm2.bias, norm2.eps, dtype)
-        return x + self.mlp(y)
+        if ids is None:
+            attended = ops.attention(qkv(y), self.attn.num_heads)
+        else:
+            q = ops.linear(take_tokens(y, ids), qkv.weight[:D], qkv.bias[:D])
+            kv = ops.linear(y, qkv.weight[D:], qkv.bias[D:])
+            attended, x = ops.attention(kv, self.attn.num_heads, q), take_tokens(x, ids)
+        y, x = ops.add_layer_norm(proj(attended), x, norm2.weight, norm2.bias, norm2.eps, dtype)
+        return x + fc2(ops.bias_gelu(ops.linear(y, fc1.weight), fc1.bias))
 
 
 class _Parts(NamedTuple):
@@ -198,7 +204,10 @@ def _block_inference(options: _Options, x: Tensor, *parameters: Tensor) -> Tenso
     out = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
     out = product(out, proj_w.to(dtype), proj_b.to(dtype), native)
     y, x, _, _ = torch.ops.maefast.add_layer_norm_fwd(out, x, w2, b2, options.eps2, dtype)
-    hidden = torch.ops.maefast.bias_gelu_fwd(product(y, fc1_w.to(dtype), None, native), fc1_b)
+    if native:
+        hidden = product(y, fc1_w.to(dtype), fc1_b.to(dtype), native, gelu=True)
+    else:
+        hidden = torch.ops.maefast.bias_gelu_fwd(product(y, fc1_w.to(dtype), None, native), fc1_b)
     return x + product(hidden, fc2_w.to(dtype), fc2_b.to(dtype), native)
 
 

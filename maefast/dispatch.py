@@ -1,7 +1,8 @@
 """Which implementation of an op runs: the fastest that can, or the one that was asked for.
 
 `auto` walks BACKENDS from the fastest to the plainest and takes the first whose `can_run` gives no reason against it. A request,
-by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, never falls back: it raises with the reason.
+by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, never falls back: it raises with the reason. It
+binds every op of which that backend has a kernel on any device; the others choose by themselves.
 A new backend is one entry in BACKENDS and one function of reasons in _REASONS.
 """
 
@@ -10,11 +11,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, kernels
 
 Inputs = Mapping[str, Tensor]
 
@@ -29,7 +31,7 @@ OPS = (
     "attention",
     "linear",
 )
-BACKENDS = ("native", "eager")  # fastest first
+BACKENDS = ("native", "triton", "eager")  # fastest first
 
 _F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 _FLOATS = (_F32, _BF16, _F16)
@@ -44,7 +46,20 @@ _NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "attention": dict.fromkeys(("qkv", "q"), _FLOATS),
     "linear": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
 }
+_TRITON_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "random_masking": {"noise": (_F32,)},
+    "gather_patches": {"imgs": (*_FLOATS, _U8), "out": _FLOATS},
+    "unshuffle": {"x": _FLOATS, "mask_token": _FLOATS, "pos_embed": _FLOATS},
+    "masked_mse": {"pred": _FLOATS, "imgs": (*_FLOATS, _U8)},
+    "layer_norm": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
+    "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
+    "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
+}
 _MAX_HEAD_WIDTH = 128  # of native attention
+_TRITON_CAPABILITY = (8, 0)  # Ampere
+_TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
+_TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
+_TRITON_WIDTH = 8192  # of a row that the norms hold in registers
 _CPUINFO = Path("/proc/cpuinfo")
 _ON_INTEL = _CPUINFO.exists() and "GenuineIntel" in _CPUINFO.read_text()
 
@@ -69,20 +84,67 @@ def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
     return None
 
 
+def _why_not_triton(op: str, inputs: Inputs, head_width: int) -> str | None:
+    if not kernels.HAS_TRITON:
+        return "Triton is not installed"
+    if op not in _TRITON_DTYPES:
+        return f"there is no Triton kernel of {op}"
+    for name, tensor in inputs.items():
+        if tensor.device.type != "cuda" and not kernels.INTERPRETED:
+            return f"the Triton kernels run on a GPU, {name} is on {tensor.device}"
+        if tensor.device.type == "cuda" and (capability := _capability(tensor.device)) < _TRITON_CAPABILITY:
+            return f"the Triton kernels need compute capability 8.0, {name} is on a GPU of {capability[0]}.{capability[1]}"
+        dtypes = _TRITON_DTYPES[op].get(name)
+        if dtypes is not None and tensor.dtype not in dtypes:
+            return f"triton {op} takes {_names(dtypes)}, {name} is {_names((tensor.dtype,))}"
+        if name == "imgs" and tensor.requires_grad and torch.is_grad_enabled():
+            return f"triton {op} has no gradient for imgs"
+        if name == "noise" and tensor.dim() == 2 and tensor.shape[1] > _TRITON_COUNTED:
+            return f"triton random_masking ranks up to {_TRITON_COUNTED} patches, noise has {tensor.shape[1]}"
+        if name == "pred" and tensor.dim() == 3 and (reason := _too_large(tensor.shape[2], inputs["imgs"].shape[1])) is not None:
+            return reason
+        if name == "x" and op in ("layer_norm", "add_layer_norm") and tensor.shape[-1] > _TRITON_WIDTH:
+            return f"triton {op} takes rows of up to {_TRITON_WIDTH} values, x has {tensor.shape[-1]}"
+    return None
+
+
+def _too_large(values: int, channels: int) -> str | None:
+    padded_channels, padded_pixels = 1, 1
+    while padded_channels < channels:
+        padded_channels *= 2
+    while padded_pixels * channels < values:
+        padded_pixels *= 2
+    if padded_channels * padded_pixels <= _TRITON_VALUES:
+        return None
+    return f"triton masked_mse holds patches of up to {_TRITON_VALUES} values, padded; pred has {values} in {channels} channels"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # compiled code needs Triton anyway; a fake tensor
+        return _TRITON_CAPABILITY
+    return torch.cuda.get_device_capability(device)
+
+
 def _why_not_eager(op: str, inputs: Inputs, head_width: int) -> str | None:
     return None
 
 
-def _why_not_worth_it(op: str, inputs: Inputs) -> str | None:
-    """A reason for `auto` to leave native alone though it can run (figures: benchmarks/results, group linear)."""
-    if op != "linear":
+def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
+    """A reason for `auto` to leave a backend alone though it can run (figures: benchmarks/results, group linear)."""
+    if backend == "triton" and op in ("layer_norm", "add_layer_norm", "bias_gelu"):
+        return f"no measurement shows that triton {op} is faster"
+    if op != "linear" or backend != "native":
         return None
     if inputs["out"].dtype != _F32:
         return f"torch's own product is as fast in {_names((inputs['out'].dtype,))}"
     return "torch's own product, MKL's, is at home on Intel" if _ON_INTEL else None
 
 
-_REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {"native": _why_not_native, "eager": _why_not_eager}
+_REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {
+    "native": _why_not_native,
+    "triton": _why_not_triton,
+    "eager": _why_not_eager,
+}
 
 
 def can_run(op: str, backend: str, inputs: Inputs, head_width: int = 0) -> str | None:
@@ -90,13 +152,18 @@ def can_run(op: str, backend: str, inputs: Inputs, head_width: int = 0) -> str |
     return _REASONS[backend](op, inputs, head_width)
 
 
+_NOT_INSTALLED: dict[str, str] = {
+    name: reason for name in ("native", "triton") if (reason := can_run(OPS[0], name, {})) is not None
+}
+
+
 def _checked(name: str, source: str) -> str | None:
     if name == "auto":
         return None
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; it is {name!r}")
-    if name == "native" and not _library.HAS_NATIVE:
-        raise RuntimeError(f"{source} asks for native: {_why_not_native('', {}, 0)}")
+    if (reason := _NOT_INSTALLED.get(name)) is not None:
+        raise RuntimeError(f"{source} asks for {name}: {reason}")
     return name
 
 
@@ -118,16 +185,27 @@ def backend(name: str) -> Iterator[None]:
         _requested = before
 
 
+def _request_for(op: str) -> str | None:
+    """The request that binds `op`: a backend that has no kernel of it on any device does not, and `op` chooses by itself."""
+    return _requested if _requested != "triton" or op in _TRITON_DTYPES else None
+
+
 def choose(op: str, inputs: Inputs, head_width: int = 0) -> str:
     """The backend that runs `op` on `inputs`."""
-    if _requested is not None:
-        reason = can_run(op, _requested, inputs, head_width)
+    if (requested := _request_for(op)) is not None:
+        reason = can_run(op, requested, inputs, head_width)
         if reason is not None:
-            raise RuntimeError(f"maefast.ops.{op} cannot run on the requested backend {_requested!r}: {reason}")
-        return _requested
-    if can_run(op, "native", inputs, head_width) is None and _why_not_worth_it(op, inputs) is None:
-        return "native"
-    return "eager"
+            raise RuntimeError(f"maefast.ops.{op} cannot run on the requested backend {requested!r}: {reason}")
+        return requested
+    for name in BACKENDS:
+        if can_run(op, name, inputs, head_width) is None and _why_not_worth_it(op, name, inputs) is None:
+            return name
+    raise AssertionError("eager runs everything")
+
+
+def ops_of(backend: str) -> Any:
+    """The namespace of torch.ops that holds the kernels of `backend`, `<op>_fwd` and `<op>_bwd`; eager has none."""
+    return torch.ops.maefast_triton if backend == "triton" else torch.ops.maefast
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -151,12 +229,14 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
         inputs = {name: torch.empty(0, dtype=dtype, device=device) for name in _NATIVE_DTYPES[op]}
         if op == "random_masking":
             inputs = {"noise": torch.empty(0, device=device)}
-        chosen = _requested or choose(op, inputs)
+        requested = _request_for(op)
+        chosen = requested or choose(op, inputs)
         reason = can_run(op, chosen, inputs)
         why = [f"{chosen} was requested and cannot run: {reason}"] if reason else []
         for name in BACKENDS:
             if name != chosen:
-                why.append(f"{name}: {can_run(op, name, inputs) or _not_taken(chosen, op, inputs)}")
+                asked = " was requested and does not bind this op" if name == _requested else ""
+                why.append(f"{name}{asked}: {can_run(op, name, inputs) or _not_taken(chosen, op, name, inputs)}")
         rows.append((op, chosen, "; ".join(why)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for row in rows:
@@ -167,10 +247,10 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
         print(f"{type(model).__name__}.forward takes {route}")
 
 
-def _not_taken(chosen: str, op: str, inputs: Inputs) -> str:
-    if _requested is not None:
+def _not_taken(chosen: str, op: str, name: str, inputs: Inputs) -> str:
+    if _request_for(op) is not None:
         return f"{chosen} was requested"
-    return (chosen == "eager" and _why_not_worth_it(op, inputs)) or f"{chosen} is faster"
+    return _why_not_worth_it(op, name, inputs) or f"{chosen} is faster"
 
 
 if not _library.HAS_NATIVE:

@@ -31,6 +31,7 @@ MEAN, STD = torch.rand(3), torch.rand(3) + 0.1
 X, RESTORE, TOKEN, POS = torch.rand(2, 3, 4), torch.arange(6).expand(2, 6), torch.rand(1, 1, 4), torch.rand(1, 7, 4)
 PRED, MASK = torch.rand(2, 6, 48), torch.tensor([[1.0, 1, 0, 1, 1, 0]] * 2)
 UNEVEN = torch.tensor([[1.0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0]])
+W4, Y24 = torch.rand(4), torch.rand(2, 3, 4)
 R24 = torch.rand(2, 24)
 QKV, KV, Q = torch.rand(2, 5, 24), torch.rand(2, 5, 16), torch.rand(2, 3, 8)  # two heads, 4 wide
 WEIGHT, BIAS = torch.rand(5, 4), torch.rand(5)  # for X
@@ -50,6 +51,14 @@ TYPE_ERRORS: dict[str, Case] = {
     "unshuffle_float_ids": (lambda: ops.unshuffle(X, RESTORE.float(), TOKEN, POS), "ids_restore must be int64.*float32"),
     "mse_integers": (lambda: ops.masked_mse(PRED.int(), IMGS, MASK, 4, True), "pred must be floating-point.*int32"),
     "mse_bool_mask": (lambda: ops.masked_mse(PRED, IMGS, MASK.bool(), 4, True), "mask must be float32.*bool"),
+    "norm_integers": (lambda: ops.layer_norm(X.int(), W4, W4), "x must be floating-point.*int32"),
+    "norm_integer_weight": (lambda: ops.layer_norm(X, W4.int(), W4), "weight must be floating-point.*int32"),
+    "norm_to_integers": (lambda: ops.layer_norm(X, W4, W4, dtype=I64), "dtype must be floating-point.*int64"),
+    "add_norm_integer_residual": (lambda: ops.add_layer_norm(X, X.int(), W4, W4), "residual must be floating-point.*int32"),
+    "add_norm_bool_bias": (lambda: ops.add_layer_norm(X, X, W4, W4 > 0), "bias must be floating-point.*bool"),
+    "add_norm_to_integers": (lambda: ops.add_layer_norm(X, X, W4, W4, dtype=U8), "dtype must be floating-point.*uint8"),
+    "gelu_integers": (lambda: ops.bias_gelu(X.int()), "x must be floating-point.*int32"),
+    "gelu_integer_bias": (lambda: ops.bias_gelu(X, W4.int()), "bias must be floating-point.*int32"),
     "mse_integer_images": (lambda: ops.masked_mse(PRED, IMGS.to(I64), MASK, 4, True), "imgs must be.*int64"),
     "attention_integers": (lambda: ops.attention(QKV.int(), 2), "qkv must be floating-point.*int32"),
     "attention_integer_q": (lambda: ops.attention(KV, 2, Q.long()), "q must be floating-point.*int64"),
@@ -95,6 +104,21 @@ VALUE_ERRORS: dict[str, Case] = {
         lambda: ops.unshuffle(X, RESTORE, TOKEN.to(META), POS),
         "mask_token must be on the device of x, cpu.*meta",
     ),
+    "norm_scalar": (lambda: ops.layer_norm(X[0, 0, 0], W4, W4), r"x must be \(\.\.\., D\) with D >= 1.*\(\)"),
+    "norm_empty_rows": (lambda: ops.layer_norm(X[..., :0], W4[:0], W4[:0]), r"x must be \(\.\.\., D\).*\(2, 3, 0\)"),
+    "norm_weight": (lambda: ops.layer_norm(X, W4[1:], W4), r"weight must be \(D,\) = \(4,\).*\(3,\)"),
+    "norm_bias": (lambda: ops.layer_norm(X, W4, W4[None]), r"bias must be \(D,\) = \(4,\).*\(1, 4\)"),
+    "norm_on_meta": (lambda: ops.layer_norm(X, W4, W4.to(META)), "bias must be on the device of x, cpu.*meta"),
+    "add_norm_scalar": (lambda: ops.add_layer_norm(X[0, 0, 0], X[0, 0, 0], W4, W4), r"x must be \(\.\.\., D\)"),
+    "add_norm_residual": (
+        lambda: ops.add_layer_norm(X, X[:1], W4, W4),
+        r"residual must have the shape of x, \(2, 3, 4\).*\(1, 3, 4\)",
+    ),
+    "add_norm_weight": (lambda: ops.add_layer_norm(X, X, X, W4), r"weight must be \(D,\) = \(4,\).*\(2, 3, 4\)"),
+    "add_norm_on_meta": (lambda: ops.add_layer_norm(X, X.to(META), W4, W4), "residual must be on the device of x, cpu.*meta"),
+    "gelu_scalar": (lambda: ops.bias_gelu(X[0, 0, 0]), r"x must be \(\.\.\., D\).*\(\)"),
+    "gelu_bias": (lambda: ops.bias_gelu(X, W4[:1]), r"bias must be \(D,\) = \(4,\).*\(1,\)"),
+    "gelu_on_meta": (lambda: ops.bias_gelu(X, W4.to(META)), "bias must be on the device of x, cpu.*meta"),
     "mse_mask_with_gradient": (lambda: ops.masked_mse(PRED, IMGS, grads(MASK), 4, True), "mask has no gradient"),
     "mse_mask_shape": (lambda: ops.masked_mse(PRED, IMGS, MASK[:, 1:], 4, True), r"mask must be \(N, L\) = \(2, 6\).*\(2, 5\)"),
     "mse_pred_rows": (
@@ -176,6 +200,7 @@ def raw(name: str, *args: object) -> Callable[[], object]:
     return lambda: getattr(torch.ops.maefast, name)(*args)
 
 
+STATISTICS, NO_EXTRAS = (torch.rand(6), torch.rand(6)), (None, None)
 GATHER, MSE = (4, 4, None, None, torch.float32), (4, 4, True, None, None)
 RAW_CASES: dict[str, Case] = {
     "noise_shape": (raw("random_masking_fwd", NOISE[0], 1), "noise must be"),
@@ -227,6 +252,31 @@ RAW_CASES: dict[str, Case] = {
     "mse_patch_zero": (raw("masked_mse_fwd", PRED, IMGS, MASK, 0, 0, True, None, None), "patch"),
     "mse_dloss_shape": (raw("masked_mse_bwd", torch.rand(2), PRED, IMGS, MASK, *MSE), "dloss must be"),
     "mse_dloss_dtype": (raw("masked_mse_bwd", torch.rand(()).double(), PRED, IMGS, MASK, *MSE), "dloss must be"),
+    "norm_x_scalar": (raw("layer_norm_fwd", X[0, 0, 0], W4, W4, 1e-6, torch.float32), "x must be"),
+    "norm_x_empty_rows": (raw("layer_norm_fwd", X[..., :0], W4[:0], W4[:0], 1e-6, torch.float32), "x must be"),
+    "norm_x_dtype": (raw("layer_norm_fwd", X.double(), W4, W4, 1e-6, torch.float32), "x must be float32"),
+    "norm_y_dtype": (raw("layer_norm_fwd", X, W4, W4, 1e-6, torch.float64), "dtype must be float32"),
+    "norm_weight": (raw("layer_norm_fwd", X, W4[1:], W4, 1e-6, torch.float32), "weight must have 4 values"),
+    "norm_bias_dtype": (raw("layer_norm_fwd", X, W4, W4.double(), 1e-6, torch.float32), "bias must be float32"),
+    "norm_dy_shape": (raw("layer_norm_bwd", Y24[0], None, X, W4, W4, *STATISTICS, *NO_EXTRAS), "dy must have the shape of x"),
+    "norm_dy_dtype": (raw("layer_norm_bwd", Y24.double(), None, X, W4, W4, *STATISTICS, *NO_EXTRAS), "dy must be float32"),
+    "norm_dresidual_shape": (raw("layer_norm_bwd", Y24, X[:1], X, W4, W4, *STATISTICS, *NO_EXTRAS), "dresidual must have"),
+    "norm_dresidual_dtype": (
+        raw("layer_norm_bwd", Y24, X.to(U8), X, W4, W4, *STATISTICS, *NO_EXTRAS),
+        "dresidual must be float32",
+    ),
+    "norm_bwd_weight": (raw("layer_norm_bwd", Y24, None, X, W4[1:], W4, *STATISTICS, *NO_EXTRAS), "weight must have 4"),
+    "norm_bwd_mean": (raw("layer_norm_bwd", Y24, None, X, W4, W4, W4, W4, *NO_EXTRAS), "mean must have 6 values"),
+    "norm_bwd_y_dtype": (raw("layer_norm_bwd", Y24, None, X, W4, W4, *STATISTICS, U8, None), "y_dtype must be"),
+    "norm_bwd_cast_dtype": (raw("layer_norm_bwd", Y24, None, X, W4, W4, *STATISTICS, None, torch.float64), "cast_dtype must be"),
+    "add_norm_residual_shape": (raw("add_layer_norm_fwd", X, X[:1], W4, W4, 1e-6, torch.float32), "residual must have"),
+    "add_norm_residual_dtype": (raw("add_layer_norm_fwd", X, X.double(), W4, W4, 1e-6, torch.float32), "residual must be"),
+    "add_norm_y_dtype": (raw("add_layer_norm_fwd", X, X, W4, W4, 1e-6, U8), "dtype must be float32"),
+    "gelu_x_dtype": (raw("bias_gelu_fwd", X.double(), None), "x must be float32"),
+    "gelu_bias": (raw("bias_gelu_fwd", X, W4[1:]), "bias must have 4 values"),
+    "gelu_dy_shape": (raw("bias_gelu_bwd", Y24[:1], X, None, True), "dy must have the shape of x"),
+    "gelu_dy_dtype": (raw("bias_gelu_bwd", Y24.double(), X, None, True), "dy must be float32"),
+    "gelu_bwd_bias": (raw("bias_gelu_bwd", Y24, X, X, False), "bias must have 4 values"),
     "mse_bwd_pred": (raw("masked_mse_bwd", torch.rand(()), PRED[:, :3], IMGS, MASK, *MSE), "pred has 3 rows"),
     "attention_heads": (raw("attention_fwd", None, QKV, 0), "num_heads must be positive"),
     "attention_width": (raw("attention_fwd", None, QKV, 5), "qkv must be"),
@@ -244,13 +294,13 @@ RAW_CASES: dict[str, Case] = {
     "attention_dout_flat": (raw("attention_bwd", Q[0], Q, KV, 2), "dout must be"),
     "attention_dout_dtype": (raw("attention_bwd", Q.half(), Q, KV, 2), "dout must have the dtype"),
     "attention_bwd_heads": (raw("attention_bwd", Q, Q, KV, -1), "num_heads must be positive"),
-    "linear_x_width": (raw("linear_fwd", X[..., 1:], WEIGHT, BIAS), "x must be"),
-    "linear_x_scalar": (raw("linear_fwd", X[0, 0, 0], WEIGHT, BIAS), "x must be"),
-    "linear_weight": (raw("linear_fwd", X, WEIGHT[0], BIAS), "x must be"),
-    "linear_weight_dtype": (raw("linear_fwd", X, WEIGHT.half(), BIAS), "dtype of weight"),
-    "linear_bias": (raw("linear_fwd", X, WEIGHT, BIAS[1:]), "bias must be"),
-    "linear_bias_shape": (raw("linear_fwd", X, WEIGHT, BIAS[None]), "bias must be"),
-    "linear_bias_dtype": (raw("linear_fwd", X, WEIGHT, BIAS.half()), "bias must be"),
+    "linear_x_width": (raw("linear_fwd", X[..., 1:], WEIGHT, BIAS, False), "x must be"),
+    "linear_x_scalar": (raw("linear_fwd", X[0, 0, 0], WEIGHT, BIAS, False), "x must be"),
+    "linear_weight": (raw("linear_fwd", X, WEIGHT[0], BIAS, False), "x must be"),
+    "linear_weight_dtype": (raw("linear_fwd", X, WEIGHT.half(), BIAS, False), "dtype of weight"),
+    "linear_bias": (raw("linear_fwd", X, WEIGHT, BIAS[1:], False), "bias must be"),
+    "linear_bias_shape": (raw("linear_fwd", X, WEIGHT, BIAS[None], False), "bias must be"),
+    "linear_bias_dtype": (raw("linear_fwd", X, WEIGHT, BIAS.half(), False), "bias must be"),
 }
 
 

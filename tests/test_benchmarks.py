@@ -105,6 +105,16 @@ def test_bytes_and_flops_by_paper_and_pencil():
     # mask 16, three removed patches of 12 values, 5 bytes each, twice; dpred 4 * 12 * 4
     assert traffic.masked_mse_bytes(N=1, L=4, K=1, P=12, pred_size=4, image_size=1) == 2 * (16 + 180) + 192
     assert traffic.masked_mse_flops(N=1, L=4, K=1, P=12) == 36 * 17
+    # x 24, weight and bias 24, y 12, mean and rstd 16; then dy 12, x 24, weight 12, mean and rstd 16, dx 24, dweight and dbias 24
+    assert traffic.layer_norm_bytes(rows=2, D=3, x_size=4, parameter_size=4, out_size=2) == 76 + 112
+    # x 12, residual 24, the sum out 24 and y 12; then dy 12, the sum 24, its gradient 24, dx 12 and dresidual 24; and small ones
+    small = (24 + 16) + (12 + 16 + 24)
+    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=2, residual_size=4, parameter_size=4, out_size=2) == 72 + 96 + small
+    # all of 24: x, residual, sum, y; dy, sum, its gradient, and one gradient for both
+    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=4, residual_size=4, parameter_size=4, out_size=4) == 8 * 24 + small
+    # x 12, bias 12, y 12; then dy 12, x 12, bias 12, dx 12, dbias 12
+    assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=4) == 36 + 60
+    assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=0) == 24 + 36
     # qkv 192, proj 64, fc1 256, fc2 256, scores 32, values 32
     assert traffic.block_flops(T=2, D=4) == 832
 
@@ -127,6 +137,10 @@ def test_entries_count_the_bytes_of_their_own_tensors():
         "masking-uint8": traffic.masking_bytes(8, 196, 49, 768, 1, 4),
         "unshuffle-autocast": traffic.unshuffle_bytes(8, 196, 49, 512, 2, 4, 4),
         "masked_mse-autocast": traffic.masked_mse_bytes(8, 196, 49, 768, 2, 4),
+        "layer_norm-autocast": traffic.layer_norm_bytes(8 * 197, 512, 4, 4, 2),
+        "add_layer_norm-autocast": traffic.add_layer_norm_bytes(8 * 197, 512, 2, 4, 4, 2),
+        "gelu-autocast": traffic.bias_gelu_bytes(8 * 197, 2048, 2, 4),
+        "gelu-fp32": traffic.bias_gelu_bytes(8 * 197, 2048, 4, 0),
     }
     found = {w.name: w.bench().bytes for w in bench_ops.workloads(full=False, device=CPU) if w.name in expected}
     assert found == expected

@@ -10,10 +10,9 @@ from support import NATIVE, images_for, noise_for, small_mae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import dispatch, ops
+from maefast import dispatch, kernels, ops
 
 AUTO = "native" if NATIVE else "eager"
-AUTO_LINEAR = "eager" if dispatch._ON_INTEL else AUTO
 
 
 class Seen(TorchDispatchMode):
@@ -46,16 +45,12 @@ def ops_of_a_step(model: torch.nn.Module, imgs: torch.Tensor, noise: torch.Tenso
     return seen.names
 
 
-def test_auto_takes_native_where_it_can(native, monkeypatch):
+def test_auto_takes_native_where_it_can(native):
     model = small_mae()
-    names = {"random_masking_fwd", "gather_patches_fwd", "add_layer_norm_fwd"}
-    names |= {
-        f"{op}_{way}" for op in ("unshuffle", "masked_mse", "layer_norm", "bias_gelu", "attention") for way in ("fwd", "bwd")
-    }
-    for intel in (False, True):
-        monkeypatch.setattr(dispatch, "_ON_INTEL", intel)
-        expected = names if intel else names | {"linear_fwd"}
-        assert ops_of_a_step(model, images_for(model), noise_for(model)) == expected
+    with_gradient = ("unshuffle", "masked_mse", "layer_norm", "bias_gelu", "attention")
+    names = {f"{op}_{direction}" for op in with_gradient for direction in ("fwd", "bwd")}
+    names |= {"random_masking_fwd", "gather_patches_fwd", "add_layer_norm_fwd"}
+    assert ops_of_a_step(model, images_for(model), noise_for(model)) - {"linear_fwd"} == names
     assert ops_of_a_step(model.bfloat16(), images_for(model).bfloat16(), noise_for(model)) == names
     assert ops_of_a_step(model.half(), images_for(model).half(), noise_for(model)) == names
     assert ops_of_a_step(model.double(), images_for(model).double(), noise_for(model)) == {"random_masking_fwd"}
@@ -80,7 +75,7 @@ def test_requests_nest_and_end():
 
 @pytest.mark.parametrize("name", ["nativ", "", "cuda", "EAGER"])
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match=f"backend must be one of auto, native, eager.*'{name}'"), maefast.backend(name):
+    with pytest.raises(ValueError, match=f"backend must be one of auto, native, triton, eager.*'{name}'"), maefast.backend(name):
         pass
     assert dispatch.choose("random_masking", {"noise": torch.rand(1, 2)}) == AUTO
 
@@ -97,42 +92,44 @@ def test_a_request_that_cannot_run_raises_with_the_reason(native):
             model(images_for(model).double())
         with pytest.raises(RuntimeError, match=r"masked_mse cannot run.*'native'.*pred is float64"):
             ops.masked_mse(torch.rand(1, 4, 4).double(), imgs.float(), torch.ones(1, 4), 2, False)
-        with pytest.raises(RuntimeError, match=r"attention cannot run.*'native'.*qkv is float64"):
-            ops.attention(torch.rand(1, 2, 6).double(), 1)
-        with pytest.raises(RuntimeError, match=r"linear cannot run.*'native'.*x is float64"):
-            ops.linear(torch.rand(1, 2).double(), torch.rand(3, 2).double())
         with pytest.raises(RuntimeError, match=r"random_masking cannot run.*'native'.*noise is on meta"):
             ops.random_masking(torch.rand(1, 4, device="meta"), 2)
     assert ops.gather_patches(imgs, ids, 2).dtype == torch.float64
 
 
-def test_heads_that_are_too_wide_are_a_reason(native):
-    inputs = {"qkv": torch.empty(1, 2, 3 * 129)}
-    reason = "native attention takes heads of up to 128, they are 129 wide"
-    assert dispatch.can_run("attention", "native", inputs, head_width=129) == reason
-    assert dispatch.can_run("attention", "native", inputs, head_width=128) is None
-    assert dispatch.choose("attention", inputs, head_width=129) == "eager"
-    assert dispatch.choose("attention", inputs, head_width=128) == "native"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_the_dtype_of_products(dtype):
-    """Autocast's where it is on, but for float64; x's own on a device that knows no autocast."""
-    x = torch.empty(1, dtype=dtype)
-    assert dispatch.compute_dtype(x) == dtype
-    for cast in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", cast):
-            expected = dtype if dtype == torch.float64 else cast
-            assert dispatch.compute_dtype(x) == expected == torch.nn.functional.linear(x, x[None]).dtype
-            assert dispatch.compute_dtype(x.to("meta")) == dtype
-
-
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_every_backend_answers_in_one_sentence(op):
     assert dispatch.can_run(op, "eager", {}) is None
-    reason = dispatch.can_run(op, "native", {"pred": torch.empty(0, device="meta")})
-    assert reason.count("\n") == 0
-    assert "meta" in reason or not NATIVE
+    for name, installed in (("native", NATIVE), ("triton", kernels.HAS_TRITON)):
+        reason = dispatch.can_run(op, name, {"pred": torch.empty(0, device="meta")})
+        assert reason.count("\n") == 0
+        assert "meta" in reason or not installed or reason == f"there is no Triton kernel of {op}"
+
+
+def test_a_request_for_triton_on_the_cpu_raises_with_the_reason():
+    reason = "the Triton kernels run on a GPU, noise is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
+    with pytest.raises(RuntimeError, match=reason), maefast.backend("triton"):
+        ops.random_masking(torch.rand(1, 4), 2)
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+def test_a_request_binds_the_ops_that_have_a_kernel(capsys):
+    """The others choose by themselves, and the table says so."""
+    inputs = {"qkv": torch.rand(1, 2, 6)}
+    with maefast.backend("triton"):
+        assert dispatch.choose("attention", inputs) == AUTO
+        table = explained(capsys)
+        assert ops.attention(inputs["qkv"], 1).shape == (1, 2, 2)
+    without = set(dispatch.OPS) - kernels.OPS
+    assert without
+    for op in dispatch.OPS:
+        backend, why = table[op]
+        if op in without:
+            assert backend != "triton"
+            assert f"triton was requested and does not bind this op: there is no Triton kernel of {op}" in why
+        else:
+            assert backend == "triton"
+            assert why.startswith("triton was requested and cannot run: the Triton kernels run on a GPU")
 
 
 @pytest.mark.parametrize(("value", "expected"), [("auto", AUTO), ("eager", "eager"), *[("native", "native")] * NATIVE])
@@ -144,15 +141,14 @@ def test_environment_variable(value, expected):
     assert done.returncode == 0, done.stderr
     chosen, *table = done.stdout.splitlines()
     assert chosen == expected
-    linear = AUTO_LINEAR if value == "auto" else expected
-    assert [line.split()[:2] for line in table[1:]] == [[op, linear if op == "linear" else expected] for op in dispatch.OPS]
+    assert [line.split()[:2] for line in table[1:]] == [[op, expected] for op in dispatch.OPS]
     assert (done.stderr == "") == NATIVE
 
 
 def test_environment_variable_of_an_unknown_backend():
     done = run_python("import maefast", MAEFAST_BACKEND="triton9")
     assert done.returncode != 0
-    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, eager; it is 'triton9'" in done.stderr
+    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, triton, eager; it is 'triton9'" in done.stderr
 
 
 def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, tuple[str, str]]:
@@ -162,23 +158,18 @@ def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str
     return {op: (backend, why) for op, backend, why in (line.split(maxsplit=2) for line in lines)}
 
 
-def test_explain(native, capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "_ON_INTEL", False)
+def test_explain(native, capsys):
     table = explained(capsys)
     assert tuple(table) == dispatch.OPS
-    assert set(table.values()) == {("native", "eager: native is faster")}
-    table = explained(capsys, dtype=torch.bfloat16)
-    assert table.pop("linear") == ("eager", "native: torch's own product is as fast in bfloat16")
-    assert set(table.values()) == {("native", "eager: native is faster")}
-    monkeypatch.setattr(dispatch, "_ON_INTEL", True)
-    assert explained(capsys)["linear"] == ("eager", "native: torch's own product, MKL's, is at home on Intel")
-    with maefast.backend("native"):
-        assert explained(capsys)["linear"] == ("native", "eager: native was requested")
+    for op, first in {"random_masking": "noise", "gather_patches": "imgs", "unshuffle": "x", "masked_mse": "pred"}.items():
+        triton = f"the Triton kernels run on a GPU, {first} is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
+        assert table[op] == ("native", f"triton: {triton}; eager: native is faster")
     table = explained(capsys, dtype=torch.float64)
     assert table["masked_mse"][0] == "eager"
     assert "native: native masked_mse takes float32, bfloat16, float16, pred is float64" in table["masked_mse"][1]
     with maefast.backend("eager"):
-        assert explained(capsys)["unshuffle"] == ("eager", "native: eager was requested")
+        backend, why = explained(capsys)["unshuffle"]
+        assert (backend, why.split("; ")[0]) == ("eager", "native: eager was requested")
     table = explained(capsys, device="meta")
     assert table["gather_patches"][0] == "eager"
     assert "run on the CPU" in table["gather_patches"][1]

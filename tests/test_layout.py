@@ -11,7 +11,7 @@ import yaml
 from support import NATIVE
 
 import maefast
-from maefast import dispatch, ops
+from maefast import dispatch, kernels, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "maefast"
@@ -19,6 +19,7 @@ PACKAGE = ROOT / "maefast"
 # Bottom up; a module imports from layers below its own, and a package also from itself.
 LAYERS = (
     {"_version", "_library", "reference"},
+    {"kernels"},
     {"dispatch"},
     {"ops"},
     {"blocks"},
@@ -68,12 +69,12 @@ def test_imports_go_one_way(path):
     assert mine in LEVEL, f"give {mine} a layer in this test"
     for imported in imports(path):
         theirs = top(imported)
-        inside = mine == theirs and mine in ("ops", "train")
+        inside = mine == theirs and mine in ("kernels", "ops", "train")
         assert inside or LEVEL[theirs] < LEVEL[mine], f"{mine} must not import {'.'.join(imported)}"
 
 
 def test_the_walk_over_imports_sees_them():
-    assert set(imports(PACKAGE / "dispatch.py")) == {("maefast", "_library")}
+    assert set(imports(PACKAGE / "dispatch.py")) == {("maefast", "_library"), ("maefast", "kernels")}
     assert ("maefast", "ops") in set(imports(PACKAGE / "blocks.py"))
     assert ("maefast", "ops", "_checks") in set(imports(PACKAGE / "ops" / "unshuffle.py"))
     assert ("maefast", "dispatch") in set(imports(PACKAGE / "ops" / "unshuffle.py"))
@@ -84,6 +85,13 @@ def test_the_walk_over_imports_sees_them():
 def test_ops_do_not_import_each_other(op):
     siblings = {parts[2] for parts in imports(PACKAGE / "ops" / f"{op}.py") if parts[:2] == ("maefast", "ops") and len(parts) > 2}
     assert siblings <= {"_checks"}
+
+
+@pytest.mark.parametrize("op", sorted(kernels.OPS))
+def test_kernels_do_not_import_each_other(op):
+    siblings = {parts[2] for parts in imports(PACKAGE / "kernels" / f"{op}.py") if len(parts) > 2}
+    assert siblings <= {"_common", "_norm"}
+    assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda path: path.name)
@@ -112,8 +120,8 @@ def test_an_op_is_complete(op):
     assert callable(getattr(ops, f"{op}_ref"))
     assert op in dispatch.OPS
     assert op in NATIVE_OPS
-    benchmarks = ast.parse((ROOT / "benchmarks" / "test_ops.py").read_text())
-    assert op in {node.attr for node in ast.walk(benchmarks) if isinstance(node, ast.Attribute)}
+    benchmarks = [ast.parse(path.read_text()) for path in (ROOT / "benchmarks").glob("test_*.py")]
+    assert op in {node.attr for tree in benchmarks for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
 def test_every_op_has_a_module():
@@ -136,6 +144,16 @@ def test_schemas_are_registered(schema):
     assert str(registered._schema) == f"maefast::{schema}"
     assert torch._library.simple_registry.singleton.find(f"maefast::{name}").fake_impl.kernel is not None
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{name}", "CPU") == NATIVE
+    if re.sub(r"_(fwd|bwd)$", "", name) in kernels.OPS:
+        assert str(getattr(torch.ops.maefast_triton, name).default._schema) == f"maefast_triton::{schema}"
+        assert torch._library.simple_registry.singleton.find(f"maefast_triton::{name}").fake_impl.kernel is not None
+
+
+def test_triton_ops_are_known_to_dispatch():
+    """An op with a Triton kernel can be asked for; one without has a reason against it."""
+    for op in dispatch.OPS:
+        reason = dispatch.can_run(op, "triton", {})
+        assert (reason == f"there is no Triton kernel of {op}") == (op not in kernels.OPS and kernels.HAS_TRITON)
 
 
 def test_public_names():

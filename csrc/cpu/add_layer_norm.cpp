@@ -24,7 +24,11 @@ void forward(const AddLayerNormFwd& args, int64_t begin, int64_t end) {
     const X* x = row_of<X>(args.x, row);
     const Residual* residual = row_of<Residual>(args.residual, row);
     Sum* sum = static_cast<Sum*>(args.sum) + row * D;
-    for_row(D, [&](auto part, int64_t i) { part.store(sum + i, part.load(x + i) + part.load(residual + i)); });
+    for_row(D, [&](auto part, int64_t i) {
+      prefetch(x + i, args.x.stride);
+      prefetch(residual + i, args.residual.stride);
+      part.store(sum + i, part.load(x + i) + part.load(residual + i));
+    });
     norm_row<Sum, Y>(sum, args.norm, row);
   }
 }
@@ -62,13 +66,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in
   const FloatInput weight("weight", weight_in, x.D), bias("bias", bias_in, x.D);
   const bool alike = x_in.scalar_type() == residual_in.scalar_type();
   Tensor sum = empty_cpu(x_in.sizes(), alike ? x_in.scalar_type() : ScalarType::Float);
+  const DType y_dtype = float_dtype("dtype", dtype);
   Tensor y = empty_cpu(x_in.sizes(), dtype);
   Tensor mean = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
   const AddLayerNormFwd args{
       x.rows,
       residual.rows,
       sum.mutable_data_ptr(),
-      {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), float_dtype("dtype", dtype),
+      {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), y_dtype,
        static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
   };
   run(MAEFAST_KERNEL(add_layer_norm_fwd_kernel), args, x.count, x.D * 16);

@@ -75,14 +75,14 @@ class RowsInput {
     check(t.dim() >= 1 && t.size(t.dim() - 1) >= 1, name, " must be (..., D) with D >= 1");
     D = t.size(t.dim() - 1);
     count = t.numel() / D;
-    int64_t stride = 0, span = 0;  // of the dimensions seen so far, from the innermost
-    bool seen = false, even = D == 1 || t.stride(t.dim() - 1) == 1;
+    int64_t stride = D;
+    bool even = D == 1 || t.stride(t.dim() - 1) == 1;
+    std::optional<int64_t> span;  // from one index to the next of the dimension outside those seen
     for (int64_t dim = t.dim() - 2; dim >= 0; --dim) {
       if (t.size(dim) == 1) continue;
-      if (!seen) stride = t.stride(dim);
-      even = even && (!seen || t.stride(dim) == span);
+      if (!span) stride = t.stride(dim);
+      even = even && t.stride(dim) == span.value_or(stride);
       span = t.stride(dim) * t.size(dim);
-      seen = true;
     }
     if (!even) {
       tensor_ = torch::stable::contiguous(t);
@@ -102,19 +102,21 @@ inline void check_same_shape(const char* name, const Tensor& t, const Tensor& x)
   check(std::equal(mine.begin(), mine.end(), wanted.begin(), wanted.end()), name, " must have the shape of x");
 }
 
-// `size` fp32 values of a small tensor, converted where they are of another dtype.
+// `size` fp32 values of a small tensor, converted where they are of another dtype; null where there is none.
 class FloatInput {
  public:
-  const float* data;
+  const float* data = nullptr;
 
-  FloatInput(const char* name, const Tensor& t, int64_t size) : tensor_(torch::stable::contiguous(t)) {
-    check(t.numel() == size, name, " must have ", size, " values, it has ", t.numel());
-    const DType dtype = float_dtype(name, t.scalar_type());
-    data = static_cast<const float*>(dtype == DType::f32 ? tensor_.const_data_ptr() : nullptr);
+  FloatInput(const char* name, const std::optional<Tensor>& t, int64_t size) {
+    if (!t) return;
+    check(t->numel() == size, name, " must have ", size, " values, it has ", t->numel());
+    const DType dtype = float_dtype(name, t->scalar_type());
+    tensor_ = torch::stable::contiguous(*t);
+    data = static_cast<const float*>(tensor_->const_data_ptr());
     if (dtype == DType::f32) return;
     converted_.resize(size);
     scalar::visit_float(dtype, [&](auto value) {
-      const auto* in = static_cast<const decltype(value)*>(tensor_.const_data_ptr());
+      const auto* in = static_cast<const decltype(value)*>(tensor_->const_data_ptr());
       for (int64_t i = 0; i < size; ++i) scalar::store(converted_.data() + i, scalar::load(in + i));
     });
     data = converted_.data();
@@ -123,7 +125,7 @@ class FloatInput {
   FloatInput& operator=(const FloatInput&) = delete;
 
  private:
-  Tensor tensor_;
+  std::optional<Tensor> tensor_;
   std::vector<float> converted_;
 };
 

@@ -52,8 +52,8 @@ inline void backward_row(const LayerNormBwd& args, int64_t row, float* dweight, 
   const Vec mean_gx = broadcast((sums.of[2] - residue * sums.of[1]) * rstd / width);  // of g times the normalised x
   X* dx = static_cast<X*>(args.dx) + row * D;
   for_row(D, [&](auto part, int64_t i) {
-    __builtin_prefetch(x + args.x.stride + i, 0, 2);
-    __builtin_prefetch(dy + args.dy.stride + i, 0, 2);
+    prefetch(x + i, args.x.stride);
+    prefetch(dy + i, args.dy.stride);
     const Vec xhat = normalised(part.load(x + i), at, scale), dy_i = part.load(dy + i), weight = part.load(args.weight + i);
     part.store(dweight + i, part.load(dweight + i) + dy_i * xhat);
     part.store(dbias + i, part.load(dbias + i) + dy_i);
@@ -113,11 +113,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, const Tens
                                                   ScalarType dtype) {
   const RowsInput x("x", x_in);
   const FloatInput weight("weight", weight_in, x.D), bias("bias", bias_in, x.D);
+  const DType y_dtype = float_dtype("dtype", dtype);
   Tensor y = empty_cpu(x_in.sizes(), dtype);
   Tensor mean = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
   const LayerNormFwd args{
       x.rows,
-      {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), float_dtype("dtype", dtype),
+      {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), y_dtype,
        static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
   };
   run(MAEFAST_KERNEL(layer_norm_fwd_kernel), args, x.count, x.D * 8);
@@ -139,6 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& 
   const int64_t D = x.D;
   const FloatInput weight("weight", weight_in, D), bias("bias", bias_in, D);
   const FloatInput mean("mean", mean_in, x.count), rstd("rstd", rstd_in, x.count);
+  const DType y_type = float_dtype("y_dtype", y_dtype.value_or(ScalarType::Float));
+  const DType cast_type = float_dtype("cast_dtype", cast_dtype.value_or(ScalarType::Float));
   const auto output = [&](std::optional<ScalarType> dtype) {
     return dtype ? empty_cpu(x_in.sizes(), *dtype) : empty_cpu({0}, x_in.scalar_type());
   };
@@ -155,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& 
       dx.mutable_data_ptr(),
       y_dtype ? y.mutable_data_ptr() : nullptr,
       cast_dtype ? dx_cast.mutable_data_ptr() : nullptr,
-      float_dtype("y_dtype", y_dtype.value_or(ScalarType::Float)),
-      float_dtype("cast_dtype", cast_dtype.value_or(ScalarType::Float)),
+      y_type,
+      cast_type,
       sums.partial(),
       x.count,
       D,

@@ -3,6 +3,7 @@
 //
 // The weight is packed into panels of columns that lie together in memory, a few MB of it at a time; then a task is a block of
 // rows times some panels, with its part of x packed for the first caches.
+#include "gelu.h"
 #include "isa.h"
 #include "product.h"
 
@@ -21,6 +22,7 @@ struct LinearFwd {
   float* y;           // [rows, columns]
   float* packed;      // the weight's columns [first, first + depth), in panels [depth][a panel's columns, padded]
   int64_t rows, columns, first, depth, panels_per_task;
+  bool gelu;  // of the whole sum, when the last part of it is stored
 };
 
 constexpr int64_t kPanel = 48;   // columns: vectors of every width, in tiles that fill the registers
@@ -30,19 +32,26 @@ constexpr int64_t kDepth = 768;  // at a time: a task's part of x stays in the s
 namespace MAEFAST_ISA {
 namespace {
 
-inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
+inline int64_t lesser(int64_t n, int64_t most) { return n < most ? n : most; }
 
-// A panel of the product into y: on top of what is there, or of the bias, if there is one.
+// A panel of the product into y: on top of what is there, or of the bias, if there is one; through GELU where it is the last
+// part.
+template <bool kGelu>
 inline void store_panel(const float* product, const LinearFwd& args, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   const bool more = args.first > 0;
   for (int64_t i = 0; i < rows; ++i, product += round_up(columns, kLanes)) {
     float* y = args.y + (row + i) * args.columns + column;
     const float* onto = more ? y : args.bias == nullptr ? nullptr : args.bias + column;
     int64_t j = 0;
+    const auto finished = [](Vec v) {
+      if constexpr (kGelu) return gelu(v, tail_of<false>(v));
+      return v;
+    };
     for (; j + kLanes <= columns; j += kLanes)
-      store(y + j, onto == nullptr ? load(product + j) : load(product + j) + load(onto + j));
+      store(y + j, finished(onto == nullptr ? load(product + j) : load(product + j) + load(onto + j)));
     if (j == columns) continue;
-    store_first(y + j, onto == nullptr ? load(product + j) : load(product + j) + load_first(onto + j, columns - j), columns - j);
+    const Vec last = onto == nullptr ? load(product + j) : load(product + j) + load_first(onto + j, columns - j);
+    store_first(y + j, finished(last), columns - j);
   }
 }
 
@@ -52,7 +61,7 @@ inline void store_panel(const float* product, const LinearFwd& args, int64_t row
 void linear_pack_kernel(const LinearFwd& args, int64_t begin, int64_t end) {
   const Matrix& weight = args.weight;
   for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t column = panel * kPanel, columns = at_most(args.columns - column, kPanel);
+    const int64_t column = panel * kPanel, columns = lesser(args.columns - column, kPanel);
     float* out = args.packed + column * args.depth;
     if (weight.transposed) {
       pack_rows<false>(weight.data + args.first * weight.stride + column, weight.stride, args.depth, columns, out,
@@ -70,7 +79,7 @@ void linear_fwd_kernel(const LinearFwd& args, int64_t begin, int64_t end) {
   const int64_t tasks = (args.columns + task_columns - 1) / task_columns;
   Scratch<float> block(round_up(kRows, kLanes) * round_up(depth, kLanes)), product(kRows * kPanel);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / tasks * kRows, rows = at_most(args.rows - row, kRows);
+    const int64_t row = unit / tasks * kRows, rows = lesser(args.rows - row, kRows);
     const int64_t stride = round_up(x.transposed ? rows : depth, kLanes);
     if (x.transposed) {
       pack_rows<false>(x.data + args.first * x.stride + row, x.stride, depth, rows, block, stride);
@@ -78,11 +87,12 @@ void linear_fwd_kernel(const LinearFwd& args, int64_t begin, int64_t end) {
       pack_rows<false>(x.data + row * x.stride + args.first, x.stride, rows, depth, block, stride);
     }
     const int64_t a_row = x.transposed ? 1 : stride, a_depth = x.transposed ? stride : 1;
-    const int64_t from = unit % tasks * task_columns, to = at_most(from + task_columns, args.columns);
+    const int64_t from = unit % tasks * task_columns, to = lesser(from + task_columns, args.columns);
     for (int64_t column = from; column < to; column += kPanel) {
-      const int64_t columns = at_most(to - column, kPanel), padded = round_up(columns, kLanes);
+      const int64_t columns = lesser(to - column, kPanel), padded = round_up(columns, kLanes);
       multiply<false>({block, a_row, a_depth, args.packed + column * depth, padded, product, padded, depth, false}, rows, padded);
-      store_panel(product, args, row, rows, column, columns);
+      args.gelu ? store_panel<true>(product, args, row, rows, column, columns)
+                : store_panel<false>(product, args, row, rows, column, columns);
     }
   }
 }
@@ -116,13 +126,14 @@ class MatrixInput {
   RowsInput rows_;
 };
 
-Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
   check(weight.dim() == 2 && x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), "x must be (..., in) for a weight (out, in)");
   check(x.scalar_type() == weight.scalar_type(), "x must have the dtype of weight");
   check(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == weight.scalar_type()),
         "bias must be (out,) in the dtype of weight");
   if (x.scalar_type() != ScalarType::Float || x.numel() == 0 || weight.numel() == 0) {
-    return call_op("aten::linear", x, weight, bias);  // oneDNN's, for 16 bits as fast as can be
+    const Tensor y = call_op("aten::linear", x, weight, bias);  // oneDNN's, for 16 bits as fast as can be
+    return gelu ? call_op("aten::gelu", y, std::string("none")) : y;
   }
   const int64_t columns = weight.size(0), K = weight.size(1), rows = x.numel() / K;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -145,10 +156,12 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Ten
                  columns,
                  0,
                  0,
-                 (panels + column_tasks - 1) / column_tasks};
+                 (panels + column_tasks - 1) / column_tasks,
+                 false};
   const int64_t row_tasks = (rows + kRows - 1) / kRows;
   for (; args.first < K; args.first += chunk) {
     args.depth = std::min(chunk, K - args.first);
+    args.gelu = gelu && args.first + args.depth == K;
     run(MAEFAST_KERNEL(linear_pack_kernel), args, panels, kPanel * args.depth * 8);
     run(MAEFAST_KERNEL(linear_fwd_kernel), args, row_tasks * column_tasks, kRows * args.depth * 8);
   }

@@ -48,7 +48,7 @@ inline void norm_row(const X* x, const Norm& args, int64_t row) {
   const Vec scale = broadcast(rstd);
   Y* y = static_cast<Y*>(args.y) + row * D;
   for_row(D, [&](auto part, int64_t i) {
-    __builtin_prefetch(x + D + i, 0, 2);
+    prefetch(x + i, D);
     part.store(y + i, normalised(part.load(x + i), at, scale) * part.load(args.weight + i) + part.load(args.bias + i));
   });
 }

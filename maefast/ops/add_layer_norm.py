@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from .._library import register_fake
 from ._checks import check_floating, check_out_dtype, check_rows, check_same_device, shape_of
 
 
@@ -20,7 +21,8 @@ def add_layer_norm(
     residual      (..., D)  floating-point, of any dtype
     weight, bias  (D,)      floating-point, of any dtype
     dtype                   of the normalised sum; by default that of the sum
-    returns       (..., D), (..., D)  the normalised sum (statistics of the sum as stored), and the sum in the promoted dtype
+    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is stored, and the sum, in the
+                                      promoted dtype of x and residual
     Gradients for x, residual, weight and bias, deterministic.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
@@ -31,8 +33,9 @@ def add_layer_norm(
         raise ValueError(f"residual must have the shape of x, {shape_of(x)}; its shape is {shape_of(residual)}")
     dtype = check_out_dtype(dtype, torch.promote_types(x.dtype, residual.dtype))
     inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias, "out": x.new_empty(0, dtype=dtype)}
-    if dispatch.choose("add_layer_norm", inputs) == "native":
-        return _AddLayerNorm.apply(x, residual, weight, bias, eps, dtype)
+    backend = dispatch.choose("add_layer_norm", inputs)
+    if backend != "eager":
+        return _AddLayerNorm.apply(backend, x, residual, weight, bias, eps, dtype)
     return add_layer_norm_ref(x, residual, weight, bias, eps, dtype)
 
 
@@ -47,11 +50,11 @@ def add_layer_norm_ref(
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+        ctx: Any, backend: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        y, total, mean, rstd = torch.ops.maefast.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        y, total, mean, rstd = dispatch.ops_of(backend).add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
-        ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+        ctx.backend, ctx.x_dtype, ctx.residual_dtype = backend, x.dtype, residual.dtype
         ctx.set_materialize_grads(False)
         return y, total
 
@@ -59,20 +62,21 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, bias, mean, rstd = ctx.saved_tensors
-        needs_x, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        _, needs_x, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if dy is None:  # only the sum was used
             dx = None if dtotal is None or not needs_x else dtotal.to(ctx.x_dtype)
             dresidual = None if dtotal is None or not needs_residual else dtotal.to(ctx.residual_dtype)
-            return dx, dresidual, None, None, None, None
+            return None, dx, dresidual, None, None, None, None
         # at most one of the two has another dtype than the sum; fp16 and bf16, where both have, take a cast of their own
         cast = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype != total.dtype), None)
-        dsum, dweight, dbias, _, dsum_cast = torch.ops.maefast.layer_norm_bwd(
+        dsum, dweight, dbias, _, dsum_cast = dispatch.ops_of(ctx.backend).layer_norm_bwd(
             dy, dtotal, total, weight, bias, mean, rstd, None, cast
         )
         grads = {total.dtype: dsum, cast: dsum_cast}
         dx = grads[ctx.x_dtype] if ctx.x_dtype in grads else dsum.to(ctx.x_dtype)
         dresidual = grads[ctx.residual_dtype] if ctx.residual_dtype in grads else dsum.to(ctx.residual_dtype)
         return (
+            None,
             dx if needs_x else None,
             dresidual if needs_residual else None,
             dweight.to(weight.dtype) if needs_weight else None,
@@ -82,7 +86,7 @@ class _AddLayerNorm(torch.autograd.Function):
         )
 
 
-@torch.library.register_fake("maefast::add_layer_norm_fwd")
+@register_fake("add_layer_norm_fwd")
 def _add_layer_norm_fwd_fake(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from .._library import register_fake
 from ._checks import check_rows
 
 
@@ -23,8 +24,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check_rows(x, bias=bias)
     inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
-    if dispatch.choose("bias_gelu", inputs) == "native":
-        return _BiasGelu.apply(x, bias)
+    backend = dispatch.choose("bias_gelu", inputs)
+    if backend != "eager":
+        return _BiasGelu.apply(backend, x, bias)
     return bias_gelu_ref(x, bias)
 
 
@@ -35,25 +37,26 @@ def bias_gelu_ref(x: Tensor, bias: Tensor | None) -> Tensor:
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, bias)
-        return torch.ops.maefast.bias_gelu_fwd(x, bias)
+        ctx.backend = backend
+        return dispatch.ops_of(backend).bias_gelu_fwd(x, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx, dbias, _ = torch.ops.maefast.bias_gelu_bwd(dy, x, bias, False)
-        needs_x, needs_bias = ctx.needs_input_grad
-        return dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None
+        dx, dbias, _ = dispatch.ops_of(ctx.backend).bias_gelu_bwd(dy, x, bias, False)
+        _, needs_x, needs_bias = ctx.needs_input_grad
+        return None, dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None
 
 
-@torch.library.register_fake("maefast::bias_gelu_fwd")
+@register_fake("bias_gelu_fwd")
 def _bias_gelu_fwd_fake(x: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("maefast::bias_gelu_bwd")
+@register_fake("bias_gelu_bwd")
 def _bias_gelu_bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool) -> tuple[Tensor, Tensor, Tensor]:
     dbias = x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
     return x.new_empty(x.shape), dbias, x.new_empty(x.shape if with_y else 0)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .._library import register_fake
 from ._checks import (
     check_dtype,
     check_images,
@@ -42,8 +43,9 @@ def gather_patches(
         dtype = torch.float32 if imgs.dtype == torch.uint8 else imgs.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating-point; it is {str(dtype).removeprefix('torch.')}")
-    if dispatch.choose("gather_patches", {"imgs": imgs, "ids": ids, "out": imgs.new_empty(0, dtype=dtype)}) == "native":
-        return torch.ops.maefast.gather_patches_fwd(imgs, ids, ph, pw, mean, std, dtype)
+    backend = dispatch.choose("gather_patches", {"imgs": imgs, "ids": ids, "out": imgs.new_empty(0, dtype=dtype)})
+    if backend != "eager":
+        return dispatch.ops_of(backend).gather_patches_fwd(imgs, ids, ph, pw, mean, std, dtype)
     return gather_patches_ref(imgs, ids, (ph, pw), mean, std, dtype)
 
 
@@ -65,7 +67,7 @@ def gather_patches_ref(
     return pixels.reshape(N, ids.shape[1], C * ph * pw)
 
 
-@torch.library.register_fake("maefast::gather_patches_fwd")
+@register_fake("gather_patches_fwd")
 def _gather_patches_fwd_fake(
     imgs: Tensor, ids: Tensor, patch_h: int, patch_w: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from .._library import register_fake
 from ._checks import check_out_dtype, check_rows
 
 
@@ -24,8 +25,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
     check_rows(x, weight=weight, bias=bias)
     dtype = check_out_dtype(dtype, x.dtype)
     inputs = {"x": x, "weight": weight, "bias": bias, "out": x.new_empty(0, dtype=dtype)}
-    if dispatch.choose("layer_norm", inputs) == "native":
-        return _LayerNorm.apply(x, weight, bias, eps, dtype)
+    backend = dispatch.choose("layer_norm", inputs)
+    if backend != "eager":
+        return _LayerNorm.apply(backend, x, weight, bias, eps, dtype)
     return layer_norm_ref(x, weight, bias, eps, dtype)
 
 
@@ -36,8 +38,9 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: t
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        y, mean, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, eps, dtype)
+    def forward(ctx: Any, backend: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        y, mean, rstd = dispatch.ops_of(backend).layer_norm_fwd(x, weight, bias, eps, dtype)
+        ctx.backend = backend
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
@@ -45,9 +48,11 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias, _, _ = torch.ops.maefast.layer_norm_bwd(dy, None, x, weight, bias, mean, rstd, None, None)
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        kernels = dispatch.ops_of(ctx.backend)
+        dx, dweight, dbias, _, _ = kernels.layer_norm_bwd(dy, None, x, weight, bias, mean, rstd, None, None)
+        _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         return (
+            None,
             dx if needs_x else None,
             dweight.to(weight.dtype) if needs_weight else None,
             dbias.to(bias.dtype) if needs_bias else None,
@@ -56,7 +61,7 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
-@torch.library.register_fake("maefast::layer_norm_fwd")
+@register_fake("layer_norm_fwd")
 def _layer_norm_fwd_fake(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +70,7 @@ def _layer_norm_fwd_fake(
     return x.new_empty(x.shape, dtype=dtype), statistic, torch.empty_like(statistic)
 
 
-@torch.library.register_fake("maefast::layer_norm_bwd")
+@register_fake("layer_norm_bwd")
 def _layer_norm_bwd_fake(
     dy: Tensor,
     dresidual: Tensor | None,

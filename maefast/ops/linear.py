@@ -45,20 +45,23 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool) -> Tensor:
-    """linear without its gradients, for inputs of one dtype."""
-    return torch.ops.maefast.linear_fwd(x, weight, bias) if native else F.linear(x, weight, bias)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool, gelu: bool = False) -> Tensor:
+    """linear without its gradients, for inputs of one dtype; with gelu the exact GELU of it, native fp32 in its epilogue."""
+    if native:
+        return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
 
 
 def input_gradient(dy: Tensor, weight: Tensor, native: bool) -> Tensor:
     """dy (..., out), weight (out, in) -> (..., in)."""
-    return torch.ops.maefast.linear_fwd(dy, weight.t(), None) if native else dy @ weight
+    return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False) if native else dy @ weight
 
 
 def weight_gradient(dy: Tensor, x: Tensor, native: bool) -> Tensor:
     """dy (..., out), x (..., in) -> (out, in)."""
     dy, x = rows(dy), rows(x)
-    return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None) if native else dy.t() @ x
+    return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False) if native else dy.t() @ x
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
@@ -91,5 +94,5 @@ class _Linear(torch.autograd.Function):
 
 
 @torch.library.register_fake("maefast::linear_fwd")
-def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])

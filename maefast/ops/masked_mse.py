@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .._library import register_fake
 from ._checks import (
     check_dtype,
     check_floating,
@@ -55,8 +56,9 @@ def masked_mse(
         raise ValueError(f"pred must be ({N}, M, {P}) with 1 <= M <= L = {L}; its shape is {shape_of(pred)}")
     if norm_pix and P < 2:
         raise ValueError("norm_pix needs patches of at least two values; these have one")
-    if dispatch.choose("masked_mse", {"pred": pred, "imgs": imgs, "mask": mask}) == "native":
-        return _MaskedMse.apply(pred, imgs, mask, ph, pw, norm_pix, mean, std)
+    backend = dispatch.choose("masked_mse", {"pred": pred, "imgs": imgs, "mask": mask})
+    if backend != "eager":
+        return _MaskedMse.apply(backend, pred, imgs, mask, ph, pw, norm_pix, mean, std)
     return masked_mse_ref(pred, imgs, mask, (ph, pw), norm_pix, mean, std)
 
 
@@ -101,6 +103,7 @@ class _MaskedMse(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         pred: Tensor,
         imgs: Tensor,
         mask: Tensor,
@@ -111,14 +114,14 @@ class _MaskedMse(torch.autograd.Function):
         std: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(pred, imgs, mask, mean, std)
-        ctx.options = (patch_h, patch_w, norm_pix)
-        return torch.ops.maefast.masked_mse_fwd(pred, imgs, mask, patch_h, patch_w, norm_pix, mean, std)
+        ctx.backend, ctx.options = backend, (patch_h, patch_w, norm_pix)
+        return dispatch.ops_of(backend).masked_mse_fwd(pred, imgs, mask, patch_h, patch_w, norm_pix, mean, std)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         pred, imgs, mask, mean, std = ctx.saved_tensors
-        dpred = _MaskedMseGradient.apply(dloss, pred, imgs, mask, *ctx.options, mean, std)
-        return dpred, None, None, None, None, None, None, None
+        dpred = _MaskedMseGradient.apply(ctx.backend, dloss, pred, imgs, mask, *ctx.options, mean, std)
+        return None, dpred, None, None, None, None, None, None, None
 
 
 class _MaskedMseGradient(torch.autograd.Function):
@@ -126,15 +129,15 @@ class _MaskedMseGradient(torch.autograd.Function):
     once_differentiable alone lets pass."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        return torch.ops.maefast.masked_mse_bwd(*args)
+    def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
+        return dispatch.ops_of(backend).masked_mse_bwd(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError('masked_mse is once_differentiable on this backend; maefast.backend("eager") has second derivatives')
 
 
-@torch.library.register_fake("maefast::masked_mse_fwd")
+@register_fake("masked_mse_fwd")
 def _masked_mse_fwd_fake(
     pred: Tensor,
     imgs: Tensor,
@@ -148,7 +151,7 @@ def _masked_mse_fwd_fake(
     return pred.new_empty((), dtype=torch.float32)
 
 
-@torch.library.register_fake("maefast::masked_mse_bwd")
+@register_fake("masked_mse_bwd")
 def _masked_mse_bwd_fake(
     dloss: Tensor,
     pred: Tensor,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .._library import register_fake
 from ._checks import check_dtype, check_no_grad, shape_of
 
 
@@ -24,8 +25,9 @@ def random_masking(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor
     check_no_grad(noise=noise)
     if not 0 <= len_keep <= noise.shape[1]:
         raise ValueError(f"len_keep must be in [0, {noise.shape[1]}]; it is {len_keep}")
-    if dispatch.choose("random_masking", {"noise": noise}) == "native":
-        return torch.ops.maefast.random_masking_fwd(noise, len_keep)
+    backend = dispatch.choose("random_masking", {"noise": noise})
+    if backend != "eager":
+        return dispatch.ops_of(backend).random_masking_fwd(noise, len_keep)
     return random_masking_ref(noise, len_keep)
 
 
@@ -35,7 +37,7 @@ def random_masking_ref(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Te
     return ids_shuffle[:, :len_keep].contiguous(), ids_restore, (ids_restore >= len_keep).float()
 
 
-@torch.library.register_fake("maefast::random_masking_fwd")
+@register_fake("random_masking_fwd")
 def _random_masking_fwd_fake(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
     N, L = noise.shape
     ids_keep = noise.new_empty(N, len_keep, dtype=torch.int64)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from .._library import register_fake
 from ._checks import check_dtype, check_floating, check_same_device, shape_of, values_are_known
 
 
@@ -36,8 +37,9 @@ def unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Ten
     if pos_embed.shape != (1, 1 + L, D):
         raise ValueError(f"pos_embed must be (1, {1 + L}, {D}); its shape is {shape_of(pos_embed)}")
     inputs = {"x": x, "ids_restore": ids_restore, "mask_token": mask_token, "pos_embed": pos_embed}
-    if dispatch.choose("unshuffle", inputs) == "native":
-        return _Unshuffle.apply(x, ids_restore, mask_token, pos_embed)
+    backend = dispatch.choose("unshuffle", inputs)
+    if backend != "eager":
+        return _Unshuffle.apply(backend, x, ids_restore, mask_token, pos_embed)
     return unshuffle_ref(x, ids_restore, mask_token, pos_embed)
 
 
@@ -52,28 +54,29 @@ def unshuffle_ref(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed:
 
 class _Unshuffle(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
         ctx.save_for_backward(ids_restore)
+        ctx.backend = backend
         ctx.len_keep, ctx.x_dtype = x.shape[1] - 1, x.dtype
         ctx.mask_token_dtype, ctx.pos_embed_dtype = mask_token.dtype, pos_embed.dtype
-        return torch.ops.maefast.unshuffle_fwd(x, ids_restore, mask_token, pos_embed)
+        return dispatch.ops_of(backend).unshuffle_fwd(x, ids_restore, mask_token, pos_embed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids_restore,) = ctx.saved_tensors
-        dx, dmask_token = torch.ops.maefast.unshuffle_bwd(dy, ids_restore, ctx.len_keep, ctx.x_dtype)
-        dpos_embed = dy.sum(dim=0, keepdim=True).to(ctx.pos_embed_dtype) if ctx.needs_input_grad[3] else None
-        return dx, None, dmask_token.to(ctx.mask_token_dtype), dpos_embed
+        dx, dmask_token = dispatch.ops_of(ctx.backend).unshuffle_bwd(dy, ids_restore, ctx.len_keep, ctx.x_dtype)
+        dpos_embed = dy.sum(dim=0, keepdim=True).to(ctx.pos_embed_dtype) if ctx.needs_input_grad[4] else None
+        return None, dx, None, dmask_token.to(ctx.mask_token_dtype), dpos_embed
 
 
-@torch.library.register_fake("maefast::unshuffle_fwd")
+@register_fake("unshuffle_fwd")
 def _unshuffle_fwd_fake(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos_embed.dtype)
     return x.new_empty(x.shape[0], 1 + ids_restore.shape[1], x.shape[2], dtype=dtype)
 
 
-@torch.library.register_fake("maefast::unshuffle_bwd")
+@register_fake("unshuffle_bwd")
 def _unshuffle_bwd_fake(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     N, _, D = dy.shape
     return dy.new_empty(N, 1 + len_keep, D, dtype=dtype), dy.new_empty(1, 1, D, dtype=torch.float32)

@@ -1,11 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from errors import assert_close_to_float64
 from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, threads
 from torch import Tensor
 
 import maefast
 from maefast import dispatch, ops
+from maefast.ops.linear import product
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -56,6 +58,26 @@ def test_reference_gradients():
 def test_sizes(isa, size, bias):
     rows, depth, features = size
     check([make((rows, depth), features, bias=bias) for _ in range(8 if rows * features < 5000 else 2)])
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gelu_in_the_product(isa, size, bias):
+    """Inference: GELU of the whole sum, whatever parts it comes in."""
+    rows, depth, features = size
+    results: list[list[Tensor]] = []
+    for _ in range(8 if rows * features < 5000 else 2):
+        x, weight, *given = (t.detach() for t in make((rows, depth), features, bias=bias).values())
+        b = given[0] if bias else None
+        wide = (x.double(), weight.double(), None if b is None else b.double())
+        results.append([product(x, weight, b, native=True, gelu=True), F.gelu(F.linear(x, weight, b)), F.gelu(F.linear(*wide))])
+    assert_close_to_float64("gelu(linear)", *(torch.stack(column) for column in zip(*results, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+def test_gelu_behind_the_product_in_halves(native, dtype):
+    x, weight, bias = (t.detach() for t in make((9, 20), 7, dtype).values())
+    assert torch.equal(product(x, weight, bias, native=True, gelu=True), F.gelu(F.linear(x, weight, bias)))
 
 
 def test_a_weight_of_several_parts():
@@ -262,15 +284,16 @@ def test_more_than_2_31_elements(native):
     x = torch.randint(-4, 5, (1, depth)).float().expand(rows, -1)
     assert x.numel() > 2**31
     weight = torch.randint(-4, 5, (1, depth)).float()
-    out = torch.ops.maefast.linear_fwd(x, weight, None)
+    out = torch.ops.maefast.linear_fwd(x, weight, None, False)
     assert torch.equal(out, (weight @ x[0]).expand(rows, 1))  # whole numbers below 2^24
-    dweight = torch.ops.maefast.linear_fwd(torch.ones(rows, 1).t(), x.t(), None)
+    dweight = torch.ops.maefast.linear_fwd(torch.ones(rows, 1).t(), x.t(), None, False)
     assert torch.equal(dweight, x[:1] * rows)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_opcheck(native, dtype, bias):
+@pytest.mark.parametrize("gelu", [True, False], ids=["gelu", "plain"])
+def test_opcheck(native, dtype, bias, gelu):
     inputs = {name: t.detach() for name, t in make((2, 9, 5), 7, dtype).items()}
-    args = (inputs["x"], inputs["weight"], inputs["bias"] if bias else None)
+    args = (inputs["x"], inputs["weight"], inputs["bias"] if bias else None, gelu)
     torch.library.opcheck(torch.ops.maefast.linear_fwd.default, args)

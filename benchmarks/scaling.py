@@ -1,0 +1,57 @@
+"""How a ViT-B/16 training step grows with the batch and the threads: the eager reference and maefast in rotation.
+
+`python benchmarks/scaling.py [--batches 1 2 4 16 64] [--dtypes fp32 bf16] [--out FILE]` prints a table and writes
+results/<machine>/scaling.json.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from rotation import Budget, WallTimer, rotate
+from stepbench import Size, StepWorkload
+from test_step import CPU
+
+CONTENDERS = ("reference-sdpa", "maefast", "maefast-no-pred")
+DEMO = Size(16, 64, 4, 64, 3, 2, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=2)  # the demo's, for photographs
+
+
+def measure(label: str, workload: StepWorkload, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    bench = workload.bench()
+    runs = {name: bench.run(name) for name in CONTENDERS}
+    samples = rotate(runs, WallTimer(), Budget(seconds=15, least=3, most=41), bench.sets, warmup=1)
+    median = {name: statistics.median(values) for name, values in samples.items()}
+    row = {"model": label, "dtype": workload.variant, "batch": workload.images, "threads": threads, "seconds": median}
+    speed = ", ".join(f"{name} {value * 1e3:.1f} ms ({median['reference-sdpa'] / value:.2f} x)" for name, value in median.items())
+    print(f"{label}, {workload.variant}, batch {workload.images}, {threads} threads: {speed}", flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 16, 64])
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>/scaling.json")
+    args = parser.parse_args()
+    device, most = torch.device("cpu"), torch.get_num_threads()
+    rows = []
+    for dtype in args.dtypes:
+        rows.append(measure("demo", StepWorkload("demo", DEMO, dtype, device), most))
+        for batch in args.batches:
+            rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=batch), dtype, device), most))
+        rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=4), dtype, device), 1))
+    info = machine.describe(device)
+    out = args.out or Path(__file__).parent / "results" / info["machine"] / "scaling.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

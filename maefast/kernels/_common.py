@@ -1,0 +1,69 @@
+"""What the kernels share: how tiles are cut, the device that a launch goes to, sums of columns, the normalisation of a uint8
+pixel."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: within the block that is the one of `tensor`."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor` itself where its last dimension is dense, else a contiguous copy."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`tensor` (..., D) as (rows, D) with dense rows, a copy only where its strides allow no view."""
+    return dense_rows(tensor.reshape(-1, tensor.shape[-1]))
+
+
+def column_block(width: int) -> int:
+    """The power of two, up to 512, that cuts `width` with the least waste; the largest of those that waste the same."""
+    if width <= 128:
+        return triton.next_power_of_2(width)
+    return min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block)
+
+
+def rows_per_chunk(rows: int, least: int = 16) -> int:
+    """A rule of the shape alone, so that the order of a sum is: about 2000 chunks, or chunks of `least` .. 128 rows."""
+    return min(128, max(least, triton.next_power_of_2(triton.cdiv(rows, 2048))))
+
+
+@triton.jit
+def _column_sum_kernel(partial, total, second, chunks, D, split, ROWS: tl.constexpr, COLS: tl.constexpr):
+    d = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    sums = tl.zeros([ROWS, COLS], tl.float32)
+    for first in range(0, chunks, ROWS):
+        chunk = first + tl.arange(0, ROWS)
+        at = chunk.to(tl.int64)[:, None] * D + d[None, :]
+        sums += tl.load(partial + at, mask=(chunk < chunks)[:, None] & (d < D)[None, :], other=0.0)
+    column = tl.sum(sums, axis=0)
+    tl.store(total + d, column, mask=d < split)
+    if second is not None:
+        tl.store(second + d - split, column, mask=(d >= split) & (d < D))
+
+
+def sum_columns(partial: Tensor, total: Tensor, second: Tensor | None = None) -> None:
+    """The second stage of a sum over rows, always in the same order: partial (chunks, D), fp32, into `total`, or its first
+    columns there and the rest into `second`."""
+    chunks, D = partial.shape
+    grid = (triton.cdiv(D, 16),)
+    _column_sum_kernel[grid](partial, total, second, chunks, D, total.numel(), ROWS=512, COLS=16, num_warps=8)
+
+
+@triton.jit
+def normalised(pixel, mean, rstd):
+    """(pixel / 255 - mean) * rstd for uint8 values; the quotient correctly rounded, as a division would give it."""
+    pixel = pixel.to(tl.float32)
+    quotient = pixel * (1 / 255)
+    quotient = tl.fma(tl.fma(quotient, -255.0, pixel), 1 / 255, quotient)
+    return (quotient - mean) * rstd

@@ -1,0 +1,38 @@
+"""add_layer_norm on a GPU: a program adds one row of the branch to the residual and normalises the sum as stored."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import as_rows, launching_on
+from ._norm import config, store_normalised
+
+
+@triton.jit
+def _add_layer_norm_fwd_kernel(
+    x, residual, weight, bias, y, total, mean, rstd, D, eps, x_stride, residual_stride, BLOCK: tl.constexpr
+):
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(x + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    value += tl.load(residual + row * residual_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    stored = value.to(total.dtype.element_ty)
+    tl.store(total + row * D + d, stored, mask=d < D)
+    store_normalised(stored.to(tl.float32), d, row, weight, bias, y, mean, rstd, D, eps)
+
+
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    D, x_rows, residual_rows = x.shape[-1], as_rows(x), as_rows(residual)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    mean = torch.empty(x_rows.shape[0], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if x.numel():
+        with launching_on(x):
+            _add_layer_norm_fwd_kernel[(x_rows.shape[0],)](
+                x_rows, residual_rows, weight.contiguous(), bias.contiguous(), y, total, mean, rstd, D, eps, x_rows.stride(0),
+                residual_rows.stride(0), **config(D),
+            )  # fmt: skip
+    return y, total, mean, rstd

@@ -1,0 +1,76 @@
+"""gather_patches on a GPU: a tile is some kept patches x some of their values, read from the image and written in order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import column_block, launching_on, normalised
+
+
+@triton.jit
+def _gather_patches_fwd_kernel(
+    imgs,
+    ids,
+    mean,
+    std,
+    out,
+    rows,
+    K,
+    grid_h,
+    grid_w,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    P: tl.constexpr = C * PH * PW
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    patch = tl.load(ids + row, mask=row < rows, other=-1)
+    readable = (patch >= 0) & (patch < grid_h * grid_w)
+    patch = patch.to(tl.int32)
+    patch_y, patch_x = (patch // grid_w).to(tl.int64), (patch % grid_w).to(tl.int64)
+    first = (row // K).to(tl.int64) * stride_n + patch_y * (PH * stride_h) + patch_x * (PW * stride_w)  # [ROWS]
+
+    value = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    c, y, x = value // (PH * PW), value // PW % PH, value % PW
+    offset = c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w  # [COLS]
+
+    pixel = tl.load(imgs + first[:, None] + offset[None, :], mask=readable[:, None] & (value < P)[None, :], other=0)
+    if imgs.dtype.element_ty == tl.uint8:
+        if mean is None:
+            pixel = normalised(pixel, 0.0, 1.0)
+        else:
+            rstd = tl.div_rn(1.0, tl.load(std + c, mask=value < P, other=1.0))
+            pixel = normalised(pixel, tl.load(mean + c, mask=value < P, other=0.0)[None, :], rstd[None, :])
+    at = row.to(tl.int64)[:, None] * P + value[None, :]
+    tl.store(out + at, pixel.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (value < P)[None, :])
+
+
+def config(P: int) -> dict[str, int]:
+    cols = column_block(P)
+    return {"ROWS": 4096 // cols, "COLS": cols, "num_warps": 4}
+
+
+def gather_patches_fwd(
+    imgs: Tensor, ids: Tensor, patch_h: int, patch_w: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """A row whose id is out of range holds pixels of zero."""
+    (N, K), (_, C, H, W) = ids.shape, imgs.shape
+    P = C * patch_h * patch_w
+    ids = ids.contiguous()
+    mean, std = (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
+    out = torch.empty(N, K, P, dtype=dtype, device=imgs.device)
+    if out.numel():
+        tile = config(P)
+        grid = (triton.cdiv(N * K, tile["ROWS"]), triton.cdiv(P, tile["COLS"]))
+        with launching_on(imgs):
+            _gather_patches_fwd_kernel[grid](
+                imgs, ids, mean, std, out, N * K, K, H // patch_h, W // patch_w, *imgs.stride(), C, patch_h, patch_w, **tile
+            )
+    return out

@@ -1,0 +1,114 @@
+"""layer_norm on a GPU: a program normalises one row. Backward, which also serves add_layer_norm: a program takes a chunk of rows,
+one after the other, and sums the gradients of weight and bias over them; a second kernel adds the chunks."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import as_rows, launching_on, rows_per_chunk, sum_columns
+from ._norm import config, store_normalised
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(x, weight, bias, y, mean, rstd, D, eps, x_stride, BLOCK: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(x + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    store_normalised(value, d, row, weight, bias, y, mean, rstd, D, eps)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy,
+    dresidual,
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    dx,
+    y,
+    dx_cast,
+    partial,
+    rows,
+    D,
+    dy_stride,
+    dresidual_stride,
+    x_stride,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    gain = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    dweight, dbias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0) * CHUNK
+    for i in range(0, tl.minimum(CHUNK, rows - first)):
+        row = first.to(tl.int64) + i
+        value = tl.load(x + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
+        dout = tl.load(dy + row * dy_stride + d, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + row)
+        difference = tl.where(inside, value - tl.load(mean + row), 0.0)
+        g = dout * gain
+        residue, mean_g = tl.sum(difference) / D, tl.sum(g) / D
+        mean_gx = (tl.sum(g * difference) / D - residue * mean_g) * scale  # of g times the normalised x
+        xhat = (difference - residue) * scale
+        dweight += dout * xhat
+        dbias += dout
+        out = (g - mean_g - xhat * mean_gx) * scale
+        if dresidual is not None:
+            out += tl.load(dresidual + row * dresidual_stride + d, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * D + d, out.to(dx.dtype.element_ty), mask=inside)
+        if dx_cast is not None:
+            tl.store(dx_cast + row * D + d, out.to(dx_cast.dtype.element_ty), mask=inside)
+        if y is not None:
+            again = xhat * gain + tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+            tl.store(y + row * D + d, again.to(y.dtype.element_ty), mask=inside)
+    at = partial + tl.program_id(0).to(tl.int64) * 2 * D + d
+    tl.store(at, dweight, mask=inside)
+    tl.store(at + D, dbias, mask=inside)
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    D, in_rows = x.shape[-1], as_rows(x)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean = torch.empty(in_rows.shape[0], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if x.numel():
+        with launching_on(x):
+            _layer_norm_fwd_kernel[(in_rows.shape[0],)](
+                in_rows, weight.contiguous(), bias.contiguous(), y, mean, rstd, D, eps, in_rows.stride(0), **config(D)
+            )
+    return y, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    y_dtype: torch.dtype | None,
+    cast_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    D, out = x.shape[-1], {}
+    for name, dtype in (("dx", x.dtype), ("y", y_dtype), ("dx_cast", cast_dtype)):
+        out[name] = torch.empty(0 if dtype is None else x.shape, dtype=dtype or x.dtype, device=x.device)
+    dweight = torch.zeros(D, dtype=torch.float32, device=x.device)
+    dbias = torch.zeros_like(dweight)
+    if x.numel() == 0:
+        return out["dx"], dweight, dbias, out["y"], out["dx_cast"]
+    x, dy, dresidual = as_rows(x), as_rows(dy), None if dresidual is None else as_rows(dresidual)
+    chunk = rows_per_chunk(x.shape[0], least=4)
+    chunks = triton.cdiv(x.shape[0], chunk)
+    partial = torch.empty(chunks, 2 * D, dtype=torch.float32, device=x.device)
+    with launching_on(x):
+        _layer_norm_bwd_kernel[(chunks,)](
+            dy, dresidual, x, weight.contiguous(), bias.contiguous(), mean, rstd, out["dx"],
+            None if y_dtype is None else out["y"], None if cast_dtype is None else out["dx_cast"], partial, x.shape[0], D,
+            dy.stride(0), 0 if dresidual is None else dresidual.stride(0), x.stride(0), chunk, **config(D, values=512),
+        )  # fmt: skip
+        sum_columns(partial, dweight, dbias)
+    return out["dx"], dweight, dbias, out["y"], out["dx_cast"]

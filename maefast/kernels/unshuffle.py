@@ -1,0 +1,103 @@
+"""unshuffle on a GPU. Forward: a tile is one token of several samples, which share its position. Backward: rows of dy go to
+where they came from or into the sum for the mask token; sums of fixed chunks of rows are added by a second kernel."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import column_block, dense_rows, launching_on, rows_per_chunk, sum_columns
+
+
+@triton.jit
+def _unshuffle_fwd_kernel(
+    x, ids_restore, mask_token, pos_embed, out, N, L, K, D, stride_n, stride_t, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    token = tl.program_id(0) % (L + 1)
+    n = (tl.program_id(0) // (L + 1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    # The class token is token 0 of x, so its rank is -1; any other rank out of range is that of a mask token.
+    rank = tl.load(ids_restore + n * L + token - 1, mask=n < tl.where(token > 0, N, 0), other=-1)
+    kept = (rank < K) & (rank >= tl.where(token > 0, 0, -1))
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    value = tl.load(x + (n * stride_n + (1 + rank) * stride_t)[:, None] + d[None, :], mask=inside & kept[:, None], other=0.0)
+    filler = tl.load(mask_token + d, mask=d < D, other=0.0).to(tl.float32)
+    position = tl.load(pos_embed + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.where(kept[:, None], value.to(tl.float32), filler[None, :]) + position[None, :]
+    at = (n * (L + 1) + token) * D
+    tl.store(out + at[:, None] + d[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _unshuffle_bwd_kernel(
+    dy,
+    ids_restore,
+    dx,
+    partial,
+    rows,
+    L,
+    K,
+    D,
+    stride_n,
+    stride_t,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for step in range(0, CHUNK, ROWS):
+        row = tl.program_id(0) * CHUNK + step + tl.arange(0, ROWS)
+        n, token = (row // (L + 1)).to(tl.int64), row % (L + 1)
+        rank = tl.load(ids_restore + n * L + token - 1, mask=(row < rows) & (token > 0), other=-1)
+        kept = (rank < K) & ((rank >= 0) | (token == 0))
+        inside = (row < rows)[:, None] & (d < D)[None, :]
+        value = tl.load(dy + (n * stride_n + token.to(tl.int64) * stride_t)[:, None] + d[None, :], mask=inside, other=0.0)
+        at = (n * (1 + K) + 1 + rank) * D
+        tl.store(dx + at[:, None] + d[None, :], value.to(dx.dtype.element_ty), mask=inside & kept[:, None])
+        total += tl.where(kept[:, None], 0.0, value.to(tl.float32))
+    tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
+
+
+def config(D: int) -> dict[str, int]:
+    cols = column_block(D)
+    return {"ROWS": min(16, 4096 // cols), "COLS": cols, "num_warps": 4}
+
+
+def unshuffle_fwd(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+    (N, L), D = ids_restore.shape, x.shape[2]
+    x, ids_restore, mask_token, pos_embed = (
+        dense_rows(x),
+        ids_restore.contiguous(),
+        mask_token.contiguous(),
+        pos_embed.contiguous(),
+    )
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos_embed.dtype)
+    out = torch.empty(N, 1 + L, D, dtype=dtype, device=x.device)
+    if out.numel():
+        tile = config(D)
+        grid = ((1 + L) * triton.cdiv(N, tile["ROWS"]), triton.cdiv(D, tile["COLS"]))
+        with launching_on(x):
+            _unshuffle_fwd_kernel[grid](
+                x, ids_restore, mask_token, pos_embed, out, N, L, x.shape[1] - 1, D, x.stride(0), x.stride(1), **tile
+            )
+    return out
+
+
+def unshuffle_bwd(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    N, tokens, D = dy.shape
+    dy, ids_restore = dense_rows(dy), ids_restore.contiguous()
+    dx = torch.empty(N, 1 + len_keep, D, dtype=dtype, device=dy.device)
+    if dy.numel() == 0:
+        return dx, torch.zeros(1, 1, D, dtype=torch.float32, device=dy.device)
+    dmask_token = torch.empty(1, 1, D, dtype=torch.float32, device=dy.device)
+    rows, tile = N * tokens, config(D)
+    chunk = rows_per_chunk(rows)
+    chunks = triton.cdiv(rows, chunk)
+    partial = torch.empty(chunks, D, dtype=torch.float32, device=dy.device)
+    with launching_on(dy):
+        _unshuffle_bwd_kernel[(chunks, triton.cdiv(D, tile["COLS"]))](
+            dy, ids_restore, dx, partial, rows, tokens - 1, len_keep, D, dy.stride(0), dy.stride(1), chunk, **tile
+        )
+        sum_columns(partial, dmask_token)
+    return dx, dmask_token

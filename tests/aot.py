@@ -1,0 +1,118 @@
+"""Ahead-of-time compilation of what a launcher launches: its kernels, specialised on the very arguments, for any architecture.
+
+No GPU is needed: the launcher gets CPU tensors, its kernels are replaced by recorders, and the recorded launches are compiled.
+"""
+
+import inspect
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from maefast.kernels import _common
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Per thread: registers, bytes of stack (local memory, where spills go). Per program: bytes of shared memory."""
+
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    ptx: str
+
+
+@contextmanager
+def recorded(module: ModuleType) -> Iterator[list[Launch]]:
+    """Within the block the kernels of `module`, and those that all share, are not launched but noted down."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+                bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs)
+                launches.append(Launch(self.kernel, tuple(bound.args), options))
+
+            return launch
+
+    kernels = [
+        (owner, name, kernel) for owner in (module, _common) for name, kernel in vars(owner).items() if name.endswith("_kernel")
+    ]
+    for owner, name, kernel in kernels:
+        setattr(owner, name, Recorder(kernel))
+    try:
+        yield launches
+    finally:
+        for owner, name, kernel in kernels:
+            setattr(owner, name, kernel)
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """What the JIT would compile: integers of 1 are constants, pointers and integers that 16 divides are known to be."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (param, value) in enumerate(zip(launch.kernel.params, launch.args, strict=True)):
+        divisible = False
+        if param.is_constexpr or value is None or value is True or value is False or (isinstance(value, int) and value == 1):
+            signature[param.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        elif isinstance(value, Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compiled(launch: Launch, capability: int, workdir: Path) -> Usage:
+    binary = triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
+    cubin = workdir / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report.stdout + report.stderr)}
+    return Usage(
+        launch.kernel.fn.__name__,
+        usage["REG"],
+        usage["STACK"] + usage["LOCAL"],
+        binary.metadata.shared,
+        launch.options.get("num_warps", 4),
+        binary.asm["ptx"],
+    )

@@ -1,0 +1,44 @@
+"""The tests of the kernels run on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported: see
+tests/test_kernels.py). The ahead-of-time compilation needs neither, and a Triton that does not interpret."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from maefast.kernels import HAS_TRITON, INTERPRETED, OPS
+
+if not HAS_TRITON:
+    collect_ignore_glob = ["test_*.py"]
+elif INTERPRETED:
+    collect_ignore_glob = ["test_aot.py"]
+elif not torch.cuda.is_available():
+    collect_ignore_glob = [f"test_{op}.py" for op in (*OPS, "common", "model")]
+
+if HAS_TRITON and INTERPRETED:
+    import triton
+    from triton.runtime import interpreter
+
+    _patch_tensor, _patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+    _patched: set[int] = set()  # the modules of the language that the launch in progress has patched
+
+    def _patch_tensor_with_scalars(tensor: type, scope: Any) -> None:
+        """The interpreter of Triton 3.6 makes a bound of a loop from an array of one element, which NumPy 2.4 refuses."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def _patch_lang_once(function: Any) -> Any:
+        """It patches its language again in each call of a function by a kernel, a third of the time of these tests."""
+        modules = {id(value) for value in function.__globals__.values() if value in (triton.language, triton.language.core)}
+        if modules <= _patched:
+            return None
+        scope, outermost = _patch_lang(function), not _patched
+        _patched.update(modules)
+        if outermost:
+            restore = scope.restore
+            scope.restore = lambda: (_patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = _patch_tensor_with_scalars, _patch_lang_once
+
+assert importlib.util.find_spec("errors"), "tests/ is not on the path: run pytest from the root of the repository"

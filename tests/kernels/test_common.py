@@ -1,0 +1,27 @@
+import pytest
+import torch
+from tritonrun import DEVICE, random
+
+from maefast.kernels import _common
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 512, 1300])
+@pytest.mark.parametrize(("D", "split"), [(1, 1), (40, 40), (40, 20), (18, 5)])
+def test_sum_columns(chunks, D, split):
+    """Small integers, whose sum is exact in any order."""
+    partial = torch.randint(-8, 9, (chunks, D), device=DEVICE).float()
+    poison = torch.full((D + 2,), torch.nan, device=DEVICE)
+    total, second = poison[1 : split + 1].clone(), poison[split + 1 : D + 1].clone()
+    _common.sum_columns(partial, total, second if split < D else None)
+    assert torch.equal(torch.cat([total, second]), partial.sum(dim=0))
+
+
+def test_rows_that_are_a_view_stay_where_they_are():
+    """(..., D) with dense rows at even distances costs no copy; any other layout becomes rows too."""
+    x = random(3, 5, 12)
+    views = {x: True, x[..., 2:9]: True, x[1:, :, :1]: True, x[:, :, ::2]: False, x.mT: False, x[:, 1:4, 2:9]: False}
+    for t, shares in views.items():
+        rows = _common.as_rows(t)
+        assert torch.equal(rows, t.reshape(-1, t.shape[-1]))
+        assert rows.shape[1] == 1 or rows.stride(1) == 1
+        assert (rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == shares

@@ -1,0 +1,301 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import LAYOUTS, check_op, forward_backward, lay_out, sliced, threads
+from torch import Tensor
+
+from maefast import ops
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+# x, weight and bias, result
+DTYPES = {
+    "fp32": (F32, F32, F32),
+    "bf16": (BF16, BF16, BF16),
+    "fp16": (F16, F16, F16),
+    "autocast": (F32, F32, BF16),
+    "fp32_parameters": (BF16, F32, BF16),
+    "bf16_parameters": (F32, BF16, F16),
+    "widening": (F16, BF16, F32),
+}
+FEW = {name: DTYPES[name] for name in ("fp32", "bf16", "autocast")}
+LEAVES = ("x", "weight", "bias")
+EPS = 1e-6
+
+
+def make(*shape: int, dtypes: tuple[torch.dtype, ...] = DTYPES["fp32"]) -> dict[str, Tensor]:
+    return {
+        "x": (2 * torch.randn(shape) + 1).to(dtypes[0]).requires_grad_(),
+        "weight": (1 + torch.randn(shape[-1])).to(dtypes[1]).requires_grad_(),
+        "bias": torch.randn(shape[-1]).to(dtypes[1]).requires_grad_(),
+    }
+
+
+def into(dtype: torch.dtype, eps: float = EPS) -> Callable[..., Tensor]:
+    """The op with a result of `dtype`, fp64 for the exact one."""
+    return lambda x, weight, bias: ops.layer_norm(x, weight, bias, eps, F64 if x.dtype == F64 else dtype)
+
+
+def incoming(out: Tensor) -> Tensor:
+    """Gradients that bf16 holds exactly, so that their rounding hides nothing."""
+    return torch.randn(out.shape).bfloat16()
+
+
+def check(
+    cases: list[dict[str, Tensor]], dtype: torch.dtype = F32, layout=lambda inputs: inputs, dy_layout=lambda dy: dy
+) -> None:
+    def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.double() for name, t in inputs.items()}
+
+    check_op(into(dtype), cases, exact, lambda out: dy_layout(incoming(out)), layout)
+
+
+def by_hand(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    mean = x.mean(dim=-1, keepdim=True)
+    var = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
+    return (x - mean) / (var + eps) ** 0.5 * weight + bias
+
+
+def test_by_paper_and_pencil(each_backend):
+    """Mean 2, variance 1, and eps 3 makes the root 2."""
+    x = torch.tensor([[1.0, 3.0]], requires_grad=True)
+    weight, bias = torch.tensor([2.0, 4.0], requires_grad=True), torch.tensor([1.0, -1.0], requires_grad=True)
+    y = ops.layer_norm(x, weight, bias, eps=3.0)
+    assert y.tolist() == [[0.0, 1.0]]
+    y.sum().backward()
+    # g = dy * weight = [2, 4], its mean 3; mean of g times the normalised x, [-0.5, 0.5], is 0.5
+    assert x.grad.tolist() == [[-0.375, 0.375]]
+    assert weight.grad.tolist() == [-0.5, 0.5]
+    assert bias.grad.tolist() == [1.0, 1.0]
+
+
+def test_reference_is_the_definition():
+    inputs = {name: t.double() for name, t in make(4, 3, 9).items()}
+    torch.testing.assert_close(ops.layer_norm_ref(**inputs, eps=0.1, dtype=F64), by_hand(**inputs, eps=0.1))
+
+
+def test_reference_gradients():
+    inputs = {name: t.detach().double().requires_grad_() for name, t in make(2, 3, 4).items()}
+    assert torch.autograd.gradcheck(into(F64), tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("D", [1, 2, 15, 63, 130, 768])
+def test_widths(isa, D, dtypes):
+    check([make(5, 7, D, dtypes=dtypes) for _ in range(8)], dtypes[2])
+
+
+@pytest.mark.parametrize("shape", [(20,), (1, 20), (16, 20), (17, 20), (2, 3, 5, 20), (2500, 20), (40_000, 3)], ids=str)
+@pytest.mark.parametrize("dtypes", FEW.values(), ids=FEW)
+def test_rows(isa, shape, dtypes):
+    """From one row to several chunks of every size."""
+    check([make(*shape, dtypes=dtypes) for _ in range(4)], dtypes[2])
+
+
+@pytest.mark.parametrize("dtypes", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(isa, layout, dtypes):
+    check(
+        [make(3, 9, 21, dtypes=dtypes) for _ in range(8)],
+        dtypes[2],
+        layout=lambda inputs: {name: lay_out(layout if t.dim() > 1 else sliced, t) for name, t in inputs.items()},
+        dy_layout=layout,
+    )
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
+def test_zero_strides(isa, dims):
+    def expanded(t: Tensor) -> Tensor:
+        shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
+        return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
+
+    cases = [make(3, 9, 21) for _ in range(20)]
+    check([inputs | {"x": expanded(inputs["x"])} for inputs in cases], dy_layout=expanded)
+
+
+def test_part_of_a_batch(isa):
+    """Rows that are dense, but not equally far apart: tokens without their class token, as a slice of them."""
+    check([make(4, 6, 33) for _ in range(8)], layout=lambda inputs: inputs | {"x": with_class_token(inputs["x"])[:, 1:]})
+
+
+def with_class_token(x: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(x[:, :1], torch.nan), x], dim=1)
+
+
+@pytest.mark.parametrize("mean", [1e3, -1e3])
+@pytest.mark.parametrize("D", [5, 63, 768])
+def test_far_from_zero(isa, D, mean):
+    """A spread of 160 steps of fp32 around a mean of 1000."""
+    cases = [make(64, D) for _ in range(4)]
+    check([inputs | {"x": (mean + 1e-2 * torch.randn(64, D)).requires_grad_()} for inputs in cases])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_other_scales(isa, scale):
+    check([inputs | {"x": (scale * torch.randn(16, 63)).requires_grad_()} for inputs in (make(16, 63) for _ in range(4))])
+
+
+def test_an_outlier_in_front(isa):
+    """The statistics start from the first value; it may be far from the others."""
+    cases = [make(16, 63) for _ in range(4)]
+    check([inputs | {"x": torch.cat([torch.full((16, 1), 1e4), torch.randn(16, 62)], 1).requires_grad_()} for inputs in cases])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("D", [1, 3, 63, 768])
+def test_constant_rows(isa, D, dtype):
+    inputs = make(1, D)
+    x = torch.tensor([[0.0], [1000.1], [-3e-3], [0.1]]).to(dtype).expand(4, D)
+    y = ops.layer_norm(x, inputs["weight"], inputs["bias"], EPS, F32)
+    assert torch.equal(y, inputs["bias"].expand(4, D))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_stays_alone(isa, value):
+    inputs = make(3, 40)
+    spoilt = inputs["x"].detach().clone()
+    spoilt[1, 17] = value
+    y, expected = (ops.layer_norm(x, inputs["weight"], inputs["bias"]) for x in (spoilt, inputs["x"]))
+    assert y[1].isnan().all()
+    assert torch.equal(y[::2], expected[::2])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)], ids=str)
+def test_no_rows(each_backend, shape):
+    inputs = make(*shape)
+    y = ops.layer_norm(**inputs)
+    assert y.shape == shape
+    dx, dweight, dbias = torch.autograd.grad(y.sum(), [inputs[name] for name in LEAVES])
+    assert dx.shape == shape
+    assert dweight.tolist() == dbias.tolist() == [0] * 5
+
+
+def test_default_dtype_is_that_of_x(each_backend):
+    for dtype in (F32, BF16, F16):
+        inputs = make(2, 5, dtypes=(dtype, F32))
+        assert torch.equal(ops.layer_norm(**inputs), ops.layer_norm(**inputs, dtype=dtype))
+        assert ops.layer_norm(**inputs).dtype == dtype
+
+
+def test_float64_runs_eagerly():
+    inputs = {name: t.double() for name, t in make(4, 9).items()}
+    torch.testing.assert_close(ops.layer_norm(**inputs, eps=0.1), by_hand(**inputs, eps=0.1))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_one_gradient_at_a_time(native, leaf):
+    inputs, dy = make(40, 9), torch.randn(40, 9)
+    expected = forward_backward(ops.layer_norm, inputs, dy)[f"d_{leaf}"]
+    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
+    assert torch.equal(forward_backward(ops.layer_norm, alone, dy)[f"d_{leaf}"], expected)
+
+
+def test_backward_twice(native):
+    inputs = make(20, 9)
+    loss = ops.layer_norm(**inputs).square().sum()
+    leaves = [inputs[name] for name in LEAVES]
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_double_backward_raises(native):
+    inputs = make(5, 3)
+    (dx,) = torch.autograd.grad(ops.layer_norm(**inputs).square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_deterministic(native):
+    inputs, dy = make(2000, 130), torch.randn(2000, 130)
+    with threads(1):
+        one = forward_backward(ops.layer_norm, inputs, dy)
+    with threads(2):
+        runs = [forward_backward(ops.layer_norm, inputs, dy) for _ in range(2)]
+    for run in runs:
+        for name, value in run.items():
+            assert torch.equal(value, one[name]), name
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dresidual=None, y_dtype=None, cast_dtype=None) -> list[Tensor]:
+    y, mean, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, dy.dtype)
+    return [y, *torch.ops.maefast.layer_norm_bwd(dy, dresidual, x, weight, bias, mean, rstd, y_dtype, cast_dtype)]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("D", [1, 63, 512])
+def test_backward_gives_the_forward_output_again_bit_for_bit(isa, D, dtypes):
+    inputs = {name: t.detach() for name, t in make(70, D, dtypes=dtypes).items()}
+    dy = torch.randn(70, D).to(dtypes[2])
+    y, *grads, none, no_cast = backward(dy, **inputs)
+    assert none.shape == no_cast.shape == (0,)
+    for residual in (None, torch.randn(70, D)):
+        _, *_, again, _ = backward(dy, **inputs, dresidual=residual, y_dtype=dtypes[2])
+        assert torch.equal(again, y)
+    for with_y, without in zip(backward(dy, **inputs, y_dtype=dtypes[2])[1:4], grads, strict=True):
+        assert torch.equal(with_y, without)
+
+
+@pytest.mark.parametrize("cast", [F32, BF16, F16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_backward_rounds_dx_once_more(isa, dtype, cast):
+    """To the same values that a cast gives where dx itself is not rounded, to one rounding of the same sum where it is."""
+    inputs = {name: t.detach() for name, t in make(70, 63, dtypes=(dtype, F32)).items()}
+    dy, dresidual = torch.randn(70, 63), torch.randn(70, 63).to(dtype)
+    _, dx, _, _, _, dx_cast = backward(dy, **inputs, dresidual=dresidual, cast_dtype=cast)
+    exact = {**inputs, "x": inputs["x"].float()}
+    _, wide, *_ = backward(dy, **exact, dresidual=dresidual)
+    assert dx.dtype == dtype
+    assert torch.equal(dx, wide.to(dtype))
+    assert dx_cast.dtype == cast
+    assert torch.equal(dx_cast, wide.to(cast))
+
+
+@pytest.mark.parametrize("residual_dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_backward_adds_the_gradient_of_the_residual_path(isa, dtype, residual_dtype):
+    inputs = {name: t.detach() for name, t in make(70, 63, dtypes=(dtype, F32)).items()}
+    dy, dresidual = torch.randn(70, 63), torch.randn(70, 63).to(residual_dtype)
+    wide = {**inputs, "x": inputs["x"].float()}
+    _, alone, dweight, dbias, *_ = backward(dy, **wide)
+    _, dx, dweight_too, dbias_too, *_ = backward(dy, **inputs, dresidual=dresidual)
+    assert torch.equal(dx, (alone + dresidual).to(dtype))
+    assert torch.equal(dweight_too, dweight)
+    assert torch.equal(dbias_too, dbias)
+
+
+@pytest.mark.huge
+def test_forward_of_more_than_2_31_elements(native):
+    rows, D = 2**18 + 3, 8192
+    inputs = {name: t.detach() for name, t in make(1, D, dtypes=DTYPES["bf16"]).items()}
+    expected = ops.layer_norm(**inputs)[0]
+    y = ops.layer_norm(**inputs | {"x": inputs["x"].expand(rows, D)})
+    assert y.numel() > 2**31
+    for row in (0, rows // 2, rows - 1):
+        assert torch.equal(y[row], expected)
+
+
+@pytest.mark.huge
+def test_backward_of_more_than_2_31_elements(native):
+    rows, D = 2**18 + 3, 8192
+    x = torch.tensor([1.0, -1.0] * (D // 2)).bfloat16().expand(rows, D)
+    dy = torch.randint(-8, 8, (1, D)).bfloat16()
+    weight, bias, one = torch.ones(D), torch.zeros(D), torch.ones(rows)
+    dx, dweight, dbias, *_ = torch.ops.maefast.layer_norm_bwd(dy.expand(rows, D), None, x, weight, bias, one * 0, one, None, None)
+    assert dx.numel() > 2**31
+    for row in (1, rows // 2, rows - 1):
+        assert torch.equal(dx[row], dx[0])
+    assert torch.equal(dbias, dy[0].float() * rows)  # whole numbers below 2^24
+    assert torch.equal(dweight, dy[0].float() * x[0].float() * rows)
+
+
+def test_opcheck(native):
+    x, weight, bias = (t.detach() for t in make(2, 9, 5).values())
+    torch.library.opcheck(torch.ops.maefast.layer_norm_fwd.default, (x, weight, bias, EPS, BF16))
+    _, mean, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, F32)
+    dy = torch.randn(2, 9, 5)
+    for dresidual, y_dtype, cast_dtype in ((None, None, None), (dy, BF16, None), (dy.half(), None, F16)):
+        args = (dy, dresidual, x, weight, bias, mean, rstd, y_dtype, cast_dtype)
+        torch.library.opcheck(torch.ops.maefast.layer_norm_bwd.default, args)

@@ -1,0 +1,75 @@
+"""The Triton backend against float64 by the error rule, on a GPU or in the interpreter (fp32 and fp16: it is wrong for bf16)."""
+
+from collections.abc import Callable
+
+import torch
+from errors import assert_close_to_float64
+from torch import Tensor
+
+import maefast
+from maefast.kernels import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
+FLOATS = [F32, F16] if INTERPRETED else [F32, F16, BF16]
+
+Tensors = dict[str, Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+Incoming = Tensor | tuple[Tensor | None, ...] | None  # one for every output, or one of each; None for 0.37
+
+
+def random(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    if dtype == U8:
+        return torch.randint(256, shape, dtype=U8, device=DEVICE)
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def permutations(N: int, L: int) -> Tensor:
+    return torch.rand(N, L, device=DEVICE).argsort(dim=1)
+
+
+def widened(inputs: Tensors) -> Tensors:
+    """Float64 inputs; uint8 images by the formula (x/255 - mean)/std, without their statistics."""
+    wide = {name: t.detach().double() if t.is_floating_point() and name != "mask" else t for name, t in inputs.items()}
+    if "imgs" in inputs and inputs["imgs"].dtype == U8:
+        pixels = inputs["imgs"].double() / 255
+        mean, std = wide.pop("mean", None), wide.pop("std", None)
+        wide["imgs"] = pixels if mean is None else (pixels - mean[:, None, None]) / std[:, None, None]
+    return {name: t.requires_grad_(inputs[name].requires_grad) for name, t in wide.items()}
+
+
+def outputs(op: Op, inputs: Tensors, dy: Incoming) -> Tensors:
+    """The outputs, and the gradient of each input that needs one as d_<name>; None in a tuple `dy` leaves that output unused."""
+    leaves = {name: t for name, t in inputs.items() if t.requires_grad}
+    out = op(**inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    results = {f"out{i}": t.detach() for i, t in enumerate(outs)}
+    if not leaves:
+        return results
+    dys = dy if isinstance(dy, tuple) else tuple(torch.full_like(t, 0.37) if dy is None else dy for t in outs)
+    used = [(t, grad.to(t.dtype)) for t, grad in zip(outs, dys, strict=True) if grad is not None]
+    grads = torch.autograd.grad([t for t, _ in used], list(leaves.values()), [grad for _, grad in used], allow_unused=True)
+    return results | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+
+
+def check(op: Op, *cases: Tensors, dy: Incoming = None, exact: Op | None = None) -> None:
+    """Triton by the error rule, and on a GPU the same bits twice (the interpreter runs one program after the other, which shows
+    nothing); `exact` is the op in float64 where it needs other arguments.
+
+    The results of all `cases` (inputs of one shape) are held to the rule as one tensor: of a single number eager may be exact.
+    """
+    results: dict[str, list[Tensors]] = {"triton": [], "eager": [], "exact": []}
+    for inputs in cases:
+        with maefast.backend("triton"):
+            got = outputs(op, inputs, dy)
+            again = got if INTERPRETED else outputs(op, inputs, dy)
+        for name, value in got.items():
+            assert torch.equal(value, again[name]), f"{name}: two runs differ"
+        results["triton"].append(got)
+        with maefast.backend("eager"):
+            results["eager"].append(outputs(op, inputs, dy))
+            results["exact"].append(outputs(exact or op, widened(inputs), dy))
+    for name in results["triton"][0]:
+        got, eager, truth = (torch.stack([case[name] for case in results[key]]) for key in ("triton", "eager", "exact"))
+        assert got.dtype == eager.dtype, f"{name}: triton gives {got.dtype}, eager {eager.dtype}"
+        assert_close_to_float64(name, got, eager, truth.double())
