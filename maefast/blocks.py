@@ -246,12 +246,13 @@ class _Block(torch.autograd.Function):
         options = ctx.options
         dtype, native = options.dtype, options.native
         needs = dict(zip(_PARAMETERS, ctx.needs_input_grad[2:], strict=True))
+        weight_dtypes = dict(zip(_PARAMETERS, ctx.parameter_dtypes, strict=True))
         narrow = dtype if x.dtype != dtype else None  # the products' dtype, where the residual stream has another
         grads: dict[str, Tensor] = {}
 
         def linear_gradients(name: str, dy: Tensor, inputs: Tensor) -> None:
             if needs[f"{name}_w"]:
-                grads[f"{name}_w"] = weight_gradient(dy, inputs, native)
+                grads[f"{name}_w"] = weight_gradient(dy, inputs, weight_dtypes[f"{name}_w"], native)
             if needs[f"{name}_b"]:
                 grads[f"{name}_b"] = bias_gradient(dy)
 
@@ -265,7 +266,7 @@ class _Block(torch.autograd.Function):
             input_gradient(dhidden, fc1_w, native), dout, x_mid, w2, b2, mean2, rstd2, dtype, narrow
         )
         if needs["fc1_w"]:
-            grads["fc1_w"] = weight_gradient(dhidden, y, native)
+            grads["fc1_w"] = weight_gradient(dhidden, y, weight_dtypes["fc1_w"], native)
         del dhidden, y
         dy = dx if narrow is None else dy
         linear_gradients("proj", dy, attended)

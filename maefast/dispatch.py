@@ -60,8 +60,9 @@ _TRITON_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
 _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
 _TRITON_WIDTH = 8192  # of a row that the norms hold in registers
-_CPUINFO = Path("/proc/cpuinfo")
-_ON_INTEL = _CPUINFO.exists() and "GenuineIntel" in _CPUINFO.read_text()
+_CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+_ON_INTEL = "GenuineIntel" in _CPUINFO
+_MULTIPLIES_BF16 = "avx512_bf16" in _CPUINFO
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -135,9 +136,12 @@ def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
         return f"no measurement shows that triton {op} is faster"
     if op != "linear" or backend != "native":
         return None
-    if inputs["out"].dtype != _F32:
-        return f"torch's own product is as fast in {_names((inputs['out'].dtype,))}"
-    return "torch's own product, MKL's, is at home on Intel" if _ON_INTEL else None
+    if _ON_INTEL:
+        return "torch's own products, MKL's and oneDNN's, are at home on Intel"
+    dtype = inputs["out"].dtype
+    if dtype == _F32 or (dtype == _BF16 and _MULTIPLIES_BF16):
+        return None
+    return f"torch's own product is as fast in {_names((dtype,))} on this CPU"
 
 
 _REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {

@@ -51,7 +51,7 @@ def test_auto_takes_native_where_it_can(native):
     names = {f"{op}_{direction}" for op in with_gradient for direction in ("fwd", "bwd")}
     names |= {"random_masking_fwd", "gather_patches_fwd", "add_layer_norm_fwd"}
     assert ops_of_a_step(model, images_for(model), noise_for(model)) - {"linear_fwd"} == names
-    assert ops_of_a_step(model.bfloat16(), images_for(model).bfloat16(), noise_for(model)) == names
+    assert ops_of_a_step(model.bfloat16(), images_for(model).bfloat16(), noise_for(model)) - {"linear_fwd"} == names
     assert ops_of_a_step(model.half(), images_for(model).half(), noise_for(model)) == names
     assert ops_of_a_step(model.double(), images_for(model).double(), noise_for(model)) == {"random_masking_fwd"}
 

@@ -72,36 +72,8 @@ struct Layout {
 };
 
 #ifdef __AVX512BF16__
-inline Vec interleave(VecU16 even, VecU16 odd) {
-  return reinterpret_cast<Vec>(__builtin_convertvector(even, VecU) | __builtin_convertvector(odd, VecU) << 16);
-}
-
 inline VecU16 round_to_bf16(Vec v) { return reinterpret_cast<VecU16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))); }
-
-inline VecU16 load_bits(const bf16* p, int64_t values) {
-  const __mmask16 present = values >= kLanes ? 0xffff : (1u << values) - 1;
-  return reinterpret_cast<VecU16>(_mm256_maskz_loadu_epi16(present, p));
-}
-
-// Neighbouring tokens in one word: [(count + 1) / 2][stride], zero beyond `width`.
-inline void pack_tokens(const bf16* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
-  for (int64_t t = 0; t < count; t += 2, in += 2 * in_stride, out += stride) {
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const VecU16 odd = t + 1 < count ? load_bits(in + in_stride + i, width - i) : VecU16{};
-      store(out + i, interleave(load_bits(in + i, width - i), odd));
-    }
-  }
-}
 #endif
-
-// B of a product that sums over tokens.
-template <bool kPairs, typename In>
-inline void pack_summed(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
-#ifdef __AVX512BF16__
-  if constexpr (kPairs) return pack_tokens(in, in_stride, count, width, out, stride);
-#endif
-  pack_rows<false>(in, in_stride, count, width, out, stride);
-}
 
 template <typename Out>
 void store_rows(const float* in, int64_t in_stride, int64_t count, int64_t width, const float* scales, float scale, Out* out,

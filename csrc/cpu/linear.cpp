@@ -1,57 +1,146 @@
-// linear: a matrix product with bias in fp32, as fast as oneDNN's on CPUs that MKL slows down, and as accurate as MKL's: the
-// summed dimension goes in short parts, where oneDNN makes chains of a thousand additions.
-//
-// The weight is packed into panels of columns that lie together in memory, a few MB of it at a time; then a task is a block of
-// rows times some panels, with its part of x packed for the first caches.
+// linear_fwd: y = x W^T + b, and of the same kernel, with transposed inputs, its gradients. In fp32, and in bf16 where the CPU
+// multiplies pairs of it. The weight is packed into panels of columns that lie together in memory; then a task is a block of rows
+// times some panels, with its part of x packed for the second cache.
 #include "gelu.h"
 #include "isa.h"
 #include "product.h"
+#include "rows.h"
 
 namespace maefast::cpu {
 
 // Element (i, k) at i * stride + k, or the transpose of that.
 struct Matrix {
-  const float* data;
+  const void* data;
   int64_t stride;
   bool transposed;
 };
 
 struct LinearFwd {
   Matrix x, weight;   // [rows, K], [columns, K]
+  DType in, out;      // both fp32, or bf16 in and either out
   const float* bias;  // [columns] or null
-  float* y;           // [rows, columns]
-  float* packed;      // the weight's columns [first, first + depth), in panels [depth][a panel's columns, padded]
-  int64_t rows, columns, first, depth, panels_per_task;
+  void* y;            // [rows, columns]
+  float* packed;      // the weight's values [first, first + depth) of K, in panels [words][a panel's columns, padded]
+  int64_t rows, columns, first, depth;
+  int64_t row_tasks, column_tasks;
   bool gelu;  // of the whole sum, when the last part of it is stored
 };
 
-constexpr int64_t kPanel = 48;   // columns: vectors of every width, in tiles that fill the registers
-constexpr int64_t kRows = 144;   // of a task: whole tiles
-constexpr int64_t kDepth = 768;  // at a time: a task's part of x stays in the second cache
+constexpr int64_t kPanel = 48;  // columns: vectors of every width, in tiles that fill the registers
+constexpr int64_t kTile = 8;    // rows: tasks are cut there
 
 namespace MAEFAST_ISA {
 namespace {
 
 inline int64_t lesser(int64_t n, int64_t most) { return n < most ? n : most; }
 
-// A panel of the product into y: on top of what is there, or of the bias, if there is one; through GELU where it is the last
-// part.
-template <bool kGelu>
-inline void store_panel(const float* product, const LinearFwd& args, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  const bool more = args.first > 0;
-  for (int64_t i = 0; i < rows; ++i, product += round_up(columns, kLanes)) {
-    float* y = args.y + (row + i) * args.columns + column;
-    const float* onto = more ? y : args.bias == nullptr ? nullptr : args.bias + column;
-    int64_t j = 0;
-    const auto finished = [](Vec v) {
-      if constexpr (kGelu) return gelu(v, tail_of<false>(v));
-      return v;
-    };
-    for (; j + kLanes <= columns; j += kLanes)
-      store(y + j, finished(onto == nullptr ? load(product + j) : load(product + j) + load(onto + j)));
-    if (j == columns) continue;
-    const Vec last = onto == nullptr ? load(product + j) : load(product + j) + load_first(onto + j, columns - j);
-    store_first(y + j, finished(last), columns - j);
+// Where part i of `parts` even ones of n begins.
+inline int64_t part_begin(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
+
+template <bool kPairs>
+constexpr int64_t words_of(int64_t values) {
+  return kPairs ? (values + 1) / 2 : values;
+}
+
+// `count` rows of a matrix from `row` on, `depth` values of each from `first` on, as A of a product.
+template <bool kPairs, typename In>
+void pack_block(const Matrix& m, int64_t row, int64_t count, int64_t first, int64_t depth, float* out, int64_t stride) {
+  const In* data = static_cast<const In*>(m.data);
+  if (m.transposed) {
+    pack_summed<kPairs>(data + first * m.stride + row, m.stride, depth, count, out, stride);
+  } else {
+    pack_rows<kPairs>(data + row * m.stride + first, m.stride, count, depth, out, stride);
+  }
+}
+
+// Stores finished tiles of a panel in y: on top of what is there, or of the bias, if there is one; through GELU where the sum is
+// whole.
+template <typename Out, bool kGelu>
+struct StoreTiles {
+  const float* product;  // [rows][padded]
+  int64_t padded, columns, stride;
+  Out* y;
+  const float* bias;
+  bool more;
+
+  // The lines of y come from memory while the tile is computed.
+  void before(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
+    for (int64_t i = row; i < row + rows; ++i) {
+      for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(y + i * stride + column + v * kLanes, 1);
+    }
+  }
+
+  void after(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
+    const int64_t end = lesser(column + vectors * kLanes, columns) - column;
+    for (int64_t i = row; i < row + rows; ++i) {
+      const float* sums = product + i * padded + column;
+      Out* to = y + i * stride + column;
+      for_row(end, [&](auto part, int64_t j) {
+        Vec sum = load(sums + j);
+        if (more) {
+          sum += part.load(to + j);
+        } else if (bias != nullptr) {
+          sum += part.load(bias + column + j);
+        }
+        if constexpr (kGelu) sum = gelu(sum, tail_of<sizeof(Out) == 2>(sum));
+        part.store(to + j, sum);
+      });
+    }
+  }
+};
+
+template <bool kPairs, typename In, typename Out, bool kGelu>
+void multiply_tasks(const LinearFwd& args, int64_t begin, int64_t end) {
+  const Matrix& x = args.x;
+  const int64_t words = words_of<kPairs>(args.depth);
+  const int64_t row_tiles = (args.rows + kTile - 1) / kTile, panels = (args.columns + kPanel - 1) / kPanel;
+  const int64_t most_rows = (row_tiles + args.row_tasks - 1) / args.row_tasks * kTile;
+  // Rows an odd number of cache lines apart share no set.
+  const int64_t row_stride = (round_up(words, kLanes) / kLanes | 1) * kLanes;
+  Scratch<float> block(x.transposed ? words * round_up(most_rows, kLanes) : most_rows * row_stride);
+  Scratch<float> product(most_rows * kPanel);
+  int64_t packed_task = -1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t task = unit / args.column_tasks, column_task = unit % args.column_tasks;
+    const int64_t row = part_begin(row_tiles, args.row_tasks, task) * kTile;
+    const int64_t rows = lesser(part_begin(row_tiles, args.row_tasks, task + 1) * kTile, args.rows) - row;
+    const int64_t stride = x.transposed ? round_up(rows, kLanes) : row_stride;
+    if (task != packed_task) pack_block<kPairs, In>(x, row, rows, args.first, args.depth, block, stride);
+    packed_task = task;
+    const int64_t a_row = x.transposed ? 1 : stride, a_depth = x.transposed ? stride : 1;
+    const int64_t last = part_begin(panels, args.column_tasks, column_task + 1);
+    for (int64_t panel = part_begin(panels, args.column_tasks, column_task); panel < last; ++panel) {
+      const int64_t column = panel * kPanel, columns = lesser(args.columns - column, kPanel), padded = round_up(columns, kLanes);
+      const StoreTiles<Out, kGelu> finish{product,
+                                          padded,
+                                          columns,
+                                          args.columns,
+                                          static_cast<Out*>(args.y) + row * args.columns + column,
+                                          args.bias == nullptr ? nullptr : args.bias + column,
+                                          args.first > 0};
+      multiply<kPairs>({block, a_row, a_depth, args.packed + column * words, padded, product, padded, words, false}, rows, padded,
+                       finish);
+    }
+  }
+}
+
+template <bool kPairs, typename In>
+void pack_panels(const LinearFwd& args, int64_t begin, int64_t end) {
+  const Matrix& weight = args.weight;
+  constexpr int64_t kDepth = 32;  // of a transposed weight at a time: its rows are read on from panel to panel
+  const int64_t step = weight.transposed ? kDepth : args.depth;
+  for (int64_t k = 0; k < args.depth; k += step) {
+    const int64_t depth = lesser(args.depth - k, step);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t column = panel * kPanel, columns = lesser(args.columns - column, kPanel), padded = round_up(columns, kLanes);
+      float* out = args.packed + column * words_of<kPairs>(args.depth) + padded * words_of<kPairs>(k);
+      if (weight.transposed) {
+        pack_block<kPairs, In>(weight, column, columns, args.first + k, depth, out, padded);
+      } else {
+        const In* data = static_cast<const In*>(weight.data) + column * weight.stride + args.first;
+        pack_columns<kPairs>(data, weight.stride, columns, depth, out);
+      }
+    }
   }
 }
 
@@ -59,42 +148,23 @@ inline void store_panel(const float* product, const LinearFwd& args, int64_t row
 
 // Units: panels.
 void linear_pack_kernel(const LinearFwd& args, int64_t begin, int64_t end) {
-  const Matrix& weight = args.weight;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t column = panel * kPanel, columns = lesser(args.columns - column, kPanel);
-    float* out = args.packed + column * args.depth;
-    if (weight.transposed) {
-      pack_rows<false>(weight.data + args.first * weight.stride + column, weight.stride, args.depth, columns, out,
-                       round_up(columns, kLanes));
-    } else {
-      pack_columns<false>(weight.data + column * weight.stride + args.first, weight.stride, columns, args.depth, out);
-    }
-  }
+#ifdef __AVX512BF16__
+  if (args.in == DType::bf16) return pack_panels<true, bf16>(args, begin, end);
+#endif
+  pack_panels<false, float>(args, begin, end);
 }
 
-// Units: blocks of kRows rows times panels_per_task panels.
+// Units: tasks of rows times tasks of columns.
 void linear_fwd_kernel(const LinearFwd& args, int64_t begin, int64_t end) {
-  const Matrix& x = args.x;
-  const int64_t depth = args.depth, task_columns = args.panels_per_task * kPanel;
-  const int64_t tasks = (args.columns + task_columns - 1) / task_columns;
-  Scratch<float> block(round_up(kRows, kLanes) * round_up(depth, kLanes)), product(kRows * kPanel);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / tasks * kRows, rows = lesser(args.rows - row, kRows);
-    const int64_t stride = round_up(x.transposed ? rows : depth, kLanes);
-    if (x.transposed) {
-      pack_rows<false>(x.data + args.first * x.stride + row, x.stride, depth, rows, block, stride);
-    } else {
-      pack_rows<false>(x.data + row * x.stride + args.first, x.stride, rows, depth, block, stride);
-    }
-    const int64_t a_row = x.transposed ? 1 : stride, a_depth = x.transposed ? stride : 1;
-    const int64_t from = unit % tasks * task_columns, to = lesser(from + task_columns, args.columns);
-    for (int64_t column = from; column < to; column += kPanel) {
-      const int64_t columns = lesser(to - column, kPanel), padded = round_up(columns, kLanes);
-      multiply<false>({block, a_row, a_depth, args.packed + column * depth, padded, product, padded, depth, false}, rows, padded);
-      args.gelu ? store_panel<true>(product, args, row, rows, column, columns)
-                : store_panel<false>(product, args, row, rows, column, columns);
-    }
+#ifdef __AVX512BF16__
+  if (args.in == DType::bf16) {
+    return args.out == DType::f32 ? multiply_tasks<true, bf16, float, false>(args, begin, end)
+           : args.gelu            ? multiply_tasks<true, bf16, bf16, true>(args, begin, end)
+                                  : multiply_tasks<true, bf16, bf16, false>(args, begin, end);
   }
+#endif
+  args.gelu ? multiply_tasks<false, float, float, true>(args, begin, end)
+            : multiply_tasks<false, float, float, false>(args, begin, end);
 }
 
 }  // namespace MAEFAST_ISA
@@ -119,51 +189,86 @@ class MatrixInput {
  public:
   MatrixInput(const char* name, const Tensor& t)
       : transposed_(is_transposed(t)), rows_(name, transposed_ ? torch::stable::transpose(t, 0, 1) : t) {}
-  Matrix matrix() const { return {static_cast<const float*>(rows_.rows.data), rows_.rows.stride, transposed_}; }
+  Matrix matrix() const { return {rows_.rows.data, rows_.rows.stride, transposed_}; }
 
  private:
   bool transposed_;
   RowsInput rows_;
 };
 
-Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu) {
+// How the work is cut. The sums of fp32 results may go through y in several parts of K; rounded to bf16 between them they would
+// lose what fp32 keeps, so those take all of K at once, in smaller blocks of rows.
+struct Cut {
+  int64_t depth, row_tasks, column_tasks;
+};
+
+Cut cut(const LinearFwd& args, int64_t K) {
+  constexpr int64_t kPart = 128, kPacked = 12 << 20, kBlock = 432 << 10, kMostDepth = 1024, kMostTiles = 18, kEven = 16;
+  const int64_t word = args.in == DType::f32 ? 1 : 2;  // values
+  const int64_t panels = (args.columns + kPanel - 1) / kPanel, row_tiles = (args.rows + kTile - 1) / kTile;
+  Cut to{K, 1, 1};
+  if (args.out == DType::f32) {
+    const int64_t most = std::clamp<int64_t>(kPacked / (panels * kPanel * 4), kPart, kMostDepth) * word;
+    const int64_t parts = (K + most - 1) / most;
+    to.depth = ((K + parts - 1) / parts + kPart - 1) / kPart * kPart;
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tiles = std::clamp<int64_t>(kBlock * word / (4 * kTile * to.depth), 3, kMostTiles);
+  to.row_tasks = (row_tiles + tiles - 1) / tiles;
+  if (row_tiles >= kEven * threads) {
+    to.row_tasks = (to.row_tasks + threads - 1) / threads * threads;
+  } else {
+    to.column_tasks = std::min(threads, panels);
+  }
+  return to;
+}
+
+Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu,
+                  std::optional<ScalarType> dtype) {
   check(weight.dim() == 2 && x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), "x must be (..., in) for a weight (out, in)");
   check(x.scalar_type() == weight.scalar_type(), "x must have the dtype of weight");
   check(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == weight.scalar_type()),
         "bias must be (out,) in the dtype of weight");
-  if (x.scalar_type() != ScalarType::Float || x.numel() == 0 || weight.numel() == 0) {
-    const Tensor y = call_op("aten::linear", x, weight, bias);  // oneDNN's, for 16 bits as fast as can be
+  const ScalarType in = x.scalar_type(), out = dtype.value_or(in);
+  check(out == in || (out == ScalarType::Float && !gelu), "dtype must be that of x, or float32 without gelu");
+  const bool has_kernel = in == ScalarType::Float || (in == ScalarType::BFloat16 && isa() == Isa::avx512bf16);
+  if (!has_kernel || x.numel() == 0 || weight.numel() == 0) {
+    const Tensor y = call_op("aten::linear", x, weight, bias);
+    if (out != in) return torch::stable::to(y, out);
     return gelu ? call_op("aten::gelu", y, std::string("none")) : y;
   }
   const int64_t columns = weight.size(0), K = weight.size(1), rows = x.numel() / K;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = columns;
-  Tensor y = empty_cpu(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), ScalarType::Float);
+  Tensor y = empty_cpu(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), out);
   const MatrixInput x_matrix("x", x), weight_matrix("weight", weight);
-  const FloatInput bias_values("bias", bias ? *bias : y, bias ? columns : y.numel());
+  const FloatInput bias_values("bias", bias, columns);
 
-  constexpr int64_t kPacked = 8 << 20, kPart = 64, kPanelsPerTask = 11;
-  const int64_t panels = (columns + kPanel - 1) / kPanel, depth_bytes = panels * kPanel * 4;
-  const int64_t chunk = std::min(K, std::clamp<int64_t>(kPacked / depth_bytes / kPart * kPart, kPart, kDepth));
-  const int64_t column_tasks = (panels + kPanelsPerTask - 1) / kPanelsPerTask;
-  const scalar::Scratch<float> packed(panels * kPanel * chunk);
   LinearFwd args{x_matrix.matrix(),
                  weight_matrix.matrix(),
-                 bias ? bias_values.data : nullptr,
-                 static_cast<float*>(y.mutable_data_ptr()),
-                 packed,
+                 float_dtype("x", in),
+                 float_dtype("dtype", out),
+                 bias_values.data,
+                 y.mutable_data_ptr(),
+                 nullptr,
                  rows,
                  columns,
                  0,
                  0,
-                 (panels + column_tasks - 1) / column_tasks,
+                 1,
+                 1,
                  false};
-  const int64_t row_tasks = (rows + kRows - 1) / kRows;
-  for (; args.first < K; args.first += chunk) {
-    args.depth = std::min(chunk, K - args.first);
+  const Cut parts = cut(args, K);
+  args.row_tasks = parts.row_tasks;
+  args.column_tasks = parts.column_tasks;
+  const int64_t panels = (columns + kPanel - 1) / kPanel;
+  const scalar::Scratch<float> packed(panels * kPanel * parts.depth);
+  args.packed = packed;
+  for (; args.first < K; args.first += parts.depth) {
+    args.depth = std::min(parts.depth, K - args.first);
     args.gelu = gelu && args.first + args.depth == K;
     run(MAEFAST_KERNEL(linear_pack_kernel), args, panels, kPanel * args.depth * 8);
-    run(MAEFAST_KERNEL(linear_fwd_kernel), args, row_tasks * column_tasks, kRows * args.depth * 8);
+    run(MAEFAST_KERNEL(linear_fwd_kernel), args, args.row_tasks * args.column_tasks, kTile * args.depth * 8);
   }
   return y;
 }

@@ -81,33 +81,51 @@ inline void remainder(const Product& p, int64_t row, int64_t column, int64_t row
   }
 }
 
-template <bool kPairs, int kVectors>
-void tiles(const Product& p, int64_t rows, int64_t column) {
+// Nothing to be done with a tile of C but to leave it there.
+struct Keep {
+  void before(int64_t, int64_t, int64_t, int64_t) const {}
+  void after(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+template <bool kPairs, int kVectors, typename Finish>
+void tiles(const Product& p, int64_t rows, int64_t column, const Finish& finish) {
   constexpr int kRows = tile_rows(kVectors);
   int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) tile<kPairs, kRows, kVectors>(p, row, column);
+  for (; row + kRows <= rows; row += kRows) {
+    finish.before(row, kRows, column, kVectors);
+    tile<kPairs, kRows, kVectors>(p, row, column);
+    finish.after(row, kRows, column, kVectors);
+  }
+  if (row == rows) return;
+  finish.before(row, rows - row, column, kVectors);
   remainder<kPairs, kRows - 1, kVectors>(p, row, column, rows - row);
+  finish.after(row, rows - row, column, kVectors);
 }
 
-template <bool kPairs, int kVectors = kMaxVectors>
-inline void columns_of(const Product& p, int64_t rows, int64_t column, int64_t vectors) {
+template <bool kPairs, int kVectors = kMaxVectors, typename Finish>
+inline void columns_of(const Product& p, int64_t rows, int64_t column, int64_t vectors, const Finish& finish) {
   if constexpr (kVectors > 0) {
-    if (vectors == kVectors) return tiles<kPairs, kVectors>(p, rows, column);
-    columns_of<kPairs, kVectors - 1>(p, rows, column, vectors);
+    if (vectors == kVectors) return tiles<kPairs, kVectors>(p, rows, column, finish);
+    columns_of<kPairs, kVectors - 1>(p, rows, column, vectors, finish);
   }
 }
 
 // C has `columns` columns, a multiple of the vector; they are split as evenly as the widest tile allows. The summed dimension
-// goes in parts that are summed on their own: one long chain of additions would round worse than the reference does.
-template <bool kPairs>
-void multiply(Product p, int64_t rows, int64_t columns) {
+// goes in parts that are summed on their own: one long chain of additions would round worse than the reference does. finish is
+// told of each tile of C, (row, rows, column, vectors), before and after it gets its last part.
+template <bool kPairs, typename Finish = Keep>
+void multiply(Product p, int64_t rows, int64_t columns, const Finish& finish = {}) {
   constexpr int64_t kPart = kPairs ? 128 : 64;
   for (int64_t depth = p.depth; depth > 0; depth -= kPart) {
     p.depth = depth < kPart ? depth : kPart;
     int64_t vectors = columns / kLanes;
     for (int64_t column = 0; vectors > 0;) {
       const int64_t parts = (vectors + kMaxVectors - 1) / kMaxVectors, width = (vectors + parts - 1) / parts;
-      columns_of<kPairs>(p, rows, column, width);
+      if (depth <= kPart) {
+        columns_of<kPairs>(p, rows, column, width, finish);
+      } else {
+        columns_of<kPairs>(p, rows, column, width, Keep{});
+      }
       column += width * kLanes;
       vectors -= width;
     }
@@ -172,6 +190,36 @@ void pack_columns(const In* in, int64_t in_stride, int64_t count, int64_t width,
       for (int r = 0; r < kLanes && k + r < depth; ++r) store(out + (k + r) * padded + t, square[r]);
     }
   }
+}
+
+#ifdef __AVX512BF16__
+inline Vec interleave(VecU16 even, VecU16 odd) {
+  return reinterpret_cast<Vec>(__builtin_convertvector(even, VecU) | __builtin_convertvector(odd, VecU) << 16);
+}
+
+inline VecU16 load_bits(const bf16* p, int64_t values) {
+  const __mmask16 present = values >= kLanes ? 0xffff : (1u << values) - 1;
+  return reinterpret_cast<VecU16>(_mm256_maskz_loadu_epi16(present, p));
+}
+
+// Neighbouring tokens in one word: [(count + 1) / 2][stride], zero beyond `width`.
+inline void pack_tokens(const bf16* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
+  for (int64_t t = 0; t < count; t += 2, in += 2 * in_stride, out += stride) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const VecU16 odd = t + 1 < count ? load_bits(in + in_stride + i, width - i) : VecU16{};
+      store(out + i, interleave(load_bits(in + i, width - i), odd));
+    }
+  }
+}
+#endif
+
+// B of a product that sums over tokens.
+template <bool kPairs, typename In>
+inline void pack_summed(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
+#ifdef __AVX512BF16__
+  if constexpr (kPairs) return pack_tokens(in, in_stride, count, width, out, stride);
+#endif
+  pack_rows<false>(in, in_stride, count, width, out, stride);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """Linear: y = x W^T + b and its gradients, each on the faster GEMM of the machine.
 
 torch sends fp32 products on x86 to MKL, which runs below its own rate on CPUs that are not Intel's (benchmarks/results, group
-linear); there maefast's take over. Everything else is already on the fastest one.
+linear); there maefast's take over, and in bf16 where the CPU multiplies pairs of it. The rest is on the fastest one already.
 """
 
 from typing import Any
@@ -58,10 +58,13 @@ def input_gradient(dy: Tensor, weight: Tensor, native: bool) -> Tensor:
     return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False) if native else dy @ weight
 
 
-def weight_gradient(dy: Tensor, x: Tensor, native: bool) -> Tensor:
-    """dy (..., out), x (..., in) -> (out, in)."""
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: bool) -> Tensor:
+    """dy (..., out), x (..., in) -> (out, in) in dtype; of a native product of 16 bits in fp32 without being rounded to 16."""
     dy, x = rows(dy), rows(x)
-    return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False) if native else dy.t() @ x
+    if native:
+        wide = dtype if dtype in (x.dtype, torch.float32) else x.dtype
+        return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False, wide).to(dtype)
+    return (dy.t() @ x).to(dtype)
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
@@ -88,11 +91,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = input_gradient(dy, weight, native=True).to(x_dtype) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(dy, x, native=True).to(weight_dtype) if ctx.needs_input_grad[1] else None
+        dweight = weight_gradient(dy, x, weight_dtype, native=True) if ctx.needs_input_grad[1] else None
         dbias = bias_gradient(dy).to(bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None
 
 
 @torch.library.register_fake("maefast::linear_fwd")
-def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)

@@ -1,4 +1,7 @@
+import itertools
+
 import pytest
+import support
 import torch
 import torch.nn.functional as F
 from errors import assert_close_to_float64
@@ -75,20 +78,28 @@ def test_gelu_in_the_product(isa, size, bias):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
-def test_gelu_behind_the_product_in_halves(native, dtype):
-    x, weight, bias = (t.detach() for t in make((9, 20), 7, dtype).values())
-    assert torch.equal(product(x, weight, bias, native=True, gelu=True), F.gelu(F.linear(x, weight, bias)))
+def test_gelu_of_a_product_in_halves(isa, dtype):
+    """bf16 in the product's own epilogue where the CPU multiplies pairs; the others are torch's, one after the other."""
+    results: list[list[Tensor]] = []
+    for _ in range(8):
+        x, weight, bias = (t.detach() for t in make((29, 70), 55, dtype).values())
+        exact_result = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+        results.append([product(x, weight, bias, native=True, gelu=True), F.gelu(F.linear(x, weight, bias)), exact_result])
+    assert_close_to_float64("gelu(linear)", *(torch.stack(column) for column in zip(*results, strict=True)))
+    if dtype == F16 or isa != "avx512bf16":
+        assert all(torch.equal(got, eager) for got, eager, _ in results)
 
 
-def test_a_weight_of_several_parts():
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_a_weight_of_several_parts(native, dtype):
     """More columns and depth than are packed at once, and more rows than a task has."""
-    check([make((290, 1100), 2100)])
+    check([make((290, 2100), 2300, dtype)])
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_halves(native, size, bias, dtype):
+def test_halves(isa, size, bias, dtype):
     rows, depth, features = size
     check([make((rows, depth), features, dtype, bias) for _ in range(8)])
 
@@ -109,16 +120,17 @@ def test_layouts(native, layout, dtype, shape):
     )
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
-def test_zero_strides(isa, dims):
+def test_zero_strides(isa, dims, dtype):
     """The same bits as from a copy without them."""
 
     def expanded(t: Tensor) -> Tensor:
         shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
         return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
 
-    inputs = {name: expanded(t) for name, t in make((2, 9, 70), 53, bias=False).items()}
-    dy = expanded(torch.randn(2, 9, 53))
+    inputs = {name: expanded(t) for name, t in make((2, 9, 70), 53, dtype, bias=False).items()}
+    dy = expanded(torch.randn(2, 9, 53).to(dtype))
     with maefast.backend("native"):
         got = forward_backward(ops.linear, inputs, dy)
         copies = {name: t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, t in inputs.items()}
@@ -156,7 +168,7 @@ def test_autocast(each_backend, dtype, bias):
     grads = torch.autograd.grad(out, list(inputs.values()), dy.to(dtype))
     for name, grad in zip(inputs, grads, strict=True):
         assert grad.dtype == F32
-        assert torch.equal(grad, expected[f"d_{name}"].float()), name
+        assert torch.equal(grad.to(dtype), expected[f"d_{name}"]), name  # a weight's may have been summed in fp32
 
 
 def test_autocast_leaves_float64_alone():
@@ -177,13 +189,25 @@ def test_autocast_casts_the_weight_once(native):
     assert torch.equal(dx, expected.float())
 
 
+def test_autocast_sums_the_gradient_of_a_weight_in_fp32():
+    """Where the CPU multiplies pairs of bf16: the gradient of an fp32 weight is not rounded to bf16 on its way."""
+    if not support.NATIVE or maefast._C.cpu_isa() != "avx512bf16":
+        pytest.skip("this CPU does not multiply pairs of bf16")
+    inputs, dy = make((300, 20), 11), torch.randn(300, 11).bfloat16()
+    with maefast.backend("native"), torch.autocast("cpu", BF16):
+        (grad,) = torch.autograd.grad(ops.linear(**inputs), inputs["weight"], dy)
+    exact_grad = dy.double().t() @ inputs["x"].detach().bfloat16().double()
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-6, atol=1e-4)
+
+
 def test_which_backend(native, monkeypatch):
-    """auto takes native for fp32 alone, and not on Intel, where MKL is at home."""
-    x32, x16, x64 = (torch.empty(2, 3, dtype=dtype) for dtype in (F32, BF16, torch.float64))
-    for intel in (False, True):
+    """auto takes native for fp32, and for bf16 where the CPU multiplies pairs; not on Intel, where MKL and oneDNN are at home."""
+    x32, x16, h16, x64 = (torch.empty(2, 3, dtype=dtype) for dtype in (F32, BF16, F16, torch.float64))
+    for intel, pairs in itertools.product((False, True), repeat=2):
         monkeypatch.setattr(dispatch, "_ON_INTEL", intel)
-        chosen = [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16, x64)]
-        assert chosen == ["eager" if intel else "native", "eager", "eager"]
+        monkeypatch.setattr(dispatch, "_MULTIPLIES_BF16", pairs)
+        chosen = [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16, h16, x64)]
+        assert chosen == ["eager" if intel else "native", "native" if pairs and not intel else "eager", "eager", "eager"]
         with maefast.backend("native"):
             assert [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16)] == ["native", "native"]
             with pytest.raises(RuntimeError, match=r"linear cannot run.*native.*float64"):
@@ -251,8 +275,9 @@ def test_double_backward_raises(native):
         dx.sum().backward()
 
 
-def test_deterministic(isa):
-    inputs, dy = make((5, 97, 300), 530), torch.randn(5, 97, 530)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_deterministic(isa, dtype):
+    inputs, dy = make((5, 97, 300), 530, dtype), torch.randn(5, 97, 530).to(dtype)
     with maefast.backend("native"):
         with threads(1):
             one = forward_backward(ops.linear, inputs, dy)
@@ -264,9 +289,10 @@ def test_deterministic(isa):
                     assert torch.equal(value, one[name]), name
 
 
-def test_nan_and_infinity_pass(isa):
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_nan_and_infinity_pass(isa, dtype):
     """A row's NaN stays in its row, a column's in its column; padding adds neither."""
-    inputs = {name: t.detach() for name, t in make((20, 50), 70).items()}
+    inputs = {name: t.detach() for name, t in make((20, 50), 70, dtype).items()}
     inputs["x"][3, 7], inputs["x"][5, 0] = torch.nan, torch.inf
     inputs["weight"][11, 49] = torch.nan
     with maefast.backend("native"):
@@ -297,3 +323,5 @@ def test_opcheck(native, dtype, bias, gelu):
     inputs = {name: t.detach() for name, t in make((2, 9, 5), 7, dtype).items()}
     args = (inputs["x"], inputs["weight"], inputs["bias"] if bias else None, gelu)
     torch.library.opcheck(torch.ops.maefast.linear_fwd.default, args)
+    if not gelu:
+        torch.library.opcheck(torch.ops.maefast.linear_fwd.default, (*args, F32))
