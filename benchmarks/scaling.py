@@ -1,7 +1,8 @@
 """How a ViT-B/16 training step grows with the batch and the threads: the eager reference and maefast in rotation.
 
-`python benchmarks/scaling.py [--batches 1 2 4 16 64] [--dtypes fp32 bf16] [--out FILE]` prints a table and writes
-results/<machine>/scaling.json.
+    PYTHONPATH=tests python benchmarks/scaling.py [--batches 1 2 4 16 64] [--dtypes fp32 bf16] [--out FILE]
+
+prints a table and writes results/<machine>/scaling.json.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Where a ViT-B/16 training step spends its time, by category, for the eager reference (before) and maefast (after).
 
-`python benchmarks/step_profile.py [--dtype fp32|bf16]` prints a Markdown table from torch.profiler's own time of each op.
+    PYTHONPATH=tests python benchmarks/step_profile.py [--dtype fp32|bf16]
+
+prints a Markdown table from torch.profiler's own time of each op.
 """
 
 import argparse

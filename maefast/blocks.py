@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import dispatch, ops
-from .ops.linear import bias_gradient, input_gradient, product, weight_gradient
+from .ops.linear import Products, bias_gradient, input_gradient, native_products, product, weight_gradient
 from .reference import pair
 
 
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
     def _fused(self, parts: "_Parts", x: Tensor) -> Tensor:
         dtype = dispatch.compute_dtype(x)
-        native = dispatch.choose("linear", {"x": x, "out": x.new_empty(0, dtype=dtype)}) == "native"
+        native = native_products({"x": x}, dtype)
         options = _Options(self.attn.num_heads, parts.norm1.eps, parts.norm2.eps, dtype, native)
         parameters = [p for part in parts for p in (part.weight, part.bias)]
         if torch.is_grad_enabled():
@@ -193,7 +193,7 @@ class _Options(NamedTuple):
     eps1: float
     eps2: float
     dtype: torch.dtype  # of the matrix products
-    native: bool  # whether these are maefast's
+    native: Products
 
 
 def _block_inference(options: _Options, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _block_inference(options: _Options, x: Tensor, *parameters: Tensor) -> Tenso
     out = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
     out = product(out, proj_w.to(dtype), proj_b.to(dtype), native)
     y, x, _, _ = torch.ops.maefast.add_layer_norm_fwd(out, x, w2, b2, options.eps2, dtype)
-    if native:
+    if native.forward:
         hidden = product(y, fc1_w.to(dtype), fc1_b.to(dtype), native, gelu=True)
     else:
         hidden = torch.ops.maefast.bias_gelu_fwd(product(y, fc1_w.to(dtype), None, native), fc1_b)

@@ -194,6 +194,11 @@ def _request_for(op: str) -> str | None:
     return _requested if _requested != "triton" or op in _TRITON_DTYPES else None
 
 
+def is_requested(op: str) -> bool:
+    """Whether the backend of `op` was asked for, and so binds all of it."""
+    return _request_for(op) is not None
+
+
 def choose(op: str, inputs: Inputs, head_width: int = 0) -> str:
     """The backend that runs `op` on `inputs`."""
     if (requested := _request_for(op)) is not None:

@@ -127,7 +127,7 @@ void multiply_tasks(const LinearFwd& args, int64_t begin, int64_t end) {
 template <bool kPairs, typename In>
 void pack_panels(const LinearFwd& args, int64_t begin, int64_t end) {
   const Matrix& weight = args.weight;
-  constexpr int64_t kDepth = 32;  // of a transposed weight at a time: its rows are read on from panel to panel
+  constexpr int64_t kDepth = 8;  // of a transposed weight at a time: its rows are read on from panel to panel
   const int64_t step = weight.transposed ? kDepth : args.depth;
   for (int64_t k = 0; k < args.depth; k += step) {
     const int64_t depth = lesser(args.depth - k, step);

@@ -4,7 +4,7 @@ torch sends fp32 products on x86 to MKL, which runs below its own rate on CPUs t
 linear); there maefast's take over, and in bf16 where the CPU multiplies pairs of it. The rest is on the fastest one already.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import dispatch
 from ._checks import check_dtype, check_floating, check_same_device, shape_of
+
+_MANY_ROWS = 256  # from here on the gradient of a weight costs more arithmetic than memory
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,32 +38,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for name, parameter in given.items():
             check_dtype(name, parameter, (x.dtype,))
     dtype = dispatch.compute_dtype(x)
-    if dispatch.choose("linear", given | {"out": x.new_empty(0, dtype=dtype)}) == "native":
-        return _Linear.apply(x, weight, bias, dtype)
-    return linear_ref(x, weight, bias)
+    native = native_products(given, dtype)
+    return _Linear.apply(x, weight, bias, dtype, native) if native.forward else linear_ref(x, weight, bias)
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: bool, gelu: bool = False) -> Tensor:
+class Products(NamedTuple):
+    """Of the three matrix products of a Linear, which are maefast's."""
+
+    forward: bool
+    input_gradient: bool
+    weight_gradient: bool
+
+
+def native_products(given: dispatch.Inputs, dtype: torch.dtype) -> Products:
+    """For inputs that are multiplied in `dtype`. Where maefast may choose, it leaves to torch what torch is faster at: the gradient
+    for the input in bf16, and for the weight where few rows are summed.
+    """
+    x = given["x"]
+    if dispatch.choose("linear", {**given, "out": x.new_empty(0, dtype=dtype)}) != "native":
+        return Products(False, False, False)
+    if dispatch.is_requested("linear"):
+        return Products(True, True, True)
+    return Products(True, dtype != torch.bfloat16, x.shape[:-1].numel() >= _MANY_ROWS)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, gelu: bool = False) -> Tensor:
     """linear without its gradients, for inputs of one dtype; with gelu the exact GELU of it, native fp32 in its epilogue."""
-    if native:
+    if native.forward:
         return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
 
 
-def input_gradient(dy: Tensor, weight: Tensor, native: bool) -> Tensor:
+def input_gradient(dy: Tensor, weight: Tensor, native: Products) -> Tensor:
     """dy (..., out), weight (out, in) -> (..., in)."""
-    return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False) if native else dy @ weight
+    return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False) if native.input_gradient else dy @ weight
 
 
-def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: bool) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products) -> Tensor:
     """dy (..., out), x (..., in) -> (out, in) in dtype; of a native product of 16 bits in fp32 without being rounded to 16."""
     dy, x = rows(dy), rows(x)
-    if native:
+    if native.weight_gradient:
         wide = dtype if dtype in (x.dtype, torch.float32) else x.dtype
         return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False, wide).to(dtype)
     return (dy.t() @ x).to(dtype)
@@ -79,21 +100,22 @@ def rows(t: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, native: Products) -> Tensor:
         cast_x, cast_weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(cast_x, cast_weight)
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        return product(cast_x, cast_weight, None if bias is None else bias.to(dtype), native=True)
+        ctx.dtypes, ctx.native = (x.dtype, weight.dtype, None if bias is None else bias.dtype), native
+        return product(cast_x, cast_weight, None if bias is None else bias.to(dtype), native)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        dx = input_gradient(dy, weight, native=True).to(x_dtype) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(dy, x, weight_dtype, native=True) if ctx.needs_input_grad[1] else None
+        native = ctx.native
+        dx = input_gradient(dy, weight, native).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dweight = weight_gradient(dy, x, weight_dtype, native) if ctx.needs_input_grad[1] else None
         dbias = bias_gradient(dy).to(bias_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, None
 
 
 @torch.library.register_fake("maefast::linear_fwd")

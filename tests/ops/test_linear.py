@@ -10,11 +10,12 @@ from torch import Tensor
 
 import maefast
 from maefast import dispatch, ops
-from maefast.ops.linear import product
+from maefast.ops.linear import Products, native_products, product
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NATIVE = Products(True, True, True)
 DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
 # rows, in, out: nothing a multiple of anything, one of each, a task and one more, several parts of the summed dimension
 SIZES = [(7, 5, 3), (1, 1, 1), (1, 300, 1), (50, 64, 200), (145, 257, 49), (13, 48, 600), (3, 1000, 70), (300, 17, 97)]
@@ -73,7 +74,7 @@ def test_gelu_in_the_product(isa, size, bias):
         x, weight, *given = (t.detach() for t in make((rows, depth), features, bias=bias).values())
         b = given[0] if bias else None
         wide = (x.double(), weight.double(), None if b is None else b.double())
-        results.append([product(x, weight, b, native=True, gelu=True), F.gelu(F.linear(x, weight, b)), F.gelu(F.linear(*wide))])
+        results.append([product(x, weight, b, NATIVE, gelu=True), F.gelu(F.linear(x, weight, b)), F.gelu(F.linear(*wide))])
     assert_close_to_float64("gelu(linear)", *(torch.stack(column) for column in zip(*results, strict=True)))
 
 
@@ -84,7 +85,7 @@ def test_gelu_of_a_product_in_halves(isa, dtype):
     for _ in range(8):
         x, weight, bias = (t.detach() for t in make((29, 70), 55, dtype).values())
         exact_result = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
-        results.append([product(x, weight, bias, native=True, gelu=True), F.gelu(F.linear(x, weight, bias)), exact_result])
+        results.append([product(x, weight, bias, NATIVE, gelu=True), F.gelu(F.linear(x, weight, bias)), exact_result])
     assert_close_to_float64("gelu(linear)", *(torch.stack(column) for column in zip(*results, strict=True)))
     if dtype == F16 or isa != "avx512bf16":
         assert all(torch.equal(got, eager) for got, eager, _ in results)
@@ -212,6 +213,27 @@ def test_which_backend(native, monkeypatch):
             assert [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16)] == ["native", "native"]
             with pytest.raises(RuntimeError, match=r"linear cannot run.*native.*float64"):
                 dispatch.choose("linear", {"x": x64, "out": x64})
+
+
+def test_which_products(native, monkeypatch):
+    """auto leaves to torch the gradient for the input in bf16, and for the weight from few rows; a request binds all three."""
+    monkeypatch.setattr(dispatch, "_ON_INTEL", False)
+    monkeypatch.setattr(dispatch, "_MULTIPLIES_BF16", True)
+    chosen = {
+        (dtype, rows): native_products({"x": torch.empty(2, rows // 2, 3, dtype=dtype)}, dtype)
+        for dtype in (F32, BF16, F16)
+        for rows in (254, 256)
+    }
+    assert chosen == {
+        (F32, 254): (True, True, False),
+        (F32, 256): (True, True, True),
+        (BF16, 254): (True, False, False),
+        (BF16, 256): (True, False, True),
+        (F16, 254): (False, False, False),
+        (F16, 256): (False, False, False),
+    }
+    with maefast.backend("native"):
+        assert native_products({"x": torch.empty(2, 3, dtype=F16)}, F16) == NATIVE
 
 
 def test_eager_is_torch():
