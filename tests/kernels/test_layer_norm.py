@@ -28,10 +28,10 @@ def dy(*shape):
     return random(*shape, dtype=F16)
 
 
-@pytest.mark.parametrize("D", [2, 15, 63, 192, 768])
+@pytest.mark.parametrize("D", [2, 63, 768])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_widths(D, dtype):
-    check(op(), *(run(7, D, dtypes=(dtype, dtype)) for _ in range(8 if D < 16 else 2)), dy=dy(7, D))
+    check(op(), *(run(5, D, dtypes=(dtype, dtype)) for _ in range(8 if D < 16 else 2)), dy=dy(5, D))
 
 
 def test_rows_of_one_value():
