@@ -55,8 +55,8 @@ class Products(NamedTuple):
 
 
 def native_products(given: dispatch.Inputs, dtype: torch.dtype) -> Products:
-    """For inputs that are multiplied in `dtype`. Where maefast may choose, it leaves to torch what torch is faster at: the gradient
-    for the input in bf16, and for the weight where few rows are summed.
+    """For inputs that are multiplied in `dtype`. Where maefast may choose, torch keeps what it is faster at: in bf16 the
+    gradient for the input, and the gradient for the weight where few rows are summed.
     """
     x = given["x"]
     if dispatch.choose("linear", {**given, "out": x.new_empty(0, dtype=dtype)}) != "native":
