@@ -35,7 +35,8 @@ BACKENDS = ("native", "triton", "eager")  # fastest first
 
 _F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 _FLOATS = (_F32, _BF16, _F16)
-_NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+# What the kernels of an op take, on every backend that has one.
+_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "random_masking": {"noise": (_F32,)},
     "gather_patches": {"imgs": (*_FLOATS, _U8), "out": _FLOATS},
     "unshuffle": {"x": _FLOATS, "mask_token": _FLOATS, "pos_embed": _FLOATS},
@@ -46,15 +47,7 @@ _NATIVE_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "attention": dict.fromkeys(("qkv", "q"), _FLOATS),
     "linear": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
 }
-_TRITON_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "random_masking": {"noise": (_F32,)},
-    "gather_patches": {"imgs": (*_FLOATS, _U8), "out": _FLOATS},
-    "unshuffle": {"x": _FLOATS, "mask_token": _FLOATS, "pos_embed": _FLOATS},
-    "masked_mse": {"pred": _FLOATS, "imgs": (*_FLOATS, _U8)},
-    "layer_norm": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
-    "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
-    "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
-}
+_TRITON_OPS = _DTYPES.keys() - {"attention", "linear"}
 _MAX_HEAD_WIDTH = 128  # of native attention
 _TRITON_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
@@ -69,17 +62,24 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def _why_not_taken(backend: str, op: str, name: str, tensor: Tensor) -> str | None:
+    """A reason that every kernel of `op` has against one of its inputs."""
+    dtypes = _DTYPES[op].get(name)
+    if dtypes is not None and tensor.dtype not in dtypes:
+        return f"{backend} {op} takes {_names(dtypes)}, {name} is {_names((tensor.dtype,))}"
+    if name == "imgs" and tensor.requires_grad and torch.is_grad_enabled():
+        return f"{backend} {op} has no gradient for imgs"
+    return None
+
+
 def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
     if not _library.HAS_NATIVE:
         return "maefast was installed without its native library (MAEFAST_NATIVE=0)"
     for name, tensor in inputs.items():
         if tensor.device.type != "cpu":
             return f"the native kernels run on the CPU, {name} is on {tensor.device}"
-        dtypes = _NATIVE_DTYPES[op].get(name)
-        if dtypes is not None and tensor.dtype not in dtypes:
-            return f"native {op} takes {_names(dtypes)}, {name} is {_names((tensor.dtype,))}"
-        if name == "imgs" and tensor.requires_grad and torch.is_grad_enabled():
-            return f"native {op} has no gradient for imgs"
+        if (reason := _why_not_taken("native", op, name, tensor)) is not None:
+            return reason
     if op == "attention" and head_width > _MAX_HEAD_WIDTH:
         return f"native attention takes heads of up to {_MAX_HEAD_WIDTH}, they are {head_width} wide"
     return None
@@ -88,18 +88,15 @@ def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
 def _why_not_triton(op: str, inputs: Inputs, head_width: int) -> str | None:
     if not kernels.HAS_TRITON:
         return "Triton is not installed"
-    if op not in _TRITON_DTYPES:
+    if op not in _TRITON_OPS:
         return f"there is no Triton kernel of {op}"
     for name, tensor in inputs.items():
         if tensor.device.type != "cuda" and not kernels.INTERPRETED:
             return f"the Triton kernels run on a GPU, {name} is on {tensor.device}"
         if tensor.device.type == "cuda" and (capability := _capability(tensor.device)) < _TRITON_CAPABILITY:
             return f"the Triton kernels need compute capability 8.0, {name} is on a GPU of {capability[0]}.{capability[1]}"
-        dtypes = _TRITON_DTYPES[op].get(name)
-        if dtypes is not None and tensor.dtype not in dtypes:
-            return f"triton {op} takes {_names(dtypes)}, {name} is {_names((tensor.dtype,))}"
-        if name == "imgs" and tensor.requires_grad and torch.is_grad_enabled():
-            return f"triton {op} has no gradient for imgs"
+        if (reason := _why_not_taken("triton", op, name, tensor)) is not None:
+            return reason
         if name == "noise" and tensor.dim() == 2 and tensor.shape[1] > _TRITON_COUNTED:
             return f"triton random_masking ranks up to {_TRITON_COUNTED} patches, noise has {tensor.shape[1]}"
         if name == "pred" and tensor.dim() == 3 and (reason := _too_large(tensor.shape[2], inputs["imgs"].shape[1])) is not None:
@@ -191,7 +188,7 @@ def backend(name: str) -> Iterator[None]:
 
 def _request_for(op: str) -> str | None:
     """The request that binds `op`: a backend that has no kernel of it on any device does not, and `op` chooses by itself."""
-    return _requested if _requested != "triton" or op in _TRITON_DTYPES else None
+    return _requested if _requested != "triton" or op in _TRITON_OPS else None
 
 
 def is_requested(op: str) -> bool:
@@ -235,7 +232,7 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
     """
     rows = [("op", "backend", "why not the others")]
     for op in OPS:
-        inputs = {name: torch.empty(0, dtype=dtype, device=device) for name in _NATIVE_DTYPES[op]}
+        inputs = {name: torch.empty(0, dtype=dtype, device=device) for name in _DTYPES[op]}
         if op == "random_masking":
             inputs = {"noise": torch.empty(0, device=device)}
         requested = _request_for(op)

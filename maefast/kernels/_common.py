@@ -21,6 +21,11 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def dense_statistics(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The statistics of uint8 images as kernels read them: both dense, or none."""
+    return (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """`tensor` (..., D) as (rows, D) with dense rows, a copy only where its strides allow no view."""
     return dense_rows(tensor.reshape(-1, tensor.shape[-1]))

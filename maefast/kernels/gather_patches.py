@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import column_block, launching_on, normalised
+from ._common import column_block, dense_statistics, launching_on, normalised
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def gather_patches_fwd(
     (N, K), (_, C, H, W) = ids.shape, imgs.shape
     P = C * patch_h * patch_w
     ids = ids.contiguous()
-    mean, std = (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
+    mean, std = dense_statistics(mean, std)
     out = torch.empty(N, K, P, dtype=dtype, device=imgs.device)
     if out.numel():
         tile = config(P)

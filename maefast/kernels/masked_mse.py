@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dense_rows, launching_on, normalised
+from ._common import dense_rows, dense_statistics, launching_on, normalised
 
 VAR_EPS = tl.constexpr(1e-6)  # inside the root
 
@@ -194,7 +194,7 @@ def masked_mse_fwd(
     if N == 0:
         return torch.full((), float("nan"), dtype=torch.float32, device=pred.device)
     pred, mask = dense_rows(pred), mask.contiguous()
-    mean, std = (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
+    mean, std = dense_statistics(mean, std)
     tile = config(N, L, C, patch_h * patch_w)
     groups = triton.cdiv(L, tile["GROUP"])
     partial = torch.empty(2, N * groups, dtype=torch.float32, device=pred.device)
@@ -224,7 +224,7 @@ def masked_mse_bwd(
     if N == 0:
         return dpred
     pred, mask = dense_rows(pred), mask.contiguous()
-    mean, std = (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
+    mean, std = dense_statistics(mean, std)
     tile = config(N, L, C, patch_h * patch_w)
     groups = triton.cdiv(L, tile["GROUP"])
     with launching_on(pred):
