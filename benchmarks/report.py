@@ -1,6 +1,7 @@
 """From pytest-benchmark's JSON: a Markdown table and a bar chart, under results/<machine>/, losses shown like wins.
 
-`python benchmarks/report.py bench.json [--out DIR]` writes <size>.json, <size>.md and <size>.png, size being quick or full.
+`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md and <size>.png, size being quick
+or full. Of several files from one machine, groups of a later one replace those of an earlier one.
 """
 
 import argparse
@@ -27,6 +28,20 @@ def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
     for bench in results["benchmarks"]:
         groups.setdefault(bench["group"], []).append(bench)
     return groups
+
+
+def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One run of several from the same machine: each group as the last run that holds it has it; raises ValueError for others."""
+
+    def comparable(run: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in run["machine_info"].items() if key not in ("commit", "maefast")}
+
+    groups: dict[str, list[Bench]] = {}
+    for run in runs:
+        if comparable(run) != comparable(runs[-1]):
+            raise ValueError(f"runs of one machine and size are wanted; they are of {comparable(runs[-1])} and {comparable(run)}")
+        groups |= grouped(run)
+    return runs[-1] | {"benchmarks": [bench for benches in groups.values() for bench in benches]}
 
 
 def row(bench: Bench) -> list[str]:
@@ -70,7 +85,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"# Benchmarks, {machine['size']} sizes, on {machine['machine']}",
         "",
         f"{machine['device']}, {machine['threads']} threads, {machine['system']}, Python {machine['python']}, "
-        f"torch {machine['torch']}, maefast {machine['maefast']} at commit {machine['commit']}.",
+        f"torch {machine['torch']}, maefast {machine['maefast']}. The commit stands with each group.",
         "",
         "Contenders of a group were timed in rotation; `x eager` and `x compiled` compare medians with the group's reference, "
         "below 1 is slower. GB/s counts the bytes that must be touched, `of copy` and `of GEMM` are fractions of the rates that "
@@ -78,7 +93,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     remarks = []
     for group, benches in grouped(results).items():
-        lines += ["", f"## {group}", "", machine_rate(benches[0]["extra_info"]), "", *table(benches)]
+        lines += ["", f"## {group}", "", f"{machine_rate(benches[0]['extra_info'])} Commit {benches[0]['extra_info']['commit']}.", "", *table(benches)]
         remarks += [b["extra_info"]["outside_error_rule"] for b in benches if "outside_error_rule" in b["extra_info"]]
     if remarks:
         lines += ["", "(*) Less exact than the error rule allows, in code that is not maefast's:", ""]
@@ -130,10 +145,10 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>")
     args = parser.parse_args()
-    results = json.loads(args.json.read_text())
+    results = merged([json.loads(path.read_text()) for path in args.json])
     for path in write(results, args.out or RESULTS / results["machine_info"]["machine"]):
         print(path)
 

@@ -199,7 +199,7 @@ def test_machine_slug(vendor, family, model, name, slug):
 
 
 def results() -> dict:
-    info = {"contender": "reference", "x_eager": 1.0, "bytes": 2_000_000}
+    info = {"contender": "reference", "x_eager": 1.0, "bytes": 2_000_000, "commit": "0123abc"}
     info |= {"gb_per_s": 1.0, "copy_gb_per_s": 40.0, "copy_fraction": 0.025}
     stats = {"median": 2e-3, "iqr": 1e-4}
     fast = info | {"contender": "maefast-native", "x_eager": 8.0, "gb_per_s": 8.0, "copy_fraction": 0.2}
@@ -220,8 +220,19 @@ def test_report_shows_losses_like_wins_and_leaves_out_empty_columns():
     assert "| contender | median | IQR | x eager | GB/s | of copy |" in lines
     assert "| maefast-native | 250 us | 10 us | 8.00 | 8.0 | 20 % |" in lines
     assert "| maefast-eager (*) | 4 ms | 10 us | 0.50 | 0.5 | 2 % |" in lines
-    assert "2.0 MB must be touched; a large copy ran at 40.0 GB/s." in lines
+    assert "2.0 MB must be touched; a large copy ran at 40.0 GB/s. Commit 0123abc." in lines
     assert lines[-1] == "- off by 3"
+
+
+def test_report_of_several_runs_has_each_group_once():
+    early, late = results(), results()
+    other = [bench | {"group": "other-fp32"} for bench in early["benchmarks"]]
+    late["benchmarks"][0]["stats"]["median"] = 7.0
+    merged = report.merged([early | {"benchmarks": early["benchmarks"] + other}, late])
+    assert merged["benchmarks"] == late["benchmarks"] + other
+    late["machine_info"]["machine"] = "another"
+    with pytest.raises(ValueError, match="another"):
+        report.merged([early, late])
 
 
 def test_report_writes_three_files(tmp_path):
