@@ -93,7 +93,14 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     remarks = []
     for group, benches in grouped(results).items():
-        lines += ["", f"## {group}", "", f"{machine_rate(benches[0]['extra_info'])} Commit {benches[0]['extra_info']['commit']}.", "", *table(benches)]
+        lines += [
+            "",
+            f"## {group}",
+            "",
+            f"{machine_rate(benches[0]['extra_info'])} Commit {benches[0]['extra_info']['commit']}.",
+            "",
+            *table(benches),
+        ]
         remarks += [b["extra_info"]["outside_error_rule"] for b in benches if "outside_error_rule" in b["extra_info"]]
     if remarks:
         lines += ["", "(*) Less exact than the error rule allows, in code that is not maefast's:", ""]

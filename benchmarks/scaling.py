@@ -41,13 +41,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>/scaling.json")
     args = parser.parse_args()
     device, most = torch.device("cpu"), torch.get_num_threads()
+    info = machine.describe(device)
     rows = []
     for dtype in args.dtypes:
         rows.append(measure("demo", StepWorkload("demo", DEMO, dtype, device), most))
         for batch in args.batches:
             rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=batch), dtype, device), most))
         rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=4), dtype, device), 1))
-    info = machine.describe(device)
     out = args.out or Path(__file__).parent / "results" / info["machine"] / "scaling.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")

@@ -24,6 +24,7 @@ CATEGORIES = {
     "sums and additions": ("sum", "aten::add", "aten::mul"),
 }
 CONTENDERS = ("reference-sdpa", "maefast-no-pred")
+WARMUP = 4  # steps until malloc keeps what a step needs
 
 
 def category(op: str) -> str:
@@ -32,7 +33,8 @@ def category(op: str) -> str:
 
 def milliseconds(workload: StepWorkload, contender: str) -> dict[str, float]:
     run = workload.bench().run(contender)
-    run(0)
+    for _ in range(WARMUP):
+        run(0)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run(1)
     spent: dict[str, float] = defaultdict(float)
