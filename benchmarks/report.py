@@ -1,7 +1,7 @@
 """From pytest-benchmark's JSON: a Markdown table and a bar chart, under results/<machine>/, losses shown like wins.
 
-`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md and <size>.png, size being quick
-or full. Of several files from one machine, groups of a later one replace those of an earlier one.
+`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md and <size>.png, size being
+quick or full. Of several files from one machine, groups of a later one replace those of an earlier one.
 """
 
 import argparse
