@@ -15,6 +15,9 @@ struct Matrix {
   bool transposed;
 };
 
+constexpr int64_t kPanel = 48;  // columns: vectors of every width, in tiles that fill the registers
+constexpr int64_t kTile = 8;    // rows: tasks are cut there
+
 struct LinearFwd {
   Matrix x, weight;   // [rows, K], [columns, K]
   DType in, out;      // both fp32, or bf16 in and either out
@@ -26,11 +29,12 @@ struct LinearFwd {
   bool gelu;  // of the whole sum, when the last part of it is stored
 };
 
-constexpr int64_t kPanel = 48;  // columns: vectors of every width, in tiles that fill the registers
-constexpr int64_t kTile = 8;    // rows: tasks are cut there
-
 namespace MAEFAST_ISA {
 namespace {
+
+inline int64_t row_tiles_of(const LinearFwd& args) { return (args.rows + kTile - 1) / kTile; }
+
+inline int64_t panels_of(const LinearFwd& args) { return (args.columns + kPanel - 1) / kPanel; }
 
 inline int64_t lesser(int64_t n, int64_t most) { return n < most ? n : most; }
 
@@ -93,7 +97,7 @@ template <bool kPairs, typename In, typename Out, bool kGelu>
 void multiply_tasks(const LinearFwd& args, int64_t begin, int64_t end) {
   const Matrix& x = args.x;
   const int64_t words = words_of<kPairs>(args.depth);
-  const int64_t row_tiles = (args.rows + kTile - 1) / kTile, panels = (args.columns + kPanel - 1) / kPanel;
+  const int64_t row_tiles = row_tiles_of(args), panels = panels_of(args);
   const int64_t most_rows = (row_tiles + args.row_tasks - 1) / args.row_tasks * kTile;
   // Rows an odd number of cache lines apart share no set.
   const int64_t row_stride = (round_up(words, kLanes) / kLanes | 1) * kLanes;
@@ -205,7 +209,7 @@ struct Cut {
 Cut cut(const LinearFwd& args, int64_t K) {
   constexpr int64_t kPart = 128, kPacked = 12 << 20, kBlock = 432 << 10, kMostDepth = 1024, kMostTiles = 18, kEven = 16;
   const int64_t word = args.in == DType::f32 ? 1 : 2;  // values
-  const int64_t panels = (args.columns + kPanel - 1) / kPanel, row_tiles = (args.rows + kTile - 1) / kTile;
+  const int64_t row_tiles = scalar::row_tiles_of(args), panels = scalar::panels_of(args);
   Cut to{K, 1, 1};
   if (args.out == DType::f32) {
     const int64_t most = std::clamp<int64_t>(kPacked / (panels * kPanel * 4), kPart, kMostDepth) * word;
@@ -261,13 +265,12 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Ten
   const Cut parts = cut(args, K);
   args.row_tasks = parts.row_tasks;
   args.column_tasks = parts.column_tasks;
-  const int64_t panels = (columns + kPanel - 1) / kPanel;
-  const scalar::Scratch<float> packed(panels * kPanel * parts.depth);
+  const scalar::Scratch<float> packed(scalar::panels_of(args) * kPanel * parts.depth);
   args.packed = packed;
   for (; args.first < K; args.first += parts.depth) {
     args.depth = std::min(parts.depth, K - args.first);
     args.gelu = gelu && args.first + args.depth == K;
-    run(MAEFAST_KERNEL(linear_pack_kernel), args, panels, kPanel * args.depth * 8);
+    run(MAEFAST_KERNEL(linear_pack_kernel), args, scalar::panels_of(args), kPanel * args.depth * 8);
     run(MAEFAST_KERNEL(linear_fwd_kernel), args, args.row_tasks * args.column_tasks, kTile * args.depth * 8);
   }
   return y;

@@ -67,7 +67,7 @@ def native_products(given: dispatch.Inputs, dtype: torch.dtype) -> Products:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, gelu: bool = False) -> Tensor:
-    """linear without its gradients, for inputs of one dtype; with gelu the exact GELU of it, native fp32 in its epilogue."""
+    """linear without its gradients, for inputs of one dtype; with gelu the exact GELU of it, in a native kernel's epilogue."""
     if native.forward:
         return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
