@@ -227,6 +227,12 @@ Cut cut(const LinearFwd& args, int64_t K) {
   return to;
 }
 
+// The arithmetic of all tasks as memory traffic that takes as long: four products of words to a byte.
+int64_t bytes_of_products(const LinearFwd& args) {
+  const int64_t words = args.in == DType::f32 ? args.depth : args.depth / 2;
+  return args.rows * args.columns * words / 4;
+}
+
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool gelu,
                   std::optional<ScalarType> dtype) {
   check(weight.dim() == 2 && x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), "x must be (..., in) for a weight (out, in)");
@@ -271,7 +277,8 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Ten
     args.depth = std::min(parts.depth, K - args.first);
     args.gelu = gelu && args.first + args.depth == K;
     run(MAEFAST_KERNEL(linear_pack_kernel), args, scalar::panels_of(args), kPanel * args.depth * 8);
-    run(MAEFAST_KERNEL(linear_fwd_kernel), args, args.row_tasks * args.column_tasks, kTile * args.depth * 8);
+    const int64_t tasks = args.row_tasks * args.column_tasks;
+    run(MAEFAST_KERNEL(linear_fwd_kernel), args, tasks, bytes_of_products(args) / tasks);
   }
   return y;
 }
