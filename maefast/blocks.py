@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
@@ -18,6 +19,51 @@ def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
     N, T, D = x.shape
     rows = ids + T * torch.arange(N, device=ids.device)[:, None]
     return x.reshape(N * T, D).index_select(0, rows.flatten()).view(N, ids.shape[1], D)
+
+
+class RepeatedTokens(NamedTuple):
+    """The decoder's input (N, 1+L, D) with each distinct token once: at one position the mask token is the same in every sample
+    (He et al. 2022, section 3), so what a token alone decides need not be computed for each.
+
+    rows         (N (1+K) + L, D)  class token and kept tokens of each sample, shuffled; then the mask token at each position
+    ids_restore  (N, L)            int64, the rank of each patch; rank < K means kept
+    """
+
+    rows: Tensor
+    ids_restore: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> "RepeatedTokens":
+        """Of the arguments of ops.unshuffle."""
+        token = _unshuffled(ids_restore, x.shape[1] - 1)
+        rows = (x + F.embedding(token, pos_embed[0])).flatten(0, 1)
+        return cls(torch.cat([rows, (mask_token + pos_embed[:, 1:])[0]]), ids_restore)
+
+    @property
+    def len_keep(self) -> int:
+        N, L = self.ids_restore.shape
+        return (self.rows.shape[0] - L) // N - 1
+
+    def expanded(self, y: Tensor) -> Tensor:
+        """Values of the rows, (N (1+K) + L, C) -> those of the tokens, (N, 1+L, C)."""
+        (N, L), K = self.ids_restore.shape, self.len_keep
+        first = (1 + K) * torch.arange(N, device=y.device)[:, None]  # row of each sample
+        mask_token = N * (1 + K) + torch.arange(L, device=y.device)
+        row = torch.where(self.ids_restore < K, first + 1 + self.ids_restore, mask_token)
+        return y.index_select(0, torch.cat([first, row], dim=1).flatten()).view(N, 1 + L, y.shape[1])
+
+    def summed(self, dy: Tensor) -> Tensor:
+        """Gradients of the tokens, (N, 1+L, C) -> those of the rows, (N (1+K) + L, C): sums in fp32 and a fixed order, rounded
+        once."""
+        K = self.len_keep
+        kept = take_tokens(dy, _unshuffled(self.ids_restore, K)).flatten(0, 1)
+        removed = (self.ids_restore >= K).to(dy.dtype).t()[:, None]
+        return torch.cat([kept, torch.bmm(removed, dy[:, 1:].transpose(0, 1))[:, 0]])
+
+
+def _unshuffled(ids_restore: Tensor, len_keep: int) -> Tensor:
+    """(N, 1+K): the token of the image that the class token and each kept token are."""
+    return F.pad(1 + ids_restore.argsort(dim=1)[:, :len_keep], (1, 0))
 
 
 class Linear(nn.Linear):
@@ -105,18 +151,27 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed."""
+    def forward(self, x: Tensor, ids: Tensor | None = None, repeated: RepeatedTokens | None = None) -> Tensor:
+        """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed.
+
+        repeated: x again. A fused block then computes norm1 and qkv once for each of its rows; their gradient goes to the rows,
+        that of the residual stream to x.
+        """
         parts = self._plain_parts()
         if parts is not None:
             backends = self._backends(parts, x)
             if ids is None and backends == {"native"}:
-                return self._fused(parts, x)
+                return self._fused(parts, x, repeated)
             if ids is not None or "triton" in backends:
                 return self._of_ops(parts, x, ids)
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x if ids is None else take_tokens(x, ids)
+
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether a call on x, without ids, runs as one Function."""
+        parts = self._plain_parts()
+        return parts is not None and self._backends(parts, x) == {"native"}
 
     def _plain_parts(self) -> "_Parts | None":
         """The modules that hold the parameters, unless one of them is not what this file and nn.LayerNorm make of it."""
@@ -140,14 +195,15 @@ class Block(nn.Module):
         ops_used = ("layer_norm", "add_layer_norm", "bias_gelu", "attention")
         return {dispatch.choose(op, inputs, head_width=width) for op in ops_used}
 
-    def _fused(self, parts: "_Parts", x: Tensor) -> Tensor:
+    def _fused(self, parts: "_Parts", x: Tensor, repeated: RepeatedTokens | None) -> Tensor:
         dtype = dispatch.compute_dtype(x)
         native = native_products({"x": x}, dtype)
         options = _Options(self.attn.num_heads, parts.norm1.eps, parts.norm2.eps, dtype, native)
         parameters = [p for part in parts for p in (part.weight, part.bias)]
+        rows, ids_restore = repeated or (None, None)
         if torch.is_grad_enabled():
-            return _Block.apply(options, x, *parameters)
-        return _block_inference(options, x, *parameters)
+            return _Block.apply(options, x, rows, ids_restore, *parameters)
+        return _block_inference(options, x, repeated, *parameters)
 
     def _of_ops(self, parts: "_Parts", x: Tensor, ids: Tensor | None) -> Tensor:
         """The block as ops with gradients of their own. With ids (N, M): keys and values of every token; queries, projection and
@@ -196,11 +252,12 @@ class _Options(NamedTuple):
     native: Products
 
 
-def _block_inference(options: _Options, x: Tensor, *parameters: Tensor) -> Tensor:
+def _block_inference(options: _Options, x: Tensor, repeated: RepeatedTokens | None, *parameters: Tensor) -> Tensor:
     w1, b1, qkv_w, qkv_b, proj_w, proj_b, w2, b2, fc1_w, fc1_b, fc2_w, fc2_b = parameters
     dtype, native = options.dtype, options.native
-    y, _, _ = torch.ops.maefast.layer_norm_fwd(x, w1, b1, options.eps1, dtype)
+    y, _, _ = torch.ops.maefast.layer_norm_fwd(x if repeated is None else repeated.rows, w1, b1, options.eps1, dtype)
     qkv = product(y, qkv_w.to(dtype), qkv_b.to(dtype), native)
+    qkv = qkv if repeated is None else repeated.expanded(qkv)
     out = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
     out = product(out, proj_w.to(dtype), proj_b.to(dtype), native)
     y, x, _, _ = torch.ops.maefast.add_layer_norm_fwd(out, x, w2, b2, options.eps2, dtype)
@@ -220,34 +277,38 @@ class _Block(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, options: _Options, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, options: _Options, x: Tensor, rows: Tensor | None, ids_restore: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         w1, b1, qkv_w, qkv_b, proj_w, proj_b, w2, b2, fc1_w, fc1_b, fc2_w, fc2_b = parameters
         dtype, native = options.dtype, options.native
         qkv_w, proj_w, fc1_w, fc2_w = (weight.to(dtype) for weight in (qkv_w, proj_w, fc1_w, fc2_w))
-        y, mean1, rstd1 = torch.ops.maefast.layer_norm_fwd(x, w1, b1, options.eps1, dtype)
+        repeated = None if rows is None or ids_restore is None else RepeatedTokens(rows, ids_restore)
+        x1 = x if rows is None else rows
+        y, mean1, rstd1 = torch.ops.maefast.layer_norm_fwd(x1, w1, b1, options.eps1, dtype)
         qkv = product(y, qkv_w, qkv_b.to(dtype), native)
+        qkv = qkv if repeated is None else repeated.expanded(qkv)
         attended = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
         y = product(attended, proj_w, proj_b.to(dtype), native)
         y, x_mid, mean2, rstd2 = torch.ops.maefast.add_layer_norm_fwd(y, x, w2, b2, options.eps2, dtype)
         hidden = product(y, fc1_w, None, native)
         y = product(torch.ops.maefast.bias_gelu_fwd(hidden, fc1_b), fc2_w, fc2_b.to(dtype), native)
         ctx.options, ctx.parameter_dtypes = options, [parameter.dtype for parameter in parameters]
-        ctx.save_for_backward(
-            x, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2, w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w
-        )
+        kept = (x1, ids_restore, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2)
+        ctx.save_for_backward(*kept, w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w)
         return y.add_(x_mid) if y.dtype == x_mid.dtype else x_mid + y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under checkpointing they may be unpacked once alone
-        x, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2 = saved[:9]
-        w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = saved[9:]
+        x1, ids_restore, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2 = saved[:10]
+        w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = saved[10:]
         options = ctx.options
         dtype, native = options.dtype, options.native
-        needs = dict(zip(_PARAMETERS, ctx.needs_input_grad[2:], strict=True))
+        needs = dict(zip(_PARAMETERS, ctx.needs_input_grad[4:], strict=True))
         weight_dtypes = dict(zip(_PARAMETERS, ctx.parameter_dtypes, strict=True))
-        narrow = dtype if x.dtype != dtype else None  # the products' dtype, where the residual stream has another
+        narrow = dtype if dout.dtype != dtype else None  # the products' dtype, where the residual stream has another
         grads: dict[str, Tensor] = {}
 
         def linear_gradients(name: str, dy: Tensor, inputs: Tensor) -> None:
@@ -271,12 +332,15 @@ class _Block(torch.autograd.Function):
         dy = dx if narrow is None else dy
         linear_gradients("proj", dy, attended)
         _, dqkv = torch.ops.maefast.attention_bwd(input_gradient(dy, proj_w, native), None, qkv, options.num_heads)
-        dx, grads["w1"], grads["b1"], y, _ = torch.ops.maefast.layer_norm_bwd(
-            input_gradient(dqkv, qkv_w, native), dx, x, w1, b1, mean1, rstd1, dtype, None
+        if ids_restore is not None:
+            dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
+        dx1, grads["w1"], grads["b1"], y, _ = torch.ops.maefast.layer_norm_bwd(
+            input_gradient(dqkv, qkv_w, native), dx if ids_restore is None else None, x1, w1, b1, mean1, rstd1, dtype, None
         )
         linear_gradients("qkv", dqkv, y)
+        dx, drows = (dx1, None) if ids_restore is None else (dx, dx1)
         wanted = (
             grads[name].to(parameter_dtype) if needs[name] else None
             for name, parameter_dtype in zip(_PARAMETERS, ctx.parameter_dtypes, strict=True)
         )
-        return None, dx if ctx.needs_input_grad[1] else None, *wanted
+        return None, dx if ctx.needs_input_grad[1] else None, drows, None, *wanted

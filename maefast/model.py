@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .blocks import Block, Linear, PatchEmbed, is_plain, take_tokens
+from .blocks import Block, Linear, PatchEmbed, RepeatedTokens, is_plain, take_tokens
 from .reference import VAR_EPS, MAEOutput, init_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+REPEATED_VALUES = 1 << 18  # of mask tokens in a batch, from which on those at one position are worth computing once
 
 # The methods of the official model that a forward goes through, and so the ones that an override takes off the fused path.
 ENCODER_METHODS = ("forward_encoder", "random_masking")
@@ -252,22 +254,32 @@ class MAE(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def _decode_tokens(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
-        """latent (N, 1+K, D) -> (N, 1+L, decoder D); with ids (N, M) of tokens (N, M, decoder D), these alone."""
+    def _decode_tokens(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """latent (N, 1+K, D) -> (N, 1+L, decoder D)."""
         x = ops.unshuffle(self.decoder_embed(latent), ids_restore, self.mask_token, self.decoder_pos_embed)
-        for block in self.decoder_blocks[:-1]:
+        for block in self.decoder_blocks:
             x = block(x)
-        for block in self.decoder_blocks[-1:]:
-            if ids is not None and is_plain(block, Block):
-                return block(x, ids)
-            x = block(x)
-        return x if ids is None else take_tokens(x, ids)
+        return x
+
+    def _decode_removed(self, latent: Tensor, ids_restore: Tensor, ids: Tensor) -> Tensor:
+        """latent (N, 1+K, D) -> (N, M, decoder D), the tokens ids (N, M) of what _decode_tokens gives."""
+        tokens = (self.decoder_embed(latent), ids_restore, self.mask_token, self.decoder_pos_embed)
+        x = ops.unshuffle(*tokens)
+        if not self.decoder_blocks:
+            return take_tokens(x, ids)
+        *blocks, last = self.decoder_blocks
+        for i, block in enumerate(blocks):
+            if i == 0 and _repeats_enough(x, latent) and is_plain(block, Block) and block.is_fused(x):
+                x = block(x, repeated=RepeatedTokens.of(*tokens))
+            else:
+                x = block(x)
+        return last(x, ids) if is_plain(last, Block) else take_tokens(last(x), ids)
 
     def _predict_removed(self, latent: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
         """(N, M, P): predictions of the removed patches alone, in ascending patch index."""
         removed = mask.shape[1] + 1 - latent.shape[1]
         ids_removed = ops.random_masking(1 - mask, removed)[0]  # ranks of 0 and 1: the removed ones first, in ascending order
-        return self.decoder_pred(self.decoder_norm(self._decode_tokens(latent, ids_restore, 1 + ids_removed)))
+        return self.decoder_pred(self.decoder_norm(self._decode_removed(latent, ids_restore, 1 + ids_removed)))
 
     # -- overrides and checks ---------------------------------------------------------------------------
 
@@ -335,6 +347,13 @@ class MAE(nn.Module):
         if not 0 < M < L:
             raise ValueError(f"mask must keep at least one of the {L} patches and remove at least one; it removes {M}")
         return removed, L - M
+
+
+def _repeats_enough(x: Tensor, latent: Tensor) -> bool:
+    """Whether the mask tokens of x (N, 1+L, D) that other samples have too outweigh what it costs to sort them out."""
+    N, tokens, D = x.shape
+    kept = latent.shape[1]
+    return (N * (tokens - kept) - tokens) * D >= REPEATED_VALUES
 
 
 def _factory(name: str, doc: str, **sizes: Any) -> Callable[..., MAE]:

@@ -525,6 +525,86 @@ def test_eager_blocks_run_no_native_op():
     assert calls.names == []
 
 
+class DecoderStart(nn.Module):
+    """The decoder's input, and its first block with each distinct token once; the reference's block takes the input as it is."""
+
+    N, L, K = 5, T - 1, 4
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+        self.mask_token = nn.Parameter(torch.linspace(-1, 1, D).view(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.linspace(-2, 2, T * D).sin().view(1, T, D))
+
+    def forward(self, x: Tensor, ids_restore: Tensor) -> Tensor:
+        tokens = (x, ids_restore, self.mask_token, self.pos_embed)
+        whole = maefast.ops.unshuffle(*tokens)
+        if isinstance(self.block, Block):
+            return self.block(whole, repeated=blocks.RepeatedTokens.of(*tokens))
+        return self.block(whole)
+
+    @classmethod
+    def samples(cls, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [
+            (torch.randn(cls.N, 1 + cls.K, D).to(dtype), torch.randn(cls.N, T, D), torch.rand(cls.N, cls.L).argsort(dim=1))
+            for _ in range(count)
+        ]
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("path", [lambda block: block, through_modules], ids=["fused", "modules"])
+def test_repeated_tokens(path, mode):
+    """The same output bit for bit, and gradients by the rule, those of the mask token and the positions included."""
+    dtype, cast = mode
+    block = make_block(dtype)
+    mine, eager = DecoderStart(path(block)).to(dtype), DecoderStart(plain(block)).to(dtype)
+    exact = DecoderStart(plain(block)).double().requires_grad_()
+    exact.load_state_dict(eager.state_dict())
+    cases = DecoderStart.samples(8, dtype)
+    got = [run(mine, x, dy, cast, ids) for x, dy, ids in cases]
+    check(
+        got,
+        [run(eager, x, dy, cast, ids) for x, dy, ids in cases],
+        [run(exact, x.double(), dy.double(), ids=ids) for x, dy, ids in cases],
+    )
+    for result, (x, _, ids) in zip(got, cases, strict=True):
+        with autocast(cast):
+            whole = maefast.ops.unshuffle(x, ids, mine.mask_token, mine.pos_embed)
+            assert torch.equal(result["y"], mine.block(whole))
+            with torch.no_grad():
+                assert torch.equal(mine(x, ids), mine.block(whole))
+
+
+def test_repeated_tokens_are_multiplied_once(native):
+    start = DecoderStart(make_block())
+    ((x, _, ids),) = DecoderStart.samples(1, F32)
+    rows = []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.maefast.linear_fwd.default:
+                rows.append(args[0].numel() // args[0].shape[-1])
+            return func(*args, **(kwargs or {}))
+
+    with Rows(), maefast.backend("native"):
+        start(x, ids)
+    tokens = DecoderStart.N * T
+    assert rows == [DecoderStart.N * (1 + DecoderStart.K) + DecoderStart.L, tokens, tokens, tokens]
+
+
+@pytest.mark.parametrize(("N", "L", "K"), [(1, 1, 0), (1, 6, 2), (3, 6, 0), (3, 6, 6), (4, 9, 3)])
+def test_rows_of_repeated_tokens(N, L, K):
+    """Expanded they are the decoder's input, and `summed` is the transpose of `expanded`."""
+    x, ids_restore = torch.randn(N, 1 + K, 5), torch.rand(N, L).argsort(dim=1)
+    tokens = (x, ids_restore, torch.randn(1, 1, 5), torch.randn(1, 1 + L, 5))
+    repeated = blocks.RepeatedTokens.of(*tokens)
+    assert repeated.len_keep == K
+    assert torch.equal(repeated.expanded(repeated.rows), maefast.ops.unshuffle(*tokens))
+    y = torch.randn(N * (1 + K) + L, 3, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(N, 1 + L, 3, dtype=torch.float64)
+    torch.testing.assert_close(repeated.summed(dy), torch.autograd.grad(repeated.expanded(y), y, dy)[0])
+
+
 class SkippedBlock(Block):
     """A subclass with the signature that blocks have elsewhere."""
 
@@ -532,16 +612,19 @@ class SkippedBlock(Block):
         return super().forward(x) * 0.5
 
 
+@pytest.mark.parametrize("position", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("change", ["subclass", "wrapper", "instance", "hook"])
-def test_the_last_decoder_block_may_be_another(change):
-    """Without pred maefast's own block computes the removed tokens alone; any other is called as block(x)."""
-    model = small_mae()
-    block = model.decoder_blocks[0]
+def test_decoder_blocks_may_be_others(change, position, monkeypatch):
+    """Without pred maefast's own first block computes distinct tokens once, and its last the removed ones alone; any other is
+    called as block(x)."""
+    monkeypatch.setattr(maefast.model, "REPEATED_VALUES", 0)
+    model = small_mae(decoder_depth=2)
+    block = model.decoder_blocks[position]
     seen = []
     if change == "subclass":
-        model.decoder_blocks[0] = SkippedBlock(24, 3, 4.0, nn.LayerNorm)
+        model.decoder_blocks[position] = SkippedBlock(24, 3, 4.0, nn.LayerNorm)
     elif change == "wrapper":
-        model.decoder_blocks[0] = nn.Sequential(block)
+        model.decoder_blocks[position] = nn.Sequential(block)
     elif change == "instance":
         forward = block.forward
         block.forward = lambda x: forward(x)

@@ -62,9 +62,13 @@ def test_small_models(options, mode):
     compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=8)
 
 
+@pytest.mark.parametrize("repeated", [0, 1 << 60], ids=["repeated", "all"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [MODELS["non_square"], MODELS["one_channel"]], ids=["non_square", "one_channel"])
-def test_without_pred(options, mode):
+def test_without_pred(options, mode, repeated, monkeypatch):
+    """With the first decoder block on distinct tokens once, as in large batches, and without."""
+    monkeypatch.setattr(maefast.model, "REPEATED_VALUES", repeated)
+    options = {**options, "decoder_depth": 2}
     reference = small_reference(**options)
     compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=8, return_pred=False)
 
