@@ -285,16 +285,16 @@ class _Block(torch.autograd.Function):
         qkv_w, proj_w, fc1_w, fc2_w = (weight.to(dtype) for weight in (qkv_w, proj_w, fc1_w, fc2_w))
         repeated = None if rows is None or ids_restore is None else RepeatedTokens(rows, ids_restore)
         x1 = x if rows is None else rows
-        y, mean1, rstd1 = torch.ops.maefast.layer_norm_fwd(x1, w1, b1, options.eps1, dtype)
+        y, center1, rstd1 = torch.ops.maefast.layer_norm_fwd(x1, w1, b1, options.eps1, dtype)
         qkv = product(y, qkv_w, qkv_b.to(dtype), native)
         qkv = qkv if repeated is None else repeated.expanded(qkv)
         attended = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
         y = product(attended, proj_w, proj_b.to(dtype), native)
-        y, x_mid, mean2, rstd2 = torch.ops.maefast.add_layer_norm_fwd(y, x, w2, b2, options.eps2, dtype)
+        y, x_mid, center2, rstd2 = torch.ops.maefast.add_layer_norm_fwd(y, x, w2, b2, options.eps2, dtype)
         hidden = product(y, fc1_w, None, native)
         y = product(torch.ops.maefast.bias_gelu_fwd(hidden, fc1_b), fc2_w, fc2_b.to(dtype), native)
         ctx.options, ctx.parameter_dtypes = options, [parameter.dtype for parameter in parameters]
-        kept = (x1, ids_restore, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2)
+        kept = (x1, ids_restore, qkv, attended, x_mid, hidden, center1, rstd1, center2, rstd2)
         ctx.save_for_backward(*kept, w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w)
         return y.add_(x_mid) if y.dtype == x_mid.dtype else x_mid + y
 
@@ -302,7 +302,7 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under checkpointing they may be unpacked once alone
-        x1, ids_restore, qkv, attended, x_mid, hidden, mean1, rstd1, mean2, rstd2 = saved[:10]
+        x1, ids_restore, qkv, attended, x_mid, hidden, center1, rstd1, center2, rstd2 = saved[:10]
         w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = saved[10:]
         options = ctx.options
         dtype, native = options.dtype, options.native
@@ -324,7 +324,7 @@ class _Block(torch.autograd.Function):
         linear_gradients("fc2", dy, activated)
         del activated
         dx, grads["w2"], grads["b2"], y, dy = torch.ops.maefast.layer_norm_bwd(
-            input_gradient(dhidden, fc1_w, native), dout, x_mid, w2, b2, mean2, rstd2, dtype, narrow
+            input_gradient(dhidden, fc1_w, native), dout, x_mid, w2, b2, center2, rstd2, dtype, narrow
         )
         if needs["fc1_w"]:
             grads["fc1_w"] = weight_gradient(dhidden, y, weight_dtypes["fc1_w"], native)
@@ -335,7 +335,7 @@ class _Block(torch.autograd.Function):
         if ids_restore is not None:
             dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
         dx1, grads["w1"], grads["b1"], y, _ = torch.ops.maefast.layer_norm_bwd(
-            input_gradient(dqkv, qkv_w, native), dx if ids_restore is None else None, x1, w1, b1, mean1, rstd1, dtype, None
+            input_gradient(dqkv, qkv_w, native), dx if ids_restore is None else None, x1, w1, b1, center1, rstd1, dtype, None
         )
         linear_gradients("qkv", dqkv, y)
         dx, drows = (dx1, None) if ids_restore is None else (dx, dx1)

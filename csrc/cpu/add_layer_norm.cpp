@@ -68,16 +68,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in
   Tensor sum = empty_cpu(x_in.sizes(), alike ? x_in.scalar_type() : ScalarType::Float);
   const DType y_dtype = float_dtype("dtype", dtype);
   Tensor y = empty_cpu(x_in.sizes(), dtype);
-  Tensor mean = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
+  Tensor center = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
   const AddLayerNormFwd args{
       x.rows,
       residual.rows,
       sum.mutable_data_ptr(),
       {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), y_dtype,
-       static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
+       static_cast<float*>(center.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
   };
   run(MAEFAST_KERNEL(add_layer_norm_fwd_kernel), args, x.count, x.D * 16);
-  return {y, sum, mean, rstd};
+  return {y, sum, center, rstd};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) { m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd)); }

@@ -11,7 +11,7 @@ struct LayerNormFwd {
 
 struct LayerNormBwd {
   Rows dy, dresidual, x;  // dresidual.data is null where there is none
-  const float *weight, *bias, *mean, *rstd;
+  const float *weight, *bias, *center, *rstd;
   void *dx, *y, *dx_cast;  // [rows, D], dx in the dtype of x; y and dx_cast are null where they are not asked for
   DType y_dtype, cast_dtype;
   float* partial;  // [chunks, 2, D]: dweight and dbias of one chunk of rows
@@ -39,22 +39,22 @@ inline void backward_row(const LayerNormBwd& args, int64_t row, float* dweight, 
   const float width = static_cast<float>(D), rstd = args.rstd[row];
   const X* x = row_of<X>(args.x, row);
   const DY* dy = row_of<DY>(args.dy, row);
-  const Vec mean = broadcast(args.mean[row]), scale = broadcast(rstd);
+  const Vec center = broadcast(args.center[row]), scale = broadcast(rstd);
   const auto sums = sum_row<3>(D, [&](auto part, int64_t i, Vec* totals) {
-    const Vec difference = part.keep(part.load(x + i) - mean), g = part.load(dy + i) * part.load(args.weight + i);
+    const Vec difference = part.keep(part.load(x + i) - center), g = part.load(dy + i) * part.load(args.weight + i);
     totals[0] += difference;
     totals[1] += g;
     totals[2] += g * difference;
   });
   const float residue = sums.of[0] / width;
-  const Center at{mean, broadcast(residue)};
+  const Mean mean{center, broadcast(residue)};
   const Vec mean_g = broadcast(sums.of[1] / width);
   const Vec mean_gx = broadcast((sums.of[2] - residue * sums.of[1]) * rstd / width);  // of g times the normalised x
   X* dx = static_cast<X*>(args.dx) + row * D;
   for_row(D, [&](auto part, int64_t i) {
     prefetch(x + i, args.x.stride);
     prefetch(dy + i, args.dy.stride);
-    const Vec xhat = normalised(part.load(x + i), at, scale), dy_i = part.load(dy + i), weight = part.load(args.weight + i);
+    const Vec xhat = normalised(part.load(x + i), mean, scale), dy_i = part.load(dy + i), weight = part.load(args.weight + i);
     part.store(dweight + i, part.load(dweight + i) + dy_i * xhat);
     part.store(dbias + i, part.load(dbias + i) + dy_i);
     Vec dx_i = (dy_i * weight - mean_g - xhat * mean_gx) * scale;
@@ -115,19 +115,19 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, const Tens
   const FloatInput weight("weight", weight_in, x.D), bias("bias", bias_in, x.D);
   const DType y_dtype = float_dtype("dtype", dtype);
   Tensor y = empty_cpu(x_in.sizes(), dtype);
-  Tensor mean = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
+  Tensor center = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
   const LayerNormFwd args{
       x.rows,
       {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), y_dtype,
-       static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
+       static_cast<float*>(center.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
   };
   run(MAEFAST_KERNEL(layer_norm_fwd_kernel), args, x.count, x.D * 8);
-  return {y, mean, rstd};
+  return {y, center, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_in, const std::optional<Tensor>& dresidual_in,
                                                                   const Tensor& x_in, const Tensor& weight_in,
-                                                                  const Tensor& bias_in, const Tensor& mean_in,
+                                                                  const Tensor& bias_in, const Tensor& center_in,
                                                                   const Tensor& rstd_in, std::optional<ScalarType> y_dtype,
                                                                   std::optional<ScalarType> cast_dtype) {
   const RowsInput x("x", x_in), dy("dy", dy_in);
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& 
   }
   const int64_t D = x.D;
   const FloatInput weight("weight", weight_in, D), bias("bias", bias_in, D);
-  const FloatInput mean("mean", mean_in, x.count), rstd("rstd", rstd_in, x.count);
+  const FloatInput center("center", center_in, x.count), rstd("rstd", rstd_in, x.count);
   const DType y_type = float_dtype("y_dtype", y_dtype.value_or(ScalarType::Float));
   const DType cast_type = float_dtype("cast_dtype", cast_dtype.value_or(ScalarType::Float));
   const auto output = [&](std::optional<ScalarType> dtype) {
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& 
       x.rows,
       weight.data,
       bias.data,
-      mean.data,
+      center.data,
       rstd.data,
       dx.mutable_data_ptr(),
       y_dtype ? y.mutable_data_ptr() : nullptr,

@@ -10,46 +10,60 @@ struct Norm {
   float eps;
   void* y;  // [rows, D]
   DType y_dtype;
-  float *mean, *rstd;  // [rows]
+  float *center, *rstd;  // [rows]; center is a value near the mean
   int64_t D;
 };
 
 namespace MAEFAST_ISA {
 namespace {
 
-// `mean` is rounded to fp32; `residue`, what is left of the mean of x - mean, keeps rows exact whose mean is far larger than
-// their spread.
-struct Center {
-  Vec mean, residue;
+// The mean of a row is center + residue: in fp32 alone it would lose the digits of rows whose mean is far larger than their spread.
+struct Mean {
+  Vec center, residue;
 };
 
-inline Vec normalised(Vec x, Center center, Vec rstd) { return ((x - center.mean) - center.residue) * rstd; }
+inline Vec normalised(Vec x, Mean mean, Vec rstd) { return ((x - mean.center) - mean.residue) * rstd; }
 
-// The two statistics of one row, and the row normalised. Sums are of differences to the first value, so that a constant row has
-// exactly variance zero.
-template <typename X, typename Y>
-inline void norm_row(const X* x, const Norm& args, int64_t row) {
-  const int64_t D = args.D;
-  const float width = static_cast<float>(D), first = load_first(x, 1)[0];
-  const Vec origin = broadcast(first);
-  const auto offset = sum_row<1>(D, [&](auto part, int64_t i, Vec* total) { *total += part.keep(part.load(x + i) - origin); });
-  const float mean = first + offset.of[0] / width;
-  const Vec center = broadcast(mean);
-  const auto moments = sum_row<2>(D, [&](auto part, int64_t i, Vec* totals) {
-    const Vec difference = part.keep(part.load(x + i) - center);
+// The mean of a row, center + residue, and its variance: from the first two moments about center.
+struct Moments {
+  float center, residue, variance;
+};
+
+template <typename X>
+inline Moments moments_about(float center, const X* x, int64_t D) {
+  const Vec origin = broadcast(center);
+  const auto sums = sum_row<2>(D, [&](auto part, int64_t i, Vec* totals) {
+    const Vec difference = part.keep(part.load(x + i) - origin);
     totals[0] += difference;
     totals[1] += difference * difference;
   });
-  const float residue = moments.of[0] / width, variance = moments.of[1] / width - residue * residue;
-  const float rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + args.eps);
-  args.mean[row] = mean;
+  const float width = static_cast<float>(D), residue = sums.of[0] / width, variance = sums.of[1] / width - residue * residue;
+  return {center, residue, variance < 0.0f ? 0.0f : variance};
+}
+
+// The first values of a row tell about where it lies; one whose mean is further from there than half its spread is looked at again,
+// or the sums would round worse. A constant row has exactly variance zero.
+template <typename X>
+inline Moments moments(const X* x, int64_t D) {
+  const Moments found = moments_about(D < kLanes ? load_first(x, 1)[0] : sum(load(x)) / kLanes, x, D);
+  const bool is_near = 4.0f * found.residue * found.residue <= found.variance;
+  return is_near ? found : moments_about(found.center + found.residue, x, D);
+}
+
+// The two statistics of one row, and the row normalised.
+template <typename X, typename Y>
+inline void norm_row(const X* x, const Norm& args, int64_t row) {
+  const int64_t D = args.D;
+  const Moments of_row = moments(x, D);
+  const float rstd = 1.0f / __builtin_sqrtf(of_row.variance + args.eps);
+  args.center[row] = of_row.center;
   args.rstd[row] = rstd;
-  const Center at{center, broadcast(residue)};
+  const Mean mean{broadcast(of_row.center), broadcast(of_row.residue)};
   const Vec scale = broadcast(rstd);
   Y* y = static_cast<Y*>(args.y) + row * D;
   for_row(D, [&](auto part, int64_t i) {
     prefetch(x + i, D);
-    part.store(y + i, normalised(part.load(x + i), at, scale) * part.load(args.weight + i) + part.load(args.bias + i));
+    part.store(y + i, normalised(part.load(x + i), mean, scale) * part.load(args.weight + i) + part.load(args.bias + i));
   });
 }
 

@@ -52,8 +52,8 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        y, total, mean, rstd = dispatch.ops_of(backend).add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
-        ctx.save_for_backward(total, weight, bias, mean, rstd)
+        y, total, center, rstd = dispatch.ops_of(backend).add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        ctx.save_for_backward(total, weight, bias, center, rstd)
         ctx.backend, ctx.x_dtype, ctx.residual_dtype = backend, x.dtype, residual.dtype
         ctx.set_materialize_grads(False)
         return y, total
@@ -61,7 +61,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, bias, mean, rstd = ctx.saved_tensors
+        total, weight, bias, center, rstd = ctx.saved_tensors
         _, needs_x, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if dy is None:  # only the sum was used
             dx = None if dtotal is None or not needs_x else dtotal.to(ctx.x_dtype)
@@ -70,7 +70,7 @@ class _AddLayerNorm(torch.autograd.Function):
         # at most one of the two has another dtype than the sum; fp16 and bf16, where both have, take a cast of their own
         cast = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype != total.dtype), None)
         dsum, dweight, dbias, _, dsum_cast = dispatch.ops_of(ctx.backend).layer_norm_bwd(
-            dy, dtotal, total, weight, bias, mean, rstd, None, cast
+            dy, dtotal, total, weight, bias, center, rstd, None, cast
         )
         grads = {total.dtype: dsum, cast: dsum_cast}
         dx = grads[ctx.x_dtype] if ctx.x_dtype in grads else dsum.to(ctx.x_dtype)

@@ -39,17 +39,17 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: t
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        y, mean, rstd = dispatch.ops_of(backend).layer_norm_fwd(x, weight, bias, eps, dtype)
+        y, center, rstd = dispatch.ops_of(backend).layer_norm_fwd(x, weight, bias, eps, dtype)
         ctx.backend = backend
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, center, rstd)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, weight, bias, center, rstd = ctx.saved_tensors
         kernels = dispatch.ops_of(ctx.backend)
-        dx, dweight, dbias, _, _ = kernels.layer_norm_bwd(dy, None, x, weight, bias, mean, rstd, None, None)
+        dx, dweight, dbias, _, _ = kernels.layer_norm_bwd(dy, None, x, weight, bias, center, rstd, None, None)
         _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         return (
             None,
@@ -77,7 +77,7 @@ def _layer_norm_bwd_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    mean: Tensor,
+    center: Tensor,
     rstd: Tensor,
     y_dtype: torch.dtype | None,
     cast_dtype: torch.dtype | None,
