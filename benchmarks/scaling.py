@@ -19,7 +19,10 @@ from stepbench import Size, StepWorkload
 from test_step import CPU
 
 CONTENDERS = ("reference-sdpa", "maefast", "maefast-no-pred")
-DEMO = Size(16, 64, 4, 64, 3, 2, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=2)  # the demo's, for photographs
+DEMO = {  # the sizes of its two models
+    "demo, photographs": Size(16, 64, 4, 64, 3, 2, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=2),
+    "demo, digits": Size(64, 8, 2, 64, 4, 4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4),
+}
 
 
 def measure(label: str, workload: StepWorkload, threads: int) -> dict[str, Any]:
@@ -44,7 +47,8 @@ def main() -> None:
     info = machine.describe(device)
     rows = []
     for dtype in args.dtypes:
-        rows.append(measure("demo", StepWorkload("demo", DEMO, dtype, device), most))
+        for label, size in DEMO.items():
+            rows.append(measure(label, StepWorkload(label, size, dtype, device), most))
         for batch in args.batches:
             rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=batch), dtype, device), most))
         rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=4), dtype, device), 1))
