@@ -23,7 +23,7 @@ class Options:
 
     def budget(self, is_step: bool) -> Budget:
         if is_step:
-            return Budget(seconds=150, least=5, most=31) if self.full else Budget(seconds=8, least=7, most=31)
+            return Budget(seconds=300, least=9, most=31) if self.full else Budget(seconds=8, least=7, most=31)
         return Budget(seconds=12, least=11, most=61) if self.full else Budget(seconds=3, least=11, most=41)
 
     def wants_memory(self, is_step: bool) -> bool:
