@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import pytest
 import torch
 from errors import assert_close_to_float64
 from torch import Tensor, nn
@@ -89,6 +90,30 @@ def forward_backward(op: Op, inputs: dict[str, Tensor], dy: Tensor | None) -> di
         return {"out": out}
     grads = torch.autograd.grad(out, list(leaves.values()), None if dy is None else dy.to(out.dtype))
     return {"out": out.detach()} | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def assert_once_differentiable(op: Op, inputs: dict[str, Tensor]) -> None:
+    """A backward may run twice on one graph, with equal results; a gradient of a gradient raises."""
+    leaves = [t for t in inputs.values() if t.requires_grad]
+    loss = op(**inputs).square().sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, leaves, retain_graph=True), strict=True):
+        assert torch.equal(a, b)
+    grad, *_ = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def assert_same_for_any_threads(run: Callable[[], dict[str, Tensor]]) -> None:
+    """The same bits from one thread and from several, twice each."""
+    with threads(1):
+        one = run()
+    for count in THREADS:
+        with threads(count):
+            for result in (run(), run()):
+                assert result.keys() == one.keys()
+                for name, value in result.items():
+                    assert torch.equal(value, one[name]), f"{name} with {count} threads"
 
 
 def check_op(

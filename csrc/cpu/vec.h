@@ -196,19 +196,22 @@ class Scratch {
   T* data_;
 };
 
-template <int N, typename V>
-inline float sum_lanes(V v) {
+// All lanes in one, by halves: combine(a, b) takes vectors of every width.
+template <int N, typename V, typename Combine>
+inline float fold_lanes(V v, Combine combine) {
   if constexpr (N == 1) {
     return v[0];
   } else {
     typedef float Half __attribute__((vector_size(2 * N)));
     Half halves[2];
     std::memcpy(halves, &v, sizeof v);
-    return sum_lanes<N / 2>(halves[0] + halves[1]);
+    return fold_lanes<N / 2>(combine(halves[0], halves[1]), combine);
   }
 }
 
-inline float sum(Vec v) { return sum_lanes<kLanes>(v); }
+inline float sum(Vec v) {
+  return fold_lanes<kLanes>(v, [](auto a, auto b) { return a + b; });
+}
 
 }  // namespace
 }  // namespace MAEFAST_ISA

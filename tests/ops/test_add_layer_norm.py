@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import LAYOUTS, check_op, lay_out, sliced, threads
+from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, lay_out, sliced
 from torch import Tensor
 
 from maefast import ops
@@ -172,30 +172,18 @@ def test_one_gradient_at_a_time(native, leaf):
     assert torch.equal(gradients(alone, dy, dtotal)[leaf], gradients(inputs, dy, dtotal)[leaf])
 
 
-def test_backward_twice(native):
-    inputs = make(20, 9)
-    y, total = ops.add_layer_norm(**inputs)
-    loss, leaves = (y * total).sum(), list(inputs.values())
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_double_backward_raises(native):
-    inputs = make(5, 3)
-    (dx,) = torch.autograd.grad(ops.add_layer_norm(**inputs)[0].square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_once_differentiable(native):
+    assert_once_differentiable(lambda **inputs: torch.cat(ops.add_layer_norm(**inputs)), make(20, 9))
 
 
 def test_deterministic(native):
     inputs, dy, dtotal = make(2000, 130), torch.randn(2000, 130), torch.randn(2000, 130)
-    with threads(1):
-        outputs, grads = ops.add_layer_norm(**inputs), gradients(inputs, dy, dtotal)
-    with threads(2):
-        for _ in range(2):
-            assert all(torch.equal(a, b) for a, b in zip(ops.add_layer_norm(**inputs), outputs, strict=True))
-            assert all(torch.equal(grad, grads[name]) for name, grad in gradients(inputs, dy, dtotal).items())
+
+    def run() -> dict[str, Tensor]:
+        y, total = ops.add_layer_norm(**inputs)
+        return {"y": y, "total": total} | gradients(inputs, dy, dtotal)
+
+    assert_same_for_any_threads(run)
 
 
 def test_opcheck(native):

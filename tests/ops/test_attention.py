@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, threads
+from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out
 from torch import Tensor
 
 import maefast
@@ -255,32 +255,15 @@ def test_one_gradient_at_a_time(native, leaf):
     assert torch.equal(forward_backward(with_heads(2), alone, dy)[f"d_{leaf}"], expected)
 
 
-def test_backward_twice(native):
-    inputs = make(2, 20, 2, 6)
-    loss = ops.attention(inputs["qkv"], 2).square().sum()
-    first = torch.autograd.grad(loss, inputs["qkv"], retain_graph=True)
-    assert torch.equal(first[0], torch.autograd.grad(loss, inputs["qkv"])[0])
-
-
-def test_double_backward_raises(native):
-    inputs = make(2, 5, 2, 3)
-    (dqkv,) = torch.autograd.grad(ops.attention(inputs["qkv"], 2).square().sum(), inputs["qkv"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dqkv.sum().backward()
+def test_once_differentiable(native):
+    assert_once_differentiable(with_heads(2), make(2, 20, 2, 6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("M", [None, 147], ids=["self", "q"])
 def test_deterministic(isa, dtype, M):
     inputs, dy = make(5, 197, 3, 32, dtype, M), torch.randn(5, M or 197, 96)
-    with threads(1):
-        one = forward_backward(with_heads(3), inputs, dy)
-    for count in THREADS:
-        with threads(count):
-            runs = [forward_backward(with_heads(3), inputs, dy) for _ in range(2)]
-        for run in runs:
-            for name, value in run.items():
-                assert torch.equal(value, one[name]), name
+    assert_same_for_any_threads(lambda: forward_backward(with_heads(3), inputs, dy))
 
 
 @pytest.mark.huge

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from errors import assert_close_to_float64
-from support import LAYOUTS, check_op, forward_backward, lay_out, sliced, threads
+from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out, sliced
 from torch import Tensor
 
 from maefast import ops
@@ -165,30 +165,13 @@ def test_one_gradient_at_a_time(native, leaf):
     assert torch.equal(forward_backward(ops.bias_gelu, alone, dy)[f"d_{leaf}"], expected)
 
 
-def test_backward_twice(native):
-    inputs = make(20, 9)
-    loss, leaves = ops.bias_gelu(**inputs).square().sum(), list(inputs.values())
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_double_backward_raises(native):
-    inputs = make(5, 3)
-    (dx,) = torch.autograd.grad(ops.bias_gelu(**inputs).square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_once_differentiable(native):
+    assert_once_differentiable(ops.bias_gelu, make(20, 9))
 
 
 def test_deterministic(native):
     inputs, dy = make(2000, 130), torch.randn(2000, 130)
-    with threads(1):
-        one = forward_backward(ops.bias_gelu, inputs, dy)
-    with threads(2):
-        runs = [forward_backward(ops.bias_gelu, inputs, dy) for _ in range(2)]
-    for run in runs:
-        for name, value in run.items():
-            assert torch.equal(value, one[name]), name
+    assert_same_for_any_threads(lambda: forward_backward(ops.bias_gelu, inputs, dy))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)

@@ -5,7 +5,7 @@ import support
 import torch
 import torch.nn.functional as F
 from errors import assert_close_to_float64
-from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, threads
+from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out
 from torch import Tensor
 
 import maefast
@@ -280,35 +280,16 @@ class _Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_backward_twice(native):
-    inputs = make((3, 20), 9)
+def test_once_differentiable(native):
     with maefast.backend("native"):
-        loss = ops.linear(**inputs).square().sum()
-    first = torch.autograd.grad(loss, list(inputs.values()), retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(loss, list(inputs.values())), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_double_backward_raises(native):
-    inputs = make((3, 20), 9)
-    with maefast.backend("native"):
-        (dx,) = torch.autograd.grad(ops.linear(**inputs).square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+        assert_once_differentiable(ops.linear, make((3, 20), 9))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_deterministic(isa, dtype):
     inputs, dy = make((5, 97, 300), 530, dtype), torch.randn(5, 97, 530).to(dtype)
     with maefast.backend("native"):
-        with threads(1):
-            one = forward_backward(ops.linear, inputs, dy)
-        for count in THREADS:
-            with threads(count):
-                runs = [forward_backward(ops.linear, inputs, dy) for _ in range(2)]
-            for run in runs:
-                for name, value in run.items():
-                    assert torch.equal(value, one[name]), name
+        assert_same_for_any_threads(lambda: forward_backward(ops.linear, inputs, dy))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])

@@ -6,13 +6,13 @@ import torch
 from support import (
     IMAGE_LAYOUTS,
     LAYOUTS,
-    THREADS,
+    assert_once_differentiable,
+    assert_same_for_any_threads,
     check_op,
     forward_backward,
     lay_out,
     permutations,
     removed_mask,
-    threads,
     widened,
 )
 from torch import Tensor
@@ -247,19 +247,8 @@ def test_the_caller_may_divide_the_loss_in_place(each_backend):
     assert torch.equal(quarter, whole / 4)
 
 
-def test_backward_twice(native):
-    inputs = make((4, 4))
-    loss = ops.masked_mse(**inputs, patch_size=4, norm_pix=True)
-    (first,) = torch.autograd.grad(loss, inputs["pred"], retain_graph=True)
-    assert torch.equal(torch.autograd.grad(loss, inputs["pred"])[0], first)
-
-
-def test_double_backward_raises(native):
-    inputs = make((4, 4))
-    loss = ops.masked_mse(**inputs, patch_size=4, norm_pix=True)
-    (dpred,) = torch.autograd.grad(loss.square(), inputs["pred"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dpred.sum().backward()
+def test_once_differentiable(native):
+    assert_once_differentiable(partial(ops.masked_mse, patch_size=4, norm_pix=True), make((4, 4)))
 
 
 def test_a_penalty_on_the_gradient_raises(native):
@@ -274,18 +263,7 @@ def test_a_penalty_on_the_gradient_raises(native):
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "all_rows"])
 def test_deterministic(isa, compact):
     inputs = make((16, 16), N=4, grid=(8, 9), compact=compact)
-
-    def run() -> dict[str, Tensor]:
-        return forward_backward(partial(ops.masked_mse, patch_size=16, norm_pix=True), inputs, None)
-
-    with threads(1):
-        one = run()
-    for count in THREADS:
-        with threads(count):
-            runs = [run() for _ in range(2)]
-        for result in runs:
-            assert torch.equal(result["out"], one["out"])
-            assert torch.equal(result["d_pred"], one["d_pred"])
+    assert_same_for_any_threads(lambda: forward_backward(partial(ops.masked_mse, patch_size=16, norm_pix=True), inputs, None))
 
 
 @pytest.mark.huge

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from support import LAYOUTS, THREADS, check_op, forward_backward, lay_out, permutations, threads
+from support import (
+    LAYOUTS,
+    assert_once_differentiable,
+    assert_same_for_any_threads,
+    check_op,
+    forward_backward,
+    lay_out,
+    permutations,
+)
 from torch import Tensor
 
 from maefast import ops
@@ -139,20 +147,8 @@ def test_one_gradient_at_a_time(native, leaf):
     assert torch.equal(forward_backward(ops.unshuffle, alone, dy)[f"d_{leaf}"], expected)
 
 
-def test_backward_twice(native):
-    inputs = make(2, 20, 6, 9)
-    loss = ops.unshuffle(**inputs).square().sum()
-    leaves = [inputs[name] for name in LEAVES]
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_double_backward_raises(native):
-    inputs = make(2, 5, 2, 3)
-    (dx,) = torch.autograd.grad(ops.unshuffle(**inputs).square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_once_differentiable(native):
+    assert_once_differentiable(ops.unshuffle, make(2, 20, 6, 9))
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES["halves"], (BF16, BF16, F16), (F16, F16, BF16)], ids=["x", "pos_embed", "other"])
@@ -168,14 +164,7 @@ def test_bf16_and_fp16_promote_to_fp32(each_backend, dtypes):
 @pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["autocast"]], ids=["fp32", "autocast"])
 def test_deterministic(isa, dtypes):
     inputs, dy = make(5, 196, 49, 130, dtypes), torch.randn(5, 197, 130)
-    with threads(1):
-        one = forward_backward(ops.unshuffle, inputs, dy)
-    for count in THREADS:
-        with threads(count):
-            runs = [forward_backward(ops.unshuffle, inputs, dy) for _ in range(2)]
-        for run in runs:
-            for name, value in run.items():
-                assert torch.equal(value, one[name]), name
+    assert_same_for_any_threads(lambda: forward_backward(ops.unshuffle, inputs, dy))
 
 
 @pytest.mark.huge
