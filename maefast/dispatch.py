@@ -55,6 +55,7 @@ _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of
 _TRITON_WIDTH = 8192  # of a row that the norms hold in registers
 _CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 _ON_INTEL = "GenuineIntel" in _CPUINFO
+_HAS_AVX512 = "avx512f" in _CPUINFO
 _MULTIPLIES_BF16 = "avx512_bf16" in _CPUINFO
 
 
@@ -136,7 +137,7 @@ def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
     if _ON_INTEL:
         return "torch's own products, MKL's and oneDNN's, are at home on Intel"
     dtype = inputs["out"].dtype
-    if dtype == _F32 or (dtype == _BF16 and _MULTIPLIES_BF16):
+    if (dtype == _F32 and _HAS_AVX512) or (dtype == _BF16 and _MULTIPLIES_BF16):
         return None
     return f"torch's own product is as fast in {_names((dtype,))} on this CPU"
 

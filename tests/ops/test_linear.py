@@ -202,13 +202,16 @@ def test_autocast_sums_the_gradient_of_a_weight_in_fp32():
 
 
 def test_which_backend(native, monkeypatch):
-    """auto takes native for fp32, and for bf16 where the CPU multiplies pairs; not on Intel, where MKL and oneDNN are at home."""
+    """auto takes native for fp32 with AVX-512, and for bf16 where the CPU multiplies pairs; not on Intel, where MKL and oneDNN are at
+    home."""
     x32, x16, h16, x64 = (torch.empty(2, 3, dtype=dtype) for dtype in (F32, BF16, F16, torch.float64))
-    for intel, pairs in itertools.product((False, True), repeat=2):
+    for intel, wide, pairs in itertools.product((False, True), repeat=3):
         monkeypatch.setattr(dispatch, "_ON_INTEL", intel)
+        monkeypatch.setattr(dispatch, "_HAS_AVX512", wide)
         monkeypatch.setattr(dispatch, "_MULTIPLIES_BF16", pairs)
         chosen = [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16, h16, x64)]
-        assert chosen == ["eager" if intel else "native", "native" if pairs and not intel else "eager", "eager", "eager"]
+        taken = [wide and not intel, pairs and not intel, False, False]
+        assert chosen == ["native" if own else "eager" for own in taken]
         with maefast.backend("native"):
             assert [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16)] == ["native", "native"]
             with pytest.raises(RuntimeError, match=r"linear cannot run.*native.*float64"):
@@ -218,6 +221,7 @@ def test_which_backend(native, monkeypatch):
 def test_which_products(native, monkeypatch):
     """auto leaves to torch the gradient for the input in bf16, and for the weight from few rows; a request binds all three."""
     monkeypatch.setattr(dispatch, "_ON_INTEL", False)
+    monkeypatch.setattr(dispatch, "_HAS_AVX512", True)
     monkeypatch.setattr(dispatch, "_MULTIPLIES_BF16", True)
     chosen = {
         (dtype, rows): native_products({"x": torch.empty(2, rows // 2, 3, dtype=dtype)}, dtype)
