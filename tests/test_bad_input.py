@@ -266,7 +266,7 @@ RAW_CASES: dict[str, Case] = {
         "dresidual must be float32",
     ),
     "norm_bwd_weight": (raw("layer_norm_bwd", Y24, None, X, W4[1:], W4, *STATISTICS, *NO_EXTRAS), "weight must have 4"),
-    "norm_bwd_mean": (raw("layer_norm_bwd", Y24, None, X, W4, W4, W4, W4, *NO_EXTRAS), "mean must have 6 values"),
+    "norm_bwd_center": (raw("layer_norm_bwd", Y24, None, X, W4, W4, W4, W4, *NO_EXTRAS), "center must have 6 values"),
     "norm_bwd_y_dtype": (raw("layer_norm_bwd", Y24, None, X, W4, W4, *STATISTICS, U8, None), "y_dtype must be"),
     "norm_bwd_cast_dtype": (raw("layer_norm_bwd", Y24, None, X, W4, W4, *STATISTICS, None, torch.float64), "cast_dtype must be"),
     "add_norm_residual_shape": (raw("add_layer_norm_fwd", X, X[:1], W4, W4, 1e-6, torch.float32), "residual must have"),

@@ -202,8 +202,8 @@ def test_deterministic(native):
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dresidual=None, y_dtype=None, cast_dtype=None) -> list[Tensor]:
-    y, mean, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, dy.dtype)
-    return [y, *torch.ops.maefast.layer_norm_bwd(dy, dresidual, x, weight, bias, mean, rstd, y_dtype, cast_dtype)]
+    y, center, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, dy.dtype)
+    return [y, *torch.ops.maefast.layer_norm_bwd(dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype)]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -276,8 +276,8 @@ def test_backward_of_more_than_2_31_elements(native):
 def test_opcheck(native):
     x, weight, bias = (t.detach() for t in make(2, 9, 5).values())
     torch.library.opcheck(torch.ops.maefast.layer_norm_fwd.default, (x, weight, bias, EPS, BF16))
-    _, mean, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, F32)
+    _, center, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, F32)
     dy = torch.randn(2, 9, 5)
     for dresidual, y_dtype, cast_dtype in ((None, None, None), (dy, BF16, None), (dy.half(), None, F16)):
-        args = (dy, dresidual, x, weight, bias, mean, rstd, y_dtype, cast_dtype)
+        args = (dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype)
         torch.library.opcheck(torch.ops.maefast.layer_norm_bwd.default, args)

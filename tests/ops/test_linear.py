@@ -202,7 +202,7 @@ def test_autocast_sums_the_gradient_of_a_weight_in_fp32():
 
 
 def test_which_backend(native, monkeypatch):
-    """auto takes native for fp32 with AVX-512, for bf16 where the CPU multiplies pairs; not on Intel, at home in MKL and oneDNN."""
+    """auto takes native for fp32 with AVX-512, for bf16 where the CPU multiplies pairs; not on Intel, home of MKL and oneDNN."""
     x32, x16, h16, x64 = (torch.empty(2, 3, dtype=dtype) for dtype in (F32, BF16, F16, torch.float64))
     for intel, wide, pairs in itertools.product((False, True), repeat=3):
         monkeypatch.setattr(dispatch, "_ON_INTEL", intel)
