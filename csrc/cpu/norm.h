@@ -17,7 +17,8 @@ struct Norm {
 namespace MAEFAST_ISA {
 namespace {
 
-// The mean of a row is center + residue: in fp32 alone it would lose the digits of rows whose mean is far larger than their spread.
+// The mean of a row is center + residue: in fp32 alone it would lose the digits of rows whose mean is far larger than their
+// spread.
 struct Mean {
   Vec center, residue;
 };
@@ -41,8 +42,8 @@ inline Moments moments_about(float center, const X* x, int64_t D) {
   return {center, residue, variance < 0.0f ? 0.0f : variance};
 }
 
-// The first values of a row tell about where it lies; one whose mean is further from there than half its spread is looked at again,
-// or the sums would round worse. A constant row has exactly variance zero.
+// The first values of a row tell about where it lies; one whose mean is further from there than half its spread is looked at
+// again, or the sums would round worse. A constant row has exactly variance zero.
 template <typename X>
 inline Moments moments(const X* x, int64_t D) {
   const Moments found = moments_about(D < kLanes ? load_first(x, 1)[0] : sum(load(x)) / kLanes, x, D);
