@@ -1,16 +1,30 @@
 """Drives CMake: builds libmaefast.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
 
-MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_SANITIZE=1 builds with the sanitizers, for
+MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
+kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_SANITIZE=1 builds with the sanitizers, for
 `make test-sanitize`.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+
+def wants_cuda(torch_cuda: str | None) -> bool:
+    """Whether to build the CUDA kernels beside a torch of this CUDA version, None without CUDA."""
+    asked = os.environ.get("MAEFAST_CUDA", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise SystemExit(f"MAEFAST_CUDA must be auto, 0 or 1; it is {asked!r}")
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    missing = "this torch has no CUDA" if torch_cuda is None else None if nvcc else "there is no nvcc on PATH or in CUDACXX"
+    if asked == "1" and missing:
+        raise SystemExit(f"MAEFAST_CUDA=1 cannot be honoured: {missing}")
+    return asked != "0" and missing is None
 
 
 class CMakeBuild(build_ext):
@@ -25,6 +39,7 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
             "MAEFAST_OUTPUT_DIR": output,
+            "MAEFAST_CUDA": "ON" if wants_cuda(torch.version.cuda) else "OFF",
             "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "TORCH_ROOT": Path(torch.__file__).resolve().parent,

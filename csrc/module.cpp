@@ -16,7 +16,7 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = MAEFAST_COMPILER;
         info["build_type"] = MAEFAST_BUILD_TYPE;
         info["cplusplus"] = static_cast<long>(__cplusplus);
-        info["cuda"] = false;
+        info["cuda"] = MAEFAST_HAS_CUDA != 0;
         return info;
       },
       "Compiler, build type, C++ standard, and whether the CUDA kernels are in.");

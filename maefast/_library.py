@@ -14,6 +14,8 @@ _PACKAGE = Path(__file__).resolve().parent
 _NATIVE = _PACKAGE / "libmaefast.so"
 
 HAS_NATIVE = _NATIVE.exists()
+# Whether the native library has kernels for GPUs; set below, once it is loaded.
+HAS_CUDA = False
 NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
 
 # Ops whose body is Python on every device. A fragment, so that it may come before or after the native definitions.
@@ -43,6 +45,7 @@ if HAS_NATIVE:
             f"{_NATIVE.name} does not load beside torch {torch.__version__}: {error}. "
             "Reinstall maefast with this torch installed, or set MAEFAST_NATIVE=0 at installation for pure Python."
         ) from error
+    HAS_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("maefast::attention_fwd", "CUDA")
 else:
     for _schema in schemas():
         fragment.define(_schema)

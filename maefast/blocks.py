@@ -258,7 +258,7 @@ def _block_inference(options: _Options, x: Tensor, repeated: RepeatedTokens | No
     y, _, _ = torch.ops.maefast.layer_norm_fwd(x if repeated is None else repeated.rows, w1, b1, options.eps1, dtype)
     qkv = product(y, qkv_w.to(dtype), qkv_b.to(dtype), native)
     qkv = qkv if repeated is None else repeated.expanded(qkv)
-    out = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
+    out, _ = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
     out = product(out, proj_w.to(dtype), proj_b.to(dtype), native)
     y, x, _, _ = torch.ops.maefast.add_layer_norm_fwd(out, x, w2, b2, options.eps2, dtype)
     if native.forward:
@@ -288,7 +288,7 @@ class _Block(torch.autograd.Function):
         y, center1, rstd1 = torch.ops.maefast.layer_norm_fwd(x1, w1, b1, options.eps1, dtype)
         qkv = product(y, qkv_w, qkv_b.to(dtype), native)
         qkv = qkv if repeated is None else repeated.expanded(qkv)
-        attended = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
+        attended, _ = torch.ops.maefast.attention_fwd(None, qkv, options.num_heads)
         y = product(attended, proj_w, proj_b.to(dtype), native)
         y, x_mid, center2, rstd2 = torch.ops.maefast.add_layer_norm_fwd(y, x, w2, b2, options.eps2, dtype)
         hidden = product(y, fc1_w, None, native)
@@ -331,7 +331,8 @@ class _Block(torch.autograd.Function):
         del dhidden, y
         dy = dx if narrow is None else dy
         linear_gradients("proj", dy, attended)
-        _, dqkv = torch.ops.maefast.attention_bwd(input_gradient(dy, proj_w, native), None, qkv, options.num_heads)
+        dattended = input_gradient(dy, proj_w, native)
+        _, dqkv = torch.ops.maefast.attention_bwd(dattended, None, qkv, None, None, options.num_heads)
         if ids_restore is not None:
             dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
         dx1, grads["w1"], grads["b1"], y, _ = torch.ops.maefast.layer_norm_bwd(

@@ -48,8 +48,10 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
 }
 _TRITON_OPS = _DTYPES.keys() - {"attention", "linear"}
-_MAX_HEAD_WIDTH = 128  # of native attention
-_TRITON_CAPABILITY = (8, 0)  # Ampere
+_MAX_HEAD_WIDTH = 128  # of native attention on the CPU
+_CUDA_OPS = {"attention"}  # that the native library has on a GPU, too
+_CUDA_TOKENS = {32: 288, 64: 208, 80: 80}  # per head width, what native attention holds on a GPU
+_GPU_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
 _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
 _TRITON_WIDTH = 8192  # of a row that the norms hold in registers
@@ -77,12 +79,34 @@ def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
     if not _library.HAS_NATIVE:
         return "maefast was installed without its native library (MAEFAST_NATIVE=0)"
     for name, tensor in inputs.items():
+        if tensor.device.type == "cuda":
+            return _why_not_cuda(op, inputs, head_width)
         if tensor.device.type != "cpu":
-            return f"the native kernels run on the CPU, {name} is on {tensor.device}"
+            return f"the native kernels run on the CPU and on CUDA, {name} is on {tensor.device}"
         if (reason := _why_not_taken("native", op, name, tensor)) is not None:
             return reason
     if op == "attention" and head_width > _MAX_HEAD_WIDTH:
         return f"native attention takes heads of up to {_MAX_HEAD_WIDTH}, they are {head_width} wide"
+    return None
+
+
+def _why_not_cuda(op: str, inputs: Inputs, head_width: int) -> str | None:
+    if not _library.HAS_CUDA:
+        return "maefast was built without CUDA kernels"
+    if op not in _CUDA_OPS:
+        return f"there is no native kernel of {op} for GPUs"
+    if "q" in inputs:
+        return f"native {op} on a GPU takes packed queries alone"
+    qkv = inputs["qkv"]
+    if qkv.dtype not in (_BF16, _F16):
+        return f"native {op} on a GPU takes {_names((_BF16, _F16))}, qkv is {_names((qkv.dtype,))}"
+    if (capability := _capability(qkv.device)) < _GPU_CAPABILITY:
+        return f"native {op} needs compute capability 8.0, qkv is on a GPU of {capability[0]}.{capability[1]}"
+    most = _CUDA_TOKENS.get(head_width)
+    if most is None:
+        return f"native {op} on a GPU takes heads {', '.join(map(str, _CUDA_TOKENS))} wide, they are {head_width} wide"
+    if qkv.shape[1] > most:
+        return f"native {op} on a GPU takes up to {most} tokens of heads {head_width} wide, qkv has {qkv.shape[1]}"
     return None
 
 
@@ -94,7 +118,7 @@ def _why_not_triton(op: str, inputs: Inputs, head_width: int) -> str | None:
     for name, tensor in inputs.items():
         if tensor.device.type != "cuda" and not kernels.INTERPRETED:
             return f"the Triton kernels run on a GPU, {name} is on {tensor.device}"
-        if tensor.device.type == "cuda" and (capability := _capability(tensor.device)) < _TRITON_CAPABILITY:
+        if tensor.device.type == "cuda" and (capability := _capability(tensor.device)) < _GPU_CAPABILITY:
             return f"the Triton kernels need compute capability 8.0, {name} is on a GPU of {capability[0]}.{capability[1]}"
         if (reason := _why_not_taken("triton", op, name, tensor)) is not None:
             return reason
@@ -120,7 +144,7 @@ def _too_large(values: int, channels: int) -> str | None:
 
 def _capability(device: torch.device) -> tuple[int, int]:
     if torch.compiler.is_compiling() or not torch.cuda.is_available():  # compiled code needs Triton anyway; a fake tensor
-        return _TRITON_CAPABILITY
+        return _GPU_CAPABILITY
     return torch.cuda.get_device_capability(device)
 
 
@@ -129,7 +153,9 @@ def _why_not_eager(op: str, inputs: Inputs, head_width: int) -> str | None:
 
 
 def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
-    """A reason for `auto` to leave a backend alone though it can run (figures: benchmarks/results, group linear)."""
+    """A reason for `auto` to leave a backend alone though it can run (figures: benchmarks/results)."""
+    if op == "attention" and backend == "native" and inputs["qkv"].device.type == "cuda":
+        return "its tests have not run on a GPU yet"
     if backend == "triton" and op in ("layer_norm", "add_layer_norm", "bias_gelu"):
         return f"no measurement shows that triton {op} is faster"
     if op != "linear" or backend != "native":
@@ -233,17 +259,15 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
     """
     rows = [("op", "backend", "why not the others")]
     for op in OPS:
-        inputs = {name: torch.empty(0, dtype=dtype, device=device) for name in _DTYPES[op]}
-        if op == "random_masking":
-            inputs = {"noise": torch.empty(0, device=device)}
+        inputs, width = _example(op, dtype, device)
         requested = _request_for(op)
-        chosen = requested or choose(op, inputs)
-        reason = can_run(op, chosen, inputs)
+        chosen = requested or choose(op, inputs, width)
+        reason = can_run(op, chosen, inputs, width)
         why = [f"{chosen} was requested and cannot run: {reason}"] if reason else []
         for name in BACKENDS:
             if name != chosen:
                 asked = " was requested and does not bind this op" if name == _requested else ""
-                why.append(f"{name}{asked}: {can_run(op, name, inputs) or _not_taken(chosen, op, name, inputs)}")
+                why.append(f"{name}{asked}: {can_run(op, name, inputs, width) or _not_taken(chosen, op, name, inputs)}")
         rows.append((op, chosen, "; ".join(why)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for row in rows:
@@ -252,6 +276,15 @@ def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: to
         overridden: tuple[str, ...] = getattr(model, "overridden_methods", tuple)()
         route = f"the official route, through the overridden {', '.join(overridden)}" if overridden else "the fused path"
         print(f"{type(model).__name__}.forward takes {route}")
+
+
+def _example(op: str, dtype: torch.dtype, device: str) -> tuple[Inputs, int]:
+    """Inputs of an op for explain(), and the width of a head; attention's are those of ViT-B/16's encoder."""
+    if op == "random_masking":
+        return {"noise": torch.empty(0, device=device)}, 0
+    if op == "attention":
+        return {"qkv": torch.empty(0, 50, 3 * 768, dtype=dtype, device=device)}, 64
+    return {name: torch.empty(0, dtype=dtype, device=device) for name in _DTYPES[op]}, 0
 
 
 def _not_taken(chosen: str, op: str, name: str, inputs: Inputs) -> str:

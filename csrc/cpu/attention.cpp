@@ -225,7 +225,8 @@ MutableHeads mutable_part(const Tensor& t, int64_t first) {
 
 int64_t bytes_of_task(const Sizes& sizes) { return (sizes.queries + sizes.keys) * sizes.width * 8; }
 
-Tensor attention_fwd(const std::optional<Tensor>& q_in, const Tensor& kv_in, int64_t num_heads) {
+// The backward pass needs no log-sum-exp here; it is for other devices.
+std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q_in, const Tensor& kv_in, int64_t num_heads) {
   const Sizes sizes = checked_sizes(q_in, kv_in, num_heads);
   const Tensor kv = dense_rows(kv_in), q = q_in ? dense_rows(*q_in) : kv;
   const int64_t D = sizes.heads * sizes.width, first = q_in ? 0 : D;
@@ -235,11 +236,11 @@ Tensor attention_fwd(const std::optional<Tensor>& q_in, const Tensor& kv_in, int
       sizes.queries, sizes.keys,      sizes.heads,         sizes.width,
   };
   run(MAEFAST_KERNEL(attention_fwd_kernel), args, sizes.queries ? sizes.samples * sizes.heads : 0, bytes_of_task(sizes));
-  return out;
+  return {out, empty_cpu({0}, ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q_in, const Tensor& kv_in,
-                                         int64_t num_heads) {
+                                         const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t num_heads) {
   const Sizes sizes = checked_sizes(q_in, kv_in, num_heads);
   const Tensor kv = dense_rows(kv_in), q = q_in ? dense_rows(*q_in) : kv;
   const int64_t D = sizes.heads * sizes.width, first = q_in ? 0 : D;

@@ -126,3 +126,73 @@ cudaError_t attention_bwd(const AttentionBwd& args, cudaStream_t stream) {
 }
 
 }  // namespace maefast::cuda
+
+#ifdef MAEFAST_ENTRY
+#include "entry.h"
+
+namespace maefast::cuda {
+namespace {
+
+struct Sizes {
+  int64_t N;
+  int T, h, d;
+  bool bf16;
+};
+
+Sizes checked_sizes(const std::optional<Tensor>& q, const Tensor& qkv, int64_t num_heads) {
+  check(!q, "q must be absent: on a GPU attention takes packed queries alone");
+  check(num_heads > 0 && qkv.dim() == 3 && qkv.size(2) > 0 && qkv.size(2) % (3 * num_heads) == 0, "qkv must be (N, T, 3 h d)");
+  const int64_t N = qkv.size(0), T = qkv.size(1), d = qkv.size(2) / (3 * num_heads);
+  const ScalarType dtype = qkv.scalar_type();
+  const char* reason = attention_cannot(T, d, dtype == ScalarType::BFloat16 || dtype == ScalarType::Half);
+  check(reason == nullptr, "attention on a GPU: ", reason == nullptr ? "" : reason);
+  check(N <= INT32_MAX / num_heads, "qkv must hold fewer than 2^31 heads, it holds ", N, " x ", num_heads);
+  return {N, static_cast<int>(T), static_cast<int>(num_heads), static_cast<int>(d), dtype == ScalarType::BFloat16};
+}
+
+void check_like(const char* name, const Tensor& t, const Tensor& qkv, ScalarType dtype, int64_t b, int64_t c) {
+  check(t.dim() == 3 && t.size(0) == qkv.size(0) && t.size(1) == b && t.size(2) == c && t.scalar_type() == dtype, name,
+        " must have the sizes and the dtype that go with qkv");
+  check(t.is_cuda() && t.get_device_index() == qkv.get_device_index(), name, " must be on the GPU of qkv");
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q, const Tensor& qkv_in, int64_t num_heads) {
+  const Sizes s = checked_sizes(q, qkv_in, num_heads);
+  const Launch launch(qkv_in);
+  const Tensor qkv = packed(qkv_in);
+  const int64_t out_sizes[] = {s.N, s.T, int64_t{s.h} * s.d}, lse_sizes[] = {s.N, s.h, s.T};
+  Tensor out = torch::stable::new_empty(qkv, {out_sizes, 3});
+  Tensor lse = torch::stable::new_empty(qkv, {lse_sizes, 3}, ScalarType::Float);
+  const AttentionFwd args{qkv.const_data_ptr(), out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()),
+                          s.N, s.T, s.h, s.d, s.bf16};
+  check_launch("attention_fwd", attention_fwd(args, launch.stream));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q, const Tensor& qkv_in,
+                                         const std::optional<Tensor>& out_in, const std::optional<Tensor>& lse_in,
+                                         int64_t num_heads) {
+  const Sizes s = checked_sizes(q, qkv_in, num_heads);
+  const int64_t width = int64_t{s.h} * s.d;
+  check(out_in && lse_in, "out and lse of the forward pass must be given");
+  check_like("dout", dout_in, qkv_in, qkv_in.scalar_type(), s.T, width);
+  check_like("out", *out_in, qkv_in, qkv_in.scalar_type(), s.T, width);
+  check_like("lse", *lse_in, qkv_in, ScalarType::Float, s.h, s.T);
+  const Launch launch(qkv_in);
+  const Tensor qkv = packed(qkv_in), dout = packed(dout_in), out = packed(*out_in), lse = packed(*lse_in);
+  const int64_t no_q[] = {0, s.T, width};
+  Tensor dq = torch::stable::new_empty(qkv, {no_q, 3}), dqkv = torch::stable::empty_like(qkv);
+  const AttentionBwd args{qkv.const_data_ptr(), out.const_data_ptr(), static_cast<const float*>(lse.const_data_ptr()),
+                          dout.const_data_ptr(), dqkv.mutable_data_ptr(), s.N, s.T, s.h, s.d, s.bf16};
+  check_launch("attention_bwd", attention_bwd(args, launch.stream));
+  return {dq, dqkv};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maefast, CUDA, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+}
+
+}  // namespace
+}  // namespace maefast::cuda
+#endif

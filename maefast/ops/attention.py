@@ -56,26 +56,31 @@ def attention_ref(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tenso
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor | None, kv: Tensor, num_heads: int) -> Tensor:
-        ctx.save_for_backward(q, kv)
+        out, lse = torch.ops.maefast.attention_fwd(q, kv, num_heads)
+        needs = (None, None) if kv.device.type == "cpu" else (out, lse)
+        ctx.save_for_backward(q, kv, *needs)
         ctx.num_heads = num_heads
-        return torch.ops.maefast.attention_fwd(q, kv, num_heads)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv = ctx.saved_tensors
-        dq, dkv = torch.ops.maefast.attention_bwd(dout, q, kv, ctx.num_heads)
+        q, kv, out, lse = ctx.saved_tensors
+        dq, dkv = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, ctx.num_heads)
         return None if q is None else dq, dkv, None
 
 
 @torch.library.register_fake("maefast::attention_fwd")
-def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int) -> Tensor:
-    if q is not None:
-        return kv.new_empty(q.shape)
-    return kv.new_empty(kv.shape[0], kv.shape[1], kv.shape[2] // 3)
+def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    N, T, width = kv.shape
+    out = kv.new_empty(N, T, width // 3) if q is None else kv.new_empty(q.shape)
+    lse = (0,) if kv.device.type == "cpu" else (N, num_heads, T)
+    return out, kv.new_empty(lse, dtype=torch.float32)
 
 
 @torch.library.register_fake("maefast::attention_bwd")
-def _attention_bwd_fake(dout: Tensor, q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    dq = kv.new_empty(0, dout.shape[1], dout.shape[2]) if q is None else kv.new_empty(q.shape)
+def _attention_bwd_fake(
+    dout: Tensor, q: Tensor | None, kv: Tensor, out: Tensor | None, lse: Tensor | None, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    dq = kv.new_empty(0, *dout.shape[1:]) if q is None else kv.new_empty(q.shape)
     return dq, kv.new_empty(kv.shape)

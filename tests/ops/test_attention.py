@@ -283,6 +283,6 @@ def test_more_than_2_31_elements(native):
 @pytest.mark.parametrize("M", [None, 4], ids=["self", "q"])
 def test_opcheck(native, dtype, M):
     inputs = {name: t.detach() for name, t in make(2, 9, 2, 5, dtype, M).items()}
-    args = (inputs.get("q"), inputs["qkv"], 2)
-    torch.library.opcheck(torch.ops.maefast.attention_fwd.default, args)
-    torch.library.opcheck(torch.ops.maefast.attention_bwd.default, (torch.randn(2, M or 9, 10).to(dtype), *args))
+    q, qkv, dout = inputs.get("q"), inputs["qkv"], torch.randn(2, M or 9, 10).to(dtype)
+    torch.library.opcheck(torch.ops.maefast.attention_fwd.default, (q, qkv, 2))
+    torch.library.opcheck(torch.ops.maefast.attention_bwd.default, (dout, q, qkv, None, None, 2))

@@ -1,0 +1,89 @@
+"""The CUDA sources without a GPU: machine code without spills, and boxed entries that torch knows and that refuse bad input."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = Path(torch.__file__).parent
+NVCC = shutil.which("nvcc")
+FLAGS = ["-std=c++20", "-O3"]
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on PATH")
+
+# What torch_cuda would provide: without a GPU nothing gets as far as a launch.
+STUB = """
+#include <cstdint>
+extern "C" int aoti_torch_get_current_cuda_stream(int32_t, void** stream) { *stream = nullptr; return 0; }
+"""
+
+# Calls a CUDA entry with CPU tensors: it checks sizes and dtypes before it looks at devices.
+ENTRY = """
+import sys, torch, maefast
+torch.ops.load_library(sys.argv[1])
+for name in ("attention_fwd", "attention_bwd"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{name}", "CUDA"), name
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+half = dict(dtype=torch.bfloat16)
+for qkv, h, q, expected in (
+    (torch.empty(1, 50, 384), 2, None, "bfloat16 and float16"),
+    (torch.empty(1, 50, 180, **half), 3, None, "32, 64 or 80"),
+    (torch.empty(1, 209, 384, **half), 2, None, "at most 208 tokens"),
+    (torch.empty(1, 50, 384, **half), 5, None, "(N, T, 3 h d)"),
+    (torch.empty(50, 384, **half), 2, None, "(N, T, 3 h d)"),
+    (torch.empty(1, 50, 384, **half), 2, torch.empty(1, 50, 128, **half), "packed queries"),
+):
+    try:
+        torch.ops.maefast.attention_fwd.default.redispatch(keys, q, qkv, h)
+    except (ValueError, RuntimeError) as error:
+        assert expected in str(error), error
+    else:
+        raise AssertionError(f"{expected}: no error")
+print("held")
+"""
+
+
+def run(command: list[str | Path]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def attention_object(tmp_path_factory) -> tuple[Path, str]:
+    """attention.cu with its boxed entry for sm_90, and what ptxas said of it."""
+    out = tmp_path_factory.mktemp("cuda") / "attention.o"
+    defines = ["-DMAEFAST_ENTRY", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    source = ROOT / "csrc" / "cuda" / "attention.cu"
+    command = [NVCC, *FLAGS, "-arch=sm_90", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-t", "2", *defines]
+    return out, run([*command, f"-isystem={TORCH / 'include'}", "-c", source, "-o", out])
+
+
+def test_no_spills(attention_object):
+    """But for one entry: heads of 64 with up to 208 tokens backward, whose 416 threads leave 128 registers to each."""
+    _, said = attention_object
+    stack = {
+        (kernel, values): int(bytes_)
+        for kernel, values, bytes_ in re.findall(
+            r"properties for \w*?(attention_[a-z_]+_kernel)INS0_\d(?:F16|Bf16)E(\w*?)EEEv\w*\n\s+(\d+) bytes stack frame", said
+        )
+    }
+    assert len(stack) > 15, "ptxas reports each kernel"
+    tight = ("attention_bwd_long_kernel", "Li64ELi1ELi208ELi13ELb0ELb0ELi416ELi1")
+    assert stack.pop(tight) <= 24
+    assert set(stack.values()) == {0}
+
+
+def test_entries(attention_object, tmp_path):
+    stub, library = tmp_path / "stub.cpp", tmp_path / "libmaefast_cuda.so"
+    stub.write_text(STUB)
+    command = [NVCC, "-shared", "-Xcompiler", "-fPIC", attention_object[0], stub, "-o", library]
+    run([*command, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
+    script = tmp_path / "entry.py"
+    script.write_text(ENTRY)
+    assert run([sys.executable, script, library]).endswith("held\n")
