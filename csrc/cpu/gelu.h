@@ -39,14 +39,6 @@ inline Vec reciprocal(Vec v) {
 #endif
 }
 
-template <int N>
-inline Vec polynomial(Vec v, const float (&coefficients)[N]) {  // the highest power first
-  Vec p = broadcast(coefficients[0]);
-#pragma GCC unroll 8
-  for (int i = 1; i < N; ++i) p = p * v + coefficients[i];
-  return p;
-}
-
 // With z = |v|, what gelu and its slope need: z, exp(-z^2 / 2), and the tail of the distribution, cdf(-z), over that.
 struct Tail {
   Vec z, bell, ratio;

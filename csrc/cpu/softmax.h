@@ -22,25 +22,15 @@ inline Vec exp2_of_negative(Vec x) {
   const __m512 exponent = reinterpret_cast<__m512>(x);
   const Vec r =
       reinterpret_cast<Vec>(_mm512_maskz_reduce_ps(0xffff, exponent, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));  // x - floor(x)
-  Vec y = broadcast(2.1702255e-4f);
-  y = y * r + broadcast(1.24396883e-3f);
-  y = y * r + broadcast(9.67884091e-3f);
-  y = y * r + broadcast(5.54833421e-2f);
-  y = y * r + broadcast(2.40229836e-1f);
-  y = y * r + broadcast(6.93146984e-1f);
-  y = y * r + broadcast(1.0f);
+  const Vec y =
+      polynomial(r, {2.1702255e-4f, 1.24396883e-3f, 9.67884091e-3f, 5.54833421e-2f, 2.40229836e-1f, 6.93146984e-1f, 1.0f});
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(y), exponent));  // y * 2^floor(x)
 #else
   // Adding it rounds to an integer, which is then in the low bits, with the bias of an exponent.
   constexpr float kShift = 0x1.8p23f + 127.0f;
   const Vec shifted = x + broadcast(kShift), r = x - (shifted - broadcast(kShift));
-  Vec y = broadcast(1.53533619e-4f);
-  y = y * r + broadcast(1.33988748e-3f);
-  y = y * r + broadcast(9.61843736e-3f);
-  y = y * r + broadcast(5.55033247e-2f);
-  y = y * r + broadcast(2.40226479e-1f);
-  y = y * r + broadcast(6.93147203e-1f);
-  y = y * r + broadcast(1.0f);
+  const Vec y =
+      polynomial(r, {1.53533619e-4f, 1.33988748e-3f, 9.61843736e-3f, 5.55033247e-2f, 2.40226479e-1f, 6.93147203e-1f, 1.0f});
   const Vec scaled = y * reinterpret_cast<Vec>(reinterpret_cast<VecU>(shifted) << 23);  // a product, so that NaN stays NaN
   return x < broadcast(-125.0f) ? Vec{} : scaled;
 #endif

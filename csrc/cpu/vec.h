@@ -196,6 +196,14 @@ class Scratch {
   T* data_;
 };
 
+template <int N>
+inline Vec polynomial(Vec v, const float (&coefficients)[N]) {  // the highest power first
+  Vec p = broadcast(coefficients[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < N; ++i) p = p * v + coefficients[i];
+  return p;
+}
+
 // All lanes in one, by halves: combine(a, b) takes vectors of every width.
 template <int N, typename V, typename Combine>
 inline float fold_lanes(V v, Combine combine) {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from errors import assert_close_to_float64
+from support import forward_backward
 from torch import Tensor
 
 import maefast
@@ -17,12 +18,9 @@ SMALL = [(1, 1, 32), (2, 9, 32), (3, 49, 64), (2, 50, 64), (2, 65, 80)]  # h, T,
 LARGE = [(4, T, 32) for T in (80, 81, 197, 208, 209, 257, 288)] + [(3, T, 64) for T in (64, 80, 197)] + [(2, 80, 80)]
 
 
-def forward_backward(qkv: Tensor, dout: Tensor, h: int, backend: str) -> dict[str, Tensor]:
-    leaf = qkv.detach().requires_grad_()
+def run(qkv: Tensor, dout: Tensor, h: int, backend: str) -> dict[str, Tensor]:
     with maefast.backend(backend):
-        out = ops.attention(leaf, h)
-    (dqkv,) = torch.autograd.grad(out, leaf, dout.to(out.dtype))
-    return {"out": out.detach(), "dqkv": dqkv}
+        return forward_backward(lambda qkv: ops.attention(qkv, h), {"qkv": qkv.detach().requires_grad_()}, dout)
 
 
 def inputs(N: int, h: int, T: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -31,8 +29,8 @@ def inputs(N: int, h: int, T: int, d: int, dtype: torch.dtype, scale: float = 1.
 
 def check(N: int, h: int, T: int, d: int, dtype: torch.dtype) -> None:
     qkv, dout = inputs(N, h, T, d, dtype)
-    got, again = (forward_backward(qkv, dout, h, "native") for _ in range(2))
-    eager, exact = forward_backward(qkv, dout, h, "eager"), forward_backward(qkv.double(), dout, h, "eager")
+    got, again = (run(qkv, dout, h, "native") for _ in range(2))
+    eager, exact = run(qkv, dout, h, "eager"), run(qkv.double(), dout, h, "eager")
     for name, value in got.items():
         assert torch.equal(value, again[name]), f"{name}: two runs differ"
         assert value.dtype == dtype
@@ -54,18 +52,18 @@ def test_large(h, T, d, dtype):
 @pytest.mark.parametrize(("h", "T", "d"), [(2, 50, 64), (2, 197, 32)])
 def test_extreme_logits(h, T, d):
     qkv, dout = inputs(2, h, T, d, BF16, scale=100.0)
-    for name, value in forward_backward(qkv, dout, h, "native").items():
+    for name, value in run(qkv, dout, h, "native").items():
         assert value.isfinite().all(), name
 
 
 def test_small_layouts():
     """Strided and misaligned views give what a copy gives."""
     qkv, dout = inputs(3, 2, 50, 64, BF16)
-    expected = forward_backward(qkv, dout, 2, "native")
+    expected = run(qkv, dout, 2, "native")
     wide = torch.zeros(3, 50, 3 * 128 + 3, device="cuda", dtype=BF16)
     wide[..., 3:] = qkv
     for view in (wide[..., 3:], qkv.transpose(0, 1).contiguous().transpose(0, 1)):
-        for name, value in forward_backward(view, dout, 2, "native").items():
+        for name, value in run(view, dout, 2, "native").items():
             assert torch.equal(value, expected[name]), name
 
 
@@ -88,13 +86,13 @@ def test_opcheck():
 
 def test_compiled():
     qkv, dout = inputs(4, 3, 50, 64, BF16)
-    expected = forward_backward(qkv, dout, 3, "native")
+    expected = run(qkv, dout, 3, "native")
     leaf = qkv.detach().requires_grad_()
     with maefast.backend("native"):
         out = torch.compile(ops.attention, fullgraph=True)(leaf, 3)
     (dqkv,) = torch.autograd.grad(out, leaf, dout.to(BF16))
     assert torch.equal(out, expected["out"])
-    assert torch.equal(dqkv, expected["dqkv"])
+    assert torch.equal(dqkv, expected["d_qkv"])
 
 
 def test_graph():
