@@ -162,7 +162,7 @@ class Block(nn.Module):
             backends = self._backends(parts, x)
             if ids is None and backends == {"native"}:
                 return self._fused(parts, x, repeated)
-            if ids is not None or "triton" in backends:
+            if ids is not None or backends & {"triton", "apex"}:
                 return self._of_ops(parts, x, ids)
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))

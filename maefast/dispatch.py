@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, kernels
+from . import _apex, _library, kernels
 
 Inputs = Mapping[str, Tensor]
 
@@ -31,7 +31,7 @@ OPS = (
     "attention",
     "linear",
 )
-BACKENDS = ("native", "triton", "eager")  # fastest first
+BACKENDS = ("native", "triton", "apex", "eager")  # fastest first
 
 _F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 _FLOATS = (_F32, _BF16, _F16)
@@ -48,6 +48,8 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
 }
 _TRITON_OPS = _DTYPES.keys() - {"attention", "linear"}
+_APEX_OPS = {"layer_norm"}
+_BOUND = {"triton": _TRITON_OPS, "apex": _APEX_OPS}  # the ops that a request binds, where not all
 _MAX_HEAD_WIDTH = 128  # of native attention on the CPU
 _CUDA_OPS = {"attention"}  # that the native library has on a GPU, too
 _CUDA_TOKENS = {32: 288, 64: 208, 80: 80}  # per head width, what native attention holds on a GPU
@@ -55,6 +57,7 @@ _GPU_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
 _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
 _TRITON_WIDTH = 8192  # of a row that the norms hold in registers
+_NO_APEX = _apex.why_not("normalization", "fused_layer_norm_cuda")
 _CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 _ON_INTEL = "GenuineIntel" in _CPUINFO
 _HAS_AVX512 = "avx512f" in _CPUINFO
@@ -148,6 +151,21 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _why_not_apex(op: str, inputs: Inputs, head_width: int) -> str | None:
+    if op not in _APEX_OPS:
+        return f"there is no {op} in apex"
+    if _NO_APEX is not None:
+        return _NO_APEX
+    for name, tensor in inputs.items():
+        if tensor.device.type != "cuda":
+            return f"apex runs on a GPU, {name} is on {tensor.device}"
+        if (reason := _why_not_taken("apex", op, name, tensor)) is not None:
+            return reason
+        if name != "out" and tensor.dtype != inputs["x"].dtype:
+            return f"apex {op} takes tensors of one dtype, x is {_names((inputs['x'].dtype,))}, {name} {_names((tensor.dtype,))}"
+    return None
+
+
 def _why_not_eager(op: str, inputs: Inputs, head_width: int) -> str | None:
     return None
 
@@ -158,6 +176,8 @@ def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
         return "its tests have not run on a GPU yet"
     if backend == "triton" and op in ("layer_norm", "add_layer_norm", "bias_gelu"):
         return f"no measurement shows that triton {op} is faster"
+    if backend == "apex":
+        return f"no measurement shows that apex {op} is faster"
     if op != "linear" or backend != "native":
         return None
     if _ON_INTEL:
@@ -171,6 +191,7 @@ def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
 _REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {
     "native": _why_not_native,
     "triton": _why_not_triton,
+    "apex": _why_not_apex,
     "eager": _why_not_eager,
 }
 
@@ -181,7 +202,9 @@ def can_run(op: str, backend: str, inputs: Inputs, head_width: int = 0) -> str |
 
 
 _NOT_INSTALLED: dict[str, str] = {
-    name: reason for name in ("native", "triton") if (reason := can_run(OPS[0], name, {})) is not None
+    name: reason
+    for name, op in (("native", OPS[0]), ("triton", OPS[0]), ("apex", "layer_norm"))
+    if (reason := can_run(op, name, {})) is not None
 }
 
 
@@ -215,7 +238,7 @@ def backend(name: str) -> Iterator[None]:
 
 def _request_for(op: str) -> str | None:
     """The request that binds `op`: a backend that has no kernel of it on any device does not, and `op` chooses by itself."""
-    return _requested if _requested != "triton" or op in _TRITON_OPS else None
+    return _requested if op in _BOUND.get(_requested or "", OPS) else None
 
 
 def is_requested(op: str) -> bool:

@@ -78,7 +78,10 @@ def test_requests_nest_and_end():
 
 @pytest.mark.parametrize("name", ["nativ", "", "cuda", "EAGER"])
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match=f"backend must be one of auto, native, triton, eager.*'{name}'"), maefast.backend(name):
+    with (
+        pytest.raises(ValueError, match=f"backend must be one of auto, native, triton, apex, eager.*'{name}'"),
+        maefast.backend(name),
+    ):
         pass
     assert dispatch.choose("random_masking", {"noise": torch.rand(1, 2)}) == AUTO
 
@@ -151,7 +154,7 @@ def test_environment_variable(value, expected):
 def test_environment_variable_of_an_unknown_backend():
     done = run_python("import maefast", MAEFAST_BACKEND="triton9")
     assert done.returncode != 0
-    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, triton, eager; it is 'triton9'" in done.stderr
+    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, triton, apex, eager; it is 'triton9'" in done.stderr
 
 
 def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, tuple[str, str]]:
@@ -166,7 +169,7 @@ def test_explain(native, capsys):
     assert tuple(table) == dispatch.OPS
     for op, first in {"random_masking": "noise", "gather_patches": "imgs", "unshuffle": "x", "masked_mse": "pred"}.items():
         triton = f"the Triton kernels run on a GPU, {first} is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
-        assert table[op] == ("native", f"triton: {triton}; eager: native is faster")
+        assert table[op] == ("native", f"triton: {triton}; apex: there is no {op} in apex; eager: native is faster")
     table = explained(capsys, dtype=torch.float64)
     assert table["masked_mse"][0] == "eager"
     assert "native: native masked_mse takes float32, bfloat16, float16, pred is float64" in table["masked_mse"][1]

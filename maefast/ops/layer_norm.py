@@ -26,6 +26,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
     dtype = check_out_dtype(dtype, x.dtype)
     inputs = {"x": x, "weight": weight, "bias": bias, "out": x.new_empty(0, dtype=dtype)}
     backend = dispatch.choose("layer_norm", inputs)
+    if backend == "apex":
+        return _by_apex(x, weight, bias, eps, dtype)
     if backend != "eager":
         return _LayerNorm.apply(backend, x, weight, bias, eps, dtype)
     return layer_norm_ref(x, weight, bias, eps, dtype)
@@ -34,6 +36,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype)
+
+
+def _by_apex(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    with torch.autocast("cuda", enabled=False):  # apex would round x to autocast's dtype before the statistics
+        return fused_layer_norm_affine(x, weight, bias, x.shape[-1:], eps).to(dtype)
 
 
 class _LayerNorm(torch.autograd.Function):
