@@ -12,8 +12,8 @@ from torch import Tensor
 from ..model import MAE
 from ..reference import ReferenceMAE
 from .data import normalised
-from .loop import training_step
 from .optim import adamw
+from .step import training_step
 
 STEPS_PER_TURN = 4
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import UserError
 from .optim import adamw
 from .schedule import warmup_cosine
+from .step import training_step
 
 PLAIN_LINES = 10  # of progress, where there is no terminal to draw a bar on
 LOG_LINES = 200  # at most, of one run
@@ -44,15 +44,6 @@ class Progress:
             rate, left = done * self.batch_size / seconds, seconds / done * (self.steps - done)
             line = f"{self.title}: step {done}/{self.steps}, loss {loss:.4f}, {rate:.0f} images/s, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
-
-
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Tensor:
-    """One step on `model(*args, **kwargs).loss`; returns that loss, detached."""
-    loss = model(*args, **kwargs).loss
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 def pretrain(

@@ -1,0 +1,138 @@
+"""One training step: eager, or captured once as a CUDA graph and replayed."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # steps before a capture: libraries set themselves up, the allocator learns
+
+
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, autocast: torch.dtype | None = None, **kwargs: Any
+) -> Tensor:
+    """One step on `model(*args, **kwargs).loss`, its forward under autocast where that has a dtype; returns that loss."""
+    with nullcontext() if autocast is None else torch.autocast(args[0].device.type, autocast):
+        loss = model(*args, **kwargs).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+class GraphedStep:
+    """`training_step` as a CUDA graph, for batches so small that launching the kernels takes longer than they do.
+
+    model       a maefast.MAE, compiled or not, on one GPU
+    optimizer   torch's Adam or AdamW with capturable=True (`adamw(..., backend="torch", capturable=True)`)
+    imgs        (N, C, H, W) a batch, for its shape, dtype and device; every later batch is as this one
+    mask_ratio  share of the patches that is removed
+    autocast    torch.bfloat16, or None for the model's own dtype
+
+    The masking noise is drawn in the graph from the GPU's default generator: each call masks anew, as the eager step would.
+    Learning rates are tensors that the graph reads: assign to `group["lr"]`, or let a scheduler do it. Construction warms up and
+    captures, and leaves weights, optimizer and generator as they were. After a call each parameter's `grad` holds its gradient.
+    Raises TypeError or ValueError for arguments that do not fit, RuntimeError where the model is not on CUDA.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        imgs: Tensor,
+        *,
+        mask_ratio: float = 0.75,
+        autocast: torch.dtype | None = None,
+    ):
+        _check(model, optimizer, imgs, autocast)
+        _require_cuda(imgs.device)
+        self._optimizer, self._imgs = optimizer, imgs.clone()
+        self._rates = [torch.as_tensor(group["lr"], dtype=torch.float32, device=imgs.device) for group in optimizer.param_groups]
+        self._point_to_rates()
+
+        def step() -> Tensor:
+            return training_step(model, optimizer, self._imgs, mask_ratio, autocast=autocast, return_pred=False)
+
+        before = _Snapshot(model, optimizer)
+        try:
+            self._graph, self._loss = _captured(step, imgs.device)
+        finally:
+            before.restore()
+
+    def __call__(self, imgs: Tensor) -> Tensor:
+        """One step on imgs, of the shape and dtype of the first batch, on any device; returns the loss, a scalar on the GPU,
+        without waiting for it. Raises ValueError for other images."""
+        if imgs.shape != self._imgs.shape or imgs.dtype != self._imgs.dtype:
+            expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (self._imgs, imgs))
+            raise ValueError(f"imgs must be as those that the step was captured with, {expected}; they are {got}")
+        self._imgs.copy_(imgs, non_blocking=True)
+        self._point_to_rates()
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _point_to_rates(self) -> None:
+        """A learning rate that was assigned is written to where the graph reads it."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if group["lr"] is not rate:
+                rate.fill_(group["lr"])
+                group["lr"] = rate
+
+
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer, imgs: Tensor, autocast: torch.dtype | None) -> None:
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise TypeError(f"optimizer must be torch's Adam or AdamW; it is {type(optimizer).__name__}")
+    if not all(group["capturable"] for group in optimizer.param_groups):
+        raise ValueError("optimizer must have capturable=True in all its groups; it has False")
+    if autocast not in (None, torch.bfloat16):
+        hint = ", which would need a gradient scaler" if autocast == torch.float16 else ""
+        raise ValueError(f"autocast must be torch.bfloat16 or None; it is {autocast}{hint}")
+    devices = {p.device for p in model.parameters()} | {imgs.device}
+    if len(devices) > 1:
+        raise ValueError(f"model and imgs must be on one device; they are on {', '.join(sorted(map(str, devices)))}")
+
+
+def _require_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise RuntimeError(f"GraphedStep needs CUDA; model and imgs are on {device}")
+
+
+def _captured(step: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of `step` and the tensor that each replay writes the loss to; the generator is left as it was."""
+    with torch.cuda.device(device):
+        generator, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # the warm-up is not captured
+            for _ in range(WARM_UP):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step()
+        torch.cuda.set_rng_state(generator)
+    return graph, loss
+
+
+class _Snapshot:
+    """Weights, buffers and the state of Adam; restored in place, since a graph holds their addresses."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+        self.state = {id(value): value.clone() for value in self._states()}
+
+    def _states(self) -> list[Tensor]:
+        return [value for state in self.optimizer.state.values() for value in state.values()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in self.tensors:
+            tensor.copy_(value)
+        for value in self._states():
+            if id(value) in self.state:
+                value.copy_(self.state[id(value)])
+            else:  # it began during the warm-up, and in Adam all of it begins at zero
+                value.zero_()

@@ -1,0 +1,62 @@
+"""GraphedStep on a GPU: the losses of the eager step for the same seed, other masks in each replay, learning rates that count."""
+
+import pytest
+import torch
+from support import images_for, small_mae
+
+from maefast.train.optim import adamw
+from maefast.train.step import GraphedStep, training_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+BF16 = torch.bfloat16
+
+
+def trained(graphed: bool, autocast: torch.dtype | None, rates: list[float]) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses of a step at each learning rate, on one batch, and the weights after them."""
+    model = small_mae().cuda()
+    imgs = images_for(model).cuda()
+    optimizer = adamw(model, rates[0], backend="torch", capturable=True)
+    torch.manual_seed(3)
+    run = GraphedStep(model, optimizer, imgs, autocast=autocast) if graphed else None
+    losses = []
+    for rate in rates:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses.append(run(imgs) if run else training_step(model, optimizer, imgs, autocast=autocast, return_pred=False))
+    return [loss.item() for loss in losses], [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("autocast", [None, BF16], ids=["fp32", "bf16"])
+def test_small_trains_as_the_eager_step(autocast):
+    rates = [0.01, 0.01, 0.1, 0.0, 0.01]
+    losses, weights = trained(True, autocast, rates)
+    expected, expected_weights = trained(False, autocast, rates)
+    assert losses == pytest.approx(expected, rel=1e-6 if autocast is None else 1e-3)
+    for got, want in zip(weights, expected_weights, strict=True):
+        assert torch.allclose(got, want, rtol=0, atol=1e-4 if autocast is None else 1e-2), "Adam moves a weight by up to 0.1"
+
+
+def test_small_masks_differ_between_replays():
+    """At a learning rate of zero only the mask can change the loss."""
+    losses, _ = trained(True, None, [0.0] * 4)
+    assert len(set(losses)) == 4
+
+
+def test_small_a_learning_rate_takes_effect():
+    still, _ = trained(True, None, [0.0] * 4)
+    moved, _ = trained(True, None, [0.0, 0.1, 0.0, 0.0])
+    assert moved[:2] == still[:2]
+    assert moved[2] != still[2]
+
+
+def test_small_a_step_does_not_wait_for_the_gpu():
+    model = small_mae().cuda()
+    imgs = images_for(model).cuda()
+    run = GraphedStep(model, adamw(model, 0.01, backend="torch", capturable=True), imgs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [run(imgs) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()

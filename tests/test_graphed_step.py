@@ -1,0 +1,117 @@
+"""GraphedStep without a GPU: what it refuses, and all but the capture itself, by a stand-in that runs the same step again.
+tests/gpu/test_graphed_step.py has the graph."""
+
+import pytest
+import torch
+from support import images_for, small_mae
+
+from maefast.train import step
+from maefast.train.optim import adamw
+from maefast.train.step import GraphedStep, training_step
+
+LR = 0.01
+
+
+@pytest.fixture
+def without_graphs(monkeypatch):
+    """A capture that warms up and puts the generator back as the real one does; a replay that runs the step."""
+
+    class Replay:
+        def __init__(self, run, loss):
+            self.run, self.loss = run, loss
+
+        def replay(self):
+            self.loss.copy_(self.run())
+
+    def captured(run, device):
+        generator = torch.get_rng_state()
+        losses = [run() for _ in range(step.WARM_UP)]
+        torch.set_rng_state(generator)
+        return Replay(run, losses[-1]), losses[-1]
+
+    monkeypatch.setattr(step, "_captured", captured)
+    monkeypatch.setattr(step, "_require_cuda", lambda device: None)
+
+
+def trained(graphed: bool, autocast: torch.dtype | None = None, steps_before: int = 0) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses of four steps with another learning rate from the third on, and the weights after them."""
+    model = small_mae()
+    optimizer = adamw(model, LR, capturable=True)
+    batches = [images_for(model, seed=seed) for seed in range(4)]
+    torch.manual_seed(3)
+    for _ in range(steps_before):
+        training_step(model, optimizer, batches[0], return_pred=False)
+    run = GraphedStep(model, optimizer, batches[0], autocast=autocast) if graphed else None
+    losses = []
+    for i, imgs in enumerate(batches):
+        if i == 2:
+            for group in optimizer.param_groups:
+                group["lr"] = 10 * LR
+        loss = run(imgs) if run else training_step(model, optimizer, imgs, autocast=autocast, return_pred=False)
+        losses.append(loss)  # not yet read: a later call must leave it alone
+    return [loss.item() for loss in losses], [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_trains_as_the_eager_step(without_graphs, autocast, steps_before):
+    """The warm-up leaves no trace in weights, optimizer or generator; an assigned learning rate counts."""
+    losses, weights = trained(True, autocast, steps_before)
+    expected, expected_weights = trained(False, autocast, steps_before)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert len(set(losses)) == 4
+    for got, want in zip(weights, expected_weights, strict=True):
+        assert torch.allclose(got, want, rtol=0, atol=1e-4), "Adam moves a weight by up to 0.1, rounds the rate to fp32"
+
+
+def test_learning_rates_stay_in_their_tensors(without_graphs):
+    model = small_mae()
+    optimizer = adamw(model, LR, capturable=True)
+    run = GraphedStep(model, optimizer, images_for(model))
+    tensors = [group["lr"] for group in optimizer.param_groups]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    run(images_for(model))
+    scheduler.step()
+    optimizer.param_groups[1]["lr"] = 0.25
+    run(images_for(model))
+    assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, tensors, strict=True))
+    assert [tensor.item() for tensor in tensors] == pytest.approx([LR / 2, 0.25])
+
+
+def test_a_capture_that_fails_leaves_no_trace(without_graphs, monkeypatch):
+    model = small_mae()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def fails(run, device):
+        run()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(step, "_captured", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        GraphedStep(model, adamw(model, LR, capturable=True), images_for(model))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_other_images(without_graphs):
+    model = small_mae()
+    run = GraphedStep(model, adamw(model, LR, capturable=True), images_for(model, 3))
+    for imgs in (images_for(model, 2), images_for(model, 3, torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"imgs must be as those.*captured with, \(3, .*float32; they are \(\d"):
+            run(imgs)
+
+
+def test_what_it_refuses():
+    model = small_mae()
+    imgs, optimizer = images_for(model), adamw(model, LR, capturable=True)
+    sgd = torch.optim.SGD(model.parameters(), LR)
+    with pytest.raises(TypeError, match="optimizer must be torch's Adam or AdamW; it is SGD"):
+        GraphedStep(model, sgd, imgs)
+    with pytest.raises(ValueError, match="optimizer must have capturable=True"):
+        GraphedStep(model, adamw(model, LR), imgs)
+    with pytest.raises(ValueError, match=r"autocast must be torch.bfloat16 or None; it is torch.float16, which .*scaler"):
+        GraphedStep(model, optimizer, imgs, autocast=torch.float16)
+    with pytest.raises(ValueError, match="model and imgs must be on one device; they are on cpu, meta"):
+        GraphedStep(model, optimizer, imgs.to("meta"))
+    with pytest.raises(RuntimeError, match="GraphedStep needs CUDA; model and imgs are on cpu"):
+        GraphedStep(model, optimizer, imgs)
+    assert all(group["lr"] == LR for group in optimizer.param_groups)
