@@ -4,6 +4,8 @@
 #   make test    the test suite
 #   make bench   the full benchmarks: JSON, table and chart under benchmarks/results/<machine>/
 #   make lint    ruff, clang-format, mypy
+#   make test-aot         every GPU kernel compiled ahead of time, two minutes: no spills; writes docs/kernels.md, needs nvcc
+#   make gpu-check        on a machine with a GPU: builds, tests, benchmarks, at most nine minutes, no network (scripts/gpu_check.sh)
 #   make test-sanitize    the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # PYTHON=... chooses the interpreter; one that already has torch lends it, and torch is then not downloaded.
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc
 
-.PHONY: demo test test-sanitize bench lint clean
+.PHONY: demo test test-aot test-sanitize gpu-check bench lint clean
 .DELETE_ON_ERROR:
 
 # An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too.
@@ -41,6 +43,13 @@ demo: $(VENV)/.build
 
 test: $(VENV)/.build
 	$(BIN)/python -m pytest
+
+test-aot: $(VENV)/.build
+	$(BIN)/python scripts/aot.py
+
+# Not through $(VENV): what sets it up may need a network.
+gpu-check:
+	PYTHON=$(PYTHON) scripts/gpu_check.sh
 
 # A copy of the package with instrumented objects, by GCC. libstdc++ comes along because the sanitizer looks for its exceptions at
 # start-up; fresh memory holds 0x7f, as mallopt makes it elsewhere; a test wants its SIGSEGV; CPython leaks at exit.

@@ -50,6 +50,10 @@ class Usage:
     warps: int
     ptx: str
 
+    @property
+    def has_tf32(self) -> bool:
+        return ".tf32" in self.ptx
+
 
 @contextmanager
 def recorded(module: ModuleType) -> Iterator[list[Launch]]:
