@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 COPY_BYTES = 2 * (256 << 20)  # the copy probe reads 256 MiB and writes as much: larger than any cache
-GEMM_N = 2048
-GEMM_FLOPS = 2 * GEMM_N**3
+GEMM_N = {"cpu": 2048, "cuda": 8192}  # large enough for the best rate of the device
+NOMINAL = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}  # dense FLOP/s in 16 bits by NVIDIA's data sheets, by part of the name
 
 ZEN = {  # family -> (first model, name), ascending
     0x17: ((0x00, "zen"), (0x08, "zen+"), (0x10, "zen"), (0x18, "zen+"), (0x30, "zen2")),
@@ -98,9 +98,22 @@ def copy_probe(device: torch.device) -> Callable[[int], Any]:
     return lambda i: target.copy_(source)
 
 
+def gemm_flops(device: torch.device) -> int:
+    return 2 * GEMM_N[device.type] ** 3
+
+
+def nominal_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the maker states for matrix products in 16 bits, where they are known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in NOMINAL.items() if part in name), None)
+
+
 def gemm_probe(device: torch.device, dtype: torch.dtype) -> Callable[[int], Any]:
-    """A square matmul, GEMM_FLOPS: on a CPU through oneDNN where torch has it, which MKL's sgemm does not match on AMD."""
-    x, w = (torch.randn(GEMM_N, GEMM_N, device=device).to(dtype) for _ in range(2))
+    """A square matmul, gemm_flops: on a CPU through oneDNN where torch has it, which MKL's sgemm does not match on AMD."""
+    size = GEMM_N[device.type]
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return lambda i: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return lambda i: F.linear(x, w)

@@ -1,6 +1,8 @@
 """A group from end to end: the gate, the rotation, the peak memory, and the figures that follow."""
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,10 @@ class Options:
         return [name for name in workload.contenders if self.only is None or name in self.only]
 
     def budget(self, is_step: bool) -> Budget:
+        if is_step and self.full and self.device.type != "cuda":
+            return Budget(seconds=300, least=9, most=31)
         if is_step:
-            return Budget(seconds=300, least=9, most=31) if self.full else Budget(seconds=8, least=7, most=31)
+            return Budget(seconds=20 if self.full else 8, least=7, most=31)
         return Budget(seconds=12, least=11, most=61) if self.full else Budget(seconds=3, least=11, most=41)
 
     def wants_memory(self, is_step: bool) -> bool:
@@ -40,21 +44,48 @@ class Group:
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
         runs = {name: bench.run(name) for name in options.contenders(workload) if name not in self.skipped}
         self.outside: dict[str, str] = {}
-        for name, run in runs.items():
-            self._gate(bench, name, run)
+        for name, run in list(runs.items()):
+            with self._if_it_fits(runs, name):
+                self._gate(bench, name, run)
+        self.bytes, self.flops = bench.bytes, bench.flops
+        bench.forget()
+        self.peak = self._peaks_on_gpu(bench, runs) if options.device.type == "cuda" and workload.images is not None else {}
         probes = {COPY: machine.copy_probe(options.device), GEMM: machine.gemm_probe(options.device, workload.dtype)}
         is_step = workload.images is not None
         timer, warmup = timer_for(options.device), 1 if is_step else 2  # the gate has run each contender already
         self.samples = rotate(runs | probes, timer, options.budget(is_step), bench.sets, warmup)
         self.median = {name: statistics.median(samples) for name, samples in self.samples.items()}
-        self.bytes, self.flops = bench.bytes, bench.flops
         del bench, runs, run
         torch._dynamo.reset()
-        self.peak = {
+        self.peak = self.peak or {
             name: peak_in_fresh_process(module, workload.name, name, options.device, options.full)
             for name in options.contenders(workload)
             if name not in self.skipped and options.wants_memory(is_step)
         }
+
+    @contextmanager
+    def _if_it_fits(self, runs: dict[str, Run], name: str) -> Iterator[None]:
+        """A contender that runs out of GPU memory within the block leaves the group."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            del runs[name]
+            self.skipped[name] = "out of GPU memory"
+            torch.cuda.empty_cache()
+
+    def _peaks_on_gpu(self, bench: Any, runs: dict[str, Run]) -> dict[str, int]:
+        """Bytes that torch allocates for a step, with the weights, moments and batch that each contender has: in this process,
+        since a fresh one would compile once more. What a CUDA graph keeps in its own pool is not seen."""
+        peaks = {}
+        for name, run in list(runs.items()):
+            with self._if_it_fits(runs, name):
+                run(0)
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                run(1)
+                if name != bench.graphed:
+                    peaks[name] = torch.cuda.max_memory_allocated() - before + bench.held_bytes
+        return peaks
 
     def _gate(self, bench: Any, name: str, run: Run) -> None:
         """A result of maefast outside the error rule ends the group; one that is not maefast's is noted beside the figures."""
@@ -75,9 +106,11 @@ class Group:
             info |= {"bytes": self.bytes, "gb_per_s": self.bytes / seconds / 1e9}
             info |= {"copy_gb_per_s": copy_rate / 1e9, "copy_fraction": self.bytes / seconds / copy_rate}
         if self.flops:
-            gemm_rate = machine.GEMM_FLOPS / self.median[GEMM]
+            gemm_rate = machine.gemm_flops(self.options.device) / self.median[GEMM]
             info |= {"flops": self.flops, "tflop_per_s": self.flops / seconds / 1e12}
             info |= {"gemm_tflop_per_s": gemm_rate / 1e12, "gemm_fraction": self.flops / seconds / gemm_rate}
+            if (nominal := machine.nominal_flops(self.options.device, self.workload.dtype)) is not None:
+                info["nominal_fraction"] = self.flops / seconds / nominal
         if self.workload.images:
             info["images_per_s"] = self.workload.images / seconds
         if contender in self.peak:

@@ -143,6 +143,11 @@ class OpBench:
     def flops(self) -> int:
         return self.entry.flops(self.workload.N)
 
+    def forget(self) -> None:
+        """What the gate compared with; it takes memory."""
+        for name in ("exact", "eager"):
+            self.__dict__.pop(name, None)
+
 
 def stack(outputs: list[Outputs]) -> Outputs:
     return {name: torch.stack([out[name].detach() for out in outputs]) for name in outputs[0]}

@@ -11,20 +11,25 @@ from typing import Any
 import torch
 import traffic
 from errors import assert_close_to_float64
+from gpusteps import GraphedRun, scaled_step
 from rotation import NotOursError, Run
 from torch import Tensor, nn
 
 import maefast
 from maefast.reference import ReferenceMAE
+from maefast.train.optim import adamw
 
 Forward = Callable[[Tensor, Tensor], Any]
 
 SETS = 3
-MASK_RATIO = 0.75
-CHUNK = 4  # images at a time in the float64 reference
+MASK_RATIO, LR = 0.75, 1e-4
+CHUNK = {"cpu": 4, "cuda": 32}  # images at a time in the float64 reference
+SMALL_BATCH = 64  # up to which a CUDA graph may gain
 
 REFERENCES = {"reference-math": "math", "reference-sdpa": "sdpa", "reference-sdpa-compiled": "sdpa"}
 OURS = ("maefast", "maefast-no-pred", "maefast-compiled")
+FP16 = "reference-math-fp16"  # on a GPU: autocast to fp16 with a gradient scaler
+GRAPHED = "maefast-graphed"  # on a GPU: maefast-no-pred as a CUDA graph
 TRANSFORMERS = ("transformers", "transformers-compiled")
 
 
@@ -81,7 +86,9 @@ class StepWorkload:
 
     @property
     def contenders(self) -> list[str]:
-        return [*REFERENCES, *OURS, *TRANSFORMERS]
+        on_gpu = self.device.type == "cuda"
+        graphed = on_gpu and self.size.batch <= SMALL_BATCH
+        return [*[FP16] * on_gpu, *REFERENCES, *OURS, *[GRAPHED] * graphed, *TRANSFORMERS]
 
     def bench(self) -> "StepBench":
         return StepBench(self)
@@ -90,18 +97,21 @@ class StepWorkload:
 class StepBench:
     """Inputs, weights and optimizer of a workload, and its contenders ready to train."""
 
-    sets = SETS
+    sets, graphed = SETS, GRAPHED
     bytes = None  # weights, activations and states: no sum of these is a floor worth dividing by
 
     def __init__(self, workload: StepWorkload):
         self.workload, size = workload, workload.size
         torch.manual_seed(0)
         device = workload.device
-        self.imgs = torch.randn(SETS, size.batch, 3, size.img_size, size.img_size).to(device)
-        self.noise = torch.rand(SETS, size.batch, size.patches).to(device)
+        self.imgs = torch.randn(SETS, size.batch, 3, size.img_size, size.img_size, device=device)
+        self.noise = torch.stack([self._seeded_noise(i) for i in range(SETS)])
+        torch.manual_seed(0)
         with device:
             self.weights = self._build(ReferenceMAE, attention="math")
-        self.optimizer = adamw(self.weights)
+        self.optimizer = adamw(trained(self.weights), LR, backend="torch")
+        # What a result's error is compared with; on a GPU the math attention of a large batch may not fit into memory.
+        self.yardstick = "reference-sdpa" if device.type == "cuda" else "reference-math"
         self.flops = size.flops
         self._forwards: dict[str, Forward] = {}
         self._results: dict[str, dict[str, Tensor]] = {}
@@ -109,6 +119,11 @@ class StepBench:
     def _build(self, model_class: type[nn.Module], **options: Any) -> nn.Module:
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         return model_class(**self.workload.size.model, norm_layer=norm_layer, norm_pix_loss=True, **options)
+
+    def _seeded_noise(self, i: int) -> Tensor:
+        """(N, L): what the model itself would draw after a seed of i."""
+        torch.manual_seed(i)
+        return torch.rand(self.workload.size.batch, self.workload.size.patches, device=self.workload.device)
 
     def why_not(self, contender: str) -> str | None:
         missing = contender in TRANSFORMERS and find_spec("transformers") is None
@@ -128,8 +143,8 @@ class StepBench:
         return self._forwards[contender]
 
     def _build_forward(self, contender: str) -> Forward:
-        if contender in REFERENCES:
-            model: Any = self._sharing(ReferenceMAE, attention=REFERENCES[contender])
+        if contender.startswith("reference"):
+            model: Any = self._sharing(ReferenceMAE, attention=REFERENCES.get(contender, "math"))
         else:
             model = self._sharing(maefast.MAE)
         if contender.endswith("-compiled"):
@@ -141,13 +156,39 @@ class StepBench:
         return torch.autocast(self.workload.device.type, torch.bfloat16, enabled=self.workload.variant == "bf16")
 
     def run(self, contender: str) -> Run:
+        if contender == GRAPHED:
+            return self._graphed
+        if contender == FP16:
+            return scaled_step(self._loss_in_fp16, self.optimizer, self.workload.device)
         if contender in TRANSFORMERS:
             model = transformers_model(self.workload.size).to(self.workload.device)
             forward = model_forward(model)
             if contender.endswith("-compiled"):
                 forward = torch.compile(forward, dynamic=False)
-            return self._step(forward, adamw(model))
+            return self._step(forward, adamw(trained(model), LR, backend="torch"))
         return self._step(self.forward(contender), self.optimizer)
+
+    def _loss_in_fp16(self, i: int) -> Tensor:
+        with torch.autocast(self.workload.device.type, torch.float16):
+            return self.forward(FP16)(self.imgs[i], self.noise[i])[0]
+
+    @cached_property
+    def _graphed(self) -> GraphedRun:
+        model = self._sharing(maefast.MAE)
+        optimizer = adamw(trained(model), LR, backend="torch", capturable=True)
+        autocast = torch.bfloat16 if self.workload.variant == "bf16" else None
+        return GraphedRun(model, optimizer, self.imgs, mask_ratio=MASK_RATIO, autocast=autocast)
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights, two moments of those that are trained, and a batch."""
+        moments = 2 * sum(p.nbytes for p in trained(self.weights))
+        return sum(p.nbytes for p in self.weights.parameters()) + moments + self.imgs[0].nbytes + self.noise[0].nbytes
+
+    def forget(self) -> None:
+        """What the gate compared with; it takes memory."""
+        self._results.clear()
+        self.__dict__.pop("exact", None)
 
     def _step(self, forward: Forward, optimizer: torch.optim.Optimizer) -> Run:
         def step(i: int) -> None:
@@ -184,12 +225,12 @@ class StepBench:
     def exact(self) -> dict[str, Tensor]:
         """The same in float64, a few images at a time: each removes as many patches, so the loss is the mean of the chunks'."""
         model = copy.deepcopy(self.weights).double()
-        losses, preds = [], []
+        losses, preds, chunk = [], [], CHUNK[self.workload.device.type]
         for i, (imgs, noise) in enumerate(zip(self.imgs, self.noise, strict=True)):
             with torch.set_grad_enabled(i == 0):
                 parts = []
-                for some, its_noise in zip(imgs.double().split(CHUNK), noise.split(CHUNK), strict=True):
-                    out = model(some, MASK_RATIO, noise=its_noise)
+                for some, its_noise in zip(imgs.split(chunk), noise.split(chunk), strict=True):
+                    out = model(some.double(), MASK_RATIO, noise=its_noise)
                     part = out.loss * (len(some) / len(imgs))
                     if i == 0:
                         part.backward()
@@ -199,12 +240,17 @@ class StepBench:
         return gradients(model) | {"pred": torch.cat(preds), "loss": torch.stack(losses)}
 
     def check(self, contender: str, run: Run) -> None:
-        """The gate: loss, prediction and every parameter's gradient within the error rule. Not for models with other weights.
+        """The gate: loss, prediction and every parameter's gradient within the error rule; of a graph the losses. Not for models
+        with other weights, nor for fp16, whose gradients need the scaler.
 
         The compiler's own code around maefast's ops may miss it tensor by tensor, as around the reference: that is noted. All
         gradients as one vector may be off by no more than the reference allows, eager or compiled.
         """
-        if contender in TRANSFORMERS:
+        if contender in (FP16, *TRANSFORMERS):
+            return
+        if contender == GRAPHED:
+            name, yardstick = f"{self.workload.name}, {contender}, loss", self.results(self.yardstick)
+            assert_close_to_float64(name, self._graphed.losses(), yardstick["loss"], self.exact["loss"])
             return
         got = self.results(contender)
         lost = self.exact.keys() - got.keys() - {"pred"}
@@ -214,7 +260,7 @@ class StepBench:
         try:
             for name, result in got.items():
                 where = f"{self.workload.name}, {contender}, {name}"
-                assert_close_to_float64(where, result, self.results("reference-math")[name], self.exact[name])
+                assert_close_to_float64(where, result, self.results(self.yardstick)[name], self.exact[name])
         except AssertionError as breach:
             if contender in ("maefast", "maefast-no-pred"):
                 raise
@@ -224,7 +270,7 @@ class StepBench:
         where = f"{self.workload.name}, {contender}, all gradients"
         mine, exact = whole(got), whole(self.exact)
         try:
-            assert_close_to_float64(where, mine, whole(self.results("reference-math")), exact)
+            assert_close_to_float64(where, mine, whole(self.results(self.yardstick)), exact)
         except AssertionError:
             assert_close_to_float64(where, mine, whole(self.results(self.workload.compiled_name)), exact)
 
@@ -238,9 +284,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {f"d_{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def model_forward(model: nn.Module) -> Forward:

@@ -10,9 +10,10 @@ DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16
 TINY = Size(16, 96, 16, 192, 2, 3, decoder_embed_dim=128, decoder_depth=1, decoder_num_heads=4)
 CPU = {"vit_b16": Size(16, 224, 16, 768, 12, 12, **DECODER)}
 GPU = {
-    "vit_b16": Size(256, 224, 16, 768, 12, 12, **DECODER),
-    "vit_l16": Size(128, 224, 16, 1024, 24, 16, **DECODER),
-    "vit_h14": Size(64, 224, 14, 1280, 32, 16, **DECODER),
+    "vit_b16": Size(1024, 224, 16, 768, 12, 12, **DECODER),
+    "vit_b16_batch8": Size(8, 224, 16, 768, 12, 12, **DECODER),
+    "vit_l16": Size(512, 224, 16, 1024, 24, 16, **DECODER),
+    "vit_h14": Size(256, 224, 14, 1280, 32, 16, **DECODER),
 }
 
 

@@ -152,7 +152,7 @@ def main() -> None:
         ]
     )
     print(
-        f"{len(triton_table)} Triton and {len(cuda_table)} CUDA kernels, {len(problems)} problems; table in {DOCUMENT.relative_to(ROOT)}"
+        f"{len(triton_table)} Triton and {len(cuda_table)} CUDA kernels, {len(problems)} problems; {DOCUMENT.relative_to(ROOT)}"
     )
     if problems:
         sys.exit("\n".join(problems))

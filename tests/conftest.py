@@ -8,6 +8,7 @@ import support
 import torch
 
 import maefast
+from maefast.train import step
 
 GIB = 1 << 30
 
@@ -71,3 +72,24 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GraphedStep without a GPU: its capture warms up and puts the generator back as the real one does, its replay runs the step."""
+
+    class Replay:
+        def __init__(self, run, loss):
+            self.run, self.loss = run, loss
+
+        def replay(self):
+            self.loss.copy_(self.run())
+
+    def captured(run, device):
+        generator = torch.get_rng_state()
+        losses = [run() for _ in range(step.WARM_UP)]
+        torch.set_rng_state(generator)
+        return Replay(run, losses[-1]), losses[-1]
+
+    monkeypatch.setattr(step, "_captured", captured)
+    monkeypatch.setattr(step, "_require_cuda", lambda device: None)

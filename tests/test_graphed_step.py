@@ -1,36 +1,14 @@
-"""GraphedStep without a GPU: what it refuses, and all but the capture itself, by a stand-in that runs the same step again.
-tests/gpu/test_graphed_step.py has the graph."""
+"""GraphedStep without a GPU: what it refuses, and all but the capture, for which conftest.py has a stand-in that runs the same step
+again. tests/gpu/test_graphed_step.py has the graph."""
 
 import pytest
 import torch
 from support import images_for, small_mae
 
-from maefast.train import step
 from maefast.train.optim import adamw
 from maefast.train.step import GraphedStep, training_step
 
 LR = 0.01
-
-
-@pytest.fixture
-def without_graphs(monkeypatch):
-    """A capture that warms up and puts the generator back as the real one does; a replay that runs the step."""
-
-    class Replay:
-        def __init__(self, run, loss):
-            self.run, self.loss = run, loss
-
-        def replay(self):
-            self.loss.copy_(self.run())
-
-    def captured(run, device):
-        generator = torch.get_rng_state()
-        losses = [run() for _ in range(step.WARM_UP)]
-        torch.set_rng_state(generator)
-        return Replay(run, losses[-1]), losses[-1]
-
-    monkeypatch.setattr(step, "_captured", captured)
-    monkeypatch.setattr(step, "_require_cuda", lambda device: None)
 
 
 def trained(graphed: bool, autocast: torch.dtype | None = None, steps_before: int = 0) -> tuple[list[float], list[torch.Tensor]]:
@@ -85,7 +63,7 @@ def test_a_capture_that_fails_leaves_no_trace(without_graphs, monkeypatch):
         run()
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(step, "_captured", fails)
+    monkeypatch.setattr("maefast.train.step._captured", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         GraphedStep(model, adamw(model, LR, capturable=True), images_for(model))
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

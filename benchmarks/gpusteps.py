@@ -1,0 +1,52 @@
+"""Training steps that only a GPU's groups have: fp16 with a gradient scaler, and a CUDA graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rotation import Run
+from torch import Tensor, nn
+
+from maefast.train.step import GraphedStep
+
+
+def scaled_step(loss_of: Callable[[int], Tensor], optimizer: torch.optim.Optimizer, device: torch.device) -> Run:
+    """A step on `loss_of(i)`, a loss in fp16 autocast, as the official recipe takes it."""
+    scaler = torch.amp.GradScaler(device.type)
+
+    def step(i: int) -> None:
+        scaler.scale(loss_of(i)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+class GraphedRun:
+    """GraphedStep on the input sets of a workload, imgs (sets, N, C, H, W)."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, imgs: Tensor, **options: Any):
+        self.model, self.optimizer, self.imgs = model, optimizer, imgs
+        self.step = GraphedStep(model, optimizer, imgs[0], **options)
+        model.zero_grad()
+
+    def __call__(self, i: int) -> Tensor:
+        loss = self.step(self.imgs[i])
+        self.model.zero_grad()  # other contenders, on the same weights, add to the gradients that they find
+        return loss
+
+    def losses(self) -> Tensor:
+        """Of all sets, the mask of set i from seed i; at a learning rate of zero, so that the weights stay."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._set(len(rates) * [0.0])
+        losses = []
+        for i in range(len(self.imgs)):
+            torch.manual_seed(i)
+            losses.append(self(i))
+        self._set(rates)
+        return torch.stack(losses)
+
+    def _set(self, rates: list[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

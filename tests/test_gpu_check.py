@@ -1,0 +1,110 @@
+"""scripts/gpu_check.sh as a process: without a GPU, and its parts, timeouts and table with stand-ins for Python and the sanitizer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+
+# Notes what it was asked for; does what the file next to it says for a command that holds one of its words.
+PYTHON = """#!/bin/bash
+[[ $1 == - ]] && exit 0
+echo "$*" >> "$(dirname "$0")/calls"
+echo "output of $*"
+while read -r word action; do [[ "$*" == *"$word"* ]] && eval "$action"; done < "$(dirname "$0")/actions"
+[[ "$*" =~ --benchmark-json=([^ ]*) ]] && echo {} > "${BASH_REMATCH[1]}"
+exit 0
+"""
+SANITIZER = """#!/bin/bash
+echo "sanitizer $2 ${PYTORCH_NO_CUDA_MEMORY_CACHING}" >> "$(dirname "$0")/calls"
+"""
+
+
+def check(tmp_path: Path, actions: str = "", sanitizer: bool = True, **env: str) -> tuple[int, list[str], list[str]]:
+    """Exit status, the table at the end, the commands that ran."""
+    tools = {"python": PYTHON} | ({"compute-sanitizer": SANITIZER} if sanitizer else {})
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "actions").write_text(actions)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")} | env
+    done = subprocess.run([SCRIPT], env=environment | {"PYTHON": str(tmp_path / "python")}, capture_output=True, text=True)
+    table = done.stdout.split(f"logs and results in {tmp_path}/out\n")
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    return done.returncode, (table[1] if len(table) == 2 else done.stderr).splitlines(), calls
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(tmp_path):
+    """One line, at once, and nothing is built or written."""
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    done = subprocess.run([SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"gpu-check needs a GPU that torch can use; torch {torch.__version__} finds none\n"
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_everything_in_order(tmp_path):
+    status, table, calls = check(tmp_path)
+    assert status == 0
+    names = ["build", "tests-cuda", "tests-triton", "sanitizer-memcheck", "sanitizer-racecheck", "attention", "ops"]
+    names += [f"step-{model}" for model in ("vit_b16", "vit_b16_batch8", "vit_l16", "vit_h14")] + ["report"]
+    assert [line.split()[0] for line in table] == names
+    assert all(" passed, " in line for line in table)
+    assert calls[:5] == [
+        "setup.py build_ext --inplace",
+        "-m pytest -q tests/gpu",
+        "-m pytest -q tests/kernels",
+        "sanitizer memcheck 1",
+        "sanitizer racecheck 1",
+    ]
+    assert calls[-1].count("step-vit_") == 4
+    assert calls[-1].startswith("benchmarks/report.py")
+    assert (tmp_path / "out" / "ops.log").read_text() == "output of scripts/gpu_ops.py --seconds 70\n"
+
+
+def test_parts(tmp_path):
+    status, table, _ = check(tmp_path, GPU_CHECK="tests", sanitizer=False)
+    assert status == 0
+    assert [line.split()[0] for line in table] == ["build", "tests-cuda", "tests-triton"]
+    assert check(tmp_path, GPU_CHECK="tune")[2][-1] == "scripts/gpu_ops.py --seconds 200 --sweep"
+    status, said, _ = check(tmp_path, GPU_CHECK="tests speed")
+    assert (status, said) == (2, ["GPU_CHECK must be of tests, ops, step, tune; it is 'tests speed'"])
+
+
+def test_a_failure_does_not_stop_the_rest(tmp_path):
+    status, table, calls = check(tmp_path, "gpu_attention exit 3\nstep-vit_l16 exit 1\n", GPU_CHECK="ops step")
+    assert status == 1
+    found = {line.split()[0]: line.split(maxsplit=1)[1].rsplit(",", 1)[0] for line in table}
+    assert found.pop("attention") == "FAILED with status 3"
+    assert found.pop("step-vit_l16") == "FAILED with status 1"
+    assert set(found.values()) == {"passed"}
+    assert "report" in found
+    assert "step-vit_b16.json" in calls[-1], "it has what there is"
+    assert "step-vit_l16.json" not in calls[-1]
+
+
+def test_nothing_runs_on_a_build_that_failed(tmp_path):
+    status, table, calls = check(tmp_path, "build_ext exit 1\n")
+    assert status == 1
+    assert [line.split()[:2] for line in table] == [["build", "FAILED"]]
+    assert len(calls) == 1
+
+
+def test_time_runs_out(tmp_path):
+    """What runs is stopped, and what comes later is skipped."""
+    status, table, calls = check(tmp_path, "tests/gpu sleep 60\n", GPU_CHECK_SECONDS="3", GPU_CHECK="tests ops")
+    assert status == 1
+    assert [line.split()[:2] for line in table[:3]] == [
+        ["build", "passed,"],
+        ["tests-cuda", "stopped,"],
+        ["tests-triton", "skipped,"],
+    ]
+    assert all("skipped" in line for line in table[2:])
+    assert len(calls) == 2
