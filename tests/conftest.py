@@ -76,7 +76,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture
 def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GraphedStep without a GPU: its capture warms up and puts the generator back as the real one does, its replay runs the step."""
+    """GraphedStep without a GPU: a capture warms up and leaves the generator as it was, a replay runs the step."""
 
     class Replay:
         def __init__(self, run, loss):

@@ -1,5 +1,5 @@
-"""GraphedStep without a GPU: what it refuses, and all but the capture, for which conftest.py has a stand-in that runs the same step
-again. tests/gpu/test_graphed_step.py has the graph."""
+"""GraphedStep without a GPU: what it refuses, and all but the capture, for which conftest.py has a stand-in.
+tests/gpu/test_graphed_step.py has the graph."""
 
 import pytest
 import torch
