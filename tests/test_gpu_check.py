@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh as a process: without a GPU; its parts, timeouts and table, with stand-ins for Python and the sanitizer."""
+"""scripts/gpu_check.sh as a process: without a GPU; its parts, timeouts and table, with stand-ins for Python and a sanitizer."""
 
 import os
 import subprocess

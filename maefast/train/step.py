@@ -24,7 +24,7 @@ def training_step(
 
 
 class GraphedStep:
-    """`training_step` as a CUDA graph, for batches so small that launching the kernels takes longer than they do.
+    """`training_step` as a CUDA graph, for batches so small that a GPU may wait for its kernels to be launched.
 
     model       a maefast.MAE, compiled or not, on one GPU
     optimizer   torch's Adam or AdamW with capturable=True (`adamw(..., backend="torch", capturable=True)`)
