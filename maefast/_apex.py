@@ -11,7 +11,7 @@ def why_not(module: str, extension: str) -> str | None:
     apex = find_spec("apex")
     if apex is None:
         return f"NVIDIA's apex is not installed ({SOURCE}; the package named apex on PyPI is an unrelated one)"
-    if PathFinder.find_spec(f"apex.{module}", apex.submodule_search_locations) is None:
+    if PathFinder.find_spec(f"apex.{module}", apex.submodule_search_locations or []) is None:
         return f"the apex that is installed is not NVIDIA's ({SOURCE}): it has no module apex.{module}"
     if find_spec(extension) is None:
         return f"NVIDIA's apex was built without its CUDA extension {extension}"

@@ -76,11 +76,12 @@ tests() {
 
 ops() {
   run attention 20 60 "$PYTHON" scripts/gpu_attention.py
-  run ops 30 90 "$PYTHON" scripts/gpu_ops.py --seconds 70
+  run ops 30 120 "$PYTHON" scripts/gpu_ops.py --seconds 90
 }
 
 step() {
   local contenders=reference-math-fp16,reference-sdpa,reference-sdpa-compiled,maefast,maefast-no-pred,maefast-compiled,maefast-graphed
+  rm -f "$OUT"/step-*.json
   for model in vit_b16 vit_b16_batch8 vit_l16 vit_h14; do
     run "step-$model" 40 150 "$PYTHON" -m pytest -q benchmarks/test_step.py --benchmark-only --full --device cuda \
       --contenders "$contenders" -k "step-$model-bf16" --benchmark-json="$OUT/step-$model.json"
@@ -89,13 +90,13 @@ step() {
   for json in "$OUT"/step-*.json; do [[ -s $json ]] && found+=("$json"); done
   # The report takes seconds, and without it the rest is hard to read: it runs also when the time is up.
   ((${#found[@]} == 0)) || BUDGET=$((SECONDS + 30)) run report 0 30 "$PYTHON" benchmarks/report.py "${found[@]}" --out "$OUT/step"
+  [[ -f $OUT/step/full.md ]] && sed -n '/^## /,$p' "$OUT/step/full.md"
 }
 
 tune() {
   run tune 60 240 "$PYTHON" scripts/gpu_ops.py --seconds 200 --sweep
 }
 
-rm -f "$OUT"/step-*.json
 if CUDAARCHS=native MAEFAST_CUDA=1 run build 1 200 "$PYTHON" setup.py build_ext --inplace; then
   for part in $PARTS; do $part; done
 fi

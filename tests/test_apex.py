@@ -83,9 +83,10 @@ def parameter(*shape: int) -> Tensor:
     [
         ({}, "NVIDIA's apex is not installed .*the package named apex on PyPI is an unrelated one"),
         (UNRELATED, "the apex that is installed is not NVIDIA's .*it has no module apex.optimizers"),
+        ({"apex.py": "", "optimizers.py": ""}, "the apex that is installed is not NVIDIA's .*it has no module apex.optimizers"),
         ({k: v for k, v in NVIDIA.items() if k != "amp_C.py"}, "NVIDIA's apex was built without its CUDA extension amp_C"),
     ],
-    ids=["none", "unrelated", "without CUDA"],
+    ids=["none", "unrelated", "a single module", "without CUDA"],
 )
 def test_where_apex_is_not_nvidia_s(install, files, reason):
     install(files)

@@ -66,7 +66,7 @@ def test_everything_in_order(tmp_path):
     ]
     assert calls[-1].count("step-vit_") == 4
     assert calls[-1].startswith("benchmarks/report.py")
-    assert (tmp_path / "out" / "ops.log").read_text() == "output of scripts/gpu_ops.py --seconds 70\n"
+    assert (tmp_path / "out" / "ops.log").read_text() == "output of scripts/gpu_ops.py --seconds 90\n"
 
 
 def test_parts(tmp_path):

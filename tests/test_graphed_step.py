@@ -64,8 +64,11 @@ def test_a_capture_that_fails_leaves_no_trace(without_graphs, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("maefast.train.step._captured", fails)
+    optimizer = adamw(model, LR, capturable=True)
     with pytest.raises(RuntimeError, match="out of memory"):
-        GraphedStep(model, adamw(model, LR, capturable=True), images_for(model))
+        GraphedStep(model, optimizer, images_for(model))
+    assert [group["lr"] for group in optimizer.param_groups] == [LR, LR]
+    assert not any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 

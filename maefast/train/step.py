@@ -50,7 +50,8 @@ class GraphedStep:
         _check(model, optimizer, imgs, autocast)
         _require_cuda(imgs.device)
         self._optimizer, self._imgs = optimizer, imgs.clone()
-        self._rates = [torch.as_tensor(group["lr"], dtype=torch.float32, device=imgs.device) for group in optimizer.param_groups]
+        given = [group["lr"] for group in optimizer.param_groups]
+        self._rates = [torch.as_tensor(rate, dtype=torch.float32, device=imgs.device) for rate in given]
         self._point_to_rates()
 
         def step() -> Tensor:
@@ -59,6 +60,10 @@ class GraphedStep:
         before = _Snapshot(model, optimizer)
         try:
             self._graph, self._loss = _captured(step, imgs.device)
+        except BaseException:
+            for group, rate in zip(optimizer.param_groups, given, strict=True):
+                group["lr"] = rate
+            raise
         finally:
             before.restore()
 
