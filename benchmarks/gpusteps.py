@@ -15,10 +15,12 @@ def scaled_step(loss_of: Callable[[int], Tensor], optimizer: torch.optim.Optimiz
     scaler = torch.amp.GradScaler(device.type)
 
     def step(i: int) -> None:
-        scaler.scale(loss_of(i)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        try:
+            scaler.scale(loss_of(i)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        finally:  # also where memory runs out
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -49,9 +49,9 @@ class Group:
                 self._gate(bench, name, run)
         self.bytes, self.flops = bench.bytes, bench.flops
         bench.forget()
-        self.peak = self._peaks_on_gpu(bench, runs) if options.device.type == "cuda" and workload.images is not None else {}
-        probes = {COPY: machine.copy_probe(options.device), GEMM: machine.gemm_probe(options.device, workload.dtype)}
         is_step = workload.images is not None
+        self.peak = self._peaks_on_gpu(bench, runs) if is_step and options.device.type == "cuda" else {}
+        probes = {COPY: machine.copy_probe(options.device), GEMM: machine.gemm_probe(options.device, workload.dtype)}
         timer, warmup = timer_for(options.device), 1 if is_step else 2  # the gate has run each contender already
         self.samples = rotate(runs | probes, timer, options.budget(is_step), bench.sets, warmup)
         self.median = {name: statistics.median(samples) for name, samples in self.samples.items()}

@@ -192,11 +192,13 @@ class StepBench:
 
     def _step(self, forward: Forward, optimizer: torch.optim.Optimizer) -> Run:
         def step(i: int) -> None:
-            with self.autocast():
-                loss = forward(self.imgs[i], self.noise[i])[0]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            try:
+                with self.autocast():
+                    loss = forward(self.imgs[i], self.noise[i])[0]
+                loss.backward()
+                optimizer.step()
+            finally:  # where memory runs out, half of the gradients are there, and the next contender would add to them
+                optimizer.zero_grad(set_to_none=True)
 
         return step
 
@@ -207,15 +209,17 @@ class StepBench:
         forward, losses = self.forward(contender), []
         found: dict[str, Tensor] = {}
         for imgs, noise in zip(self.imgs, self.noise, strict=True):
-            with self.autocast():
-                out = forward(imgs, noise)
-            out[0].backward()
-            losses.append(out[0].detach())
-            if not found:
-                found = gradients(self.weights)
-                if out[1] is not None:
-                    found["pred"] = out[1].detach()
-            self.weights.zero_grad(set_to_none=True)
+            try:
+                with self.autocast():
+                    out = forward(imgs, noise)
+                out[0].backward()
+                losses.append(out[0].detach())
+                if not found:
+                    found = gradients(self.weights)
+                    if out[1] is not None:
+                        found["pred"] = out[1].detach()
+            finally:
+                self.weights.zero_grad(set_to_none=True)
         found["loss"] = torch.stack(losses)
         if contender in REFERENCES:
             self._results[contender] = found

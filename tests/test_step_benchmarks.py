@@ -43,6 +43,22 @@ def test_a_step_in_fp16_trains_with_a_scaler(step_bench):
     assert all(p.grad is None for p in step_bench.weights.parameters())
 
 
+def test_a_step_that_runs_out_of_memory_leaves_no_gradients(step_bench):
+    """The contenders share their weights; the backward fails at the last of them."""
+
+    def fails(grad):
+        raise torch.OutOfMemoryError("no")
+
+    hook = step_bench.weights.cls_token.register_hook(fails)
+    attempts = [lambda: step_bench.results("reference-sdpa")]
+    attempts += [lambda name=name: step_bench.run(name)(0) for name in ("maefast", "reference-math-fp16")]
+    for attempt in attempts:
+        with pytest.raises(torch.OutOfMemoryError):
+            attempt()
+        assert all(p.grad is None for p in step_bench.weights.parameters())
+    hook.remove()
+
+
 def test_the_gate_of_a_graphed_step(without_graphs):
     bench = stepbench.StepWorkload("tiny", SMALL_STEP, "bf16", CPU).bench()
     run = bench.run("maefast-graphed")
