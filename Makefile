@@ -45,7 +45,7 @@ test: $(VENV)/.build
 	$(BIN)/python -m pytest
 
 test-aot: $(VENV)/.build
-	$(BIN)/python scripts/aot.py
+	$(BIN)/python scripts/aot_table.py
 
 # Not through $(VENV): what sets it up may need a network.
 gpu-check:

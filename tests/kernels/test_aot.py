@@ -1,6 +1,6 @@
 """The machine code, compiled here: no spills on the architectures of data centres, memory accesses as wide as the data allow.
 
-A few representative kernels; scripts/aot.py compiles all of CASES."""
+A few representative kernels; scripts/aot_table.py compiles all of CASES."""
 
 import re
 from pathlib import Path
