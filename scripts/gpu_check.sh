@@ -69,8 +69,9 @@ tests() {
   command -v compute-sanitizer >/dev/null || return
   # Without torch's cache of memory each tensor is an allocation of its own, whose end memcheck knows.
   for tool in memcheck racecheck; do
-    run "sanitizer-$tool" 20 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m pytest -q tests/gpu/test_attention.py -k small
+    run "sanitizer-$tool" 20 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" -m pytest -q tests/gpu/test_attention.py tests/gpu/test_masking_ops.py \
+      -k "not (large or graph or compiled or opcheck)"
   done
 }
 

@@ -28,7 +28,7 @@ def trained(graphed: bool, autocast: torch.dtype | None, rates: list[float]) -> 
 
 
 @pytest.mark.parametrize("autocast", [None, BF16], ids=["fp32", "bf16"])
-def test_small_trains_as_the_eager_step(autocast):
+def test_trains_as_the_eager_step(autocast):
     rates = [0.01, 0.01, 0.1, 0.0, 0.01]
     losses, weights = trained(True, autocast, rates)
     expected, expected_weights = trained(False, autocast, rates)
@@ -38,20 +38,20 @@ def test_small_trains_as_the_eager_step(autocast):
             assert torch.allclose(weights[name], want, rtol=0, atol=1e-4 if autocast is None else 1e-2), name
 
 
-def test_small_masks_differ_between_replays():
+def test_masks_differ_between_replays():
     """At a learning rate of zero only the mask can change the loss."""
     losses, _ = trained(True, None, [0.0] * 4)
     assert len(set(losses)) == 4
 
 
-def test_small_a_learning_rate_takes_effect():
+def test_a_learning_rate_takes_effect():
     still, _ = trained(True, None, [0.0] * 4)
     moved, _ = trained(True, None, [0.0, 0.1, 0.0, 0.0])
     assert moved[:2] == still[:2]
     assert moved[2] != still[2]
 
 
-def test_small_a_step_does_not_wait_for_the_gpu():
+def test_a_step_does_not_wait_for_the_gpu():
     model = small_mae().cuda()
     imgs = images_for(model).cuda()
     run = GraphedStep(model, adamw(model, 0.01, backend="torch", capturable=True), imgs)
