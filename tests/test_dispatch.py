@@ -78,7 +78,10 @@ def test_requests_nest_and_end():
 
 @pytest.mark.parametrize("name", ["nativ", "", "cuda", "EAGER"])
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match=f"backend must be one of auto, native, triton, eager.*'{name}'"), maefast.backend(name):
+    with (
+        pytest.raises(ValueError, match=f"backend must be one of auto, native, triton, flash_attn, sdpa, eager.*'{name}'"),
+        maefast.backend(name),
+    ):
         pass
     assert dispatch.choose("random_masking", {"noise": torch.rand(1, 2)}) == AUTO
 
@@ -151,7 +154,9 @@ def test_environment_variable(value, expected):
 def test_environment_variable_of_an_unknown_backend():
     done = run_python("import maefast", MAEFAST_BACKEND="triton9")
     assert done.returncode != 0
-    assert "ValueError: MAEFAST_BACKEND must be one of auto, native, triton, eager; it is 'triton9'" in done.stderr
+    assert (
+        "ValueError: MAEFAST_BACKEND must be one of auto, native, triton, flash_attn, sdpa, eager; it is 'triton9'" in done.stderr
+    )
 
 
 def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, tuple[str, str]]:
