@@ -5,6 +5,7 @@ runs.
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def _why_not_loaded() -> str | None:
     return None
 
 
-def why_not(tensors: dict[str, Tensor], head_width: int, capability: tuple[int, int]) -> str | None:
-    """A reason against qkv and q of heads of `head_width` on a GPU of `capability`; without tensors, against the installation."""
+def why_not(tensors: dict[str, Tensor], head_width: int, capability_of: Callable[[torch.device], tuple[int, int]]) -> str | None:
+    """A reason against qkv and q of heads of `head_width`; without tensors, against the installation."""
     if RELEASE is None:
         return "flash-attn is not installed"
     for name, tensor in tensors.items():
@@ -55,6 +56,7 @@ def why_not(tensors: dict[str, Tensor], head_width: int, capability: tuple[int, 
         return None
     if head_width > _MAX_HEAD_WIDTH or head_width % 8:
         return f"flash-attn takes heads of up to {_MAX_HEAD_WIDTH}, a multiple of 8; they are {head_width} wide"
+    capability = capability_of(tensors["qkv"].device)
     if RELEASE == 2 and capability < (8, 0):
         return f"flash-attn needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     if RELEASE == 4:
@@ -87,7 +89,9 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None) -> Tensor:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where a row does not start at a multiple of 16 bytes."""
-    offsets = (*tensor.stride()[:-1], tensor.storage_offset())
+    offsets = tensor.stride()[:-1]
+    if not torch.compiler.is_compiling():  # which does not see where a tensor begins
+        offsets = (*offsets, tensor.storage_offset())
     if tensor.stride(-1) == 1 and all(offset * tensor.itemsize % _ALIGNMENT == 0 for offset in offsets):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -165,8 +165,7 @@ def _why_not_flash_attn(op: str, inputs: Inputs, head_width: int) -> str | None:
     if op != "attention":
         return f"there is no {op} in flash-attn"
     tensors = {name: inputs[name] for name in ("qkv", "q") if name in inputs}
-    on_gpu = any(tensor.device.type == "cuda" for tensor in tensors.values())
-    return _flash_attn.why_not(tensors, head_width, _capability(inputs["qkv"].device) if on_gpu else _GPU_CAPABILITY)
+    return _flash_attn.why_not(tensors, head_width, _capability)
 
 
 def _why_not_sdpa(op: str, inputs: Inputs, head_width: int) -> str | None:
