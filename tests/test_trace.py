@@ -1,5 +1,7 @@
 """The model's forward on a GPU, traced on fake CUDA tensors: which kernels it calls there, and that none waits for the host."""
 
+import re
+
 import pytest
 import torch
 from support import small_mae
@@ -18,7 +20,7 @@ N, PATCHES = 2, 196
 
 
 class Indexing(TorchFunctionMode):
-    """t[...] of integers, slices and None as calls of ops: a torch without CUDA refuses to index a CUDA tensor, even a fake one."""
+    """t[...] of integers, slices and None as calls of ops: a torch without CUDA refuses to index even a fake CUDA tensor."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not Tensor.__getitem__:
@@ -71,22 +73,41 @@ def calls(backend: str = "auto", return_pred: bool = True, **options: object) ->
 
 
 def count(names: list[str]) -> dict[str, int]:
-    ours = [name for name in names if name.startswith("maefast") or "scaled_dot_product" in name or "layer_norm" in name]
-    return {name: ours.count(name) for name in ours}
+    """The kernels of maefast, attention and norms among `names`; none of the calls may wait for the host."""
+    assert not [name for name in names if re.match(r"aten\.(_local_scalar_dense|item|nonzero|is_nonzero|equal)", name)]
+    found = [name for name in names if re.search("^maefast|_safe_softmax|layer_norm", name)]
+    return {name: found.count(name) for name in found}
 
 
-def assert_no_host_sync(names: list[str]) -> None:
-    waits = ("_local_scalar_dense", "item", "nonzero", "_to_copy.cpu", "is_nonzero", "equal")
-    assert not [name for name in names if name.split(".")[1] in waits]
-
-
-BEFORE = {"maefast_triton.random_masking_fwd": 1, "maefast_triton.gather_patches_fwd": 1, "maefast_triton.unshuffle_fwd": 1}
-MSE = {"maefast_triton.masked_mse_fwd": 1}
+PIXELS = {"maefast_triton.random_masking_fwd": 1, "maefast_triton.gather_patches_fwd": 1, "maefast_triton.masked_mse_fwd": 1}
+AROUND = PIXELS | {"maefast_triton.unshuffle_fwd": 1}
+NATIVE, NORM = "maefast.attention_fwd", "aten.native_layer_norm"
+SDPA = "aten._safe_softmax"  # a torch without CUDA takes it apart
 
 
 def test_auto(hopper):
-    """Depth 2 and 1: three blocks, whose norms are torch's, and the two norms behind them."""
-    names = calls()
-    print(names)
-    assert count(names) == BEFORE | MSE | {"maefast.attention_fwd": 3, "aten.native_layer_norm": 8}
-    assert_no_host_sync(names)
+    """Three blocks, each with two norms of torch's, and the two norms behind encoder and decoder."""
+    assert count(calls()) == AROUND | {NATIVE: 3, NORM: 8}
+
+
+def test_auto_on_a_gpu_without_measurements(hopper, monkeypatch):
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))
+    assert count(calls()) == AROUND | {SDPA: 3, NORM: 8}
+
+
+def test_triton(hopper):
+    """Its norms in a chain of ops; attention chooses by itself."""
+    norms = {"maefast_triton.layer_norm_fwd": 3, "maefast_triton.add_layer_norm_fwd": 3, "maefast_triton.bias_gelu_fwd": 3}
+    assert count(calls("triton")) == AROUND | norms | {NATIVE: 3, NORM: 2}
+
+
+def test_a_model_that_asks(hopper):
+    assert count(calls(attn_backend="sdpa")) == AROUND | {SDPA: 3, NORM: 8}
+
+
+def test_the_removed_patches_alone(hopper):
+    """The last block asks for the queries of removed patches, which native attention does not take on a GPU: auto gives them to
+    SDPA, and a model that asks for native computes that block for every token."""
+    ranked_twice = {"maefast_triton.random_masking_fwd": 2}  # the noise, and the mask
+    assert count(calls(return_pred=False)) == AROUND | ranked_twice | {NATIVE: 2, SDPA: 1, NORM: 8}
+    assert count(calls(return_pred=False, attn_backend="native")) == AROUND | ranked_twice | {NATIVE: 3, NORM: 8}
