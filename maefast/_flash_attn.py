@@ -89,10 +89,11 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None) -> Tensor:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where a row does not start at a multiple of 16 bytes."""
-    offsets = tensor.stride()[:-1]
-    if not torch.compiler.is_compiling():  # which does not see where a tensor begins
-        offsets = (*offsets, tensor.storage_offset())
-    if tensor.stride(-1) == 1 and all(offset * tensor.itemsize % _ALIGNMENT == 0 for offset in offsets):
+    starts_aligned = (
+        torch.compiler.is_compiling() or tensor.storage_offset() * tensor.itemsize % _ALIGNMENT == 0
+    )  # not seen there
+    rows_aligned = all(stride * tensor.itemsize % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+    if tensor.stride(-1) == 1 and starts_aligned and rows_aligned:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 

@@ -66,6 +66,13 @@ def native_tile(head_width: int, tokens: int) -> NativeTile | None:
     return next((tile for tile in NATIVE_ATTENTION.get(head_width, ()) if tokens <= tile.last), None)
 
 
+def native_range(head_width: int, tokens: int) -> tuple[int, int]:
+    """First and last number of tokens of the tile that holds `tokens`."""
+    tiles = NATIVE_ATTENTION[head_width]
+    i = next(i for i, tile in enumerate(tiles) if tokens <= tile.last)
+    return (tiles[i - 1].last + 1 if i else 1), tiles[i].last
+
+
 def read(path: Path = TABLE) -> Table:
     content = json.loads(path.read_text())
     return Table(tuple(Attention(**row) for row in content["attention"]), tuple(Tile(**row) for row in content["tiles"]))
@@ -104,17 +111,18 @@ def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int)
 
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:
     """What a launcher cuts rows of `width` by on `device`: its own rule, with what is in the table in its place."""
-    return rule | _tiles.get((_architecture(device), kernel, width), {}) if _tiles else rule
+    return rule | _tiles.get((architecture(device), kernel, width), {}) if _tiles else rule
 
 
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """What the table calls a device: "9.0"; "cpu" where Triton's interpreter runs the kernels."""
     return name_of(gpu.capability(device)) if device.type == "cuda" else device.type
 
 
 @contextmanager
 def trying(kernel: str, width: int, device: torch.device, tile: dict[str, int]) -> Iterator[None]:
     """Within the block the launcher of `kernel` takes `tile`, whatever the table says; {} is its own rule."""
-    key = (_architecture(device), kernel, width)
+    key = (architecture(device), kernel, width)
     before = _tiles.get(key)
     _tiles[key] = tile
     try:
