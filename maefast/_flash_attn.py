@@ -89,9 +89,8 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None) -> Tensor:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where a row does not start at a multiple of 16 bytes."""
-    starts_aligned = (
-        torch.compiler.is_compiling() or tensor.storage_offset() * tensor.itemsize % _ALIGNMENT == 0
-    )  # not seen there
+    # Where a tensor starts is not to be seen in compiled code.
+    starts_aligned = torch.compiler.is_compiling() or tensor.storage_offset() * tensor.itemsize % _ALIGNMENT == 0
     rows_aligned = all(stride * tensor.itemsize % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
     if tensor.stride(-1) == 1 and starts_aligned and rows_aligned:
         return tensor
