@@ -169,7 +169,7 @@ class Block(nn.Module):
         """
         parts = self._plain_parts()
         if parts is not None:
-            if ids is not None and not self._attends_for(x, ids):
+            if ids is not None and not self._takes_queries(x):
                 return take_tokens(self.forward(x), ids)
             norms, attention = self._backends(parts, x)
             if ids is None and norms == {"native"} and attention == "native":
@@ -206,8 +206,8 @@ class Block(nn.Module):
         norms = {dispatch.choose(op, inputs) for op in ("layer_norm", "add_layer_norm", "bias_gelu")}
         return norms, dispatch.choose("attention", {"qkv": self._like_qkv(x, 3)}, self._head_width(x), self.attn.backend)
 
-    def _attends_for(self, x: Tensor, ids: Tensor) -> bool:
-        """Whether the attention that was asked for, if any was, takes queries of the tokens in ids alone."""
+    def _takes_queries(self, x: Tensor) -> bool:
+        """Whether the attention that was asked for, if any was, takes queries of some tokens alone."""
         requested = dispatch.request_for("attention", self.attn.backend)
         inputs = {"qkv": self._like_qkv(x, 2), "q": self._like_qkv(x, 1)}
         return requested is None or dispatch.can_run("attention", requested, inputs, self._head_width(x)) is None

@@ -288,7 +288,7 @@ def choose(op: str, inputs: Inputs, head_width: int = 0, asked: str = "auto") ->
             raise RuntimeError(f"maefast.ops.{op} cannot run on the requested backend {requested!r}: {reason}")
         return requested
     for name in BACKENDS:
-        if can_run(op, name, inputs, head_width) is None and _why_not_worth_it(op, name, inputs, head_width) is None:
+        if _why_not_worth_it(op, name, inputs, head_width) is None and can_run(op, name, inputs, head_width) is None:
             return name
     raise AssertionError("eager runs everything")
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
 from maefast import _flash_attn, _library, dispatch, ops, tuned
+from maefast import gpu as gpu_facts
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200" / "attention.json"
@@ -282,6 +283,18 @@ def test_flash_attn_by_the_environment(native, tmp_path):
 # GPUs, in name only
 
 
+def test_what_is_asked_of_a_gpu_is_a_constant_in_compiled_code(fresh_dynamo, monkeypatch):
+    """So that a graph chooses by the GPU that it is compiled for."""
+    monkeypatch.setattr(gpu_facts.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_facts, "_CAPABILITY_OF_A100", (9, 0))
+
+    def f(x: Tensor) -> Tensor:
+        return x * gpu_facts.capability(x.device)[0] + (gpu_facts.shared_memory(x.device) >> 10)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [172.0, 172.0]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A build with CUDA kernels and a Hopper GPU, to all that dispatch can tell: makes tensors that exist in name only."""
@@ -310,6 +323,8 @@ def test_auto_goes_by_the_table(gpu, monkeypatch, T, width, expected):
         assert dispatch.choose("attention", gpu(T, width, dtype), width) == expected
     assert dispatch.choose("attention", gpu(T, width, F32), width) == "sdpa"
     monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))
+    assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
+    monkeypatch.setattr(dispatch._flash_attn, "why_not", None)  # auto does not ask, and so does not import it
     assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
     why = dispatch.why_not_chosen("attention", "native", "sdpa", gpu(50, 64), 64)
     assert why == "no measurement shows that it is faster than SDPA for 50 tokens, heads 64 wide, on sm_80"
