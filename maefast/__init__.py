@@ -2,7 +2,8 @@
 
 from . import ops
 from ._version import __version__
-from .dispatch import backend, explain
+from .dispatch import backend
+from .explain import explain
 from .model import (
     MAE,
     mae_vit_base_patch16,

@@ -134,18 +134,20 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the whole sequence; x (N, T, D) -> (N, T, D)."""
+    """Multi-head self-attention over the whole sequence; x (N, T, D) -> (N, T, D). `backend` is that of ops.attention."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, *, backend: str = "auto"):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"the width must be a multiple of num_heads; {dim} is no multiple of {num_heads}")
+        dispatch.check_attention_backend(backend, "attn_backend")
+        self.backend = backend
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(ops.attention(self.qkv(x), self.num_heads))
+        return self.proj(ops.attention(self.qkv(x), self.num_heads, backend=self.backend))
 
 
 class Mlp(nn.Module):
@@ -161,12 +163,20 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; x (N, T, D) -> (N, T, D)."""
+    """A pre-norm transformer block; x (N, T, D) -> (N, T, D). `attn_backend` is the `backend` of its attention."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, norm_layer: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm_layer: Callable[[int], nn.Module],
+        *,
+        attn_backend: str = "auto",
+    ):
         super().__init__()
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, backend=attn_backend)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
@@ -178,10 +188,12 @@ class Block(nn.Module):
         """
         parts = self._plain_parts()
         if parts is not None:
-            backends = self._backends(parts, x)
-            if ids is None and backends == {"native"}:
+            if ids is not None and not self._takes_queries(x):
+                return take_tokens(self.forward(x), ids)
+            norms, attention = self._backends(parts, x)
+            if ids is None and norms == {"native"} and attention == "native":
                 return self._fused(parts, x, repeated)
-            if ids is not None or backends & {"triton", "apex"}:
+            if ids is not None or norms - {"eager"}:
                 return self._of_ops(parts, x, ids)
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
@@ -190,7 +202,7 @@ class Block(nn.Module):
     def is_fused(self, x: Tensor) -> bool:
         """Whether a call on x, without ids, runs as one Function."""
         parts = self._plain_parts()
-        return parts is not None and self._backends(parts, x) == {"native"}
+        return parts is not None and self._backends(parts, x) == ({"native"}, "native")
 
     def _plain_parts(self) -> "_Parts | None":
         """The modules that hold the parameters, unless one of them is not what this file and nn.LayerNorm make of it."""
@@ -204,15 +216,28 @@ class Block(nn.Module):
             return None
         return None if any(part.weight is None or part.bias is None for part in parts) else parts
 
-    def _backends(self, parts: "_Parts", x: Tensor) -> set[str]:
-        """Those that its ops run on, matrix products aside; none where these take parameters of other dtypes."""
+    def _backends(self, parts: "_Parts", x: Tensor) -> tuple[set[str], str | None]:
+        """Those that its norms and GELU run on, and that of attention; none where products take parameters of other dtypes."""
         if not dispatch.is_autocast(x) and any(linear.weight.dtype != x.dtype for linear in parts.linears()):
-            return set()
+            return set(), None
         out = x.new_empty(0, dtype=dispatch.compute_dtype(x))
-        inputs = {"x": x, "weight": parts.norm1.weight, "bias": parts.norm1.bias, "out": out, "qkv": out}
-        width = x.shape[-1] // self.attn.num_heads
-        ops_used = ("layer_norm", "add_layer_norm", "bias_gelu", "attention")
-        return {dispatch.choose(op, inputs, head_width=width) for op in ops_used}
+        inputs = {"x": x, "weight": parts.norm1.weight, "bias": parts.norm1.bias, "out": out}
+        norms = {dispatch.choose(op, inputs) for op in ("layer_norm", "add_layer_norm", "bias_gelu")}
+        return norms, dispatch.choose("attention", {"qkv": self._like_qkv(x, 3)}, self._head_width(x), self.attn.backend)
+
+    def _takes_queries(self, x: Tensor) -> bool:
+        """Whether the attention that was asked for, if any was, takes queries of some tokens alone."""
+        inputs = {"qkv": self._like_qkv(x, 2), "q": self._like_qkv(x, 1)}
+        requested = dispatch.request_for("attention", inputs, self.attn.backend)
+        return requested is None or dispatch.can_run("attention", requested, inputs, self._head_width(x)) is None
+
+    def _head_width(self, x: Tensor) -> int:
+        return x.shape[2] // self.attn.num_heads
+
+    @staticmethod
+    def _like_qkv(x: Tensor, parts: int) -> Tensor:
+        """As many of queries, keys and values of x as `parts`, of no sample: for dispatch."""
+        return x.new_empty(0, x.shape[1], parts * x.shape[2], dtype=dispatch.compute_dtype(x))
 
     def _fused(self, parts: "_Parts", x: Tensor, repeated: RepeatedTokens | None) -> Tensor:
         dtype = dispatch.compute_dtype(x)
@@ -231,11 +256,12 @@ class Block(nn.Module):
         D, dtype = x.shape[2], dispatch.compute_dtype(x)
         y = ops.layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype)
         if ids is None:
-            attended = ops.attention(qkv(y), self.attn.num_heads)
+            attended = ops.attention(qkv(y), self.attn.num_heads, backend=self.attn.backend)
         else:
             q = ops.linear(take_tokens(y, ids), qkv.weight[:D], qkv.bias[:D])
             kv = ops.linear(y, qkv.weight[D:], qkv.bias[D:])
-            attended, x = ops.attention(kv, self.attn.num_heads, q), take_tokens(x, ids)
+            attended = ops.attention(kv, self.attn.num_heads, q, backend=self.attn.backend)
+            x = take_tokens(x, ids)
         y, x = ops.add_layer_norm(proj(attended), x, norm2.weight, norm2.bias, norm2.eps, dtype)
         return x + fc2(ops.bias_gelu(ops.linear(y, fc1.weight), fc1.bias))
 

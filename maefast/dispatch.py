@@ -2,8 +2,9 @@
 
 `auto` walks BACKENDS from the fastest to the plainest and takes the first whose `can_run` gives no reason against it. A request,
 by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, never falls back: it raises with the reason. It
-binds every op of which that backend has a kernel on any device; the others choose by themselves.
-A new backend is one entry in BACKENDS and one function of reasons in _REASONS.
+binds every op of which that backend has a kernel on any device; the others choose by themselves. What a model's `attn_backend`
+asks for holds where no such request binds attention.
+A new backend is one entry in BACKENDS, the ops that it binds in _BOUND, and one function of reasons in _REASONS.
 """
 
 import os
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _apex, _library, kernels
+from . import _apex, _flash_attn, _library, kernels, tuned
+from .gpu import capability as _capability
+from .gpu import shared_memory as _shared_memory
 
 Inputs = Mapping[str, Tensor]
 
@@ -31,7 +34,8 @@ OPS = (
     "attention",
     "linear",
 )
-BACKENDS = ("native", "triton", "apex", "eager")  # fastest first
+BACKENDS = ("native", "triton", "apex", "flash_attn", "sdpa", "eager")  # fastest first
+ATTENTION_BACKENDS = ("native", "flash_attn", "sdpa", "eager")  # that a model may ask for
 
 _F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 _FLOATS = (_F32, _BF16, _F16)
@@ -48,13 +52,14 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
 }
 _TRITON_OPS = _DTYPES.keys() - {"attention", "linear"}
-_APEX_OPS = {"layer_norm"}
-_BOUND = {"triton": _TRITON_OPS, "apex": _APEX_OPS}  # the ops that a request binds, where not all
+# The ops that a request binds, where not all.
+_BOUND = {"triton": _TRITON_OPS, "apex": {"layer_norm"}, "flash_attn": {"attention"}, "sdpa": {"attention"}}
 _MAX_HEAD_WIDTH = 128  # of native attention on the CPU
 _CUDA_OPS = {"random_masking", "gather_patches", "unshuffle", "masked_mse", "attention"}  # that are native on a GPU, too
 _CUDA_RANKED = 2048  # patches that native random_masking ranks by counting on a GPU
 _CUDA_VALUES = 12272  # of a patch that native masked_mse holds in shared memory on a GPU
-_CUDA_TOKENS = {32: 288, 64: 208, 80: 80}  # per head width, what native attention holds on a GPU
+# Per head width, what native attention holds on a GPU.
+_CUDA_TOKENS = {width: tiles[-1].last for width, tiles in tuned.NATIVE_ATTENTION.items()}
 _GPU_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
 _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
@@ -85,7 +90,7 @@ def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
         return "maefast was installed without its native library (MAEFAST_NATIVE=0)"
     for name, tensor in inputs.items():
         if tensor.device.type == "cuda":
-            return _why_not_cuda(op, inputs, head_width)
+            return _why_not_cuda(op, inputs, head_width) or _why_not_shared(op, inputs, head_width)
         if tensor.device.type != "cpu":
             return f"the native kernels run on the CPU and on CUDA, {name} is on {tensor.device}"
         if (reason := _why_not_taken("native", op, name, tensor)) is not None:
@@ -133,6 +138,19 @@ def _why_not_cuda_attention(inputs: Inputs, head_width: int) -> str | None:
     return None
 
 
+def _why_not_shared(op: str, inputs: Inputs, head_width: int) -> str | None:
+    """A reason against a kernel that the GPU is large enough for in every other respect."""
+    if op != "attention" or (tile := tuned.native_tile(head_width, inputs["qkv"].shape[1])) is None:
+        return None
+    if (available := _shared_memory(inputs["qkv"].device)) >= tile.shared_memory:
+        return None
+    tokens, needed = inputs["qkv"].shape[1], tile.shared_memory >> 10
+    return (
+        f"native attention of {tokens} tokens, heads {head_width} wide, needs {needed} KB of shared memory, "
+        f"the GPU has {available >> 10}"
+    )
+
+
 def _why_not_triton(op: str, inputs: Inputs, head_width: int) -> str | None:
     if not kernels.HAS_TRITON:
         return "Triton is not installed"
@@ -165,14 +183,19 @@ def _too_large(values: int, channels: int) -> str | None:
     return f"triton masked_mse holds patches of up to {_TRITON_VALUES} values, padded; pred has {values} in {channels} channels"
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # compiled code needs Triton anyway; a fake tensor
-        return _GPU_CAPABILITY
-    return torch.cuda.get_device_capability(device)
+def _why_not_flash_attn(op: str, inputs: Inputs, head_width: int) -> str | None:
+    if op != "attention":
+        return f"there is no {op} in flash-attn"
+    tensors = {name: inputs[name] for name in ("qkv", "q") if name in inputs}
+    return _flash_attn.why_not(tensors, head_width, _capability)
+
+
+def _why_not_sdpa(op: str, inputs: Inputs, head_width: int) -> str | None:
+    return None if op == "attention" else f"SDPA is attention, not {op}"
 
 
 def _why_not_apex(op: str, inputs: Inputs, head_width: int) -> str | None:
-    if op not in _APEX_OPS:
+    if op not in _BOUND["apex"]:
         return f"there is no {op} in apex"
     if _NO_APEX is not None:
         return _NO_APEX
@@ -190,12 +213,11 @@ def _why_not_eager(op: str, inputs: Inputs, head_width: int) -> str | None:
     return None
 
 
-def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
+def _why_not_worth_it(op: str, backend: str, inputs: Inputs, head_width: int) -> str | None:
     """A reason for `auto` to leave a backend alone though it can run (figures: benchmarks/results)."""
-    if op == "attention" and backend == "native" and inputs["qkv"].device.type == "cuda":
-        return "its tests have not run on a GPU yet"
-    on_gpu = any(tensor.device.type == "cuda" for tensor in inputs.values())
-    if backend == "native" and on_gpu and op in _TRITON_OPS and kernels.HAS_TRITON:
+    if op == "attention" and inputs["qkv"].device.type == "cuda":
+        return _why_not_fastest(backend, inputs, head_width)
+    if backend == "native" and _on_gpu(inputs) and op in _TRITON_OPS and kernels.HAS_TRITON:
         return f"no measurement shows that native {op} is faster than triton's on a GPU"
     if backend == "triton" and op in ("layer_norm", "add_layer_norm", "bias_gelu"):
         return f"no measurement shows that triton {op} is faster"
@@ -211,10 +233,23 @@ def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
     return f"torch's own product is as fast in {_names((dtype,))} on this CPU"
 
 
+def _why_not_fastest(backend: str, inputs: Inputs, head_width: int) -> str | None:
+    """What tuned.json has against attention on a GPU by anything but SDPA. Queries of their own have not been measured."""
+    capability, tokens = _capability(inputs["qkv"].device), inputs["qkv"].shape[1]
+    if backend == tuned.DEFAULT_ATTENTION:
+        return None
+    if "q" not in inputs and backend == tuned.fastest_attention(capability, head_width, tokens):
+        return None
+    where = f"{tokens} tokens, heads {head_width} wide, on sm_{capability[0]}{capability[1]}"
+    return f"no measurement shows that it is faster than SDPA for {where}"
+
+
 _REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {
     "native": _why_not_native,
     "triton": _why_not_triton,
     "apex": _why_not_apex,
+    "flash_attn": _why_not_flash_attn,
+    "sdpa": _why_not_sdpa,
     "eager": _why_not_eager,
 }
 
@@ -226,19 +261,24 @@ def can_run(op: str, backend: str, inputs: Inputs, head_width: int = 0) -> str |
 
 _NOT_INSTALLED: dict[str, str] = {
     name: reason
-    for name, op in (("native", OPS[0]), ("triton", OPS[0]), ("apex", "layer_norm"))
+    for name, op in (("native", OPS[0]), ("triton", OPS[0]), ("apex", "layer_norm"), ("flash_attn", "attention"))
     if (reason := can_run(op, name, {})) is not None
 }
 
 
-def _checked(name: str, source: str) -> str | None:
+def _checked(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str | None:
     if name == "auto":
         return None
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; it is {name!r}")
+    if name not in names:
+        raise ValueError(f"{source} must be one of auto, {', '.join(names)}; it is {name!r}")
     if (reason := _NOT_INSTALLED.get(name)) is not None:
         raise RuntimeError(f"{source} asks for {name}: {reason}")
     return name
+
+
+def check_attention_backend(name: str, source: str) -> None:
+    """Raises ValueError unless `name` is "auto" or in ATTENTION_BACKENDS, RuntimeError where the installation lacks it."""
+    _checked(name, source, ATTENTION_BACKENDS)
 
 
 _requested: str | None = _checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MAEFAST_BACKEND")
@@ -259,25 +299,40 @@ def backend(name: str) -> Iterator[None]:
         _requested = before
 
 
-def _request_for(op: str) -> str | None:
-    """The request that binds `op`: a backend that has no kernel of it on any device does not, and `op` chooses by itself."""
-    return _requested if op in _BOUND.get(_requested or "", OPS) else None
+def requested() -> str | None:
+    """The backend that was asked for, for the whole process."""
+    return _requested
 
 
-def is_requested(op: str) -> bool:
-    """Whether the backend of `op` was asked for, and so binds all of it."""
-    return _request_for(op) is not None
+def binds(name: str, op: str, inputs: Inputs) -> bool:
+    """Whether a request for the backend `name` binds `op`: whether it has a kernel of it on any device; `native`, which is two
+    sets of kernels, on the device of `inputs`."""
+    if name == "native" and _on_gpu(inputs) and _library.HAS_CUDA:
+        return op in _CUDA_OPS
+    return op in _BOUND.get(name, OPS)
 
 
-def choose(op: str, inputs: Inputs, head_width: int = 0) -> str:
-    """The backend that runs `op` on `inputs`."""
-    if (requested := _request_for(op)) is not None:
+def request_for(op: str, inputs: Inputs, asked: str = "auto") -> str | None:
+    """The backend that `op` must run on: that of a request for the whole process where it binds `op`, else the one that the
+    caller asked for, else None: `op` chooses by itself."""
+    if _requested is not None and binds(_requested, op, inputs):
+        return _requested
+    return None if asked == "auto" else asked
+
+
+def _on_gpu(inputs: Inputs) -> bool:
+    return any(tensor.device.type == "cuda" for tensor in inputs.values())
+
+
+def choose(op: str, inputs: Inputs, head_width: int = 0, asked: str = "auto") -> str:
+    """The backend that runs `op` on `inputs`; `asked`: by the caller, as request_for takes it."""
+    if (requested := request_for(op, inputs, asked)) is not None:
         reason = can_run(op, requested, inputs, head_width)
         if reason is not None:
             raise RuntimeError(f"maefast.ops.{op} cannot run on the requested backend {requested!r}: {reason}")
         return requested
     for name in BACKENDS:
-        if can_run(op, name, inputs, head_width) is None and _why_not_worth_it(op, name, inputs) is None:
+        if _why_not_worth_it(op, name, inputs, head_width) is None and can_run(op, name, inputs, head_width) is None:
             return name
     raise AssertionError("eager runs everything")
 
@@ -285,6 +340,11 @@ def choose(op: str, inputs: Inputs, head_width: int = 0) -> str:
 def ops_of(backend: str) -> Any:
     """The namespace of torch.ops that holds the kernels of `backend`, `<op>_fwd` and `<op>_bwd`; eager has none."""
     return torch.ops.maefast_triton if backend == "triton" else torch.ops.maefast
+
+
+def inputs_of(op: str) -> tuple[str, ...]:
+    """The names of the tensors that the choice of a backend looks at."""
+    return tuple(_DTYPES[op])
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -298,45 +358,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
-def explain(model: torch.nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-    """Prints a table: op, the backend chosen for tensors of `device` and `dtype`, why the others were not.
-
-    With a `maefast.MAE`, also the methods that are overridden, and so the route that its forward takes.
-    """
-    rows = [("op", "backend", "why not the others")]
-    for op in OPS:
-        inputs, width = _example(op, dtype, device)
-        requested = _request_for(op)
-        chosen = requested or choose(op, inputs, width)
-        reason = can_run(op, chosen, inputs, width)
-        why = [f"{chosen} was requested and cannot run: {reason}"] if reason else []
-        for name in BACKENDS:
-            if name != chosen:
-                asked = " was requested and does not bind this op" if name == _requested else ""
-                why.append(f"{name}{asked}: {can_run(op, name, inputs, width) or _not_taken(chosen, op, name, inputs)}")
-        rows.append((op, chosen, "; ".join(why)))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    for row in rows:
-        print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
-    if model is not None:
-        overridden: tuple[str, ...] = getattr(model, "overridden_methods", tuple)()
-        route = f"the official route, through the overridden {', '.join(overridden)}" if overridden else "the fused path"
-        print(f"{type(model).__name__}.forward takes {route}")
-
-
-def _example(op: str, dtype: torch.dtype, device: str) -> tuple[Inputs, int]:
-    """Inputs of an op for explain(), and the width of a head; attention's are those of ViT-B/16's encoder."""
-    if op == "random_masking":
-        return {"noise": torch.empty(0, device=device)}, 0
-    if op == "attention":
-        return {"qkv": torch.empty(0, 50, 3 * 768, dtype=dtype, device=device)}, 64
-    return {name: torch.empty(0, dtype=dtype, device=device) for name in _DTYPES[op]}, 0
-
-
-def _not_taken(chosen: str, op: str, name: str, inputs: Inputs) -> str:
-    if _request_for(op) is not None:
+def why_not_chosen(op: str, name: str, chosen: str, inputs: Inputs, head_width: int = 0, asked: str = "auto") -> str:
+    """Why `name` was passed over for the backend that `choose` gives."""
+    if (reason := can_run(op, name, inputs, head_width)) is not None:
+        return reason
+    if request_for(op, inputs, asked) is not None:
         return f"{chosen} was requested"
-    return _why_not_worth_it(op, name, inputs) or f"{chosen} is faster"
+    if (name, chosen) == ("eager", "sdpa"):
+        return "the same call"
+    return _why_not_worth_it(op, name, inputs, head_width) or f"{chosen} is faster"
 
 
 if not _library.HAS_NATIVE:

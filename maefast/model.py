@@ -26,6 +26,8 @@ class MAE(nn.Module):
 
     img_size, patch_size     int or (H, W)
     mean, std                per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's by default for three channels
+    attn_backend             "auto", "native", "flash_attn", "sdpa" or "eager": what attention runs on, unless maefast.backend()
+                             or MAEFAST_BACKEND asks for one that has attention. What it cannot run raises RuntimeError
     """
 
     def __init__(
@@ -45,14 +47,16 @@ class MAE(nn.Module):
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        attn_backend: str = "auto",
     ):
         super().__init__()
         self.norm_pix_loss = norm_pix_loss
+        self.attn_backend = attn_backend
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
-        block = partial(Block, mlp_ratio=mlp_ratio, norm_layer=norm_layer)
+        block = partial(Block, mlp_ratio=mlp_ratio, norm_layer=norm_layer, attn_backend=attn_backend)
         self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
 

@@ -9,8 +9,6 @@ runs once, on inputs that rotate, with a cold L2 cache; GB/s counts the bytes th
 import argparse
 import json
 import os
-import random
-import statistics
 import sys
 import time
 import traceback
@@ -32,6 +30,7 @@ from errors import assert_close_to_float64, relative_errors  # noqa: E402
 import maefast  # noqa: E402
 from maefast import ops  # noqa: E402
 from maefast.kernels import bias_gelu, gather_patches, layer_norm, masked_mse, unshuffle  # noqa: E402
+from maefast.kernels._timing import Timer  # noqa: E402
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 DTYPES = {  # images; patches, x and pred; mask token and positions
@@ -239,30 +238,6 @@ def check_compiled(report: dict) -> None:
     for key, value in captured.items():
         assert torch.equal(value, plain[key]), f"CUDA graph: {key} differs"
     report["compiled"] = "fullgraph, changing batch, reduce-overhead and CUDA graph agree bit for bit"
-
-
-class Timer:
-    """Medians in microseconds. The GPU is kept busy before each sample, so that the launches are queued when it starts."""
-
-    def __init__(self) -> None:
-        self.flush = torch.empty(256 << 20, dtype=U8, device=DEVICE)
-
-    def rotate(self, runs: dict[str, Callable[[int], Any]], sets: int, rounds: int = 15) -> dict[str, float]:
-        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
-        for name in runs:
-            for i in range(sets):
-                runs[name](i)
-        for r in range(rounds):
-            for name in random.Random(r).sample(list(runs), len(runs)):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                self.flush.zero_()
-                torch.cuda._sleep(1_000_000)
-                start.record()
-                runs[name](r % sets)
-                end.record()
-                events[name].append((start, end))
-            torch.cuda.synchronize()
-        return {name: statistics.median(s.elapsed_time(e) * 1e3 for s, e in pairs) for name, pairs in events.items()}
 
 
 def copy_bandwidth(timer: Timer) -> float:

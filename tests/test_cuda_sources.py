@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from maefast import tuned
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc")
@@ -50,6 +52,16 @@ for qkv, h, q, expected in (
     else:
         raise AssertionError(f"{expected}: no error")
 print("held")
+"""
+
+
+# The shared memory of the structs that attention.cu instantiates its tables with.
+SHARED = """
+#include "attention_bwd_long.cuh"
+#include "attention_bwd_row.cuh"
+#include "attention_fwd.cuh"
+using namespace maefast::cuda;
+constexpr int larger(int a, int b) { return a > b ? a : b; }
 """
 
 
@@ -97,6 +109,38 @@ def test_no_spills(objects):
     for half in ("F16", "Bf16"):
         assert stack.pop(("attention_bwd_long_kernel", half, "Li64ELi1ELi208ELi13ELb0ELb0ELi416ELi1")) <= 24
     assert set(stack.values()) == {0}
+
+
+def test_shared_memory_is_what_dispatch_thinks(tmp_path):
+    """Forward's and backward's tables, read from the source: the ranges of tokens, and what each asks for."""
+    source = (ROOT / "csrc" / "cuda" / "attention.cu").read_text()
+    forward, backward = (re.search(rf"{name}_table\(.*?\n}}\n", source, re.DOTALL).group() for name in ("forward", "backward"))
+    checks = []
+    for d, tiles in tuned.NATIVE_ATTENTION.items():
+        for last, shared in tiles:
+            fwd, bwd = (entry_for(table, d, last) for table in (forward, backward))
+            sizes = [f"Forward<Bf16, {', '.join(fwd[1][:3])}>::kShared"]
+            if bwd[0] == "backward_row":
+                sizes.append(f"RowBackward<{', '.join(bwd[1][:2])}>::kShared")
+            else:
+                D, blocks, rows, chunk, _, keep_v, threads, _ = bwd[1]
+                sizes.append(f"LongBackward<{D}, {blocks}, {rows}, {chunk}, {keep_v}, {threads}>::kShared")
+            checks.append(f'static_assert(larger({sizes[0]}, {sizes[1]}) == {shared}, "T <= {last}, d = {d}");')
+    file = tmp_path / "shared.cu"
+    file.write_text(SHARED + "\n".join(checks) + "\n")
+    run([NVCC, *FLAGS, "-arch=sm_90", "-I", ROOT / "csrc" / "cuda", "-c", file, "-o", tmp_path / "shared.o"])
+
+
+def entry_for(table: str, d: int, T: int) -> tuple[str, list[str]]:
+    """The kernel and the template arguments behind Half of the first entry that takes T tokens of heads d wide."""
+    part = re.search(rf"if \(a\.d == {d}\) {{(.*?)\n  }}", table, re.DOTALL)
+    lines = (part.group(1) if part else table.rsplit("\n  }\n", 1)[1]).splitlines()
+    for line in lines:
+        entry = re.search(r"(?:if \(a\.T <= (\d+)\) )?return (\w+)<Half, ([^>]*)>", line)
+        if entry and (entry[1] is None or int(entry[1]) >= T):
+            assert entry[1] in (None, str(T)), f"a tile ends at {entry[1]}, not at {T}"
+            return entry[2], entry[3].split(", ")
+    raise AssertionError(f"no entry for T = {T}, d = {d}")
 
 
 def test_entries(objects, tmp_path):

@@ -19,13 +19,15 @@ from .._library import schemas
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when the kernels are defined
 
-OPS = frozenset(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
-
-fragment = torch.library.Library("maefast_triton", "DEF")
-
 
 def _op_of(name: str) -> str:
     return name.removesuffix("_fwd").removesuffix("_bwd")
+
+
+_MODULES = {path.stem for path in Path(__file__).parent.glob("[!_]*.py")}
+OPS = frozenset(_MODULES & {_op_of(schema.split("(")[0]) for schema in schemas()})
+
+fragment = torch.library.Library("maefast_triton", "DEF")
 
 
 @functools.cache

@@ -1,7 +1,10 @@
 """The normalised row that layer_norm and add_layer_norm share. A program holds one row in registers."""
 
+import torch
 import triton
 import triton.language as tl
+
+from ..tuned import tile_for
 
 
 @triton.jit
@@ -24,7 +27,7 @@ def store_normalised(value, d, row, weight, bias, y, mean, rstd, D, eps):
     tl.store(y + row * D + d, out.to(y.dtype.element_ty), mask=d < D)
 
 
-def config(D: int, values: int = 1024) -> dict[str, int]:
+def config(kernel: str, D: int, device: torch.device, values: int = 1024) -> dict[str, int]:
     """BLOCK, a row, and a warp for each `values` of it."""
     block = triton.next_power_of_2(D)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // values))}
+    return tile_for(kernel, D, device, {"BLOCK": block, "num_warps": min(16, max(1, block // values))})

@@ -33,6 +33,6 @@ def add_layer_norm_fwd(
         with launching_on(x):
             _add_layer_norm_fwd_kernel[(x_rows.shape[0],)](
                 x_rows, residual_rows, weight.contiguous(), bias.contiguous(), y, total, mean, rstd, D, eps, x_rows.stride(0),
-                residual_rows.stride(0), **config(D),
+                residual_rows.stride(0), **config("add_layer_norm_fwd", D, x.device),
             )  # fmt: skip
     return y, total, mean, rstd

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuned import tile_for
 from ._common import as_rows, column_block, launching_on, rows_per_chunk, sum_columns
 
 INV_SQRT_2PI = tl.constexpr(0.39894228040)
@@ -87,15 +88,15 @@ def _bias_gelu_bwd_kernel(
         tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
-def config(D: int) -> dict[str, int]:
+def config(kernel: str, D: int, device: torch.device) -> dict[str, int]:
     cols = column_block(D)
-    return {"ROWS": min(16, 2048 // cols), "COLS": cols, "num_warps": 4}
+    return tile_for(kernel, D, device, {"ROWS": min(16, 2048 // cols), "COLS": cols, "num_warps": 4})
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     y, D = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1]
     if x.numel():
-        rows, tile = as_rows(x), config(D)
+        rows, tile = as_rows(x), config("bias_gelu_fwd", D, x.device)
         grid = (triton.cdiv(rows.shape[0], tile["ROWS"]), triton.cdiv(D, tile["COLS"]))
         with launching_on(x):
             _bias_gelu_fwd_kernel[grid](
@@ -111,7 +112,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool) -> t
     dbias = torch.zeros(0 if bias is None else D, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return dx, dbias, y
-    x, dy, tile = as_rows(x), as_rows(dy), config(D)
+    x, dy, tile = as_rows(x), as_rows(dy), config("bias_gelu_bwd", D, x.device)
     chunk = rows_per_chunk(x.shape[0])
     chunks = triton.cdiv(x.shape[0], chunk)
     partial = None if bias is None else torch.empty(chunks, D, dtype=torch.float32, device=x.device)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuned import tile_for
 from ._common import column_block, dense_statistics, launching_on, normalised
 
 
@@ -52,9 +53,9 @@ def _gather_patches_fwd_kernel(
     tl.store(out + at, pixel.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (value < P)[None, :])
 
 
-def config(P: int) -> dict[str, int]:
+def config(P: int, device: torch.device) -> dict[str, int]:
     cols = column_block(P)
-    return {"ROWS": 4096 // cols, "COLS": cols, "num_warps": 4}
+    return tile_for("gather_patches_fwd", P, device, {"ROWS": 4096 // cols, "COLS": cols, "num_warps": 4})
 
 
 def gather_patches_fwd(
@@ -67,7 +68,7 @@ def gather_patches_fwd(
     mean, std = dense_statistics(mean, std)
     out = torch.empty(N, K, P, dtype=dtype, device=imgs.device)
     if out.numel():
-        tile = config(P)
+        tile = config(P, imgs.device)
         grid = (triton.cdiv(N * K, tile["ROWS"]), triton.cdiv(P, tile["COLS"]))
         with launching_on(imgs):
             _gather_patches_fwd_kernel[grid](

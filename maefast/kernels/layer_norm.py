@@ -75,9 +75,19 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: t
     mean = torch.empty(in_rows.shape[0], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel():
+        tile = config("layer_norm_fwd", D, x.device)
         with launching_on(x):
             _layer_norm_fwd_kernel[(in_rows.shape[0],)](
-                in_rows, weight.contiguous(), bias.contiguous(), y, mean, rstd, D, eps, in_rows.stride(0), **config(D)
+                in_rows,
+                weight.contiguous(),
+                bias.contiguous(),
+                y,
+                mean,
+                rstd,
+                D,
+                eps,
+                in_rows.stride(0),
+                **tile,
             )
     return y, mean, rstd
 
@@ -102,13 +112,13 @@ def layer_norm_bwd(
         return out["dx"], dweight, dbias, out["y"], out["dx_cast"]
     x, dy, dresidual = as_rows(x), as_rows(dy), None if dresidual is None else as_rows(dresidual)
     chunk = rows_per_chunk(x.shape[0], least=4)
-    chunks = triton.cdiv(x.shape[0], chunk)
+    chunks, tile = triton.cdiv(x.shape[0], chunk), config("layer_norm_bwd", D, x.device, values=512)
     partial = torch.empty(chunks, 2 * D, dtype=torch.float32, device=x.device)
     with launching_on(x):
         _layer_norm_bwd_kernel[(chunks,)](
             dy, dresidual, x, weight.contiguous(), bias.contiguous(), mean, rstd, out["dx"],
             None if y_dtype is None else out["y"], None if cast_dtype is None else out["dx_cast"], partial, x.shape[0], D,
-            dy.stride(0), 0 if dresidual is None else dresidual.stride(0), x.stride(0), chunk, **config(D, values=512),
+            dy.stride(0), 0 if dresidual is None else dresidual.stride(0), x.stride(0), chunk, **tile,
         )  # fmt: skip
         sum_columns(partial, dweight, dbias)
     return out["dx"], dweight, dbias, out["y"], out["dx_cast"]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuned import tile_for
 from ._common import dense_rows, dense_statistics, launching_on, normalised
 
 VAR_EPS = tl.constexpr(1e-6)  # inside the root
@@ -172,12 +173,13 @@ def _masked_mse_bwd_kernel(
             tl.store(dpred + (n * M + unused) * P + flat, zeros, mask=flat < P)
 
 
-def config(N: int, L: int, C: int, pixels: int) -> dict[str, int]:
+def config(kernel: str, N: int, L: int, C: int, pixels: int, device: torch.device) -> dict[str, int]:
     """GROUP, a rule of the shape alone, so that the order of the sum is: enough programs for a large GPU, few enough to start
     quickly."""
     tile_c, tile_pixels = triton.next_power_of_2(C), triton.next_power_of_2(pixels)
     group = min(8, max(1, triton.next_power_of_2(N * L // 8192)))
-    return {"GROUP": group, "BC": tile_c, "BPIX": tile_pixels, "num_warps": max(1, tile_c * tile_pixels // 1024), "maxnreg": 128}
+    rule = {"GROUP": group, "BC": tile_c, "BPIX": tile_pixels, "num_warps": max(1, tile_c * tile_pixels // 1024), "maxnreg": 128}
+    return tile_for(kernel, C * pixels, device, rule)
 
 
 def masked_mse_fwd(
@@ -195,7 +197,7 @@ def masked_mse_fwd(
         return torch.full((), float("nan"), dtype=torch.float32, device=pred.device)
     pred, mask = dense_rows(pred), mask.contiguous()
     mean, std = dense_statistics(mean, std)
-    tile = config(N, L, C, patch_h * patch_w)
+    tile = config("masked_mse_fwd", N, L, C, patch_h * patch_w, pred.device)
     groups = triton.cdiv(L, tile["GROUP"])
     partial = torch.empty(2, N * groups, dtype=torch.float32, device=pred.device)
     loss = torch.empty((), dtype=torch.float32, device=pred.device)
@@ -225,7 +227,7 @@ def masked_mse_bwd(
         return dpred
     pred, mask = dense_rows(pred), mask.contiguous()
     mean, std = dense_statistics(mean, std)
-    tile = config(N, L, C, patch_h * patch_w)
+    tile = config("masked_mse_bwd", N, L, C, patch_h * patch_w, pred.device)
     groups = triton.cdiv(L, tile["GROUP"])
     with launching_on(pred):
         _masked_mse_bwd_kernel[(N * groups,)](

@@ -7,19 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
+from .. import _flash_attn, dispatch
 from ._checks import check_floating, check_same_device, shape_of
 
 
-def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
+def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Multi-head self-attention without its projections (Vaswani et al. 2017, section 3.2), h = num_heads.
 
     qkv      (N, T, 3 h d)  queries, keys and values of every token as the qkv Linear writes them: [q | k | v], each h heads of d
     q        (N, M, h d)    queries of their own; then qkv holds keys and values alone, (N, T, 2 h d): [k | v]
     returns  (N, T, h d), with q (N, M, h d); in the dtype of qkv, or under autocast in its dtype
-    Scores are scaled by 1 / sqrt(d). Gradients for qkv and q, deterministic and independent of the number of threads.
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    backend                 "auto", or what must run it, unless maefast.backend(...) or MAEFAST_BACKEND binds attention: "native",
+                            "flash_attn", "sdpa" or "eager"
+    Scores are scaled by 1 / sqrt(d). Gradients for qkv and q, native ones deterministic and independent of the number of threads.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, RuntimeError where what was asked for cannot run.
     """
+    dispatch.check_attention_backend(backend, "backend")
     check_floating(qkv=qkv)
     parts, name = (3, "(N, T, 3 h d)") if q is None else (2, "(N, T, 2 h d) beside q")
     if num_heads < 1:
@@ -39,12 +42,16 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
     dtype = dispatch.compute_dtype(qkv)
     qkv, q = qkv.to(dtype), None if q is None else q.to(dtype)
     inputs = {"qkv": qkv} if q is None else {"qkv": qkv, "q": q}
-    if dispatch.choose("attention", inputs, head_width=qkv.shape[2] // (parts * num_heads)) == "native":
+    chosen = dispatch.choose("attention", inputs, qkv.shape[2] // (parts * num_heads), backend)
+    if chosen == "native":
         return _Attention.apply(q, qkv, num_heads)
+    if chosen == "flash_attn" and all(tensor.numel() for tensor in inputs.values()):
+        return _flash_attn.attention(qkv, num_heads, q)
     return attention_ref(qkv, num_heads, q)
 
 
 def attention_ref(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
+    """torch's own attention, on views: the backend `sdpa` too."""
     heads = qkv.unflatten(2, (3 if q is None else 2, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, h, T, d]
     if q is None:
         queries, keys, values = heads

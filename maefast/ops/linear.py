@@ -61,7 +61,7 @@ def native_products(given: dispatch.Inputs, dtype: torch.dtype) -> Products:
     x = given["x"]
     if dispatch.choose("linear", {**given, "out": x.new_empty(0, dtype=dtype)}) != "native":
         return Products(False, False, False)
-    if dispatch.is_requested("linear"):
+    if dispatch.request_for("linear", given) is not None:
         return Products(True, True, True)
     return Products(True, dtype != torch.bfloat16, x.shape[:-1].numel() >= _MANY_ROWS)
 

@@ -13,7 +13,7 @@ if not HAS_TRITON:
 elif INTERPRETED:
     collect_ignore_glob = ["test_aot.py"]
 elif not torch.cuda.is_available():
-    collect_ignore_glob = [f"test_{op}.py" for op in (*OPS, "common", "model")]
+    collect_ignore_glob = [f"test_{op}.py" for op in (*OPS, "common", "model", "tune")]
 
 if HAS_TRITON and INTERPRETED:
     import triton

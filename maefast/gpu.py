@@ -1,0 +1,27 @@
+"""What dispatch and the launchers of kernels ask of a GPU; torch.compile takes both functions below for constants.
+
+Where torch finds no GPU the tensors are fake ones, and the answers are those of an A100.
+"""
+
+from typing import Any
+
+import torch
+
+_CAPABILITY_OF_A100 = (8, 0)
+_SHARED_MEMORY_OF_A100 = 163 << 10
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability, (major, minor)."""
+    if not torch.cuda.is_available():
+        return _CAPABILITY_OF_A100
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block of threads may ask for."""
+    if not torch.cuda.is_available():
+        return _SHARED_MEMORY_OF_A100
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub knows less than it does
+    return int(properties.shared_memory_per_block_optin)

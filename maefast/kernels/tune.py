@@ -1,0 +1,312 @@
+"""Times attention backends and tiles of the Triton kernels on this GPU and rewrites tuned.json, by which maefast chooses.
+
+    python -m maefast.kernels.tune [--only attention,layer_norm] [--output FILE]
+
+A few minutes. Whatever is timed is first held against float64. An entry stays where its backend is not installed here.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, kernels, ops, tuned
+from ..tuned import Attention, Table, Tile
+from ._timing import Run, Timer
+
+SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))  # T, h, d in ViT-B, -L and -H
+WIDTHS = (512, 768, 1024, 1280)
+PATCHES = {768: 16, 588: 14}  # P of three channels -> the side of a patch
+IMAGE, TOKENS, EPS = 224, 50, 1e-6
+GAIN = 1.05  # what a choice must gain over the default: less is noise
+SETS = 2  # of inputs, that rotate
+CHECKED = 8  # samples that are held against float64
+
+_WARPS = tuple({"num_warps": warps} for warps in (1, 2, 4, 8))
+_ROWS = tuple({"ROWS": rows, "num_warps": warps} for rows, warps in ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8)))
+# Kernel -> what to try in place of its rule. GROUP of masked_mse depends on the batch, so it is left to the rule.
+CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
+    "gather_patches_fwd": _ROWS,
+    "unshuffle_fwd": _ROWS,
+    "unshuffle_bwd": _ROWS,
+    "masked_mse_fwd": _WARPS,
+    "masked_mse_bwd": _WARPS,
+    "layer_norm_fwd": _WARPS,
+    "layer_norm_bwd": _WARPS,
+    "add_layer_norm_fwd": _WARPS,
+    "bias_gelu_fwd": _ROWS,
+    "bias_gelu_bwd": _ROWS,
+}
+TIMED = tuple(name for name in dispatch.ATTENTION_BACKENDS if name != "eager")
+PARTS = ("attention", *sorted({kernel[:-4] for kernel in CANDIDATES}))
+
+Tensors = dict[str, Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+Rotate = Callable[[Mapping[str, Run], int], dict[str, float]]  # runs, sets of inputs -> time of each
+
+
+class Setting(NamedTuple):
+    """Where, and on what, everything is timed."""
+
+    rotate: Rotate
+    device: torch.device
+    batch: int = 256
+    half: torch.dtype = torch.bfloat16
+
+
+class Graph:
+    """An op on a backend and on inputs of its own: forward, and backward as often as asked."""
+
+    def __init__(self, op: Op, inputs: Tensors, backend: str):
+        self.op, self.inputs, self.backend = op, inputs, backend
+        self.leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
+        self.outputs = self.forward()
+        self.incoming = [torch.randn(out.shape, device=out.device).to(out.dtype) for out in self.outputs]
+
+    def forward(self) -> tuple[Tensor, ...]:
+        with dispatch.backend(self.backend):
+            out = self.op(**self.inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.outputs, self.leaves, self.incoming, retain_graph=True)
+
+    def results(self) -> list[Tensor]:
+        """Outputs and gradients, all computed again."""
+        self.outputs = self.forward()
+        return [out.detach() for out in self.outputs] + (list(self.backward()) if self.leaves else [])
+
+    def on(self, backend: str, dtype: torch.dtype | None = None) -> "Graph":
+        """The op on another backend, on these inputs and incoming gradients, or on what they are in `dtype`."""
+
+        def cast(name: str, t: Tensor) -> Tensor:
+            wanted = t.dtype if dtype is None or name == "mask" or not t.is_floating_point() else dtype
+            return t.detach().to(wanted).requires_grad_(t.requires_grad)
+
+        twin = Graph(self.op, {name: cast(name, t) for name, t in self.inputs.items()}, backend)
+        twin.incoming = [grad.to(out.dtype) for grad, out in zip(self.incoming, twin.outputs, strict=True)]
+        return twin
+
+
+def is_right(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
+    """The error rule (DESIGN.md, section 5): relative L2 error and largest error at most twice eager's, and the dtype's eps."""
+
+    def errors(values: Tensor, truth: Tensor) -> tuple[float, float]:
+        difference = values.double() - truth
+        norms = (difference.norm(), truth.norm()), (difference.abs().max(), truth.abs().max())
+        return norms[0][0].item() / max(norms[0][1].item(), 1e-30), norms[1][0].item() / max(norms[1][1].item(), 1e-30)
+
+    for mine, plain, truth in zip(got, eager, exact, strict=True):
+        for error, bar in zip(errors(mine, truth), errors(plain, truth), strict=True):
+            if not error <= 2 * bar + torch.finfo(mine.dtype).eps:
+                return False
+    return True
+
+
+# attention
+
+
+def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, float]:
+    """Forward and backward on each backend that can run `shape` and is right."""
+    T, h, d = shape
+
+    def graph(N: int) -> Graph:
+        qkv = torch.randn(N, T, 3 * h * d, device=setting.device).to(setting.half).requires_grad_()
+        return Graph(lambda qkv: ops.attention(qkv, h), {"qkv": qkv}, "eager")
+
+    checked = graph(min(CHECKED, setting.batch))
+    eager, exact = checked.results(), checked.on("eager", torch.float64).results()
+    graphs = [graph(setting.batch) for _ in range(SETS)]
+    runs: dict[str, Run] = {}
+    for backend in TIMED:
+        reason = dispatch.can_run("attention", backend, checked.inputs, d)
+        if reason is None and not is_right(checked.on(backend).results(), eager, exact):
+            reason = "its results are outside the error rule"
+        if reason is not None:
+            print(f"attention of {T} tokens, heads {d} wide, without {backend}: {reason}")
+            continue
+        twins = [graph.on(backend) for graph in graphs]
+        runs[backend] = lambda i, twins=twins: twins[i].results()  # type: ignore[misc]
+    return setting.rotate(runs, SETS)
+
+
+def attention_entries(
+    timed: Iterable[tuple[int, int, Mapping[str, float]]], capability: str, measured: str
+) -> tuple[Attention, ...]:
+    """What is at least GAIN faster than the default, from rows of (T, head width, time of each backend).
+
+    An entry holds from two thirds of the T that was measured, up to the end of the tile that native attention shares there, or to
+    that T. Rows of one T and width count by the one that gains least.
+    """
+    rows = sorted(timed, key=lambda row: (row[1], row[0]))
+    entries: list[Attention] = []
+    for T, d in dict.fromkeys((T, d) for T, d, _ in rows):
+        gains: dict[str, float] = {}
+        for backend in TIMED:
+            times = [times for row_T, row_d, times in rows if (row_T, row_d) == (T, d)]
+            if all(backend in row for row in times):
+                gains[backend] = min(row[tuned.DEFAULT_ATTENTION] / row[backend] for row in times)
+        backend, gain = max(gains.items(), key=lambda item: item[1])
+        if backend == tuned.DEFAULT_ATTENTION or gain < GAIN:
+            continue
+        first, last = -(-2 * T // 3), T
+        if backend == "native":
+            begin, last = tuned.native_range(d, T)
+            first = max(first, begin)
+        if entries and entries[-1].head_width == d:
+            first = max(first, entries[-1].last + 1)
+        entries.append(Attention(capability, d, first, last, backend, math.floor(gain * 100) / 100, measured))
+    return tuple(entries)
+
+
+# tiles of the Triton kernels
+
+
+def cases(op: str, N: int, setting: Setting) -> Iterator[tuple[int, Op, Tensors]]:
+    """Width, op and inputs for `N` samples, with the dtypes of a step under autocast."""
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=setting.device).to(dtype).requires_grad_()
+
+    def out(t: Tensor) -> torch.dtype:
+        return t.dtype if t.dtype == torch.float64 else setting.half
+
+    if op in ("gather_patches", "masked_mse"):
+        for P, side in PATCHES.items():
+            L, imgs = (IMAGE // side) ** 2, normal(N, 3, IMAGE, IMAGE).detach()
+            ids, _, mask = ops.random_masking_ref(torch.rand(N, L, device=setting.device), L // 4)
+            if op == "gather_patches":
+                inputs = {"imgs": imgs, "ids": ids}
+                yield P, lambda imgs, ids, side=side: ops.gather_patches(imgs, ids, side, dtype=out(imgs)), inputs
+            else:
+                inputs = {"pred": normal(N, L, P, dtype=setting.half), "imgs": imgs, "mask": mask}
+                yield P, lambda side=side, **t: ops.masked_mse(**t, patch_size=side, norm_pix=True), inputs
+        return
+    for D in WIDTHS:
+        x, parameters = normal(N, TOKENS, D, dtype=setting.half), {"weight": normal(D), "bias": normal(D)}
+        if op == "unshuffle":
+            L = (IMAGE // 16) ** 2
+            ids = torch.rand(N, L, device=setting.device).argsort(dim=1)
+            inputs = {"x": x, "ids_restore": ids, "mask_token": normal(1, 1, D), "pos_embed": normal(1, 1 + L, D).detach()}
+            yield D, ops.unshuffle, inputs
+        elif op == "bias_gelu":
+            yield 4 * D, ops.bias_gelu, {"x": normal(N, TOKENS, 4 * D, dtype=setting.half), "bias": normal(4 * D)}
+        elif op == "layer_norm":
+            inputs = {"x": normal(N, TOKENS, D)} | parameters
+            yield D, lambda **t: ops.layer_norm(**t, eps=EPS, dtype=out(t["x"])), inputs
+        else:
+            inputs = {"x": x, "residual": normal(N, TOKENS, D)} | parameters
+            yield D, lambda **t: ops.add_layer_norm(**t, eps=EPS, dtype=out(t["x"])), inputs
+
+
+def time_tiles(op: str, setting: Setting) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Kernel, width, and the time of its rule and of each candidate that is right, under what `label` calls them."""
+    large = cases(op, setting.batch, setting)
+    for width, function, inputs in cases(op, min(CHECKED, setting.batch), setting):
+        checked = Graph(function, inputs, "eager")
+        eager, exact = checked.results(), checked.on("eager", torch.float64).results()
+        _, _, inputs = next(large)
+        graphs = [Graph(function, inputs, "triton").on("triton") for _ in range(SETS)]
+        for kernel in (name for name in CANDIDATES if name[:-4] == op):
+            runs: dict[str, Run] = {}
+            for tile in ({}, *CANDIDATES[kernel]):
+                with tuned.trying(kernel, width, setting.device, tile):
+                    right = is_right(checked.on("triton").results(), eager, exact)
+                if right:
+                    runs[label(tile)] = run_of(graphs, kernel, width, tile, setting.device)
+                else:
+                    print(f"{kernel} of {width} without {label(tile)}: its results are outside the error rule")
+            yield kernel, width, setting.rotate(runs, SETS)
+
+
+def label(tile: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in tile.items()) or "rule"
+
+
+def run_of(graphs: Sequence[Graph], kernel: str, width: int, tile: dict[str, int], device: torch.device) -> Run:
+    """One pass of `kernel` on input set i: its op's forward without a graph, or a backward."""
+
+    def run(i: int) -> object:
+        with tuned.trying(kernel, width, device, tile):
+            if kernel.endswith("_bwd"):
+                return graphs[i].backward()
+            with torch.no_grad():
+                return graphs[i].forward()
+
+    return run
+
+
+def tile_entry(kernel: str, width: int, times: Mapping[str, float], capability: str, measured: str) -> Tile | None:
+    """The fastest candidate, where it gains enough over the rule."""
+    if "rule" not in times:
+        return None
+    fastest = min(times, key=lambda name: times[name])
+    gain = times["rule"] / times[fastest]
+    if fastest == "rule" or gain < GAIN:
+        return None
+    tile = next(tile for tile in CANDIDATES[kernel] if label(tile) == fastest)
+    return Tile(capability, kernel, width, tile, math.floor(gain * 100) / 100, measured)
+
+
+# the table
+
+
+def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: str, measured: str) -> Table:
+    """`old` with what was measured for `parts` in place of this architecture's entries; those of a backend that could not be
+    timed stay, and nothing takes their place."""
+    attention, tiles = list(old.attention), list(old.tiles)
+    if "attention" in parts:
+        timed = [(T, d, time_attention((T, h, d), setting)) for T, h, d in SHAPES]
+        backends = {backend for _, _, times in timed for backend in times}
+        attention = [e for e in old.attention if e.capability != capability or e.backend not in backends]
+        kept = [e for e in attention if e.capability == capability]
+        for entry in attention_entries(timed, capability, measured):
+            if not any(e.head_width == entry.head_width and e.first <= entry.last and entry.first <= e.last for e in kept):
+                attention.append(entry)
+    for op in (part for part in parts if part != "attention"):
+        tiles = [e for e in tiles if e.capability != capability or e.kernel[:-4] != op]
+        for kernel, width, times in time_tiles(op, setting):
+            entry_of_tile = tile_entry(kernel, width, times, capability, measured)
+            tiles += [] if entry_of_tile is None else [entry_of_tile]
+    return Table(tuple(attention), tuple(tiles))
+
+
+def changes(old: Table, new: Table) -> list[str]:
+    """One line for each entry that is gone or has come."""
+    before, after = ([*table.attention, *table.tiles] for table in (old, new))
+    return [f"- {e}" for e in before if e not in after] + [f"+ {e}" for e in after if e not in before]
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(PARTS)}; {unknown[0]!r} is not")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m maefast.kernels.tune", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"of {','.join(PARTS)}; all by default")
+    parser.add_argument("--output", type=Path, default=tuned.TABLE, metavar="FILE", help="instead of the installed table")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(f"{parser.prog} needs a GPU, torch {torch.__version__} finds none", file=sys.stderr)
+        return 2
+    if not kernels.HAS_TRITON and options.only != ("attention",):
+        print(f"{parser.prog} needs Triton for all but --only attention; it is not installed", file=sys.stderr)
+        return 2
+    device, old = torch.device("cuda", torch.cuda.current_device()), tuned.read()
+    setting, measured = Setting(Timer(device).rotate, device), f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    new = tuned_table(options.only, old, setting, tuned.architecture(device), measured)
+    tuned.write(new, options.output)
+    print("\n".join(changes(old, new)) or "nothing changed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The committed table of measurements, tuned.json: what `auto` and the launchers of the Triton kernels choose by on a GPU.
+
+`python -m maefast.kernels.tune` writes it; nothing is ever timed in the user's process. A size or an architecture without an
+entry takes what needs no measurement: SDPA for attention, a kernel's own rule for its tile.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import gpu
+
+TABLE = Path(__file__).with_suffix(".json")
+DEFAULT_ATTENTION = "sdpa"
+
+
+class Attention(NamedTuple):
+    """On a GPU of this capability `backend` is the fastest for heads of this width and `first` to `last` tokens."""
+
+    capability: str  # "9.0"
+    head_width: int
+    first: int
+    last: int
+    backend: str
+    speedup: float  # forward and backward over those of DEFAULT_ATTENTION, the least of what was measured in this range
+    measured: str  # where
+
+
+class Tile(NamedTuple):
+    """On a GPU of this capability a kernel takes these in place of what its own rule gives."""
+
+    capability: str
+    kernel: str  # the name of its op, "layer_norm_bwd"
+    width: int  # D, or P of the kernels that read patches
+    tile: dict[str, int]
+    speedup: float  # over the rule
+    measured: str
+
+
+class Table(NamedTuple):
+    attention: tuple[Attention, ...]
+    tiles: tuple[Tile, ...]
+
+
+class NativeTile(NamedTuple):
+    """A range of tokens that the attention kernels of csrc/cuda share a tile for."""
+
+    last: int
+    shared_memory: int  # bytes that forward or backward, whichever takes more, asks for
+
+
+# The tables of csrc/cuda/attention.cu, for each head width.
+NATIVE_ATTENTION = {
+    32: (NativeTile(64, 32768), NativeTile(80, 46080), NativeTile(208, 113920), NativeTile(288, 161280)),
+    64: (NativeTile(56, 49152), NativeTile(64, 49152), NativeTile(80, 66560), NativeTile(208, 222976)),
+    80: (NativeTile(64, 57344), NativeTile(72, 76800), NativeTile(80, 76800)),
+}
+
+
+def native_tile(head_width: int, tokens: int) -> NativeTile | None:
+    """The tile of native attention on a GPU; None where it has none."""
+    return next((tile for tile in NATIVE_ATTENTION.get(head_width, ()) if tokens <= tile.last), None)
+
+
+def native_range(head_width: int, tokens: int) -> tuple[int, int]:
+    """First and last number of tokens of the tile that holds `tokens`."""
+    tiles = NATIVE_ATTENTION[head_width]
+    i = next(i for i, tile in enumerate(tiles) if tokens <= tile.last)
+    return (tiles[i - 1].last + 1 if i else 1), tiles[i].last
+
+
+def read(path: Path = TABLE) -> Table:
+    content = json.loads(path.read_text())
+    return Table(tuple(Attention(**row) for row in content["attention"]), tuple(Tile(**row) for row in content["tiles"]))
+
+
+def write(table: Table, path: Path = TABLE) -> None:
+    """One entry a line, sorted, so that a diff shows what changed."""
+
+    def lines(rows: Iterable[Any]) -> str:
+        ordered = sorted(rows, key=lambda row: (_numbers(row.capability), *row[1:3]))
+        return "[" + ",".join(f"\n  {json.dumps(row._asdict())}" for row in ordered) + ("\n ]" if ordered else "]")
+
+    path.write_text(f'{{\n "attention": {lines(table.attention)},\n "tiles": {lines(table.tiles)}\n}}\n')
+
+
+def _numbers(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
+
+
+def name_of(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+_committed = read()
+_tiles = {(entry.capability, entry.kernel, entry.width): entry.tile for entry in _committed.tiles}
+
+
+def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int) -> str:
+    """The backend that was measured to be the fastest on such a GPU, or DEFAULT_ATTENTION."""
+    name = name_of(capability)
+    for entry in _committed.attention:
+        if entry.capability == name and entry.head_width == head_width and entry.first <= tokens <= entry.last:
+            return entry.backend
+    return DEFAULT_ATTENTION
+
+
+def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:
+    """What a launcher cuts rows of `width` by on `device`: its own rule, with what is in the table in its place."""
+    return rule | _tiles.get((architecture(device), kernel, width), {}) if _tiles else rule
+
+
+def architecture(device: torch.device) -> str:
+    """What the table calls a device: "9.0"; "cpu" where Triton's interpreter runs the kernels."""
+    return name_of(gpu.capability(device)) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def trying(kernel: str, width: int, device: torch.device, tile: dict[str, int]) -> Iterator[None]:
+    """Within the block the launcher of `kernel` takes `tile`, whatever the table says; {} is its own rule."""
+    key = (architecture(device), kernel, width)
+    before = _tiles.get(key)
+    _tiles[key] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del _tiles[key]
+        else:
+            _tiles[key] = before

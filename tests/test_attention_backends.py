@@ -1,0 +1,420 @@
+"""Attention on something else than maefast's own kernels: who chooses, what is asked of whom, and what GPUs are told apart by."""
+
+import copy
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from errors import assert_close_to_float64
+from flash_attn_standin import write_flash_attn
+from support import NATIVE, forward_backward, images_for, noise_for, padded, small_mae, small_reference, stacked, step, transposed
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import maefast
+from maefast import _flash_attn, _library, dispatch, ops, tuned
+from maefast import gpu as gpu_facts
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200" / "attention.json"
+
+
+class Seen(TorchDispatchMode):
+    """The ops that ran within the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func.name()))
+        return func(*args, **(kwargs or {}))
+
+
+NATIVE_ATTENTION, SDPA = "maefast::attention_fwd", "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+# a model that asks
+
+
+@pytest.mark.parametrize("options", [{}, {"return_pred": False}])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_model_on_another_attention(native, backend, options):
+    """Attention alone is torch's, forward and backward, queries of their own included; norms and GELU stay maefast's."""
+    model, reference = small_mae(attn_backend=backend), small_reference(seed=1)
+    model.load_state_dict(reference.state_dict())
+    exact_model = copy.deepcopy(reference).double()
+    got, eager, exact = [], [], []
+    for seed in range(6):
+        imgs, noise = images_for(model, seed=seed), noise_for(model, seed=seed)
+        with Seen() as seen:
+            got.append(step(model, imgs, noise, **options))
+        eager.append(step(reference, imgs, noise))
+        exact.append(step(exact_model, imgs.double(), noise))
+    assert SDPA in seen.names
+    assert NATIVE_ATTENTION not in seen.names
+    assert {"maefast::layer_norm_fwd", "maefast::add_layer_norm_fwd", "maefast::bias_gelu_fwd"} <= seen.names
+    mine, theirs, truth = map(stacked, (got, eager, exact))
+    for name in mine.keys() - {"mask"}:
+        assert_close_to_float64(name, mine[name], theirs[name], truth[name])
+
+
+def test_a_model_that_asks_for_native(native):
+    model = small_mae(attn_backend="native")
+    with Seen() as seen:
+        model(images_for(model), noise=noise_for(model))
+    assert NATIVE_ATTENTION in seen.names
+    with pytest.raises(RuntimeError, match=r"attention cannot run on the requested backend 'native'.*qkv is float64"):
+        model.double()(images_for(model).double(), noise=noise_for(model))
+
+
+def test_a_request_for_the_process_comes_first(native):
+    """backend(...) over attn_backend over auto; a backend without attention leaves it to the model."""
+    model = small_mae(attn_backend="native")
+    imgs, noise = images_for(model), noise_for(model)
+    with maefast.backend("sdpa"), Seen() as seen:
+        model(imgs, noise=noise)
+    assert SDPA in seen.names
+    assert "maefast::layer_norm_fwd" in seen.names, "sdpa binds attention alone"
+    with maefast.backend("sdpa"), maefast.backend("auto"), Seen() as seen:
+        model(imgs, noise=noise)
+    assert NATIVE_ATTENTION in seen.names
+    with maefast.backend("sdpa"):
+        assert dispatch.request_for("attention", {}, "native") == "sdpa"
+        assert dispatch.request_for("linear", {}) is None
+    assert dispatch.request_for("attention", {}, "native") == "native"
+
+
+def test_the_choice_survives(native, fresh_dynamo):
+    model = small_mae(attn_backend="sdpa")
+    imgs, noise = images_for(model), noise_for(model)
+    expected = model(imgs, noise=noise).loss
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with Seen() as seen:
+            assert torch.equal(twin(imgs, noise=noise).loss, expected)
+        assert SDPA in seen.names
+        assert NATIVE_ATTENTION not in seen.names
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(str(graph.graph)) or graph)
+    assert torch.equal(compiled(imgs, noise=noise).loss, expected)
+    assert "scaled_dot_product_attention" in graphs[0]
+    assert "attention_fwd" not in graphs[0]
+
+
+def test_what_a_model_may_ask_for():
+    names = "auto, native, flash_attn, sdpa, eager"
+    for name in ("fast", "triton", ""):
+        with pytest.raises(ValueError, match=f"attn_backend must be one of {names}; it is '{name}'"):
+            small_mae(attn_backend=name)
+        with pytest.raises(ValueError, match=f"backend must be one of {names}; it is '{name}'"):
+            ops.attention(torch.rand(1, 2, 6), 1, backend=name)
+
+
+@pytest.mark.skipif(_flash_attn.RELEASE is not None, reason="flash-attn is installed")
+def test_flash_attn_is_not_installed():
+    with pytest.raises(RuntimeError, match="attn_backend asks for flash_attn: flash-attn is not installed"):
+        small_mae(attn_backend="flash_attn")
+    with (
+        pytest.raises(RuntimeError, match="backend asks for flash_attn: flash-attn is not installed"),
+        maefast.backend("flash_attn"),
+    ):
+        pass
+
+
+def test_explain_of_a_model(native, capsys):
+    maefast.explain(small_mae(attn_backend="sdpa"))
+    *_, encoder, decoder, route = capsys.readouterr().out.splitlines()
+    assert re.match(r"encoder attention +sdpa +torch picks its flash kernel; native: sdpa was requested", encoder)
+    assert re.match(r"decoder attention +sdpa +", decoder)
+    assert route == "MAE.forward takes the fused path; its attn_backend is sdpa"
+    maefast.explain(small_mae(attn_backend="native"), dtype=torch.float64)
+    *_, decoder, _ = capsys.readouterr().out.splitlines()
+    assert re.match(r"decoder attention +native +native was requested and cannot run: .*qkv is float64", decoder)
+
+
+# flash-attn
+
+
+@pytest.fixture(params=[2, 4])
+def flash_attn(request, tmp_path, monkeypatch) -> int:
+    """A stand-in for a release of flash-attn, taken for one that runs on the CPU; a Hopper GPU to all that dispatch can tell."""
+    write_flash_attn(tmp_path, request.param)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _flash_attn._installed() == request.param
+    monkeypatch.setattr(_flash_attn, "RELEASE", request.param)
+    # As where the package is installed for good.
+    monkeypatch.setattr(_flash_attn, "_why_not_loaded", torch.compiler.assume_constant_result(_flash_attn._why_not_loaded))
+    monkeypatch.setattr(_flash_attn, "_DEVICE", "cpu")
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    monkeypatch.delitem(dispatch._NOT_INSTALLED, "flash_attn", raising=False)
+    yield request.param
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+def qkv_and_q(N: int, T: int, h: int, d: int, M: int | None) -> dict[str, Tensor]:
+    qkv = torch.randn(N, T, (3 if M is None else 2) * h * d).to(BF16).requires_grad_()
+    return {"qkv": qkv} | ({} if M is None else {"q": torch.randn(N, M, h * d).to(BF16).requires_grad_()})
+
+
+@pytest.mark.parametrize("M", [None, 5])
+@pytest.mark.parametrize(("N", "T", "h", "d"), [(2, 7, 3, 16), (1, 1, 1, 8), (2, 50, 2, 64)])
+def test_flash_attn(flash_attn, N, T, h, d, M):
+    inputs, dy = qkv_and_q(N, T, h, d, M), torch.randn(N, M or T, h * d)
+
+    def run(backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return forward_backward(lambda **given: ops.attention(num_heads=h, backend=backend, **given), inputs, dy)
+
+    got, eager = run("flash_attn", inputs), run("eager", inputs)
+    exact = run("eager", {name: t.detach().double().requires_grad_() for name, t in inputs.items()})
+    for name, value in got.items():
+        assert value.dtype == BF16
+        assert_close_to_float64(name, value, eager[name], exact[name])
+
+
+def test_flash_attn_gets_rows_that_its_kernels_can_read(flash_attn):
+    """Whatever the layout: the stand-in refuses what the kernels would fault on."""
+    qkv, dout = torch.randn(2, 5, 48).to(BF16), torch.randn(2, 5, 16).to(BF16)
+    for layout in (padded, transposed, lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)):
+        leaf = layout(qkv).requires_grad_()
+        out = ops.attention(leaf, 2, backend="flash_attn")
+        torch.autograd.grad(out, leaf, transposed(dout))
+        assert torch.equal(out, ops.attention(qkv, 2, backend="flash_attn"))
+
+
+def test_flash_attn_with_nothing_to_do(flash_attn):
+    for shape in ((0, 5, 48), (2, 0, 48)):
+        qkv = torch.empty(shape, dtype=BF16, requires_grad=True)
+        out = ops.attention(qkv, 2, backend="flash_attn")
+        out.sum().backward()
+        assert out.shape == (*shape[:2], 16)
+
+
+def test_flash_attn_in_compiled_code(flash_attn, fresh_dynamo):
+    qkv, dout = torch.randn(2, 5, 48).to(BF16).requires_grad_(), torch.randn(2, 5, 16).to(BF16)
+    compiled = torch.compile(lambda qkv: ops.attention(qkv, 2, backend="flash_attn"), fullgraph=True, backend="aot_eager")
+    out, expected = compiled(qkv), ops.attention(qkv, 2, backend="flash_attn")
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out, qkv, dout), torch.autograd.grad(expected, qkv, dout), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_flash_attn_ops(flash_attn):
+    if flash_attn != 4:
+        pytest.skip("release 2 has ops of its own")
+    q, k, v = (torch.randn(2, T, 3, 16).to(BF16).requires_grad_() for T in (4, 5, 5))
+    torch.library.opcheck(torch.ops.maefast_flash_attn.fwd.default, (q, k, v))
+
+
+@pytest.mark.parametrize("options", [{}, {"return_pred": False}])
+def test_a_step_on_flash_attn(native, flash_attn, options):
+    sizes = {"embed_dim": 32, "num_heads": 2, "decoder_embed_dim": 24, "decoder_num_heads": 3}
+    model, reference = small_mae(attn_backend="flash_attn", **sizes), small_reference(**sizes)
+    imgs, noise = images_for(model), noise_for(model)
+    with torch.autocast("cpu", BF16):
+        loss = model(imgs, noise=noise, **options).loss
+        expected = reference(imgs, noise=noise).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_what_flash_attn_does_not_take(flash_attn, monkeypatch):
+    def why(qkv: Tensor, width: int, capability: tuple[int, int] = (9, 0)) -> str:
+        monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+        reason = dispatch.can_run("attention", "flash_attn", {"qkv": qkv}, width)
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=re.escape(reason)):
+                dispatch.choose("attention", {"qkv": qkv}, width, "flash_attn")
+        return str(reason)
+
+    half = torch.empty(1, 4, 3 * 64, dtype=BF16)
+    assert why(half, 64) == "None"
+    assert why(half.float(), 64) == "flash-attn takes bfloat16, float16, qkv is float32"
+    assert "multiple of 8; they are 12 wide" in why(half, 12)
+    assert "up to 256, a multiple of 8; they are 264 wide" in why(half, 264)
+    if flash_attn == 2:
+        assert "needs compute capability 8.0, the GPU has 7.5" in why(half, 64, (7, 5))
+        assert why(half, 192, (10, 0)) == "None"
+    else:
+        assert "needs compute capability 9, 10 or 11, the GPU has 8.9" in why(half, 64, (8, 9))
+        assert "the GPU has 12.0" in why(half, 64, (12, 0))
+        assert "heads of up to 128 on this GPU, they are 192 wide" in why(half, 192, (10, 0))
+        assert why(half, 256, (10, 0)) == "None"
+    monkeypatch.setattr(_flash_attn, "_DEVICE", "cuda")
+    assert why(half, 64) == "flash-attn runs on a GPU, qkv is on cpu"
+
+
+def test_flash_attn_that_does_not_load(flash_attn, tmp_path):
+    file = tmp_path / "flash_attn" / ("__init__.py" if flash_attn == 2 else "cute/interface.py")
+    file.write_text("import no_such_module_of_cuda\n")
+    with pytest.raises(RuntimeError, match=r"flash-attn does not load beside torch .*no_such_module_of_cuda"):
+        ops.attention(torch.empty(1, 4, 48, dtype=BF16), 2, backend="flash_attn")
+
+
+def test_flash_attn_by_the_environment(native, tmp_path):
+    """A process of its own: found where it is installed, imported by none who does not run it, bound to attention alone."""
+    write_flash_attn(tmp_path, 2)
+    code = (
+        "import sys, torch, maefast\n"
+        "maefast.explain()\n"
+        "print(sorted(name for name in sys.modules if name.startswith('flash_attn')))\n"
+        "maefast.ops.attention(torch.rand(1, 2, 6), 1)"
+    )
+    env = os.environ | {"MAEFAST_BACKEND": "flash_attn", "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
+    *table, modules = done.stdout.splitlines()
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in table}
+    reason = "flash-attn runs on a GPU, qkv is on cpu"
+    assert rows["attention"][0] == "flash_attn"
+    assert rows["attention"][1].startswith(f"flash_attn was requested and cannot run: {reason}")
+    assert rows["unshuffle"][0] == "native"
+    assert "flash_attn was requested and does not bind this op: there is no unshuffle in flash-attn" in rows["unshuffle"][1]
+    assert modules == "[]"
+    assert f"attention cannot run on the requested backend 'flash_attn': {reason}" in done.stderr
+
+
+# GPUs, in name only
+
+
+def test_what_is_asked_of_a_gpu_is_a_constant_in_compiled_code(fresh_dynamo, monkeypatch):
+    """So that a graph chooses by the GPU that it is compiled for."""
+    monkeypatch.setattr(gpu_facts.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_facts, "_CAPABILITY_OF_A100", (9, 0))
+
+    def f(x: Tensor) -> Tensor:
+        return x * gpu_facts.capability(x.device)[0] + (gpu_facts.shared_memory(x.device) >> 10)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [172.0, 172.0]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A build with CUDA kernels and a Hopper GPU, to all that dispatch can tell: makes tensors that exist in name only."""
+    monkeypatch.setattr(_library, "HAS_NATIVE", True)
+    monkeypatch.setattr(_library, "HAS_CUDA", True)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_shared_memory", lambda device: 227 << 10)
+
+    def qkv(T: int, width: int, dtype: torch.dtype = BF16) -> dict[str, Tensor]:
+        with FakeTensorMode():
+            return {"qkv": torch.empty(2, T, 3 * 2 * width, dtype=dtype, device="cuda")}
+
+    return qkv
+
+
+@pytest.mark.parametrize(
+    ("T", "width", "expected"),
+    [
+        *[(33, 64, "sdpa"), (34, 64, "native"), (50, 64, "native"), (56, 64, "native"), (57, 64, "sdpa"), (197, 64, "sdpa")],
+        *[(64, 80, "sdpa"), (65, 80, "native"), (72, 80, "native"), (73, 80, "sdpa")],
+        *[(131, 32, "sdpa"), (132, 32, "native"), (197, 32, "native"), (257, 32, "native"), (289, 32, "sdpa")],
+    ],
+)
+def test_auto_goes_by_the_table(gpu, monkeypatch, T, width, expected):
+    for dtype in (BF16, F16):
+        assert dispatch.choose("attention", gpu(T, width, dtype), width) == expected
+    assert dispatch.choose("attention", gpu(T, width, F32), width) == "sdpa"
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))
+    assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
+    monkeypatch.setattr(dispatch._flash_attn, "why_not", None)  # auto does not ask, and so does not import it
+    assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
+    why = dispatch.why_not_chosen("attention", "native", "sdpa", gpu(50, 64), 64)
+    assert why == "no measurement shows that it is faster than SDPA for 50 tokens, heads 64 wide, on sm_80"
+
+
+def test_auto_without_the_kernels_of_the_table(gpu, monkeypatch):
+    assert dispatch.choose("attention", gpu(50, 64) | {"q": gpu(50, 64)["qkv"]}, 64) == "sdpa"
+    monkeypatch.setattr(_library, "HAS_CUDA", False)
+    assert dispatch.choose("attention", gpu(50, 64), 64) == "sdpa"
+
+
+def test_every_entry_of_the_table_was_measured():
+    """Forward and backward of our kernel against the fastest kernel of SDPA; a range is what shares the measured tile, and no
+    shorter than two thirds of what was measured."""
+    timing = json.loads(RESULTS.read_text())["timing"]
+    expected = {}
+    for row in timing:
+        T, d = row["T"], row["d"]
+        tiles = tuned.NATIVE_ATTENTION[d]
+        i = next(i for i, tile in enumerate(tiles) if tile.last >= T)
+        first = max(math.ceil(2 * T / 3), tiles[i - 1].last + 1 if i else 1)
+        speedup = min(row["ms"][f"{name} both"] for name in ("flash", "cudnn", "efficient")) / row["ms"]["ours both"]
+        expected[d, first, tiles[i].last] = min(speedup, expected.get((d, first, tiles[i].last), math.inf))
+    entries = {(e.head_width, e.first, e.last): e for e in tuned.read().attention}
+    assert entries.keys() == expected.keys()
+    for key, entry in entries.items():
+        assert (entry.capability, entry.backend) == ("9.0", "native")
+        assert 1 < entry.speedup <= expected[key] < entry.speedup + 0.01
+
+
+def test_what_native_attention_does_not_take_on_a_gpu(gpu, monkeypatch):
+    def why(inputs: dict[str, Tensor], width: int) -> str:
+        reason = dispatch.can_run("attention", "native", inputs, width)
+        with maefast.backend("native"), pytest.raises(RuntimeError, match=re.escape(str(reason))):
+            dispatch.choose("attention", inputs, width)
+        with pytest.raises(RuntimeError, match=re.escape(str(reason))):
+            dispatch.choose("attention", inputs, width, "native")
+        assert dispatch.choose("attention", inputs, width) == "sdpa"
+        return reason
+
+    assert dispatch.can_run("attention", "native", gpu(208, 64), 64) is None
+    assert "takes bfloat16, float16, qkv is float32" in why(gpu(50, 64, F32), 64)
+    assert "heads 32, 64, 80 wide, they are 48 wide" in why(gpu(50, 48), 48)
+    assert "up to 208 tokens of heads 64 wide, qkv has 209" in why(gpu(209, 64), 64)
+    assert "packed queries alone" in why(gpu(50, 64) | {"q": gpu(50, 64)["qkv"]}, 64)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0, qkv is on a GPU of 7.5" in why(gpu(50, 64), 64)
+    monkeypatch.setattr(_library, "HAS_CUDA", False)
+    assert "built without CUDA kernels" in why(gpu(50, 64), 64)
+    assert "built without CUDA kernels" in dispatch.can_run("layer_norm", "native", {"x": gpu(50, 64)["qkv"]})
+    monkeypatch.setattr(_library, "HAS_NATIVE", False)
+    assert "without its native library" in why(gpu(50, 64), 64)
+
+
+@pytest.mark.parametrize(
+    ("T", "width", "needed", "fits_99"),
+    [
+        *[(64, 32, 32, True), (80, 32, 45, True), (81, 32, 111, False), (208, 32, 111, False), (209, 32, 157, False)],
+        *[(50, 64, 48, True), (80, 64, 65, True), (81, 64, 217, False), (64, 80, 56, True), (80, 80, 75, True)],
+    ],
+)
+def test_native_attention_asks_for_shared_memory(gpu, monkeypatch, T, width, needed, fits_99):
+    """Parts such as an RTX 4090 have 99 KB a block, an A100 163, an H100 227."""
+    for available, fits in ((99, fits_99), (163, needed <= 163), (227, True)):
+        monkeypatch.setattr(dispatch, "_shared_memory", lambda device, kib=available: kib << 10)
+        reason = dispatch.can_run("attention", "native", gpu(T, width), width)
+        if fits:
+            assert reason is None
+            continue
+        expected = f"{T} tokens, heads {width} wide, needs {needed} KB of shared memory, the GPU has {available}"
+        assert reason == f"native attention of {expected}"
+        assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
+        with pytest.raises(RuntimeError, match=expected):
+            dispatch.choose("attention", gpu(T, width), width, "native")
+
+
+def test_tensors_on_different_devices(gpu):
+    with FakeTensorMode():
+        kv, q = torch.empty(1, 5, 32, device="cuda"), torch.empty(1, 3, 16)
+        for backend in ("auto", "sdpa", "native"):
+            with pytest.raises(ValueError, match="q must be on the device of qkv, cuda:0; it is on cpu"):
+                ops.attention(kv, 2, q, backend=backend)
+        with pytest.raises(ValueError, match="must be on the device of"):
+            ops.layer_norm(torch.empty(2, 8, device="cuda"), torch.empty(8), torch.empty(8))
+
+
+def test_without_the_native_library_attention_is_sdpa(monkeypatch):
+    monkeypatch.setattr(_library, "HAS_NATIVE", False)
+    qkv = torch.rand(1, 4, 48)
+    assert dispatch.choose("attention", {"qkv": qkv}, 8) == "sdpa"
+    assert NATIVE or dispatch.choose("layer_norm", {"x": qkv}) == "eager"

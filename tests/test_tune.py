@@ -1,0 +1,249 @@
+"""The table of measurements and what writes it: the choice, the merge, the file, the candidates; timers are passed in."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maefast import dispatch, kernels, ops, tuned
+from maefast.kernels import tune
+from maefast.tuned import Attention, Table, Tile
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200" / "attention.json"
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+
+
+def test_the_committed_table_follows_from_the_results():
+    results = json.loads(RESULTS.read_text())
+    rows = []
+    for row in results["timing"]:
+        sdpa = min(row["ms"][f"{name} both"] for name in ("flash", "cudnn", "efficient"))
+        rows.append((row["T"], row["d"], {"native": row["ms"]["ours both"], "sdpa": sdpa}))
+    measured = f"{results['device']}, torch {results['torch']}"
+    assert sorted(tune.attention_entries(rows, "9.0", measured)) == sorted(tuned.read().attention)
+    assert tuned.read().tiles == ()
+
+
+def test_the_table_is_written_as_it_is_committed(tmp_path):
+    tuned.write(tuned.read(), tmp_path / "table.json")
+    assert (tmp_path / "table.json").read_text() == tuned.TABLE.read_text()
+
+
+def test_entries_are_sorted_one_a_line(tmp_path):
+    tiles = tuple(Tile(c, k, w, {"num_warps": 2}, 1.2, "x") for c, k, w in (("10.0", "b", 1), ("9.0", "b", 2), ("9.0", "a", 9)))
+    table = Table((Attention("8.0", 64, 34, 50, "flash_attn", 1.1, "x"),), tiles)
+    tuned.write(table, tmp_path / "table.json")
+    assert tuned.read(tmp_path / "table.json") == Table(table.attention, (tiles[2], tiles[1], tiles[0]))
+    assert len((tmp_path / "table.json").read_text().splitlines()) == 4 + 3 + 3
+
+
+def test_which_backend_is_worth_an_entry():
+    def entries(*rows: tuple[int, int, dict[str, float]]) -> list[tuple[object, ...]]:
+        return [entry[1:6] for entry in tune.attention_entries(rows, "9.0", "here")]
+
+    assert entries((50, 64, {"native": 10.0, "sdpa": 10.4})) == [], "4 % is noise"
+    assert entries((50, 64, {"native": 10.0, "sdpa": 15.0})) == [(64, 34, 56, "native", 1.5)]
+    assert entries((50, 64, {"native": 10.0, "sdpa": 15.0}), (50, 64, {"native": 10.0, "sdpa": 9.0})) == [], "the least counts"
+    assert entries((50, 64, {"native": 10.0, "flash_attn": 8.0, "sdpa": 15.0})) == [(64, 34, 50, "flash_attn", 1.87)]
+    assert entries((50, 64, {"sdpa": 15.0})) == []
+    assert entries((65, 80, {"native": 10.0, "sdpa": 15.0})) == [(80, 65, 72, "native", 1.5)], "44 is in another tile"
+    both = {"flash_attn": 1.0, "sdpa": 2.0}
+    assert entries((257, 32, both), (197, 32, both)) == [(32, 132, 197, "flash_attn", 2.0), (32, 198, 257, "flash_attn", 2.0)]
+
+
+def test_which_tile_is_worth_an_entry():
+    first, second = tune.CANDIDATES["layer_norm_fwd"][:2]
+    names = tune.label(first), tune.label(second)
+    entry = tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 2.5, names[1]: 2.0}, "9.0", "here")
+    assert entry == Tile("9.0", "layer_norm_fwd", 512, second, 1.5, "here")
+    assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 2.9}, "9.0", "here") is None
+    assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 3.1}, "9.0", "here") is None
+    assert tune.tile_entry("layer_norm_fwd", 512, {names[0]: 3.1}, "9.0", "here") is None, "nothing to compare with"
+
+
+def setting(times: dict[str, float]) -> tune.Setting:
+    """On the CPU; whatever is to be timed runs once, and takes `times`."""
+
+    def rotate(runs, sets):
+        for run in runs.values():
+            for i in range(sets):
+                run(i)
+        return {name: times[name] for name in runs}
+
+    return tune.Setting(rotate, CPU, batch=2)
+
+
+def test_attention_is_timed_on_all_that_can_run(native, capsys):
+    timed = tune.time_attention((5, 2, 8), setting({"native": 1.0, "sdpa": 2.0}))
+    assert timed == {"native": 1.0, "sdpa": 2.0}
+    assert re.fullmatch("attention of 5 tokens, heads 8 wide, without flash_attn: .*flash-attn.*\n", capsys.readouterr().out)
+
+
+def test_attention_with_wrong_results_is_not_timed(native, monkeypatch, capsys):
+    right = ops.attention
+
+    def wrong(qkv, num_heads):
+        return right(qkv, num_heads) * (1.02 if dispatch.requested() == "native" else 1)
+
+    monkeypatch.setattr(ops, "attention", wrong)
+    assert tune.time_attention((5, 2, 8), setting({"sdpa": 2.0})) == {"sdpa": 2.0}
+    assert "without native: its results are outside the error rule" in capsys.readouterr().out
+
+
+def test_the_error_rule():
+    exact = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    eager, eps = (exact + torch.tensor([0.01, 0, 0])).float(), torch.finfo(torch.float32).eps
+    assert tune.is_right([eager], [eager], [exact])
+    assert tune.is_right([(exact + torch.tensor([0, 0.019, 0])).float()], [eager], [exact])
+    assert not tune.is_right([(exact + torch.tensor([0, 0.021, 0])).float()], [eager], [exact])
+    assert not tune.is_right([eager * torch.nan], [eager], [exact])
+    assert tune.is_right([exact.float() * (1 + eps / 2)], [exact.float()], [exact])
+
+
+OLD = Table(
+    (
+        Attention("8.0", 64, 34, 56, "native", 2.0, "before"),
+        Attention("9.0", 64, 34, 56, "native", 2.0, "before"),
+        Attention("9.0", 32, 100, 150, "flash_attn", 2.0, "before"),
+    ),
+    (
+        Tile("9.0", "layer_norm_fwd", 512, {"num_warps": 8}, 1.1, "before"),
+        Tile("9.0", "unshuffle_fwd", 512, {"ROWS": 4}, 1.1, "before"),
+    ),
+)
+
+
+def test_what_was_measured_takes_the_place_of_what_was(monkeypatch):
+    """Of this architecture, the parts and backends that were timed; flash-attn was not, and its entry keeps its place."""
+    native = {50: 3.0, 65: 1.0, 197: 1.0, 257: 4.0}
+    monkeypatch.setattr(tune, "time_attention", lambda shape, setting: {"native": native[shape[0]], "sdpa": 3.0})
+    monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "num_warps=1": 1.0})])
+    new = tune.tuned_table(("attention", "layer_norm"), OLD, setting({}), "9.0", "here")
+    assert new.attention == (OLD.attention[0], OLD.attention[2], Attention("9.0", 80, 65, 72, "native", 3.0, "here"))
+    assert new.tiles == (OLD.tiles[1], Tile("9.0", "layer_norm_fwd", 768, {"num_warps": 1}, 2.0, "here"))
+    assert [line[0] for line in tune.changes(OLD, new)] == ["-", "-", "+", "+"]
+    assert tune.changes(OLD, OLD) == []
+    elsewhere = tune.tuned_table(("add_layer_norm",), OLD, setting({}), "8.0", "here")
+    assert elsewhere.attention == OLD.attention
+    assert elsewhere.tiles[:2] == OLD.tiles
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(tmp_path, capsys):
+    assert tune.main(["--output", str(tmp_path / "table.json")]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"python -m maefast.kernels.tune needs a GPU, torch {torch.__version__} finds none\n")
+    assert not (tmp_path / "table.json").exists()
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--only", "attention,linear"])
+    assert stop.value.code == 2
+    assert "argument --only: must be of attention, add_layer_norm" in capsys.readouterr().err
+
+
+def test_a_run_on_a_gpu_in_name_only(tmp_path, monkeypatch, capsys):
+    """The command from end to end, but for the timing."""
+
+    class Timer:
+        def __init__(self, device: torch.device):
+            self.rotate = None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(tuned, "architecture", lambda device: "8.0")
+    monkeypatch.setattr(tune, "Timer", Timer)
+    times = {"native": 1.0, "sdpa": 1.5}
+    monkeypatch.setattr(tune, "time_attention", lambda shape, setting: times if shape[2] == 80 else {"sdpa": 1.0})
+    before = tuned.TABLE.read_text()
+    assert tune.main(["--only", "attention", "--output", str(tmp_path / "table.json")]) == 0
+    new = Attention("8.0", 80, 65, 72, "native", 1.5, f"NVIDIA X, torch {torch.__version__}")
+    assert capsys.readouterr().out == f"+ {new}\n"
+    assert tuned.read(tmp_path / "table.json").attention == (new, *tuned.read().attention)
+    assert tuned.TABLE.read_text() == before
+
+
+def test_it_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "maefast.kernels.tune", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--only PARTS" in done.stdout
+
+
+# what the launchers make of the table
+
+
+def launches(kernel: str) -> list:
+    """Those of `kernel`, of a width of 512, or of P = 768."""
+    import importlib
+
+    import aot
+
+    module = importlib.import_module(f"maefast.kernels.{kernel[:-4]}")
+    rows, weight = torch.empty(4, 512, dtype=torch.bfloat16), torch.empty(512)
+    statistics, imgs, ids = torch.empty(4), torch.empty(2, 3, 32, 32), torch.zeros(2, 4, dtype=torch.int64)
+    pred, tokens = torch.empty(2, 4, 768, dtype=torch.bfloat16), torch.empty(2, 5, 512, dtype=torch.bfloat16)
+    arguments = {
+        "gather_patches_fwd": (imgs, ids, 16, 16, None, None, torch.bfloat16),
+        "unshuffle_fwd": (tokens[:, :2], ids, torch.empty(1, 1, 512), torch.empty(1, 5, 512)),
+        "unshuffle_bwd": (tokens, ids, 1, torch.bfloat16),
+        "masked_mse_fwd": (pred, imgs, torch.empty(2, 4), 16, 16, True, None, None),
+        "masked_mse_bwd": (torch.empty(()), pred, imgs, torch.empty(2, 4), 16, 16, True, None, None),
+        "layer_norm_fwd": (rows, weight, weight, 1e-6, torch.bfloat16),
+        "layer_norm_bwd": (rows, None, rows, weight, weight, statistics, statistics, None, None),
+        "add_layer_norm_fwd": (rows, rows, weight, weight, 1e-6, torch.bfloat16),
+        "bias_gelu_fwd": (rows, weight),
+        "bias_gelu_bwd": (rows, rows, weight, False),
+    }
+    with aot.recorded(module) as found:
+        getattr(module, kernel)(*arguments[kernel])
+    return [launch for launch in found if launch.kernel.fn.__name__ == f"_{kernel}_kernel"]
+
+
+def width_of(kernel: str) -> int:
+    return 768 if kernel[:-4] in ("gather_patches", "masked_mse") else 512
+
+
+def taken(kernel: str, names: set[str]) -> dict[str, int]:
+    """The tile that a launch takes: its options, and the constants of that name."""
+    (launch,) = launches(kernel)
+    values = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=True)) | launch.options
+    return {name: values[name] for name in names}
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+def test_a_launcher_reads_the_table(kernel, monkeypatch):
+    width = width_of(kernel)
+    for tile in tune.CANDIDATES[kernel]:
+        rule = taken(kernel, set(tile))
+        with tuned.trying(kernel, width, CPU, tile):
+            assert taken(kernel, set(tile)) == tile
+        with tuned.trying(kernel, width + 1, CPU, tile), tuned.trying("other", width, CPU, tile):
+            assert taken(kernel, set(tile)) == rule
+        assert taken(kernel, set(tile)) == rule
+    monkeypatch.setattr(tuned, "_tiles", {("9.0", kernel, width): {"num_warps": 8}})
+    monkeypatch.setattr(tuned.gpu, "capability", lambda device: (9, 0))
+    on_gpu = tuned.tile_for(kernel, width, torch.device("cuda"), {"ROWS": 1, "num_warps": 1})
+    assert on_gpu == {"ROWS": 1, "num_warps": 8}
+
+
+@needs_triton
+def test_every_kernel_with_a_choice_is_tuned():
+    assert {kernel[:-4] for kernel in tune.CANDIDATES} == kernels.OPS - {"random_masking"}
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "candidate"), [("bias_gelu_bwd", -1), ("layer_norm_bwd", 0)])
+def test_a_candidate_compiles(kernel, candidate, tmp_path):
+    import aot
+
+    with tuned.trying(kernel, width_of(kernel), CPU, tune.CANDIDATES[kernel][candidate]):
+        (launch,) = launches(kernel)
+    usage = aot.compiled(launch, 90, tmp_path)
+    assert usage.warps == tune.CANDIDATES[kernel][candidate]["num_warps"]
+    assert usage.stack == 0
