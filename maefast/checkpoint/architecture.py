@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..reference import pair
-from .files import CheckpointError, Contents
+from .files import CheckpointError, Contents, listed
 from .positions import Grid, grid_of
 
 Shape = tuple[int, ...]
@@ -77,26 +77,44 @@ class Architecture:
                 )
 
     def shapes(self, decoder: bool) -> dict[str, Shape]:
-        """The state_dict of MAE, or of its encoder alone: official names and shapes."""
-        (rows, columns), (ph, pw), D = self.grid, self.patch_size, self.embed_dim
+        """The state_dict of MAE, or of its encoder alone: official names, in their order, and shapes."""
+        (rows, columns), (ph, pw), D, width = self.grid, self.patch_size, self.embed_dim, self.decoder_embed_dim
         tokens = 1 + rows * columns
         shapes: dict[str, Shape] = {"cls_token": (1, 1, D), "pos_embed": (1, tokens, D)}
+        if decoder:
+            shapes |= {"mask_token": (1, 1, width), "decoder_pos_embed": (1, tokens, width)}
         shapes |= _affine("patch_embed.proj", D, self.in_chans, ph, pw)
         shapes |= self._blocks("blocks", self.depth, D) | _affine("norm", D)
         if decoder:
-            width = self.decoder_embed_dim
-            shapes |= {"mask_token": (1, 1, width), "decoder_pos_embed": (1, tokens, width)} | _affine("decoder_embed", width, D)
+            shapes |= _affine("decoder_embed", width, D)
             shapes |= self._blocks("decoder_blocks", self.decoder_depth, width) | _affine("decoder_norm", width)
             shapes |= _affine("decoder_pred", ph * pw * self.in_chans, width)
         return shapes
+
+    def checked(self, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+        """The tensors in the order of the official state_dict. Raises CheckpointError unless names and shapes are those of this
+        architecture, the decoder's included where there is one."""
+        has_decoder = any(map(is_decoder, tensors))
+        shapes = self.shapes(has_decoder)
+        strange, lacking = [name for name in tensors if name not in shapes], [name for name in shapes if name not in tensors]
+        if strange or lacking:
+            parts = [f"it has {listed(strange)}, for which there is no place"] if strange else []
+            parts += [f"it lacks {listed(lacking)}"] if lacking else []
+            parts += ["it lacks the decoder"] if strange and not has_decoder else []
+            raise CheckpointError(f"{path} is no Masked Autoencoder: {', and '.join(parts)}")
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                found = tuple(tensors[name].shape)
+                raise CheckpointError(f"{name} of {path} must be {shape} beside its other tensors; its shape is {found}")
+        return {name: tensors[name] for name in shapes}
 
     def _blocks(self, name: str, depth: int, D: int) -> dict[str, Shape]:
         hidden = int(D * self.mlp_ratio)
         shapes: dict[str, Shape] = {}
         for i in range(depth):
             block = f"{name}.{i}"
-            shapes |= _affine(f"{block}.norm1", D) | _affine(f"{block}.norm2", D)
-            shapes |= _affine(f"{block}.attn.qkv", 3 * D, D) | _affine(f"{block}.attn.proj", D, D)
+            shapes |= _affine(f"{block}.norm1", D) | _affine(f"{block}.attn.qkv", 3 * D, D) | _affine(f"{block}.attn.proj", D, D)
+            shapes |= _affine(f"{block}.norm2", D)
             shapes |= _affine(f"{block}.mlp.fc1", hidden, D) | _affine(f"{block}.mlp.fc2", D, hidden)
         return shapes
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._files import replace_file
 from . import files
 from .architecture import OFFICIAL_EPS, THEIR_MODEL_TYPE, Architecture, find_grid, infer, is_decoder
-from .files import CheckpointError, listed
+from .files import CheckpointError
 from .layouts import transformers_names
 from .load import Checkpoint, LoadReport, read, unknown_target
 from .positions import Grid
@@ -53,7 +53,7 @@ def convert(
     checkpoint = replace(checkpoint, facts=facts)
     about = (checkpoint.tensors, facts, checkpoint.path)
     architecture = infer(*about, find_grid(*about, stored_grid))
-    tensors = _checked(checkpoint, architecture)
+    tensors = architecture.checked(checkpoint.tensors, checkpoint.path)
     left_out = [name for name in tensors if to == "timm" and is_decoder(name)]
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     warnings = []
@@ -83,23 +83,6 @@ def _check_output(out: Path, to: str) -> None:
         raise FileExistsError(f"out must not exist yet; {out} does")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"out must be in a folder that exists; {out.parent} does not")
-
-
-def _checked(checkpoint: Checkpoint, architecture: Architecture) -> Mapping[str, Tensor]:
-    """The tensors in the order of the official state_dict. Raises CheckpointError unless names and shapes are those of an MAE."""
-    tensors, shapes = checkpoint.tensors, architecture.shapes(checkpoint.has_decoder)
-    strange, lacking = [name for name in tensors if name not in shapes], [name for name in shapes if name not in tensors]
-    if strange or lacking:
-        parts = [f"it has {listed(strange)}, for which there is no place"] if strange else []
-        parts += [f"it lacks {listed(lacking)}"] if lacking else []
-        parts += ["it lacks the decoder"] if strange and not checkpoint.has_decoder else []
-        raise CheckpointError(f"{checkpoint.path} is no Masked Autoencoder: {', and '.join(parts)}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{name} of {checkpoint.path} must be {shape} beside the other tensors; its shape is {tuple(tensors[name].shape)}"
-            )
-    return {name: tensors[name] for name in shapes}
 
 
 def _write_transformers(

@@ -121,6 +121,7 @@ def from_pretrained(cls: type[M], path: str | Path, *, stored_grid: Grid | None 
     about = (checkpoint.tensors, checkpoint.facts, checkpoint.path)
     grid = find_grid(*about, stored_grid)
     architecture = infer(*about, grid)
+    architecture.checked(checkpoint.tensors, checkpoint.path)
     architecture.require_heads(checkpoint.path, given=overrides.keys())
     model = cls(**architecture.arguments() | overrides)
     return model, _load(model, checkpoint, grid, target_given="norm_pix_loss" in overrides)
