@@ -15,7 +15,7 @@ SANITIZED_TESTS ?= tests/ops tests/test_bad_input.py tests/test_library.py
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc
 
 .PHONY: demo test test-sanitize bench lint clean
 .DELETE_ON_ERROR:
@@ -59,7 +59,7 @@ bench: $(VENV)/.build
 lint: $(VENV)/.environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 	$(BIN)/mypy
 
 clean:

@@ -95,17 +95,36 @@ class PatchEmbed(nn.Module):
         ids: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        patches: Tensor | None = None,
     ) -> Tensor:
         """imgs (N, C, H, W), ids (N, K) or None for all patches in row-major order -> (N, K or L, D), no positions added.
 
-        uint8 images are read as (x/255 - mean)/std.
+        uint8 images are read as (x/255 - mean)/std. patches (N, K, P): those of ids, where they have been read already.
         """
         self.check(imgs)
         weight = self.proj.weight
+        dtype = dispatch.compute_dtype(weight)
+        if patches is not None:
+            return ops.linear(patches.to(dtype), weight.flatten(1), self.proj.bias)
         if ids is None:
             ids = torch.arange(self.num_patches, device=imgs.device).expand(imgs.shape[0], -1)
-        patches = ops.gather_patches(imgs, ids, self.patch_size, mean, std, dispatch.compute_dtype(weight))
-        return ops.linear(patches, weight.flatten(1), self.proj.bias)
+        return ops.linear(ops.gather_patches(imgs, ids, self.patch_size, mean, std, dtype), weight.flatten(1), self.proj.bias)
+
+    def masked(
+        self, imgs: Tensor, noise: Tensor, len_keep: int, mean: Tensor | None, std: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(N, K, D) of the patches that random masking keeps, then ids_keep, ids_restore, mask. Ranking the noise and reading the
+        patches are one launch where both are native on a GPU."""
+        self.check(imgs)
+        dtype = dispatch.compute_dtype(self.proj.weight)
+        inputs = {"imgs": imgs, "out": imgs.new_empty(0, dtype=dtype)}
+        choices = dispatch.choose("random_masking", {"noise": noise}), dispatch.choose("gather_patches", inputs)
+        if imgs.device.type == "cuda" and choices == ("native", "native"):
+            options = (*self.patch_size, mean, std, dtype)
+            patches, *masking = torch.ops.maefast.mask_patches_fwd(imgs, noise, len_keep, *options)
+            return self(imgs, patches=patches), *masking
+        ids_keep, *masking = ops.random_masking(noise, len_keep)
+        return self(imgs, ids_keep, mean, std), ids_keep, *masking
 
     def check(self, imgs: Tensor) -> None:
         """Raises ValueError unless imgs is (N, C, H, W) of the channels and size of this embedding."""

@@ -49,7 +49,9 @@ _DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 _TRITON_OPS = _DTYPES.keys() - {"attention", "linear"}
 _MAX_HEAD_WIDTH = 128  # of native attention on the CPU
-_CUDA_OPS = {"attention"}  # that the native library has on a GPU, too
+_CUDA_OPS = {"random_masking", "gather_patches", "unshuffle", "masked_mse", "attention"}  # that are native on a GPU, too
+_CUDA_RANKED = 2048  # patches that native random_masking ranks by counting on a GPU
+_CUDA_VALUES = 12272  # of a patch that native masked_mse holds in shared memory on a GPU
 _CUDA_TOKENS = {32: 288, 64: 208, 80: 80}  # per head width, what native attention holds on a GPU
 _GPU_CAPABILITY = (8, 0)  # Ampere
 _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
@@ -95,18 +97,36 @@ def _why_not_cuda(op: str, inputs: Inputs, head_width: int) -> str | None:
         return "maefast was built without CUDA kernels"
     if op not in _CUDA_OPS:
         return f"there is no native kernel of {op} for GPUs"
+    for name, tensor in inputs.items():
+        if (capability := _capability(tensor.device)) < _GPU_CAPABILITY:
+            return f"native {op} needs compute capability 8.0, {name} is on a GPU of {capability[0]}.{capability[1]}"
+        if (reason := _why_not_taken("native", op, name, tensor)) is not None:
+            return reason
+    if op == "attention":
+        return _why_not_cuda_attention(inputs, head_width)
+    if "noise" in inputs and inputs["noise"].dim() == 2 and inputs["noise"].shape[1] > _CUDA_RANKED:
+        return f"native {op} on a GPU ranks up to {_CUDA_RANKED} patches, noise has {inputs['noise'].shape[1]}"
+    if "pred" in inputs and inputs["pred"].dim() == 3 and inputs["pred"].shape[2] > _CUDA_VALUES:
+        return f"native {op} on a GPU holds patches of up to {_CUDA_VALUES} values, pred has {inputs['pred'].shape[2]}"
+    if op == "unshuffle":
+        x, mask_token, pos_embed = (inputs[name].dtype for name in ("x", "mask_token", "pos_embed"))
+        if mask_token != pos_embed or mask_token not in (x, _F32):
+            dtypes = f"they are {_names((mask_token, pos_embed))} beside {_names((x,))}"
+            return f"native {op} on a GPU takes mask_token and pos_embed of one dtype, float32 or x's; {dtypes}"
+    return None
+
+
+def _why_not_cuda_attention(inputs: Inputs, head_width: int) -> str | None:
     if "q" in inputs:
-        return f"native {op} on a GPU takes packed queries alone"
+        return "native attention on a GPU takes packed queries alone"
     qkv = inputs["qkv"]
     if qkv.dtype not in (_BF16, _F16):
-        return f"native {op} on a GPU takes {_names((_BF16, _F16))}, qkv is {_names((qkv.dtype,))}"
-    if (capability := _capability(qkv.device)) < _GPU_CAPABILITY:
-        return f"native {op} needs compute capability 8.0, qkv is on a GPU of {capability[0]}.{capability[1]}"
+        return f"native attention on a GPU takes {_names((_BF16, _F16))}, qkv is {_names((qkv.dtype,))}"
     most = _CUDA_TOKENS.get(head_width)
     if most is None:
-        return f"native {op} on a GPU takes heads {', '.join(map(str, _CUDA_TOKENS))} wide, they are {head_width} wide"
+        return f"native attention on a GPU takes heads {', '.join(map(str, _CUDA_TOKENS))} wide, they are {head_width} wide"
     if qkv.shape[1] > most:
-        return f"native {op} on a GPU takes up to {most} tokens of heads {head_width} wide, qkv has {qkv.shape[1]}"
+        return f"native attention on a GPU takes up to {most} tokens of heads {head_width} wide, qkv has {qkv.shape[1]}"
     return None
 
 
@@ -156,6 +176,9 @@ def _why_not_worth_it(op: str, backend: str, inputs: Inputs) -> str | None:
     """A reason for `auto` to leave a backend alone though it can run (figures: benchmarks/results)."""
     if op == "attention" and backend == "native" and inputs["qkv"].device.type == "cuda":
         return "its tests have not run on a GPU yet"
+    on_gpu = any(tensor.device.type == "cuda" for tensor in inputs.values())
+    if backend == "native" and on_gpu and op in _TRITON_OPS and kernels.HAS_TRITON:
+        return f"no measurement shows that native {op} is faster than triton's on a GPU"
     if backend == "triton" and op in ("layer_norm", "add_layer_norm", "bias_gelu"):
         return f"no measurement shows that triton {op} is faster"
     if op != "linear" or backend != "native":

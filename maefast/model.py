@@ -157,8 +157,7 @@ class MAE(nn.Module):
         else:
             len_keep = self._len_keep(mask_ratio, self.patch_embed.num_patches)
             noise = ops.masking_noise(imgs.shape[0], self.patch_embed.num_patches, imgs.device)
-            ids_keep, ids_restore, mask = ops.random_masking(noise, len_keep)
-            x = self._embed_kept(imgs, ids_keep)
+            x, mask, ids_restore = self._embed_kept(imgs, noise, len_keep)
         return self._encode_tokens(x), mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
@@ -214,8 +213,8 @@ class MAE(nn.Module):
                 len_keep = self._len_keep(mask_ratio, L)
             if noise is None:
                 noise = ops.masking_noise(imgs.shape[0], L, imgs.device)
-            ids_keep, ids_restore, mask = ops.random_masking(noise, len_keep)
-            latent = self._encode_tokens(self._embed_kept(imgs, ids_keep))
+            x, mask, ids_restore = self._embed_kept(imgs, noise, len_keep)
+            latent = self._encode_tokens(x)
         if return_pred or official_decoder:
             pred = self.forward_decoder(latent, ids_restore)
             return MAEOutput(self.forward_loss(imgs, pred, mask), pred, mask)
@@ -267,11 +266,18 @@ class MAE(nn.Module):
             return imgs.float()
         return (imgs.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
-    def _embed(self, imgs: Tensor, ids: Tensor | None = None) -> Tensor:
-        return self.patch_embed(imgs, ids, *self._statistics_for(imgs))
+    def _embed(self, imgs: Tensor) -> Tensor:
+        return self.patch_embed(imgs, None, *self._statistics_for(imgs))
 
-    def _embed_kept(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
-        return self._embed(imgs, ids_keep) + F.embedding(ids_keep + 1, self.pos_embed[0])
+    def _embed_kept(self, imgs: Tensor, noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, K, D), positions added, then mask and ids_restore."""
+        statistics = self._statistics_for(imgs)
+        if type(self.patch_embed) is PatchEmbed:
+            x, ids_keep, ids_restore, mask = self.patch_embed.masked(imgs, noise, len_keep, *statistics)
+        else:
+            ids_keep, ids_restore, mask = ops.random_masking(noise, len_keep)
+            x = self.patch_embed(imgs, ids_keep, *statistics)
+        return x + F.embedding(ids_keep + 1, self.pos_embed[0]), mask, ids_restore
 
     def _encode_tokens(self, x: Tensor) -> Tensor:  # (N, K, D), positions added -> (N, 1+K, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)

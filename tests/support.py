@@ -122,26 +122,27 @@ def check_op(
     exact: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     dy: Callable[[Tensor], Tensor] | None = None,
     layout: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs,
+    tested: str = "native",
 ) -> None:
-    """Native against float64, forward and every gradient, by the error rule with the eager reference as the yardstick.
+    """A backend against float64, forward and every gradient, by the error rule with the eager reference as the yardstick.
 
     The results of all `cases` (inputs of one shape) are held to the rule as one tensor. `exact` makes the float64 inputs, `dy`
-    the incoming gradient (also for a scalar, where None would be 1), `layout` changes how the native inputs lie in memory.
+    the incoming gradient (also for a scalar, where None would be 1), `layout` changes how the tested inputs lie in memory.
     """
-    results: dict[str, list[dict[str, Tensor]]] = {"native": [], "eager": [], "exact": []}
+    results: dict[str, list[dict[str, Tensor]]] = {tested: [], "eager": [], "exact": []}
     for inputs in cases:
         wide = exact(inputs)
         wide = {name: t.detach().requires_grad_(inputs[name].requires_grad) for name, t in wide.items()}
         incoming = None
         if dy is not None:
             incoming = dy(op(**wide).detach())
-        for backend in ("native", "eager"):
+        for backend in (tested, "eager"):
             with maefast.backend(backend):
-                results[backend].append(forward_backward(op, layout(inputs) if backend == "native" else inputs, incoming))
+                results[backend].append(forward_backward(op, layout(inputs) if backend == tested else inputs, incoming))
         results["exact"].append(forward_backward(op, wide, incoming))
     for name in results["exact"][0]:
-        got, eager, truth = (torch.stack([case[name] for case in results[key]]) for key in ("native", "eager", "exact"))
-        assert got.dtype == eager.dtype, f"{name}: native gives {got.dtype}, eager {eager.dtype}"
+        got, eager, truth = (torch.stack([case[name] for case in results[key]]) for key in (tested, "eager", "exact"))
+        assert got.dtype == eager.dtype, f"{name}: {tested} gives {got.dtype}, eager {eager.dtype}"
         assert_close_to_float64(name, got, eager, truth)
 
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc")
 FLAGS = ["-std=c++20", "-O3"]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on PATH")
 
@@ -26,7 +28,10 @@ extern "C" int aoti_torch_get_current_cuda_stream(int32_t, void** stream) { *str
 ENTRY = """
 import sys, torch, maefast
 torch.ops.load_library(sys.argv[1])
-for name in ("attention_fwd", "attention_bwd"):
+for name in (
+    "random_masking_fwd", "gather_patches_fwd", "mask_patches_fwd", "unshuffle_fwd", "unshuffle_bwd", "masked_mse_fwd",
+    "masked_mse_bwd", "attention_fwd", "attention_bwd",
+):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{name}", "CUDA"), name
 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 half = dict(dtype=torch.bfloat16)
@@ -55,34 +60,49 @@ def run(command: list[str | Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def attention_object(tmp_path_factory) -> tuple[Path, str]:
-    """attention.cu with its boxed entry for sm_90, and what ptxas said of it."""
-    out = tmp_path_factory.mktemp("cuda") / "attention.o"
+def objects(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """Of each source: the object for sm_90 with its boxed entries, and what ptxas said of it."""
+    folder = tmp_path_factory.mktemp("cuda")
     defines = ["-DMAEFAST_ENTRY", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    source = ROOT / "csrc" / "cuda" / "attention.cu"
-    command = [NVCC, *FLAGS, "-arch=sm_90", "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-t", "2", *defines]
-    return out, run([*command, f"-isystem={TORCH / 'include'}", "-c", source, "-o", out])
+    command = [NVCC, *FLAGS, "-arch=sm_90", "-Xptxas", "-v", "-Xcompiler", "-fPIC", *defines, f"-isystem={TORCH / 'include'}"]
+
+    def compiled(source: Path) -> tuple[Path, str]:
+        out = folder / f"{source.stem}.o"
+        return out, run([*command, "-c", source, "-o", out])
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((source.stem for source in SOURCES), pool.map(compiled, SOURCES), strict=True))
 
 
-def test_no_spills(attention_object):
+def test_sources_are_built():
+    listed = re.findall(r"csrc/cuda/(\w+)\.cu", (ROOT / "CMakeLists.txt").read_text())
+    assert sorted(listed) == sorted(source.stem for source in SOURCES)
+
+
+def test_no_spills(objects):
     """But for one entry: heads of 64 with up to 208 tokens backward, whose 416 threads leave 128 registers to each."""
-    _, said = attention_object
+    for stem, (_, said) in objects.items():
+        stack = [int(bytes_) for bytes_ in re.findall(r"(\d+) bytes stack frame", said)]
+        assert stack, "ptxas reports each kernel"
+        if stem != "attention":
+            assert set(stack) == {0}, stem
     stack = {
         (kernel, half, values): int(bytes_)
         for kernel, half, values, bytes_ in re.findall(
-            r"properties for \w*?(attention_[a-z_]+_kernel)INS0_\d(F16|Bf16)E(\w*?)EEEv\w*\n\s+(\d+) bytes stack frame", said
+            r"properties for \w*?(attention_[a-z_]+_kernel)INS0_\d(F16|Bf16)E(\w*?)EEEv\w*\n\s+(\d+) bytes stack frame",
+            objects["attention"][1],
         )
     }
-    assert len(stack) > 15, "ptxas reports each kernel"
+    assert len(stack) > 15, "the pattern finds the kernels"
     for half in ("F16", "Bf16"):
         assert stack.pop(("attention_bwd_long_kernel", half, "Li64ELi1ELi208ELi13ELb0ELb0ELi416ELi1")) <= 24
     assert set(stack.values()) == {0}
 
 
-def test_entries(attention_object, tmp_path):
+def test_entries(objects, tmp_path):
     stub, library = tmp_path / "stub.cpp", tmp_path / "libmaefast_cuda.so"
     stub.write_text(STUB)
-    command = [NVCC, "-shared", "-Xcompiler", "-fPIC", attention_object[0], stub, "-o", library]
+    command = [NVCC, "-shared", "-Xcompiler", "-fPIC", *(out for out, _ in objects.values()), stub, "-o", library]
     run([*command, f"-L{TORCH / 'lib'}", "-ltorch_cpu"])
     script = tmp_path / "entry.py"
     script.write_text(ENTRY)

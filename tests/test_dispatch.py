@@ -224,3 +224,48 @@ def test_what_native_attention_does_not_take_on_a_gpu(gpu, monkeypatch):
     monkeypatch.setattr(_library, "HAS_CUDA", False)
     assert "built without CUDA kernels" in why(gpu(50, 64), 64)
     assert "built without CUDA kernels" in dispatch.can_run("layer_norm", "native", {"x": gpu(50, 64)["qkv"]})
+
+
+def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+GPU_INPUTS = {
+    "random_masking": {"noise": fake(2, 196)},
+    "gather_patches": {"imgs": fake(2, 3, 224, 224, dtype=torch.uint8), "out": fake(0, dtype=torch.bfloat16)},
+    "unshuffle": {"x": fake(2, 50, 512, dtype=torch.bfloat16), "mask_token": fake(1, 1, 512), "pos_embed": fake(1, 197, 512)},
+    "masked_mse": {"pred": fake(2, 147, 768), "imgs": fake(2, 3, 224, 224), "mask": fake(2, 196)},
+}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("op", GPU_INPUTS)
+def test_native_kernels_of_the_mae_ops_on_a_gpu(op, monkeypatch):
+    """`auto` prefers Triton's, which have been measured; where there is no Triton they beat eager's many passes."""
+    inputs = GPU_INPUTS[op]
+    assert dispatch.can_run(op, "native", inputs) is None
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
+    assert dispatch.choose(op, inputs) == "triton"
+    with maefast.backend("native"):
+        assert dispatch.choose(op, inputs) == "native"
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    assert dispatch.choose(op, inputs) == "native"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_native_kernels_of_the_mae_ops_do_not_take_on_a_gpu(monkeypatch):
+    def why(op: str, **changed: Tensor) -> str:
+        reason = dispatch.can_run(op, "native", GPU_INPUTS[op] | changed)
+        with maefast.backend("native"), pytest.raises(RuntimeError, match=re.escape(str(reason))):
+            dispatch.choose(op, GPU_INPUTS[op] | changed)
+        return reason
+
+    assert "ranks up to 2048 patches, noise has 2049" in why("random_masking", noise=fake(2, 2049))
+    assert "takes float32, bfloat16, float16, uint8, imgs is float64" in why("gather_patches", imgs=fake(0, dtype=torch.float64))
+    assert "they are float16, float32 beside bfloat16" in why("unshuffle", mask_token=fake(1, 1, 512, dtype=torch.float16))
+    assert "holds patches of up to 12272 values, pred has 12288" in why("masked_mse", pred=fake(1, 2, 12288))
+    assert "no gradient for imgs" in why("masked_mse", imgs=fake(2, 3, 224, 224).requires_grad_())
+    assert "there is no native kernel of layer_norm for GPUs" in dispatch.can_run("layer_norm", "native", {"x": fake(2, 8)})
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0, noise is on a GPU of 7.5" in why("random_masking")

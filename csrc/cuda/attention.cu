@@ -163,8 +163,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q, const T
   const int64_t out_sizes[] = {s.N, s.T, int64_t{s.h} * s.d}, lse_sizes[] = {s.N, s.h, s.T};
   Tensor out = torch::stable::new_empty(qkv, {out_sizes, 3});
   Tensor lse = torch::stable::new_empty(qkv, {lse_sizes, 3}, ScalarType::Float);
-  const AttentionFwd args{qkv.const_data_ptr(), out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()),
-                          s.N, s.T, s.h, s.d, s.bf16};
+  const AttentionFwd args{
+      qkv.const_data_ptr(), out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), s.N, s.T, s.h, s.d, s.bf16};
   check_launch("attention_fwd", attention_fwd(args, launch.stream));
   return {out, lse};
 }
@@ -182,8 +182,16 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optio
   const Tensor qkv = packed(qkv_in), dout = packed(dout_in), out = packed(*out_in), lse = packed(*lse_in);
   const int64_t no_q[] = {0, s.T, width};
   Tensor dq = torch::stable::new_empty(qkv, {no_q, 3}), dqkv = torch::stable::empty_like(qkv);
-  const AttentionBwd args{qkv.const_data_ptr(), out.const_data_ptr(), static_cast<const float*>(lse.const_data_ptr()),
-                          dout.const_data_ptr(), dqkv.mutable_data_ptr(), s.N, s.T, s.h, s.d, s.bf16};
+  const AttentionBwd args{qkv.const_data_ptr(),
+                          out.const_data_ptr(),
+                          static_cast<const float*>(lse.const_data_ptr()),
+                          dout.const_data_ptr(),
+                          dqkv.mutable_data_ptr(),
+                          s.N,
+                          s.T,
+                          s.h,
+                          s.d,
+                          s.bf16};
   check_launch("attention_bwd", attention_bwd(args, launch.stream));
   return {dq, dqkv};
 }

@@ -1,9 +1,9 @@
-// What the boxed entries of the CUDA ops share: device and stream of a launch, and its errors.
+// What the boxed entries of the CUDA ops share: device and stream of a launch, its errors, checked inputs.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "../stable.h"
+#include "image.cuh"
+#include "rank.cuh"
 
 namespace maefast::cuda {
 namespace {
@@ -27,11 +27,103 @@ inline void check_launch(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("maefast ") + op + ": " + cudaGetErrorString(error));
 }
 
+inline void check_same_gpu(const char* name, const Tensor& t, const Tensor& other) {
+  check(t.is_cuda() && t.get_device_index() == other.get_device_index(), name, " must be on the GPU of the other tensors");
+}
+
 // `t` itself where it is contiguous and starts at a multiple of 16 bytes, else a copy that does.
 inline Tensor packed(const Tensor& t) {
   const Tensor dense = torch::stable::contiguous(t);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
 }
+
+inline int narrow(const char* name, int64_t value) {
+  check(value >= 0 && value <= INT32_MAX, name, " must be less than 2^31 for the CUDA kernels, it is ", value);
+  return static_cast<int>(value);
+}
+
+inline DType float_dtype(const char* name, ScalarType dtype) {
+  if (dtype == ScalarType::Float) return DType::f32;
+  if (dtype == ScalarType::BFloat16) return DType::bf16;
+  check(dtype == ScalarType::Half, name, " must be float32, bfloat16 or float16 for the CUDA kernels");
+  return DType::f16;
+}
+
+// An image tensor as the kernels take it, and the statistics that normalise a uint8 one.
+class ImageInput {
+ public:
+  Image image;
+
+  ImageInput(const Tensor& imgs, int64_t patch_h, int64_t patch_w, const std::optional<Tensor>& mean,
+             const std::optional<Tensor>& std) {
+    check(imgs.dim() == 4, "imgs must be (N, C, H, W), it has ", imgs.dim(), " dimensions");
+    check(patch_h > 0 && patch_w > 0 && imgs.size(2) % patch_h == 0 && imgs.size(3) % patch_w == 0, "the size of imgs, ",
+          imgs.size(2), " x ", imgs.size(3), ", must be a multiple of the patch, ", patch_h, " x ", patch_w);
+    check(mean.has_value() == std.has_value(), "mean and std must be given together");
+    const int64_t C = imgs.size(1);
+    if (mean && std) {
+      check(imgs.scalar_type() == ScalarType::Byte, "mean and std are for uint8 images");
+      mean_ = statistic("mean", *mean, imgs);
+      std_ = statistic("std", *std, imgs);
+    }
+    narrow("a patch", C * patch_h * patch_w);
+    narrow("an image", C * imgs.size(2) * imgs.size(3));
+    image.data = imgs.const_data_ptr();
+    image.stride_n = imgs.stride(0);
+    image.stride_c = imgs.stride(1);
+    image.stride_h = imgs.stride(2);
+    image.stride_w = imgs.stride(3);
+    image.channels = static_cast<int>(C);
+    image.patch_h = static_cast<int>(patch_h);
+    image.patch_w = static_cast<int>(patch_w);
+    image.by_grid_w = Divisor(static_cast<int>(imgs.size(3) / patch_w));
+    image.grid_h = static_cast<int>(imgs.size(2) / patch_h);
+    image.mean = mean_ ? static_cast<const float*>(mean_->const_data_ptr()) : nullptr;
+    image.std = std_ ? static_cast<const float*>(std_->const_data_ptr()) : nullptr;
+    image.dtype = imgs.scalar_type() == ScalarType::Byte ? DType::u8 : float_dtype("imgs", imgs.scalar_type());
+  }
+  ImageInput(const ImageInput&) = delete;  // image points into the tensors
+  ImageInput& operator=(const ImageInput&) = delete;
+
+ private:
+  static Tensor statistic(const char* name, const Tensor& t, const Tensor& imgs) {
+    check(t.numel() == imgs.size(1) && t.scalar_type() == ScalarType::Float, name, " must be (C,) float32");
+    check_same_gpu(name, t, imgs);
+    return torch::stable::contiguous(t);
+  }
+  std::optional<Tensor> mean_, std_;
+};
+
+// The noise of random masking, checked, and the tensors that are made of it.
+class MaskingTensors {
+ public:
+  Tensor noise, ids_keep, ids_restore, mask;
+  Masking args;
+  int64_t N;
+
+  MaskingTensors(const Tensor& noise_in, int64_t len_keep) : noise(checked(noise_in, len_keep)), N(noise.size(0)) {
+    const int64_t L = noise.size(1), kept[] = {N, len_keep};
+    ids_keep = torch::stable::new_empty(noise, {kept, 2}, ScalarType::Long);
+    ids_restore = torch::stable::new_empty(noise, noise.sizes(), ScalarType::Long);
+    mask = torch::stable::empty_like(noise);
+    args = {static_cast<const float*>(noise.const_data_ptr()),
+            static_cast<int64_t*>(ids_keep.mutable_data_ptr()),
+            static_cast<int64_t*>(ids_restore.mutable_data_ptr()),
+            static_cast<float*>(mask.mutable_data_ptr()),
+            static_cast<int>(L),
+            static_cast<int>(len_keep)};
+  }
+
+ private:
+  static Tensor checked(const Tensor& noise, int64_t len_keep) {
+    check(noise.dim() == 2 && noise.scalar_type() == ScalarType::Float, "noise must be (N, L) float32");
+    check(noise.size(1) <= kMostRanked, "random_masking on a GPU ranks up to ", kMostRanked, " patches, noise has ",
+          noise.size(1));
+    check(len_keep >= 0 && len_keep <= noise.size(1), "len_keep must be in [0, ", noise.size(1), "], it is ", len_keep);
+    narrow("N", noise.size(0));
+    return torch::stable::contiguous(noise);
+  }
+};
 
 }  // namespace
 }  // namespace maefast::cuda

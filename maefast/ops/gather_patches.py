@@ -72,3 +72,21 @@ def _gather_patches_fwd_fake(
     imgs: Tensor, ids: Tensor, patch_h: int, patch_w: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return imgs.new_empty(*ids.shape, imgs.shape[1] * patch_h * patch_w, dtype=dtype)
+
+
+@torch.library.register_fake("maefast::mask_patches_fwd")
+def _mask_patches_fwd_fake(
+    imgs: Tensor,
+    noise: Tensor,
+    len_keep: int,
+    patch_h: int,
+    patch_w: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """random_masking and gather_patches of what it keeps in one launch; native, on GPUs alone."""
+    N, L = noise.shape
+    patches = imgs.new_empty(N, len_keep, imgs.shape[1] * patch_h * patch_w, dtype=dtype)
+    ids_keep, ids_restore = (noise.new_empty(N, size, dtype=torch.int64) for size in (len_keep, L))
+    return patches, ids_keep, ids_restore, noise.new_empty(N, L)
