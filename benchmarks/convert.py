@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py [--repeats 5] [--out FILE]
 
-Each conversion runs in a fresh process, its source in the page cache; the peak is that process's high-water mark less what it held once torch and maefast were
-imported. Prints a table and writes results/<machine>/convert.json. Needs safetensors.
+Each conversion runs in a fresh process, its source in the page cache; the peak is that process's high-water mark less what it
+held once torch and maefast were imported. Prints a table and writes results/<machine>/convert.json. Needs safetensors.
 """
 
 import argparse

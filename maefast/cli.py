@@ -73,6 +73,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=positive_int, help="of the encoder, where the checkpoint does not tell")
     parser.add_argument("--decoder-num-heads", type=positive_int, help="of the decoder, where the checkpoint does not tell")
     parser.add_argument(
+        "--stored-grid", type=positive_int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of the stored positions, likewise"
+    )
+    parser.add_argument(
         "--norm-pix-loss", action=argparse.BooleanOptionalAction, help="whether the target was normalised pixels, likewise"
     )
 

@@ -158,17 +158,17 @@ def test_heads_of_known_widths(tmp_path):
 
 
 def test_official_model_names_tell_heads(tmp_path):
-    """mae_vit_tiny_patch16 has three heads: a model of the same shapes with six computes something else."""
-    model = MAE(img_size=32, embed_dim=192, depth=1, num_heads=6, decoder_depth=1)
-    args = argparse.Namespace(model="mae_vit_tiny_patch16", norm_pix_loss=False)
-    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "tiny.pth")
-    with pytest.raises(checkpoint.CheckpointError, match=r"num_heads is 3 in .*tiny.pth and 6 in MAE"):
-        checkpoint.load(model, tmp_path / "tiny.pth")
+    """mae_vit_base_patch16 has twelve heads: a model of the same shapes with six computes something else."""
+    model = MAE(img_size=32, embed_dim=768, depth=1, num_heads=6, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)
+    args = argparse.Namespace(model="mae_vit_base_patch16", norm_pix_loss=False)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "base.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"num_heads is 12 in .*base.pth and 6 in MAE"):
+        checkpoint.load(model, tmp_path / "base.pth")
 
 
 def test_encoder_alone(model, tmp_path):
     torch.save({"model": encoder_of(model)}, tmp_path / "encoder.pth")
-    with pytest.warns(UserWarning, match="holds no decoder; the model's is as it was initialised"):
+    with pytest.warns(UserWarning, match="holds no decoder; the model keeps its own"):
         loaded = MAE.from_pretrained(tmp_path / "encoder.pth", num_heads=4, decoder_embed_dim=16, decoder_num_heads=2)
     assert_same_weights(encoder_of(loaded), encoder_of(model))
     assert loaded.decoder_blocks[0].attn.qkv.weight.shape == (48, 16)
@@ -264,6 +264,15 @@ def test_sharded_folder(model, tmp_path, suffix):
         save({name: tensors[name] for name in held}, tmp_path / file)
     index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
     (tmp_path / f"model.{suffix}.index.json").write_text(json.dumps(index))
+    target = trained(seed=1)
+    checkpoint.load(target, tmp_path)
+    assert_same_weights(target, model)
+
+
+def test_folder_of_a_trainer(model, tmp_path):
+    """Its other .bin files are no weights."""
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "training_args.bin").write_bytes(b"")
     target = trained(seed=1)
     checkpoint.load(target, tmp_path)
     assert_same_weights(target, model)
@@ -381,6 +390,8 @@ def test_stored_grid_of_trained_positions(tmp_path):
         {"img_size": (64, 48), "patch_size": (8, 16), "norm_pix_loss": True},
         {"in_chans": 2, "mean": (0.1, 0.2), "std": (0.3, 0.4), "mlp_ratio": 2.7},
         {"in_chans": 1, "decoder_depth": 0, "norm_layer": nn.LayerNorm},
+        {"mlp_ratio": 2.7, "decoder_embed_dim": 96},  # 86 / 32 is not 2.7, and would give 258 where 259 is meant
+        {"depth": 0, "mlp_ratio": 2.0},
     ],
 )
 def test_save_pretrained(tmp_path, options):

@@ -149,6 +149,11 @@ BAD = {
     "shard missing": (folder_of(index_of({"a": "b.safetensors"})), r"names b.safetensors, which is not in its folder"),
     "activation": (with_config(hidden_size=32, hidden_act="relu"), r"hidden_act is relu, where MAE has gelu"),
     "config without heads": (with_config(hidden_size=32), r"the config of .* is not that of a Masked Autoencoder: .*heads"),
+    "heads in words": (with_config(hidden_size=32, num_attention_heads="four", image_size=32), r"num_heads must be a positive"),
+    "target in words": (
+        with_config(embed_dim=32, img_size=32, num_heads=4, decoder_num_heads=3, norm_pix_loss="yes"),
+        r"norm_pix_loss must be true or false; it is 'yes'",
+    ),
     "heads of the config": (
         with_config(embed_dim=32, img_size=32, num_heads=8, decoder_num_heads=3),
         r"num_heads is 8 in .* and 4 in MAE",

@@ -25,7 +25,7 @@ LAYERS = (
     {"blocks"},
     {"checkpoint"},
     {"model"},
-    {"models_mae"},
+    {"models_mae", "hf"},
     {""},  # maefast/__init__.py
     {"train"},
     {"cli"},

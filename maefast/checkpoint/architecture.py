@@ -17,8 +17,9 @@ Shape = tuple[int, ...]
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the encoders of the factories, by width
 DECODER_HEADS = {512: 16}
-OFFICIAL_MODELS = re.compile(r"mae_vit_(tiny|small|base|large|huge)_patch\d+(_dec512d8b)?")
+OFFICIAL_MODELS = re.compile(r"mae_vit_(base|large|huge)_patch\d+(_dec512d8b)?")
 OFFICIAL_EPS, TRANSFORMERS_EPS, CLASS_EPS = 1e-6, 1e-12, 1e-5
+MLPS = ("blocks.0.mlp.fc1.weight", "decoder_blocks.0.mlp.fc1.weight")
 OUR_MODEL_TYPE, THEIR_MODEL_TYPE = "maefast", "vit_mae"
 
 
@@ -34,6 +35,14 @@ class Facts:
     mask_ratio: float | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "decoder_num_heads"):
+            heads = getattr(self, name)
+            if heads is not None and (not isinstance(heads, int) or heads < 1):
+                raise ValueError(f"{name} must be a positive whole number; it is {heads!r}")
+        if not isinstance(self.norm_pix_loss, bool | None):
+            raise ValueError(f"norm_pix_loss must be true or false; it is {self.norm_pix_loss!r}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ def _transformers_facts(config: Mapping[str, Any]) -> Facts:
     if (activation := config.get("hidden_act", "gelu")) != "gelu":
         raise ValueError(f"hidden_act is {activation}, where MAE has gelu")
     return Facts(
-        num_heads=int(config["num_attention_heads"]),
+        num_heads=config["num_attention_heads"],
         decoder_num_heads=config.get("decoder_num_attention_heads"),
         img_size=pair(config["image_size"], "image_size"),
         norm_pix_loss=config.get("norm_pix_loss"),
@@ -206,7 +215,7 @@ def infer(tensors: Mapping[str, Tensor], facts: Facts, path: Path, grid: Grid) -
         decoder_embed_dim=decoder_embed_dim,
         decoder_depth=decoder_depth,
         decoder_num_heads=decoder_heads or DECODER_HEADS.get(decoder_embed_dim),
-        mlp_ratio=_ratio(_shape(tensors, "blocks.0.mlp.fc1.weight", 2, path)[0], embed_dim) if depth else 4.0,
+        mlp_ratio=_mlp_ratio([_shape(tensors, name, 2, path) for name in MLPS if name in tensors]),
         norm_pix_loss=bool(facts.norm_pix_loss),
         layer_norm_eps=OFFICIAL_EPS if facts.layer_norm_eps is None else facts.layer_norm_eps,
         mean=facts.mean,
@@ -226,10 +235,14 @@ def _depth(tensors: Mapping[str, Tensor], name: str) -> int:
     return len({key.split(".")[1] for key in tensors if key.startswith(f"{name}.")})
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """The mlp_ratio for which int(width * mlp_ratio) is hidden; the quotient may fall short by its rounding."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+def _mlp_ratio(layers: list[Shape]) -> float:
+    """A ratio for which int(width * ratio) is hidden for each fc1 (hidden, width), or nearly so where there is none."""
+    if not layers:
+        return 4.0
+    least = max(hidden / width for hidden, width in layers)
+    if all(int(width * least) == hidden for hidden, width in layers):
+        return least
+    return (least + min((hidden + 1) / width for hidden, width in layers)) / 2
 
 
 def of_model(model: Any) -> Architecture:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._files import replace_file
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, THEIR_WEIGHTS, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
 PICKLED = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
 STATE_DICTS = ("model", "state_dict")  # the entries of a training checkpoint that hold the weights
@@ -65,12 +65,10 @@ def _read_folder(folder: Path) -> Contents:
     config = _read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     index = _only(folder, sorted(folder.glob("*.index.json")))
     if index is None:
-        weights = folder / WEIGHTS
-        if not weights.exists():
-            found = _only(folder, sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES))
-            if found is None:
-                raise CheckpointError(f"{folder} holds no weights: no file in it ends in {', '.join(SUFFIXES)}")
-            weights = found
+        named = next((folder / name for name in (WEIGHTS, THEIR_WEIGHTS) if (folder / name).exists()), None)
+        weights = named or _only(folder, sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES))
+        if weights is None:
+            raise CheckpointError(f"{folder} holds no weights: no file in it ends in {', '.join(SUFFIXES)}")
         contents = _read_file(weights)
         return Contents(folder, contents.tensors, config or contents.config, contents.args, contents.ignored)
     shards = _read_json(index).get("weight_map")

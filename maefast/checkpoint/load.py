@@ -192,7 +192,7 @@ def _warnings(model: nn.Module, checkpoint: Checkpoint, target_given: bool) -> l
     if wanted is None:  # an encoder: it has no target
         return []
     if not checkpoint.has_decoder:
-        return ["the checkpoint holds no decoder; the model's is as it was initialised"]
+        return ["the checkpoint holds no decoder; the model keeps its own"]
     if target_given:
         return []
     if target is None:
