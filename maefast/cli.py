@@ -66,7 +66,33 @@ def _demo(arguments: argparse.Namespace) -> None:
     demo(**options)
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="IN", help="a checkpoint of any known layout: a file, or a folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where it goes; for transformers a folder")
+    parser.add_argument("--to", required=True, choices=("official", "transformers", "timm"), help="the layout to write")
+    parser.add_argument("--num-heads", type=positive_int, help="of the encoder, where the checkpoint does not tell")
+    parser.add_argument("--decoder-num-heads", type=positive_int, help="of the decoder, where the checkpoint does not tell")
+    parser.add_argument(
+        "--stored-grid", type=positive_int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of the stored positions, likewise"
+    )
+    parser.add_argument(
+        "--norm-pix-loss", action=argparse.BooleanOptionalAction, help="whether the target was normalised pixels, likewise"
+    )
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from . import checkpoint
+    from .train import UserError
+
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    try:
+        print(checkpoint.convert(**options))
+    except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
 COMMANDS = {
+    "convert": Command("write a checkpoint in the layout of another library", _convert_arguments, _convert),
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
 }
 

@@ -1,14 +1,16 @@
 """MAE: the Masked Autoencoder (He et al. 2022) behind the official API, on the fused ops."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import checkpoint, ops
 from .blocks import Block, Linear, PatchEmbed, RepeatedTokens, is_plain, take_tokens
 from .reference import VAR_EPS, MAEOutput, init_weights
 
@@ -100,6 +102,30 @@ class MAE(nn.Module):
             if moved.dtype != value.dtype:
                 setattr(self, name, value.to(moved.device))
         return self
+
+    # -- checkpoints ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, stored_grid: tuple[int, int] | None = None, **overrides: Any) -> "MAE":
+        """A model with the architecture and the weights of a checkpoint, a file or folder in any layout of maefast.checkpoint.
+
+        overrides      arguments of the constructor that the checkpoint does not tell, or that shall differ: img_size resizes the
+                       positions; num_heads is required where neither a config, nor the training arguments, nor a width of the
+                       factories tells it
+        stored_grid    (rows, columns) of the stored positions, where they are trained, not square, and no config tells it
+        What may be wrong although everything fitted, a decoder that is absent for one, is a UserWarning; maefast.checkpoint.load
+        has it in its report. Raises FileNotFoundError, CheckpointError (a ValueError) that says what does not fit, and
+        RuntimeError where safetensors is needed and not installed.
+        """
+        model, report = checkpoint.from_pretrained(cls, path, stored_grid=stored_grid, **overrides)
+        for warning in report.warnings:
+            warnings.warn(f"{path}: {warning}", stacklevel=2)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors, with the official names, and config.json, with all arguments of the constructor, to `folder`;
+        from_pretrained gives the same model again. Needs safetensors."""
+        checkpoint.save_pretrained(self, folder)
 
     # -- the official methods ---------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from support import small_mae
 
 from maefast import __version__, cli
 
@@ -125,3 +127,34 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_python_m_maefast() -> None:
     done = subprocess.run([sys.executable, "-m", "maefast", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"maefast {__version__}\n"
+
+
+def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": small_mae().state_dict(), "epoch": 3}, "in.pth")
+    assert cli.main(["convert", "in.pth", "out.pth", "--to=timm"]) == 0
+    out = capsys.readouterr().out
+    assert "in.pth: official layout, with decoder" in out
+    assert "ignored: epoch" in out
+    written = torch.load("out.pth", weights_only=True)
+    assert all(torch.equal(tensor, small_mae().state_dict()[name]) for name, tensor in written.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere.pth", "out.pth", "--to=timm"), "nowhere.pth does not exist"),
+        (("text.pth", "out.pth", "--to=timm"), "text.pth is neither a file of torch.save nor of safetensors"),
+        (("in.pth", "text.pth", "--to=timm"), "out must not exist yet; text.pth does"),
+        (("in.pth", "far/out.pth", "--to=timm"), "out must be in a folder that exists; far does not"),
+        (("in.pth", "out", "--to=transformers", "--num-heads=4"), "decoder_num_heads must be given"),
+        (("in.pth", "out", "--to=keras"), "argument --to: invalid choice: 'keras'"),
+        (("in.pth", "out.pth"), "the following arguments are required: --to"),
+        (("in.pth", "out", "--to=transformers", "--num-heads=0"), "argument --num-heads: must be a whole number, 1 or more"),
+    ],
+)
+def test_convert_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str) -> None:
+    torch.save({"model": small_mae().state_dict()}, "in.pth")
+    (tmp_path / "text.pth").write_text("precious")
+    assert message in failure(capsys, "convert", *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "text.pth"]
+    assert (tmp_path / "text.pth").read_text() == "precious"

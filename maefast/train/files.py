@@ -1,12 +1,12 @@
 """Output files: checked before the work, never half-written."""
 
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from .._files import replace_file
 from . import UserError
+
+__all__ = ["check_writable", "replace_file"]
 
 
 def check_writable(folder: Path) -> None:
@@ -21,15 +21,3 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"--output must be a folder that can be written; {folder} cannot be: {reason}") from error
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to, which becomes `path` at the end, or goes if there was an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
