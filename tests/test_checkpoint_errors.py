@@ -116,6 +116,7 @@ BAD = {
     "cut, safetensors": (lambda folder: cut(save_safetensors(folder / "a.safetensors"), 0.9), r"a.safetensors is damaged: "),
     "cut in the header": (lambda folder: cut(save_safetensors(folder / "a.safetensors"), 0.01), r"a.safetensors is damaged: "),
     "header overwritten": (lambda folder: overwritten(save_safetensors(folder / "a.safetensors"), 20, 40), r"is damaged: "),
+    "pickle overwritten": (lambda folder: overwritten(save(folder / "a.pth", healthy()), 200, 100), r"a.pth is damaged: "),
     "empty": (content("a.pth", b""), r"a.pth is neither a file of torch.save nor of safetensors, or it is damaged"),
     "text": (content("a.safetensors", b"version https://git-lfs"), r"neither a file of torch.save nor of safetensors"),
     "old pickle, damaged": (content("a.pth", b"\x80\x02\x8a\nl\xfc\x9c"), r"a.pth is damaged: "),
