@@ -125,6 +125,10 @@ BAD = {
         lambda folder: torch.save({"epoch": 3}, folder / "a.pth") or folder / "a.pth",
         r"holds no state_dict, neither as model nor as state_dict nor by itself",
     ),
+    "numbered tensors": (
+        lambda folder: torch.save({0: torch.ones(2)}, folder / "a.pth") or folder / "a.pth",
+        r"holds no state_dict",
+    ),
     "resnet": (
         resnet,
         r"holds no Masked Autoencoder: it has neither patch_embed.proj.weight .* but conv1.weight, .* \(8 in all\)",
@@ -301,3 +305,12 @@ def test_safetensors_is_not_installed(tmp_path, monkeypatch):
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a.pth does not exist"):
         MAE.from_pretrained(tmp_path / "a.pth")
+
+
+def test_a_classifier_lacks_the_decoder(tmp_path):
+    path = classifier(tmp_path)
+    message = r"vit.pth is no Masked Autoencoder: it has head.weight, head.bias, for which .*, and it lacks the decoder$"
+    with pytest.raises(CheckpointError, match=message):
+        MAE.from_pretrained(path, **HEADS)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.convert(path, tmp_path / "out.pth", "official")
