@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import HEADS, SQUARE, assert_same_weights, encoder_of, trained, write_hugging_face
 from support import images_for, noise_for
 from torch import Tensor, nn
 
@@ -15,52 +16,6 @@ from maefast import MAE, checkpoint
 from maefast.reference import ReferenceMAE, sincos_positions
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-
-SQUARE = {
-    "img_size": 32,
-    "patch_size": 8,
-    "in_chans": 3,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 4,
-    "decoder_embed_dim": 24,
-    "decoder_depth": 1,
-    "decoder_num_heads": 3,
-    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-}
-HEADS = {"num_heads": 4, "decoder_num_heads": 3}
-PUBLISHED = (  # transformers 5's names of modules -> those of its published files
-    ("vit.layers.", "vit.encoder.layer."),
-    ("attention.q_proj", "attention.attention.query"),
-    ("attention.k_proj", "attention.attention.key"),
-    ("attention.v_proj", "attention.attention.value"),
-    ("attention.o_proj", "attention.output.dense"),
-    ("mlp.fc1", "intermediate.dense"),
-    ("mlp.fc2", "output.dense"),
-)
-
-
-def trained(seed: int = 0, **options: object) -> MAE:
-    """A model whose every tensor is random, positions aside: one tensor in another's place would be seen."""
-    torch.manual_seed(seed)
-    model = MAE(**{**SQUARE, **options})
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "pos_embed" not in name:
-                tensor.normal_(mean=float("norm" in name), std=0.2)
-    return model
-
-
-def assert_same_weights(a: dict[str, Tensor] | nn.Module, b: dict[str, Tensor] | nn.Module) -> None:
-    a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert tensor.dtype == b[name].dtype, name
-        assert torch.equal(tensor, b[name]), name
-
-
-def encoder_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t for name, t in model.state_dict().items() if name != "mask_token" and not name.startswith("decoder_")}
 
 
 @pytest.fixture(scope="module")
@@ -76,51 +31,6 @@ def official(model: MAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}
     torch.save({"model": model.state_dict(), "optimizer": optimizer, "epoch": 799, "scaler": {}, "args": args}, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    module = pytest.importorskip("transformers", reason="transformers is not installed")
-    module.logging.disable_progress_bar()
-    return module
-
-
-@pytest.fixture(scope="module")
-def vit_mae(transformers):
-    """transformers' model, every tensor random, positions included: its fresh ones are no sin-cos."""
-    torch.manual_seed(3)
-    config = transformers.ViTMAEConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=32,
-        patch_size=8,
-        decoder_hidden_size=24,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=3,
-        decoder_intermediate_size=96,
-        norm_pix_loss=True,
-        mask_ratio=0.5,
-    )
-    model = transformers.ViTMAEForPreTraining(config).eval()
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.normal_(std=0.2)
-    return model
-
-
-def assert_computes_the_same(model: MAE, theirs: nn.Module) -> None:
-    """Loss, predictions and mask of maefast's and transformers' model, in float64."""
-    imgs, noise = images_for(model).double(), noise_for(model)
-    model, ratio = model.double(), theirs.config.mask_ratio
-    loss, pred, mask = model(imgs, mask_ratio=ratio, noise=noise)
-    with torch.no_grad():
-        out = theirs.double()(pixel_values=imgs, noise=noise)
-    torch.testing.assert_close(loss.double(), out.loss, rtol=1e-9, atol=0)
-    torch.testing.assert_close(pred, out.logits, rtol=0, atol=1e-10)
-    assert torch.equal(mask.double(), out.mask.double())
-    theirs.float()
 
 
 # -- reading ----------------------------------------------------------------------------------------------
@@ -217,41 +127,6 @@ def test_reference_loads_too(model, official):
     target = ReferenceMAE(**SQUARE)
     checkpoint.load(target, official)
     assert_same_weights(target, model)
-
-
-def write_hugging_face(folder: Path, tensors: dict[str, Tensor], config: dict[str, object]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.save_file({name: t.detach().clone() for name, t in tensors.items()}, folder / "model.safetensors")
-    return folder
-
-
-@pytest.mark.parametrize("names", ["published", "version 5", "saved by version 5"])
-def test_transformers_names(transformers, vit_mae, tmp_path, names):
-    tensors, config = vit_mae.state_dict(), vit_mae.config.to_dict()
-    if names == "saved by version 5":
-        vit_mae.save_pretrained(tmp_path / "vit-mae")
-    elif names == "version 5":
-        write_hugging_face(tmp_path / "vit-mae", tensors, config)
-    else:
-        for new, old in PUBLISHED:
-            tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
-        assert "decoder.decoder_layers.0.attention.attention.query.weight" in tensors
-        write_hugging_face(tmp_path / "vit-mae", tensors, config)
-    loaded = MAE.from_pretrained(tmp_path / "vit-mae")
-    assert loaded.norm.eps == vit_mae.config.layer_norm_eps == 1e-12
-    assert loaded.norm_pix_loss is True
-    assert_computes_the_same(loaded, vit_mae)
-
-
-def test_transformers_encoder_alone(transformers, vit_mae, tmp_path):
-    transformers.ViTMAEModel(vit_mae.config).save_pretrained(tmp_path / "model")
-    with pytest.warns(UserWarning, match="no decoder"):
-        loaded = MAE.from_pretrained(tmp_path / "model")
-    theirs = safetensors.load_file(tmp_path / "model" / "model.safetensors")
-    assert torch.equal(loaded.norm.weight, theirs["layernorm.weight"])
-    query = theirs["encoder.layer.1.attention.attention.query.weight"]
-    assert torch.equal(loaded.blocks[1].attn.qkv.weight[:32], query)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -412,25 +287,6 @@ def test_save_pretrained_of_another_norm(tmp_path):
     with pytest.raises(ValueError, match=r"norm_layer must be nn.LayerNorm to be saved; it is GroupNorm"):
         model.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_convert_for_transformers(transformers, model, official, tmp_path):
-    report = checkpoint.convert(official, tmp_path / "hf", "transformers", **HEADS)
-    assert (report.missing, report.unexpected, report.warnings) == ((), (), ())
-    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not any(info.values()), info
-    assert theirs.config.norm_pix_loss is True
-    assert (theirs.config.mask_ratio, theirs.config.layer_norm_eps) == (0.6, 1e-6)
-    assert_computes_the_same(MAE.from_pretrained(official, **HEADS), theirs)
-    assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
-
-
-def test_convert_an_encoder_for_transformers(transformers, model, tmp_path):
-    torch.save({"model": encoder_of(model)}, tmp_path / "encoder.pth")
-    checkpoint.convert(tmp_path / "encoder.pth", tmp_path / "hf", "transformers", num_heads=4)
-    theirs, info = transformers.ViTMAEModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not any(info.values()), info
-    assert torch.equal(theirs.layers[1].attention.v_proj.bias, model.blocks[1].attn.qkv.bias[64:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -116,6 +116,7 @@ BAD = {
     "cut, safetensors": (lambda folder: cut(save_safetensors(folder / "a.safetensors"), 0.9), r"a.safetensors is damaged: "),
     "cut in the header": (lambda folder: cut(save_safetensors(folder / "a.safetensors"), 0.01), r"a.safetensors is damaged: "),
     "header overwritten": (lambda folder: overwritten(save_safetensors(folder / "a.safetensors"), 20, 40), r"is damaged: "),
+    "pickle overwritten": (lambda folder: overwritten(save(folder / "a.pth", healthy()), 200, 100), r"a.pth is damaged: "),
     "empty": (content("a.pth", b""), r"a.pth is neither a file of torch.save nor of safetensors, or it is damaged"),
     "text": (content("a.safetensors", b"version https://git-lfs"), r"neither a file of torch.save nor of safetensors"),
     "old pickle, damaged": (content("a.pth", b"\x80\x02\x8a\nl\xfc\x9c"), r"a.pth is damaged: "),
@@ -123,6 +124,10 @@ BAD = {
     "no tensors": (
         lambda folder: torch.save({"epoch": 3}, folder / "a.pth") or folder / "a.pth",
         r"holds no state_dict, neither as model nor as state_dict nor by itself",
+    ),
+    "numbered tensors": (
+        lambda folder: torch.save({0: torch.ones(2)}, folder / "a.pth") or folder / "a.pth",
+        r"holds no state_dict",
     ),
     "resnet": (
         resnet,
@@ -300,3 +305,12 @@ def test_safetensors_is_not_installed(tmp_path, monkeypatch):
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a.pth does not exist"):
         MAE.from_pretrained(tmp_path / "a.pth")
+
+
+def test_a_classifier_lacks_the_decoder(tmp_path):
+    path = classifier(tmp_path)
+    message = r"vit.pth is no Masked Autoencoder: it has head.weight, head.bias, for which .*, and it lacks the decoder$"
+    with pytest.raises(CheckpointError, match=message):
+        MAE.from_pretrained(path, **HEADS)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.convert(path, tmp_path / "out.pth", "official")

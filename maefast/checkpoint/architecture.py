@@ -107,10 +107,8 @@ class Architecture:
         shapes = self.shapes(has_decoder)
         strange, lacking = [name for name in tensors if name not in shapes], [name for name in shapes if name not in tensors]
         if strange or lacking:
-            parts = [f"it has {listed(strange)}, for which there is no place"] if strange else []
-            parts += [f"it lacks {listed(lacking)}"] if lacking else []
-            parts += ["it lacks the decoder"] if strange and not has_decoder else []
-            raise CheckpointError(f"{path} is no Masked Autoencoder: {', and '.join(parts)}")
+            decoder = ["the decoder"] if strange and not has_decoder else []
+            raise CheckpointError(f"{path} is no Masked Autoencoder: {misfit(strange, decoder + lacking)}")
         for name, shape in shapes.items():
             if tensors[name].shape != shape:
                 found = tuple(tensors[name].shape)
@@ -130,6 +128,11 @@ class Architecture:
 
 def _affine(name: str, *shape: int) -> dict[str, Shape]:
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def misfit(strange: list[str], lacking: list[str]) -> str:
+    parts = [f"it has {listed(strange)}, for which there is no place"] if strange else []
+    return ", and ".join(parts + ([f"it lacks {listed(lacking)}"] if lacking else []))
 
 
 def is_decoder(name: str) -> bool:

@@ -157,7 +157,9 @@ def _read_pickled(path: Path, mapped: bool) -> Contents:
 
 
 def _is_state_dict(entry: object) -> bool:
-    return isinstance(entry, dict) and bool(entry) and all(isinstance(value, Tensor) for value in entry.values())
+    if not isinstance(entry, dict) or not entry:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entry.items())
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from . import files
-from .architecture import OUR_MODEL_TYPE, Facts, facts_of, find_grid, infer, is_decoder, of_model
+from .architecture import OUR_MODEL_TYPE, Facts, facts_of, find_grid, infer, is_decoder, misfit, of_model
 from .files import CheckpointError, listed
 from .layouts import official_names
 from .positions import Grid, refitted
@@ -172,9 +172,7 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], u
 
     strange, lacking = [name for name in unexpected if not may_stay(name)], [name for name in missing if not may_miss(name)]
     if strange or lacking:
-        parts = [f"it has {listed(strange)}, for which there is no place"] if strange else []
-        parts += [f"it lacks {listed(missing)}"] if missing else []
-        raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {', and '.join(parts)}")
+        raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {misfit(strange, missing)}")
 
 
 def _check_heads(model: Any, checkpoint: Checkpoint) -> None:
