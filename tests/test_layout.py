@@ -22,9 +22,10 @@ LAYERS = (
     {"kernels"},
     {"dispatch"},
     {"ops"},
-    {"blocks"},
-    {"model"},
-    {"models_mae"},
+    {"blocks", "pyramid"},
+    {"backbone"},
+    {"model", "encoder"},
+    {"models_mae", "models_vit"},
     {""},  # maefast/__init__.py
     {"train"},
     {"cli"},
@@ -158,7 +159,9 @@ def test_triton_ops_are_known_to_dispatch():
 
 def test_public_names():
     assert all(hasattr(maefast, name) for name in maefast.__all__)
-    assert {"MAE", "ops", "explain", "backend", "__version__"} <= set(maefast.__all__)
+    assert {"MAE", "VisionTransformer", "SimpleFeaturePyramid", "ops", "explain", "backend", "__version__"} <= set(
+        maefast.__all__
+    )
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", maefast.__version__)
 
 
