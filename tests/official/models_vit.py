@@ -1,4 +1,4 @@
-"""A plain encoder classifier under the official module's names, on the reference's modules: maefast.models_vit is held against it."""
+"""A plain encoder classifier on the reference's modules, under the official module's names: the truth of maefast.models_vit."""
 
 from functools import partial
 from typing import Any
