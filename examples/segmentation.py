@@ -1,4 +1,4 @@
-"""Segmentation from a few labelled pictures: what a pre-trained encoder adds. Under a minute on two cores.
+"""Segmentation from a few labelled pictures with a pre-trained encoder and an untrained one. Under a minute on two cores.
 
     python examples/segmentation.py [--pretrain-steps 400] [--steps 200] [--labelled 64] [--seed 0]
 
@@ -8,6 +8,9 @@ is: foreground against photograph. Digits and parts of the photographs that are 
 
 A MAE is pre-trained on such pictures without their labels. Then the same head, a SimpleFeaturePyramid and a classifier of its
 maps, learns from few labelled pictures to read the frozen features of that encoder, and those of an untrained one.
+
+Ink is a local cue, which random features carry too: after 400 steps of pre-training the untrained encoder is still ahead, with a
+mean IoU of 0.64 to 0.65 against 0.59 to 0.62 on seeds 0, 1 and 2. Where shapes count `maefast demo` shows what is gained.
 """
 
 import argparse

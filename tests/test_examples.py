@@ -31,7 +31,7 @@ def test_scores_by_hand(segmentation):
 
 
 def test_segmentation_learns(segmentation):
-    scores = segmentation["run"](pretrain_steps=2, steps=40, labelled=16, seed=0)
+    scores = segmentation["run"](pretrain_steps=2, steps=100, labelled=32, seed=0)
     nothing = scores.pop("no ink anywhere")
     assert scores.keys() == {"untrained", "pre-trained"}
     assert all(score.mean_iou > nothing.mean_iou + 0.02 for score in scores.values())
