@@ -1,6 +1,6 @@
 """Segmentation from a few labelled pictures with a pre-trained encoder and an untrained one. Under a minute on two cores.
 
-    python examples/segmentation.py [--pretrain-steps 400] [--steps 200] [--labelled 64] [--seed 0]
+    python examples/segmentation.py [--pretrain-steps 400] [--steps 200] [--labelled 64] [--seed 0]    # needs maefast[demo]
 
 The pictures are tiles of scikit-learn's two photographs, each with one of its handwritten digits painted over it, in a random
 colour, size, place and opacity. The label of a pixel is whether ink covers it, known exactly because the digit says where its ink

@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))), exact erf GELU. `drop`: dropout after each of the two."""
+    """fc2(GELU(fc1(x))), exact erf GELU. `drop`: dropout after GELU and after fc2."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()

@@ -17,7 +17,7 @@ class VisionTransformer(Backbone):
     """A Vision Transformer classifier (Dosovitskiy et al. 2021) with the parameter names of the official encoder and timm's.
 
     num_classes      outputs of `head`, which may be replaced; 0 for none
-    drop_rate        dropout after the positions, after each attention's projection and after both layers of each MLP
+    drop_rate        dropout after the positions, after the projection of attention, after GELU and fc2 of each MLP
     drop_path_rate   stochastic depth (Huang et al. 2016) of the last block; it rises linearly from 0 at the first
     norm_layer       LayerNorm with eps 1e-6 by default
     global_pool      True: the mean of the patch tokens, then `fc_norm`; there is no `norm`. False: the class token of `norm`
