@@ -3,6 +3,7 @@
 from . import ops
 from ._version import __version__
 from .dispatch import backend
+from .encoder import VisionTransformer
 from .explain import explain
 from .model import (
     MAE,
@@ -17,9 +18,12 @@ from .model import (
     mae_vit_tiny_patch16,
     mae_vit_tiny_patch16_dec512d8b,
 )
+from .pyramid import SimpleFeaturePyramid
 
 __all__ = [
     "MAE",
+    "SimpleFeaturePyramid",
+    "VisionTransformer",
     "__version__",
     "backend",
     "explain",

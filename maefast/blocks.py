@@ -95,19 +95,22 @@ class PatchEmbed(nn.Module):
         ids: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
+        any_size: bool = False,
         patches: Tensor | None = None,
     ) -> Tensor:
         """imgs (N, C, H, W), ids (N, K) or None for all patches in row-major order -> (N, K or L, D), no positions added.
 
-        uint8 images are read as (x/255 - mean)/std. patches (N, K, P): those of ids, where they have been read already.
+        uint8 images are read as (x/255 - mean)/std. any_size: H and W are any multiples of the patch. patches (N, K, P): those of
+        ids, where they have been read already.
         """
-        self.check(imgs)
+        self.check(imgs, any_size)
         weight = self.proj.weight
         dtype = dispatch.compute_dtype(weight)
         if patches is not None:
             return ops.linear(patches.to(dtype), weight.flatten(1), self.proj.bias)
         if ids is None:
-            ids = torch.arange(self.num_patches, device=imgs.device).expand(imgs.shape[0], -1)
+            rows, cols = self.grid_of(imgs)
+            ids = torch.arange(rows * cols, device=imgs.device).expand(imgs.shape[0], -1)
         return ops.linear(ops.gather_patches(imgs, ids, self.patch_size, mean, std, dtype), weight.flatten(1), self.proj.bias)
 
     def masked(
@@ -126,44 +129,67 @@ class PatchEmbed(nn.Module):
         ids_keep, *masking = ops.random_masking(noise, len_keep)
         return self(imgs, ids_keep, mean, std), ids_keep, *masking
 
-    def check(self, imgs: Tensor) -> None:
-        """Raises ValueError unless imgs is (N, C, H, W) of the channels and size of this embedding."""
-        expected = (self.proj.in_channels, *self.img_size)
-        if imgs.dim() != 4 or imgs.shape[1:] != expected:
-            raise ValueError(f"imgs must be (N, {expected[0]}, {expected[1]}, {expected[2]}); its shape is {tuple(imgs.shape)}")
+    def grid_of(self, imgs: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in imgs (N, C, H, W)."""
+        return imgs.shape[2] // self.patch_size[0], imgs.shape[3] // self.patch_size[1]
+
+    def check(self, imgs: Tensor, any_size: bool = False) -> None:
+        """Raises ValueError unless imgs is (N, C, H, W) of this embedding's channels and size; any_size: of whole patches."""
+        (H, W), (ph, pw), C = self.img_size, self.patch_size, self.proj.in_channels
+        fits = imgs.dim() == 4 and imgs.shape[1] == C
+        if any_size:
+            size = f"H, W), H a multiple of {ph} and W of {pw}"
+            fits = fits and all(side and side % patch == 0 for side, patch in zip(imgs.shape[2:], self.patch_size, strict=True))
+        else:
+            size = f"{H}, {W})"
+            fits = fits and imgs.shape[2:] == self.img_size
+        if not fits:
+            raise ValueError(f"imgs must be (N, {C}, {size}; its shape is {tuple(imgs.shape)}")
+
+
+def drop_path(y: Tensor, rate: float) -> Tensor:
+    """Stochastic depth (Huang et al. 2016) on a residual branch y (N, ...): each sample becomes 0 with probability `rate`, else
+    y / (1 - rate). The draw is that of torch.empty(N, ...).bernoulli_(1 - rate)."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    kept = torch.empty(y.shape[0], *[1] * (y.dim() - 1), dtype=wide, device=y.device).bernoulli_(1 - rate)
+    return (y * (kept / (1 - rate))).to(y.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the whole sequence; x (N, T, D) -> (N, T, D). `backend` is that of ops.attention."""
+    """Multi-head self-attention over the whole sequence; x (N, T, D) -> (N, T, D). `drop`: dropout after the projection;
+    `backend`: that of ops.attention."""
 
-    def __init__(self, dim: int, num_heads: int, *, backend: str = "auto"):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, drop: float = 0.0, *, backend: str = "auto"):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"the width must be a multiple of num_heads; {dim} is no multiple of {num_heads}")
         dispatch.check_attention_backend(backend, "attn_backend")
-        self.backend = backend
-        self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.num_heads, self.drop, self.backend = num_heads, drop, backend
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(ops.attention(self.qkv(x), self.num_heads, backend=self.backend))
+        attended = ops.attention(self.qkv(x), self.num_heads, backend=self.backend)
+        return F.dropout(self.proj(attended), self.drop, self.training)
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))), exact erf GELU."""
+    """fc2(GELU(fc1(x))), exact erf GELU. `drop`: dropout after GELU and after fc2."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
+        self.drop = drop
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.bias_gelu(self.fc1(x)))
+        hidden = F.dropout(ops.bias_gelu(self.fc1(x)), self.drop, self.training)
+        return F.dropout(self.fc2(hidden), self.drop, self.training)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; x (N, T, D) -> (N, T, D). `attn_backend` is the `backend` of its attention."""
+    """A pre-norm transformer block; x (N, T, D) -> (N, T, D). In training, `drop` and `drop_path` are the rates of dropout and of
+    stochastic depth on both branches. `attn_backend` is the `backend` of its attention."""
 
     def __init__(
         self,
@@ -173,12 +199,16 @@ class Block(nn.Module):
         norm_layer: Callable[[int], nn.Module],
         *,
         attn_backend: str = "auto",
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
     ):
         super().__init__()
+        self.drop_path = drop_path
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, backend=attn_backend)
+        self.attn = Attention(dim, num_heads, qkv_bias, drop, backend=attn_backend)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, ids: Tensor | None = None, repeated: RepeatedTokens | None = None) -> Tensor:
         """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed.
@@ -190,19 +220,25 @@ class Block(nn.Module):
         if parts is not None:
             if ids is not None and not self._takes_queries(x):
                 return take_tokens(self.forward(x), ids)
-            norms, attention = self._backends(parts, x)
-            if ids is None and norms == {"native"} and attention == "native":
+            (norms, attention), drops = self._backends(parts, x), self._drops_paths()
+            if ids is None and not drops and norms == {"native"} and attention == "native":
                 return self._fused(parts, x, repeated)
-            if ids is not None or norms - {"eager"}:
+            if ids is not None or drops or norms - {"eager"}:
                 return self._of_ops(parts, x, ids)
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
+        x = x + self._branch(self.attn(self.norm1(x)))
+        x = x + self._branch(self.mlp(self.norm2(x)))
         return x if ids is None else take_tokens(x, ids)
+
+    def _drops_paths(self) -> bool:
+        return self.training and self.drop_path > 0
+
+    def _branch(self, y: Tensor) -> Tensor:
+        return drop_path(y, self.drop_path) if self._drops_paths() else y
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether a call on x, without ids, runs as one Function."""
         parts = self._plain_parts()
-        return parts is not None and self._backends(parts, x) == ({"native"}, "native")
+        return parts is not None and not self._drops_paths() and self._backends(parts, x) == ({"native"}, "native")
 
     def _plain_parts(self) -> "_Parts | None":
         """The modules that hold the parameters, unless one of them is not what this file and nn.LayerNorm make of it."""
@@ -213,6 +249,8 @@ class Block(nn.Module):
             return None
         parts = _Parts(norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
         if not all(is_plain(linear, Linear) for linear in parts.linears()):
+            return None
+        if (attn.training and attn.drop) or (mlp.training and mlp.drop):
             return None
         return None if any(part.weight is None or part.bias is None for part in parts) else parts
 
@@ -262,8 +300,8 @@ class Block(nn.Module):
             kv = ops.linear(y, qkv.weight[D:], qkv.bias[D:])
             attended = ops.attention(kv, self.attn.num_heads, q, backend=self.attn.backend)
             x = take_tokens(x, ids)
-        y, x = ops.add_layer_norm(proj(attended), x, norm2.weight, norm2.bias, norm2.eps, dtype)
-        return x + fc2(ops.bias_gelu(ops.linear(y, fc1.weight), fc1.bias))
+        y, x = ops.add_layer_norm(self._branch(proj(attended)), x, norm2.weight, norm2.bias, norm2.eps, dtype)
+        return x + self._branch(fc2(ops.bias_gelu(ops.linear(y, fc1.weight), fc1.bias)))
 
 
 class _Parts(NamedTuple):

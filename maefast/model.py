@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, ops
+from .backbone import Backbone
 from .blocks import Block, Linear, PatchEmbed, RepeatedTokens, is_plain, take_tokens
 from .reference import VAR_EPS, MAEOutput, init_weights
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 REPEATED_VALUES = 1 << 18  # of mask tokens in a batch, from which on those at one position are worth computing once
 
@@ -23,7 +22,7 @@ ENCODER_METHODS = ("forward_encoder", "random_masking")
 DECODER_METHODS = ("forward_decoder", "forward_loss", "patchify")
 
 
-class MAE(nn.Module):
+class MAE(Backbone):
     """Masked Autoencoder with a Vision Transformer backbone; the official constructor, parameter names and initialisation.
 
     img_size, patch_size     int or (H, W)
@@ -71,37 +70,7 @@ class MAE(nn.Module):
         self.decoder_pred = Linear(decoder_embed_dim, ph * pw * in_chans)
         init_weights(self)
 
-        mean, std = self._pixel_statistics(in_chans, mean, std)
-        self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32), persistent=False)
-
-    mean: Tensor | None
-    std: Tensor | None
-
-    @staticmethod
-    def _pixel_statistics(
-        in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-        if (mean is None) != (std is None):
-            raise ValueError("mean and std must be given together")
-        if mean is None or std is None:
-            return (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else (None, None)
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != in_chans:
-                raise ValueError(f"{name} must have one value for each of the {in_chans} channels; it has {len(values)}")
-        if not all(value > 0 for value in std):
-            raise ValueError(f"std must be positive; it is {tuple(std)}")
-        return mean, std
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MAE":
-        # Pixel statistics stay fp32 whatever the model becomes: rounded to bf16 they would shift every uint8 image.
-        statistics = {name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None}
-        super()._apply(fn, recurse)
-        for name, value in statistics.items():
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
-        return self
+        self._set_pixel_statistics(in_chans, mean, std)
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
@@ -257,21 +226,11 @@ class MAE(nn.Module):
             raise ValueError(f"mask_ratio must be in [0, 1); it is {mask_ratio}")
         return int(L * (1 - mask_ratio))
 
-    def _statistics_for(self, imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if imgs.dtype != torch.uint8:
-            return None, None
-        if self.mean is None:
-            raise ValueError(f"mean and std must be given to MAE for uint8 images of {imgs.shape[1]} channels")
-        return self.mean, self.std
-
     def _float_pixels(self, imgs: Tensor) -> Tensor:
         mean, std = self._statistics_for(imgs)
         if mean is None or std is None:
             return imgs.float()
         return (imgs.float() / 255 - mean[:, None, None]) / std[:, None, None]
-
-    def _embed(self, imgs: Tensor) -> Tensor:
-        return self.patch_embed(imgs, None, *self._statistics_for(imgs))
 
     def _embed_kept(self, imgs: Tensor, noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
         """(N, K, D), positions added, then mask and ids_restore."""
@@ -284,8 +243,7 @@ class MAE(nn.Module):
         return x + F.embedding(ids_keep + 1, self.pos_embed[0]), mask, ids_restore
 
     def _encode_tokens(self, x: Tensor) -> Tensor:  # (N, K, D), positions added -> (N, 1+K, D)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat([cls_token, x], dim=1)
+        x = self._with_class_token(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -332,12 +290,6 @@ class MAE(nn.Module):
                 raise RuntimeError(
                     f"{argument} cannot be honoured: {type(self).__name__} overrides {name}, which has no such argument"
                 )
-
-    def _check_images(self, imgs: Tensor) -> None:
-        self.patch_embed.check(imgs)
-        if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
-            raise TypeError(f"imgs must be floating-point or uint8; it is {str(imgs.dtype).removeprefix('torch.')}")
-        self._statistics_for(imgs)
 
     def _check_forward(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None, mask: Tensor | None, return_pred: bool

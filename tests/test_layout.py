@@ -18,16 +18,16 @@ PACKAGE = ROOT / "maefast"
 
 # Bottom up; a module imports from layers below its own, and a package also from itself.
 LAYERS = (
-    {"_version", "_apex", "_files", "_flash_attn", "_library", "gpu", "reference"},
+    {"_version", "_apex", "_files", "_flash_attn", "_library", "gpu", "positions", "reference"},
     {"tuned"},
     {"kernels"},
     {"dispatch"},
     {"explain"},
     {"ops"},
-    {"blocks"},
-    {"checkpoint"},
-    {"model"},
-    {"models_mae", "hf"},
+    {"blocks", "pyramid"},
+    {"backbone", "checkpoint"},
+    {"model", "encoder"},
+    {"models_mae", "models_vit", "hf"},
     {""},  # maefast/__init__.py
     {"train"},
     {"cli"},
@@ -169,7 +169,9 @@ def test_triton_ops_are_known_to_dispatch():
 
 def test_public_names():
     assert all(hasattr(maefast, name) for name in maefast.__all__)
-    assert {"MAE", "ops", "explain", "backend", "__version__"} <= set(maefast.__all__)
+    assert {"MAE", "VisionTransformer", "SimpleFeaturePyramid", "ops", "explain", "backend", "__version__"} <= set(
+        maefast.__all__
+    )
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", maefast.__version__)
 
 

@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..positions import resize_positions
 from ..reference import sincos_positions
 from .files import CheckpointError
 
@@ -46,6 +46,5 @@ def refitted(pos_embed: Tensor, stored: Grid, grid: Grid) -> tuple[Tensor, str |
     change = f"for {grid[0]} x {grid[1]} patches; the file has {stored[0]} x {stored[1]}"
     if is_sincos(pos_embed, stored):
         return sincos_positions(pos_embed.shape[-1], grid), f"computed as sin-cos {change}"
-    table = pos_embed[:, 1:].float().unflatten(1, stored).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :1].float(), table.flatten(2).transpose(1, 2)], dim=1), f"resized (bicubic) {change}"
+    resized = resize_positions(pos_embed[:, 1:].float(), stored, grid)
+    return torch.cat([pos_embed[:, :1].float(), resized], dim=1), f"resized (bicubic) {change}"

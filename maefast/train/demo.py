@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import IMAGENET_MEAN, IMAGENET_STD, MAE
+from ..backbone import IMAGENET_MEAN, IMAGENET_STD
+from ..model import MAE
 from . import UserError
 from .compare import Comparison, compare
 from .data import ImageSet, batches, centre_crops, digits, enough_per_class, find_images, image_folder, photographs

@@ -1,0 +1,66 @@
+"""Backbone: what MAE and the VisionTransformer share, from images to tokens with positions."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import PatchEmbed
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """A model with a patch embedding, a class token and positions; uint8 images are read as (x/255 - mean)/std."""
+
+    patch_embed: PatchEmbed
+    cls_token: nn.Parameter  # (1, 1, D)
+    pos_embed: nn.Parameter  # (1, 1+L, D), the class token's first
+    mean: Tensor | None  # (C,) fp32
+    std: Tensor | None
+
+    def _set_pixel_statistics(self, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        """Per channel; ImageNet's by default for three channels. Not in the state_dict, so that it stays the official one."""
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std must be given together")
+        if mean is None or std is None:
+            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else (None, None)
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != in_chans:
+                raise ValueError(f"{name} must have one value for each of the {in_chans} channels; it has {len(values)}")
+        if std is not None and not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive; it is {tuple(std)}")
+        self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
+        # Pixel statistics stay fp32 whatever the model becomes: rounded to bf16 they would shift every uint8 image.
+        statistics = {name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, value in statistics.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+    def _check_images(self, imgs: Tensor, any_size: bool = False) -> None:
+        self.patch_embed.check(imgs, any_size)
+        if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
+            raise TypeError(f"imgs must be floating-point or uint8; it is {str(imgs.dtype).removeprefix('torch.')}")
+        self._statistics_for(imgs)
+
+    def _statistics_for(self, imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if imgs.dtype != torch.uint8:
+            return None, None
+        if self.mean is None:
+            name = type(self).__name__
+            raise ValueError(f"mean and std must be given to {name} for uint8 images of {imgs.shape[1]} channels")
+        return self.mean, self.std
+
+    def _embed(self, imgs: Tensor, **options: bool) -> Tensor:
+        return self.patch_embed(imgs, None, *self._statistics_for(imgs), **options)
+
+    def _with_class_token(self, x: Tensor) -> Tensor:
+        """Patch tokens x (N, K, D), positions added -> (N, 1+K, D)."""
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        return torch.cat([cls_token, x], dim=1)

@@ -1,0 +1,395 @@
+"""VisionTransformer: against a plain one and against torch's own encoder, stochastic depth, weights of a MAE, feature maps."""
+
+import copy
+import inspect
+import pickle
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from errors import assert_close_to_float64
+from official import models_vit as plain_models
+from support import NATIVE, Results, images_for, small_mae, stacked, widened
+from torch import Tensor, nn
+
+import maefast
+from maefast import VisionTransformer, blocks, models_vit
+
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+SIZES = {  # embed_dim, depth, num_heads, patch_size
+    "tiny": (192, 12, 3, 16),
+    "small": (384, 12, 6, 16),
+    "base": (768, 12, 12, 16),
+    "large": (1024, 24, 16, 16),
+    "huge": (1280, 32, 16, 14),
+}
+SMALL = {"img_size": (64, 48), "patch_size": (8, 16), "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 4}
+GRID = (8, 3)
+MODELS = {
+    "class_token": {},
+    "global_pool": {"global_pool": True},
+    "drop_path": {"global_pool": True, "drop_path_rate": 0.4},
+    "dropout": {"drop_rate": 0.2, "drop_path_rate": 0.3},
+    "four_channels": {"in_chans": 4, "img_size": 30, "patch_size": 10},
+}
+
+
+def small_vit(seed: int = 0, **options: object) -> VisionTransformer:
+    torch.manual_seed(seed)
+    return VisionTransformer(**{**SMALL, **options})
+
+
+def plain_vit(seed: int = 0, **options: object) -> plain_models.VisionTransformer:
+    torch.manual_seed(seed)
+    return plain_models.VisionTransformer(**{**SMALL, **options})
+
+
+def with_random_weights(model: nn.Module) -> nn.Module:
+    """None of the zeros and ones of a fresh model; larger than trunc_normal's 0.02, so that attention attends to something."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (1.0 if "norm" in name and "weight" in name else 0.0))
+    return model
+
+
+def classify(model: nn.Module, imgs: Tensor, seed: int, mode: str = "fp32") -> Results:
+    """The logits, and the gradient of every parameter for a fixed gradient of the logits."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", BF16) if mode == "autocast" else nullcontext():
+        logits = model(imgs)
+    dy = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+    logits.backward(dy.to(logits.dtype))
+    return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_rule(got: list[Results], eager: list[Results], exact: list[Results]) -> None:
+    mine, theirs, truth = stacked(got), stacked(eager), stacked(exact)
+    assert mine.keys() == theirs.keys() == truth.keys()
+    for name, value in mine.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert_close_to_float64(name, value, theirs[name], truth[name])
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_against_a_plain_one(options, mode):
+    """Logits and all gradients; what training drops is the same for one seed."""
+    plain = with_random_weights(plain_vit(**options))
+    model = small_vit(seed=9, **options)
+    model.load_state_dict(plain.state_dict())
+    if mode == "bf16":
+        model, plain = model.bfloat16(), plain.bfloat16()
+    exact_model = copy.deepcopy(plain).double()
+    got, eager, exact = [], [], []
+    for seed in range(8):
+        imgs = images_for(model, N=4, dtype=BF16 if mode == "bf16" else F32, seed=seed)
+        got.append(classify(model, imgs, seed, mode))
+        eager.append(classify(plain, imgs, seed, mode))
+        exact.append(classify(exact_model, imgs.double(), seed))
+    assert_rule(got, eager, exact)
+
+
+def test_against_torch_s_own_encoder():
+    """In float64, against nn.TransformerEncoderLayer: another implementation of the same mathematics."""
+    model = with_random_weights(small_vit()).double().eval()
+    layers = []
+    for block in model.blocks:
+        layer = nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True, dtype=torch.float64)
+        names = {
+            "norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
+        }  # fmt: skip
+        weights = {
+            f"{new}.{kind}": block.get_parameter(f"{old}.{kind}") for old, new in names.items() for kind in ("weight", "bias")
+        }
+        weights |= {f"self_attn.in_proj_{kind}": block.get_parameter(f"attn.qkv.{kind}") for kind in ("weight", "bias")}
+        layer.load_state_dict(weights)
+        layers.append(layer)
+    imgs = images_for(model).double()
+    x = model.patch_embed.proj(imgs).flatten(2).transpose(1, 2)
+    x = torch.cat([model.cls_token.expand(2, 1, -1), x], dim=1) + model.pos_embed
+    for layer in layers:
+        x = layer(x)
+    features = nn.functional.layer_norm(x[:, 0], (32,), model.norm.weight, model.norm.bias, 1e-6)
+    torch.testing.assert_close(model.forward_features(imgs), features, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(imgs), features @ model.head.weight.T + model.head.bias, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_factories(name):
+    D, depth, heads, p = SIZES[name]
+    L, P = (224 // p) ** 2, 3 * p * p
+    block = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
+    with torch.device("meta"):
+        model = models_vit.__dict__[f"vit_{name}_patch{p}"](global_pool=True, num_classes=10, drop_path_rate=0.1)
+    values = sum(t.numel() for t in model.parameters())
+    assert values == P * D + D + D + (1 + L) * D + depth * block + 2 * D + 10 * D + 10
+    assert model.blocks[0].attn.num_heads == heads
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+    assert not hasattr(model, "norm")
+
+
+def test_official_module_names():
+    names = {f"vit_{name}_patch{p}" for name, (*_, p) in SIZES.items()}
+    assert set(models_vit.__all__) == names | {"VisionTransformer"}
+    assert models_vit.VisionTransformer is maefast.VisionTransformer
+    parameters = inspect.signature(VisionTransformer.__init__).parameters
+    defaults = {
+        "img_size": 224, "patch_size": 16, "in_chans": 3, "num_classes": 1000, "embed_dim": 768, "depth": 12, "num_heads": 12,
+        "mlp_ratio": 4.0, "qkv_bias": True, "drop_rate": 0.0, "drop_path_rate": 0.0, "norm_layer": None, "global_pool": False,
+    }  # fmt: skip
+    assert {name: parameters[name].default for name in defaults} == defaults
+
+
+def test_a_seed_gives_the_weights_of_timm_s_initialisation():
+    """trunc_normal 0.02 for Linear weights, class token and positions, biases 0, the convolution as torch draws it."""
+    model, plain = small_vit(embed_dim=256, global_pool=True), plain_vit(embed_dim=256, global_pool=True)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    for name in ("pos_embed", "blocks.1.attn.qkv.weight", "blocks.2.mlp.fc2.weight", "head.weight"):
+        assert 0.018 < model.get_parameter(name).std() < 0.022, name
+    assert model.head.bias.abs().max() == model.blocks[0].attn.qkv.bias.abs().max() == 0
+    bound = (3 * 8 * 16) ** -0.5
+    assert 0.9 * bound < model.patch_embed.proj.weight.abs().max() <= bound
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.no_weight_decay() == {"pos_embed", "cls_token"}
+
+
+def test_without_biases_of_qkv():
+    model = small_vit(qkv_bias=False)
+    other = small_vit(seed=1)
+    missing = other.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert missing == [f"blocks.{i}.attn.qkv.bias" for i in range(3)]
+    imgs = images_for(model)
+    torch.testing.assert_close(model(imgs), other(imgs), rtol=1e-5, atol=1e-6)
+
+
+# -- stochastic depth -------------------------------------------------------------------------------------
+
+
+def test_drop_path_by_hand():
+    """Whole samples are dropped, the others divided by the probability of being kept."""
+    y = torch.randn(1000, 3, 2)
+    torch.manual_seed(4)
+    kept = torch.empty(1000, 1, 1).bernoulli_(0.75).bool().flatten()
+    torch.manual_seed(4)
+    out = blocks.drop_path(y, 0.25)
+    assert 700 < kept.sum() < 800
+    assert out[~kept].abs().max() == 0
+    torch.testing.assert_close(out[kept], y[kept] / 0.75)
+    assert blocks.drop_path(y.bfloat16(), 0.25).dtype == BF16
+
+
+def test_drop_path_rises_linearly():
+    assert [block.drop_path for block in small_vit(drop_path_rate=0.3).blocks] == pytest.approx([0, 0.15, 0.3])
+    assert [block.drop_path for block in small_vit(drop_path_rate=0.3, depth=1).blocks] == [0]
+
+
+def test_blocks_are_fused_where_nothing_is_dropped():
+    x = torch.randn(2, 25, 32)
+    for options in ({"drop_path_rate": 0.4}, {"drop_rate": 0.4}):
+        model = small_vit(**options)
+        assert model.blocks[0].is_fused(x) == (NATIVE and "drop_rate" not in options)
+        assert not model.blocks[2].is_fused(x)
+        model.eval()
+        assert all(block.is_fused(x) == NATIVE for block in model.blocks)
+        imgs = images_for(model)
+        assert torch.equal(model(imgs), small_vit()(imgs))
+
+
+def test_dropped_blocks_with_a_hook_are_the_same():
+    """The route through the modules draws what the route through the ops draws."""
+    model, watched = (with_random_weights(small_vit(drop_path_rate=0.5)) for _ in range(2))
+    seen = []
+    watched.blocks[2].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(module))
+    imgs = images_for(model, N=8)
+    got, expected = classify(watched, imgs, 5), classify(model, imgs, 5)
+    assert seen == [watched.blocks[2].mlp.fc1]
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiles_as_one_graph():
+    """Stochastic depth included, whose draws under aot_eager are those of eager."""
+    model = with_random_weights(small_vit(drop_path_rate=0.5, global_pool=True))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    imgs = images_for(model, N=4)
+    expected, got = classify(model, imgs, 6), classify(compiled, imgs, 6)
+    for name, value in expected.items():
+        actual = got[name if name == "logits" else f"_orig_mod.{name}"]
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)
+
+
+# -- weights of a MAE -------------------------------------------------------------------------------------
+
+HEAD, FC_NORM, NORM = ({f"{name}.{kind}" for kind in ("weight", "bias")} for name in ("head", "fc_norm", "norm"))
+
+
+@pytest.mark.parametrize("global_pool", [True, False])
+def test_weights_of_a_mae(global_pool):
+    mae = small_mae(depth=3, seed=5)
+    model = small_vit(global_pool=global_pool)
+    report = model.load_state_dict(mae.state_dict(), strict=False)
+    assert set(report.missing_keys) == HEAD | (FC_NORM if global_pool else set())
+    decoder = {name for name in mae.state_dict() if name.startswith(("decoder", "mask_token"))}
+    assert set(report.unexpected_keys) == decoder | (NORM if global_pool else set())
+    imgs = images_for(model, dtype=U8)
+    tokens = mae.encode(imgs)
+    maps = model.features(imgs)[0].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(mae.norm(maps), tokens[:, 1:])
+    if global_pool:
+        torch.testing.assert_close(model.forward_features(imgs), nn.functional.layer_norm(maps.mean(dim=1), (32,), eps=1e-6))
+    else:
+        torch.testing.assert_close(model.forward_features(imgs), tokens[:, 0])
+        encoder = {name: value for name, value in mae.state_dict().items() if name not in report.unexpected_keys}
+        assert set(model.load_state_dict(encoder, strict=False).unexpected_keys) == set()
+
+
+def test_a_linear_probe():
+    """The head behind a BatchNorm, everything else frozen: the encoder gets no gradient, the head does."""
+    model = small_vit()
+    norm = nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6)
+    model.head = nn.Sequential(norm, model.head)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in model.head.parameters():
+        p.requires_grad_(True)
+    imgs = images_for(model, N=6)
+    logits = model(imgs)
+    x = model.forward_features(imgs)
+    x = (x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    torch.testing.assert_close(logits, x @ model.head[1].weight.T + model.head[1].bias, rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"head.1.weight", "head.1.bias"}
+
+
+def test_without_a_head():
+    model = small_vit(num_classes=0)
+    imgs = images_for(model)
+    assert torch.equal(model(imgs), model.forward_features(imgs))
+    assert not [name for name, _ in model.named_parameters() if name.startswith("head")]
+
+
+def test_uint8_images_are_normalised_ones():
+    model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
+    exact_model = copy.deepcopy(plain).double()
+    imgs = images_for(model, dtype=U8, N=8)
+    pixels = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
+    exact = classify(exact_model, widened(imgs, model.mean, model.std), 0)
+    assert_rule([classify(model, imgs, 0)], [classify(plain, pixels, 0)], [exact])
+    assert not {"mean", "std"} & model.state_dict().keys()
+    assert model.bfloat16().mean.dtype == F32
+
+
+def test_copies_and_pickles():
+    model = small_vit(global_pool=True, drop_path_rate=0.1)
+    imgs = images_for(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.eval()(imgs), model.eval()(imgs))
+
+
+# -- feature maps -----------------------------------------------------------------------------------------
+
+
+def cubic(n: int, m: int) -> Tensor:
+    """(m, n) float64: row i holds the weights of n equidistant values in the i-th of m (Keys 1981, a = -0.75)."""
+    weights = np.zeros((m, n))
+    for i in range(m):
+        at = (i + 0.5) * n / m - 0.5
+        for j in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+            d = abs(at - j)
+            near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            weights[i, min(max(j, 0), n - 1)] += near if d <= 1 else far
+    return torch.from_numpy(weights)
+
+
+def resized(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    table = pos_embed[0, 1:].view(*GRID, -1)
+    by_hand = [cubic(n, m).to(pos_embed.dtype) for n, m in zip(GRID, grid, strict=True)]
+    table = torch.einsum("ai,bj,ijd->abd", *by_hand, table)
+    return torch.cat([pos_embed[:, :1], table.flatten(0, 1)[None]], dim=1)
+
+
+def maps_of(model: nn.Module, imgs: Tensor, indices: list[int], seed: int) -> Results:
+    """Feature maps after some blocks, and all gradients for fixed gradients of these."""
+    grid = (imgs.shape[2] // 8, imgs.shape[3] // 16)
+    model.zero_grad()
+    if isinstance(model, VisionTransformer):
+        maps = model.features(imgs, indices)
+    else:
+        outputs = model.tokens(imgs, resized(model.pos_embed, grid))
+        maps = [outputs[i][:, 1:].transpose(1, 2).reshape(len(imgs), -1, *grid) for i in indices]
+    generator = torch.Generator().manual_seed(seed)
+    sum((m * torch.randn(m.shape, generator=generator).to(m.dtype)).sum() for m in maps).backward()
+    return {f"map {i}": m.detach() for i, m in enumerate(maps)} | {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("size", [(64, 48), (32, 96), (128, 16), (8, 64), (160, 288)], ids=str)
+def test_feature_maps_of_any_size(size):
+    """The model's own size, wider, higher, a row of patches, and 360 patches: maps and all gradients, with positions resized by
+    hand."""
+    model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
+    exact_model = copy.deepcopy(plain).double()
+    got, eager, exact = [], [], []
+    for seed in range(3):
+        imgs = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+        got.append(maps_of(model, imgs, [2, 0, -1], seed))
+        eager.append(maps_of(plain, imgs, [2, 0, -1], seed))
+        exact.append(maps_of(exact_model, imgs.double(), [2, 0, -1], seed))
+    assert got[0].keys() >= {"pos_embed", "patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"}
+    assert_rule(got, eager, exact)
+
+
+def test_blocks_behind_the_last_map_do_not_run():
+    model = small_vit()
+    seen = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda module, args, out, i=i: seen.append(i))
+    maps = model.features(torch.randn(1, 3, 16, 32), [1, -3])
+    assert seen == [0, 1]
+    assert [tuple(m.shape) for m in maps] == [(1, 32, 2, 2)] * 2
+    assert not torch.equal(*maps)
+    assert model.features(torch.randn(1, 3, 16, 32), []) == []
+
+
+def test_feature_maps_of_uint8_images():
+    model = small_vit()
+    imgs = torch.randint(256, (2, 3, 24, 64), dtype=U8)
+    pixels = widened(imgs, model.mean, model.std).float()
+    torch.testing.assert_close(model.features(imgs)[0], model.features(pixels)[0])
+
+
+BAD_INPUT = {
+    "image_size": (lambda m: m(torch.rand(2, 3, 64, 64)), ValueError, r"imgs must be \(N, 3, 64, 48\).*\(2, 3, 64, 64\)"),
+    "image_dtype": (lambda m: m(torch.zeros(2, 3, 64, 48, dtype=torch.int32)), TypeError, "imgs must be.*uint8.*int32"),
+    "map_size": (
+        lambda m: m.features(torch.rand(2, 3, 64, 40)),
+        ValueError,
+        r"imgs must be .*multiple of 8 and W of 16.*64, 40\)",
+    ),
+    "map_channels": (lambda m: m.features(torch.rand(2, 1, 64, 48)), ValueError, r"imgs must be \(N, 3, H, W\)"),
+    "map_without_rows": (lambda m: m.features(torch.rand(2, 3, 0, 48)), ValueError, r"imgs must be .*\(2, 3, 0, 48\)"),
+    "map_three_dimensions": (lambda m: m.features(torch.rand(3, 64, 48)), ValueError, r"imgs must be .*\(3, 64, 48\)"),
+    "map_dtype": (lambda m: m.features(torch.zeros(2, 3, 64, 48, dtype=torch.int32)), TypeError, "imgs must be.*int32"),
+    "no_such_block": (lambda m: m.features(torch.rand(2, 3, 64, 48), [0, 3]), ValueError, r"blocks must be in \[-3, 3\).*3"),
+    "drop_path_rate": (lambda m: small_vit(drop_path_rate=1.0), ValueError, r"drop_path_rate must be in \[0, 1\); it is 1.0"),
+    "drop_rate": (lambda m: small_vit(drop_rate=-0.1), ValueError, r"drop_rate must be in \[0, 1\); it is -0.1"),
+    "num_classes": (lambda m: small_vit(num_classes=-1), ValueError, "num_classes must be 0 or more; it is -1"),
+    "uint8_without_statistics": (
+        lambda m: small_vit(in_chans=2)(torch.zeros(1, 2, 64, 48, dtype=U8)),
+        ValueError,
+        "mean and std must be given to VisionTransformer for uint8 images of 2 channels",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(small_vit())

@@ -1,0 +1,99 @@
+"""SimpleFeaturePyramid: scales, against plain torch in float64, gradients back into the encoder, bad input."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from errors import assert_close_to_float64
+from support import Results, stacked
+from torch import Tensor
+
+from maefast import SimpleFeaturePyramid, VisionTransformer
+
+
+def plain(pyramid: SimpleFeaturePyramid, x: Tensor) -> list[Tensor]:
+    """The four maps from the same weights, in plain torch."""
+
+    def norm(x: Tensor, at: str) -> Tensor:
+        mean, var = x.mean(dim=1, keepdim=True), x.var(dim=1, unbiased=False, keepdim=True)
+        weight, bias = (p[f"{at}.{kind}"][:, None, None] for kind in ("weight", "bias"))
+        return (x - mean) / (var + 1e-6).sqrt() * weight + bias
+
+    def doubled(x: Tensor, at: str) -> Tensor:
+        return F.conv_transpose2d(x, p[f"{at}.weight"], p[f"{at}.bias"], stride=2)
+
+    p = dict(pyramid.named_parameters())
+    levels = [
+        (4, doubled(F.gelu(norm(doubled(x, "levels.0.0"), "levels.0.1")), "levels.0.3")),
+        (1, doubled(x, "levels.1.0")),
+        (0, x),
+        (1, F.max_pool2d(x, 2)),
+    ]
+    maps = []
+    for i, (first, y) in enumerate(levels):
+        y = norm(F.conv2d(y, p[f"levels.{i}.{first}.weight"]), f"levels.{i}.{first + 1}")
+        y = F.conv2d(y, p[f"levels.{i}.{first + 2}.weight"], padding=1)
+        maps.append(norm(y, f"levels.{i}.{first + 3}"))
+    return maps
+
+
+def run(call: object, pyramid: SimpleFeaturePyramid, x: Tensor) -> Results:
+    """The maps, and the gradients of the input and of every parameter."""
+    pyramid.zero_grad()
+    x = x.detach().requires_grad_()
+    maps = call(x)
+    generator = torch.Generator().manual_seed(2)
+    sum((m * torch.randn(m.shape, generator=generator).to(m.dtype)).sum() for m in maps).backward()
+    named = {f"map {i}": m.detach() for i, m in enumerate(maps)}
+    return named | {"x": x.grad} | {name: p.grad for name, p in pyramid.named_parameters()}
+
+
+def random_pyramid() -> SimpleFeaturePyramid:
+    pyramid = SimpleFeaturePyramid(16, 12)
+    with torch.no_grad():
+        for p in pyramid.parameters():
+            p.copy_(torch.randn(p.shape) * 0.4)
+    return pyramid
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_against_float64(dtype):
+    pyramid = random_pyramid().to(dtype)
+    eager, exact = copy.deepcopy(pyramid), copy.deepcopy(pyramid).double()
+    got, theirs, truth = [], [], []
+    for _ in range(4):
+        x = torch.randn(2, 16, 5, 6).to(dtype)
+        got.append(run(pyramid, pyramid, x))
+        theirs.append(run(lambda x: plain(eager, x), eager, x))
+        truth.append(run(lambda x: plain(exact, x), exact, x.double()))
+    got, theirs, truth = stacked(got), stacked(theirs), stacked(truth)
+    for name, value in got.items():
+        assert_close_to_float64(name, value, theirs[name], truth[name])
+
+
+def test_scales():
+    """Strides p/4, p/2, p and 2p; an odd size is rounded down in the last."""
+    maps = SimpleFeaturePyramid(8, 6)(torch.randn(1, 8, 5, 8))
+    assert [tuple(m.shape) for m in maps] == [(1, 6, 20, 32), (1, 6, 10, 16), (1, 6, 5, 8), (1, 6, 2, 4)]
+
+
+def test_gradients_reach_the_whole_encoder():
+    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    pyramid = SimpleFeaturePyramid(16, 8)
+    maps = pyramid(encoder.features(torch.randn(2, 3, 48, 32))[0])
+    sum(m.square().sum() for m in maps).backward()
+    without = {name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == {"norm.weight", "norm.bias"}
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4), (2, 7, 4, 4), (2, 8, 1, 4)], ids=str)
+def test_maps_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match=r"x must be \(N, 8, h, w\) with h and w 2 or more; its shape is"):
+        SimpleFeaturePyramid(8)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("dim", [0, 6])
+def test_widths_that_do_not_fit(dim):
+    with pytest.raises(ValueError, match=f"dim must be a positive multiple of 4; it is {dim}"):
+        SimpleFeaturePyramid(dim)
