@@ -76,7 +76,8 @@ class Linear(nn.Linear):
 class PatchEmbed(nn.Module):
     """Patches to tokens. Only the patches that are asked for are read from the image and multiplied.
 
-    `proj` is a Conv2d for the sake of its parameters' names, shapes and initialisation; it runs as one GEMM.
+    `proj` is a Conv2d for the sake of its parameters' names, shapes and initialisation; it runs as one GEMM. Where it is hooked,
+    sharded or replaced it is called, each patch an image of its own.
     """
 
     def __init__(self, img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int, embed_dim: int):
@@ -105,7 +106,10 @@ class PatchEmbed(nn.Module):
         if ids is None:
             ids = torch.arange(self.num_patches, device=imgs.device).expand(imgs.shape[0], -1)
         patches = ops.gather_patches(imgs, ids, self.patch_size, mean, std, dispatch.compute_dtype(weight))
-        return ops.linear(patches, weight.flatten(1), self.proj.bias)
+        if is_plain(self.proj, nn.Conv2d):
+            return ops.linear(patches, weight.flatten(1), self.proj.bias)
+        windows = patches.flatten(0, 1).unflatten(1, (self.proj.in_channels, *self.patch_size))
+        return self.proj(windows)[..., 0, 0].unflatten(0, patches.shape[:2])
 
     def check(self, imgs: Tensor) -> None:
         """Raises ValueError unless imgs is (N, C, H, W) of the channels and size of this embedding."""
