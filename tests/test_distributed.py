@@ -60,7 +60,7 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory, checkpoint_of_two: Path) -> d
 
 
 def check(got: Tensor, batches: Sequence[Batch], cast: bool = False, first: int = 0) -> None:
-    """Losses of the steps from `first` on, the last after three optimizer steps or more, against those of the reference in one process.
+    """Losses of the steps from `first` on, the last after three or more, against those of the reference in one process.
 
     The ranks sum the same terms in another order: the error rule holds them, as it holds any other order of sums.
     """
