@@ -59,7 +59,7 @@ bench: $(VENV)/.build
 lint: $(VENV)/.environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc examples -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy
 
 clean:
