@@ -1,10 +1,12 @@
 """What the workers share with the test that starts them: the model, its batches, the training, the checkpoints."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support import images_for, noise_for, small_mae
 from torch import Tensor, nn
@@ -67,3 +69,10 @@ def resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> 
     state, optimizer_state = get_state_dict(model, optimizer)
     dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
+
+
+def leave() -> None:
+    """The end of a worker whose work is done. Python is not torn down: gloo's threads at times abort a process there."""
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)

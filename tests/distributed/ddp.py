@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from joint_training import SEED, make_batches, make_mae, make_optimizer, train
+from joint_training import SEED, leave, make_batches, make_mae, make_optimizer, train
 from torch.nn.parallel import DistributedDataParallel
 
 import maefast
@@ -34,7 +34,7 @@ def main(results: Path) -> None:
     }
     if rank == 0:
         torch.save(losses, results)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from joint_training import make_batches, make_mae, make_optimizer, resume, save, train
+from joint_training import leave, make_batches, make_mae, make_optimizer, resume, save, train
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
@@ -104,7 +104,7 @@ def main(results: Path, one: Path, two: Path) -> None:
     assert model.cls_token.grad.dtype == torch.float32
     if rank == 0:
         torch.save(written, results)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
