@@ -60,7 +60,7 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory, checkpoint_of_two: Path) -> d
 
 
 def check(got: Tensor, batches: Sequence[Batch], cast: bool = False, first: int = 0) -> None:
-    """Losses of the steps from `first` on, the last after three or more, against those of the reference in one process.
+    """Losses of the steps from `first` on, the last after three optimizer steps, against those of the reference in one process.
 
     The ranks sum the same terms in another order: the error rule holds them, as it holds any other order of sums.
     """
@@ -68,7 +68,7 @@ def check(got: Tensor, batches: Sequence[Batch], cast: bool = False, first: int 
     exact = copy.deepcopy(reference).double()
     eager = train(reference, make_optimizer(reference), batches, cast=cast)
     truth = train(exact, make_optimizer(exact), [(imgs.double(), noise) for imgs, noise in batches])
-    assert len(truth) >= 4
+    assert len(truth) == 4
     assert truth.diff().abs().min() > 1e-2  # the steps matter
     assert_close_to_float64("losses", got, eager[first:], truth[first:])
 
@@ -105,7 +105,7 @@ def test_fsdp_is_one_process_with_the_joint_batch(fsdp, name):
 
 
 def test_fsdp_under_autocast(fsdp):
-    check(fsdp["autocast"], make_batches(), cast=True)
+    check(fsdp["autocast"], make_batches()[:4], cast=True)
 
 
 def test_fsdp_accumulates_gradients(fsdp):

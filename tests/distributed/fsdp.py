@@ -78,7 +78,7 @@ def main(results: Path, one: Path, two: Path) -> None:
         "every_module_no_pred": losses_of(every_module, return_pred=False),
         "checkpointed": losses_of(checkpointed, return_pred=False),
         "accumulated": losses_of(by_blocks, batches, micro_batches=2),
-        "autocast": losses_of(by_blocks, batches, cast=True),
+        "autocast": losses_of(by_blocks, cast=True),
     }
 
     model = by_blocks(make_mae(), shard)
