@@ -68,7 +68,7 @@ bench: $(VENV)/.build
 lint: $(VENV)/.environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc examples tests/cuda_emulator -regex '.*\.\(cpp\|h\|cu\|cuh\)')
 	$(BIN)/mypy
 
 clean:

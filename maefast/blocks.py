@@ -76,7 +76,8 @@ class Linear(nn.Linear):
 class PatchEmbed(nn.Module):
     """Patches to tokens. Only the patches that are asked for are read from the image and multiplied.
 
-    `proj` is a Conv2d for the sake of its parameters' names, shapes and initialisation; it runs as one GEMM.
+    `proj` is a Conv2d for the sake of its parameters' names, shapes and initialisation; it runs as one GEMM. Where it is hooked,
+    sharded or replaced it is called, each patch an image of its own.
     """
 
     def __init__(self, img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int, embed_dim: int):
@@ -106,12 +107,16 @@ class PatchEmbed(nn.Module):
         self.check(imgs, any_size)
         weight = self.proj.weight
         dtype = dispatch.compute_dtype(weight)
-        if patches is not None:
-            return ops.linear(patches.to(dtype), weight.flatten(1), self.proj.bias)
-        if ids is None:
-            rows, cols = self.grid_of(imgs)
-            ids = torch.arange(rows * cols, device=imgs.device).expand(imgs.shape[0], -1)
-        return ops.linear(ops.gather_patches(imgs, ids, self.patch_size, mean, std, dtype), weight.flatten(1), self.proj.bias)
+        if patches is None:
+            if ids is None:
+                rows, cols = self.grid_of(imgs)
+                ids = torch.arange(rows * cols, device=imgs.device).expand(imgs.shape[0], -1)
+            patches = ops.gather_patches(imgs, ids, self.patch_size, mean, std, dtype)
+        patches = patches.to(dtype)  # those that were read outside of here, where a sharded weight may have another
+        if is_plain(self.proj, nn.Conv2d):
+            return ops.linear(patches, weight.flatten(1), self.proj.bias)
+        windows = patches.flatten(0, 1).unflatten(1, (self.proj.in_channels, *self.patch_size))
+        return self.proj(windows)[..., 0, 0].unflatten(0, patches.shape[:2])
 
     def masked(
         self, imgs: Tensor, noise: Tensor, len_keep: int, mean: Tensor | None, std: Tensor | None

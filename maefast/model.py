@@ -1,5 +1,6 @@
 """MAE: the Masked Autoencoder (He et al. 2022) behind the official API, on the fused ops."""
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -224,7 +225,9 @@ class MAE(Backbone):
     def _len_keep(mask_ratio: float, L: int) -> int:
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1); it is {mask_ratio}")
-        return int(L * (1 - mask_ratio))
+        # As an index: torch.compile takes a ratio that changes for a symbolic float, of which no size can be made, and so
+        # compiles one graph for each number of kept patches.
+        return operator.index(int(L * (1 - mask_ratio)))
 
     def _float_pixels(self, imgs: Tensor) -> Tensor:
         mean, std = self._statistics_for(imgs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from errors import assert_close_to_float64
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
 from maefast import _library
@@ -21,6 +22,19 @@ ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
+
+
+class Calls(TorchDispatchMode):
+    """The native ops that run within the `with` block, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "maefast":
+            self.names.append(func._schema.name.removeprefix("maefast::"))
+        return func(*args, **(kwargs or {}))
 
 
 def _poison(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from errors import assert_close_to_float64
-from support import NATIVE, Results, small_mae, stacked
+from support import NATIVE, Calls, Results, small_mae, stacked
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -27,19 +27,6 @@ MODES = {  # of the parameters and x, and what autocast is on
 }
 D, HEADS, T = 24, 3, 19
 SUBMODULES = ("norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2")
-
-
-class Calls(TorchDispatchMode):
-    """The native ops that run within the block, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "maefast":
-            self.names.append(func._schema.name.removeprefix("maefast::"))
-        return func(*args, **(kwargs or {}))
 
 
 def make_block(dtype: torch.dtype = F32, seed: int = 0, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm) -> Block:

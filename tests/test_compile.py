@@ -1,6 +1,7 @@
 """torch.compile: whole graphs, the masks of eager, no recompilation from step to step, a switched backend noticed."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ from maefast.blocks import Block
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SHALLOW = {"depth": 1}
+
+
+def assert_same_step(compiled: nn.Module, eager: nn.Module, imgs: Tensor, noise: Tensor, mode: str = "fp32", **options) -> None:
+    mine, theirs = (step(model, imgs, noise, mode, **options) for model in (compiled, eager))
+    for name, value in theirs.items():
+        assert torch.equal(mine[name if name in mine else f"_orig_mod.{name}"], value), name
 
 
 @pytest.mark.parametrize("mode", ["fp32", "autocast"])
@@ -83,10 +90,59 @@ def test_dynamic_batch_compiles_once(options, monkeypatch):
         imgs, noise = images_for(model, N=N, seed=N), noise_for(model, N=N)
         for tensor in (imgs, noise):
             torch._dynamo.mark_dynamic(tensor, 0)
-        mine, theirs = step(compiled, imgs, noise, **options), step(eager, imgs, noise, **options)
-        for name, value in theirs.items():
-            assert torch.equal(mine[name if name in mine else f"_orig_mod.{name}"], value), name
+        assert_same_step(compiled, eager, imgs, noise, **options)
     assert counter.frame_count == 1
+
+
+def test_a_mask_ratio_of_each_step():
+    """One graph for each number of kept patches: none is compiled for another ratio that keeps as many."""
+    model, eager = small_mae(**SHALLOW), small_mae(**SHALLOW)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    imgs, noise = images_for(model), noise_for(model)
+    for ratio in (0.75, 0.5, 0.6):  # keep 6, 12 and 9 of 24
+        assert_same_step(compiled, eager, imgs, noise, mask_ratio=ratio)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ratio in (0.75, 0.49, 0.62):
+            assert_same_step(compiled, eager, imgs, noise, mask_ratio=ratio)
+
+
+@pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
+def test_blocks_compiled_one_by_one_take_any_mask_ratio(options, monkeypatch):
+    monkeypatch.setattr(maefast.model, "REPEATED_VALUES", -math.inf)
+    model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
+    for block in (*model.blocks, *model.decoder_blocks):
+        block.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, ratio in enumerate((0.75, 0.5, 0.6, 0.9, 0.1)):
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            assert_same_step(model, eager, images_for(model), noise_for(model), mask_ratio=ratio, **options)
+
+
+def test_a_whole_step_with_the_optimizer_compiles_once():
+    """Two graphs about the call of backward, none more from the second step on; the learning rate is a tensor."""
+
+    def losses(backend: CompileCounterWithBackend | None) -> list[float]:
+        model, lr = small_mae(**SHALLOW), torch.tensor(0.0)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+
+        def train_step(imgs: Tensor) -> Tensor:
+            loss = model(imgs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        run = torch.compile(train_step, backend=backend) if backend else train_step
+        torch.manual_seed(3)
+        out = []
+        for i in range(5):
+            lr.fill_(1e-2 * (i + 1))
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                out.append(run(images_for(model, seed=i)).item())
+        return out
+
+    counter = CompileCounterWithBackend("aot_eager")
+    assert losses(counter) == losses(None)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=["bf16", "uint8"])
@@ -97,10 +153,8 @@ def test_other_inputs(dtype):
     imgs, noise = images_for(model, dtype=dtype), (noise_for(model).argsort(dim=1) >= 6).float()
     mode = "autocast" if dtype == torch.bfloat16 else "fp32"
     imgs = imgs.float() if mode == "autocast" else imgs
-    mine, theirs = step(compiled, imgs, noise, mode), step(eager, imgs, noise, mode)
-    assert torch.equal(mine["mask"], noise)
-    for name, value in theirs.items():
-        assert torch.equal(mine[name if name in mine else f"_orig_mod.{name}"], value), name
+    assert_same_step(compiled, eager, imgs, noise, mode)
+    assert torch.equal(eager(imgs, noise=noise).mask, noise)
 
 
 def block_run(block: nn.Module, x: Tensor, ids: Tensor | None, cast: bool) -> list[Tensor]:

@@ -188,3 +188,21 @@ def test_an_override_that_is_taken_back():
     assert torch.equal(model(imgs, noise=noise).loss * 5, changed)
     assert len(recorder.calls) == 1
     assert model.overridden_methods() == ()
+
+
+@pytest.mark.parametrize("name", ["random_masking", "forward_loss"])
+def test_in_compiled_code(name, fresh_dynamo):
+    """One graph, the override in it."""
+
+    def method(model: MAE, *args: object) -> object:
+        return RESULTS[name](getattr(MAE, name)(model, *args))
+
+    model = small_mae(type("Custom", (MAE,), {name: method}), depth=1)
+    imgs, runs = images_for(model), []
+    for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
+        torch.manual_seed(8)
+        loss = m(imgs, 0.5).loss
+        runs.append([loss, *grads_of(model, loss).values()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*runs, strict=True))
+    torch.manual_seed(8)
+    assert abs(small_mae(depth=1)(imgs, 0.5).loss - runs[0][0]) > 1e-4

@@ -255,3 +255,27 @@ def test_three_hundred_steps_of_training(exact_curve, autocast):
     assert exact_curve[-20:].mean() < 0.8 * exact_curve[:20].mean()
     mine, theirs = (torch.tensor(train(make(**CURVE), waves(300), autocast)) for make in (small_mae, small_reference))
     assert_close_to_float64("loss curve", mine, theirs, exact_curve)
+
+
+def accumulated(model: nn.Module, dtype: torch.dtype = F32, **options: object) -> Tensor:
+    """Losses of micro batches, two for each of four optimizer steps, each micro batch with a mask ratio of its own."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    losses = []
+    for i in range(8):
+        loss = model(images_for(model, seed=i).to(dtype), 0.9 - 0.1 * i, noise=noise_for(model, seed=i), **options).loss
+        losses.append(loss.item())
+        loss /= 2
+        loss.backward()
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.tensor(losses, dtype=dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
+def test_accumulated_gradients_and_a_mask_ratio_of_each_batch(options):
+    reference = small_reference()
+    model, exact = load(small_mae(seed=9), reference), copy.deepcopy(reference).double()
+    truth = accumulated(exact, torch.float64)
+    assert truth[0] - truth[-1] > 0.05  # it learns
+    assert_close_to_float64("losses", accumulated(model, **options), accumulated(reference), truth)

@@ -47,11 +47,12 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Products(NamedTuple):
-    """Of the three matrix products of a Linear, which are maefast's."""
+    """Of the three matrix products of a Linear, which are maefast's; that of the weight from so many summed rows on, compared in
+    backward alone, so that an exported forward is not bound to the rows of its example."""
 
     forward: bool
     input_gradient: bool
-    weight_gradient: bool
+    weight_gradient: int | None
 
 
 def native_products(given: dispatch.Inputs, dtype: torch.dtype) -> Products:
@@ -60,10 +61,10 @@ def native_products(given: dispatch.Inputs, dtype: torch.dtype) -> Products:
     """
     x = given["x"]
     if dispatch.choose("linear", {**given, "out": x.new_empty(0, dtype=dtype)}) != "native":
-        return Products(False, False, False)
+        return Products(False, False, None)
     if dispatch.request_for("linear", given) is not None:
-        return Products(True, True, True)
-    return Products(True, dtype != torch.bfloat16, x.shape[:-1].numel() >= _MANY_ROWS)
+        return Products(True, True, 0)
+    return Products(True, dtype != torch.bfloat16, _MANY_ROWS)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, gelu: bool = False) -> Tensor:
@@ -82,7 +83,7 @@ def input_gradient(dy: Tensor, weight: Tensor, native: Products) -> Tensor:
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products) -> Tensor:
     """dy (..., out), x (..., in) -> (out, in) in dtype; of a native product of 16 bits in fp32 without being rounded to 16."""
     dy, x = rows(dy), rows(x)
-    if native.weight_gradient:
+    if native.weight_gradient is not None and dy.shape[0] >= native.weight_gradient:
         wide = dtype if dtype in (x.dtype, torch.float32) else x.dtype
         return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False, wide).to(dtype)
     return (dy.t() @ x).to(dtype)

@@ -5,17 +5,17 @@ import support
 import torch
 import torch.nn.functional as F
 from errors import assert_close_to_float64
-from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out
+from support import LAYOUTS, Calls, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out
 from torch import Tensor
 
 import maefast
 from maefast import dispatch, ops
-from maefast.ops.linear import Products, native_products, product
+from maefast.ops.linear import Products, native_products, product, weight_gradient
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-NATIVE = Products(True, True, True)
+NATIVE = Products(True, True, 0)
 DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
 # rows, in, out: nothing a multiple of anything, one of each, a task and one more, several parts of the summed dimension
 SIZES = [(7, 5, 3), (1, 1, 1), (1, 300, 1), (50, 64, 200), (145, 257, 49), (13, 48, 600), (3, 1000, 70), (300, 17, 97)]
@@ -222,19 +222,13 @@ def test_which_products(native, monkeypatch):
     monkeypatch.setattr(dispatch, "_ON_INTEL", False)
     monkeypatch.setattr(dispatch, "_HAS_AVX512", True)
     monkeypatch.setattr(dispatch, "_MULTIPLIES_BF16", True)
-    chosen = {
-        (dtype, rows): native_products({"x": torch.empty(2, rows // 2, 3, dtype=dtype)}, dtype)
-        for dtype in (F32, BF16, F16)
-        for rows in (254, 256)
-    }
-    assert chosen == {
-        (F32, 254): (True, True, False),
-        (F32, 256): (True, True, True),
-        (BF16, 254): (True, False, False),
-        (BF16, 256): (True, False, True),
-        (F16, 254): (False, False, False),
-        (F16, 256): (False, False, False),
-    }
+    chosen = {dtype: native_products({"x": torch.empty(2, 3, dtype=dtype)}, dtype) for dtype in (F32, BF16, F16)}
+    assert chosen == {F32: (True, True, 256), BF16: (True, False, 256), F16: (False, False, None)}
+    for rows, dtype in itertools.product((254, 256), chosen):
+        dy, x = torch.randn(2, rows // 2, 5).to(dtype), torch.randn(2, rows // 2, 3).to(dtype)
+        with Calls() as calls:
+            weight_gradient(dy, x, dtype, chosen[dtype])
+        assert calls.names == ["linear_fwd"] * (rows == 256 and dtype != F16)
     with maefast.backend("native"):
         assert native_products({"x": torch.empty(2, 3, dtype=F16)}, F16) == NATIVE
 

@@ -1,0 +1,144 @@
+"""The encoder exported with a dynamic batch: native ops in its graph, run from a fresh process and from C++ without Python."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from errors import assert_close_to_float64
+from support import NATIVE, images_for, small_mae, small_reference
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import maefast
+
+PACKAGE = Path(maefast.__file__).parent
+TORCH = Path(torch.__file__).parent
+EXAMPLE = PACKAGE.parent / "examples" / "cpp"
+OPTIONS = {"depth": 1}
+BATCHES = (1, 2, 5)  # exported with 3
+
+pytestmark = pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+
+
+class Encoder(nn.Module):
+    def __init__(self, model: maefast.MAE):
+        super().__init__()
+        self.model = model
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        return self.model.encode(imgs)
+
+
+@pytest.fixture(scope="module")
+def exported() -> ExportedProgram:
+    model = small_mae(**OPTIONS)
+    with torch.no_grad():
+        return torch.export.export(Encoder(model), (images_for(model, N=3),), dynamic_shapes=({0: Dim.DYNAMIC},))
+
+
+@pytest.fixture(scope="module")
+def package(exported: ExportedProgram, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled ahead of time; the code around the kernels without optimisation, for the sake of time."""
+    path = tmp_path_factory.mktemp("package") / "encoder.pt2"
+    with torch.no_grad():
+        options = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+    return path
+
+
+def check(features: list[Tensor]) -> None:
+    """Of the images of each batch: those of the reference with nothing masked, by the error rule."""
+    reference = small_reference(**OPTIONS)
+    exact = copy.deepcopy(reference).double()
+    assert [len(got) for got in features] == list(BATCHES)
+    for N, got in zip(BATCHES, features, strict=True):
+        imgs, in_order = images_for(reference, N=N), torch.linspace(0, 1, 24).expand(N, -1)
+        with torch.no_grad():
+            eager, truth = (m.forward_encoder(x, 0.0, in_order)[0] for m, x in ((reference, imgs), (exact, imgs.double())))
+        assert_close_to_float64(f"N = {N}", got, eager, truth)
+
+
+def test_the_graph_calls_native_ops(exported):
+    """Every op of maefast in it has its kernel in libmaefast.so, and none of the fused ones is missing; any batch runs."""
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    names = {target.split(".")[1] for target in targets if target.startswith("maefast.")}
+    assert {"gather_patches_fwd", "layer_norm_fwd", "attention_fwd", "add_layer_norm_fwd"} <= names
+    assert names <= {schema.split("(")[0] for schema in maefast._library.schemas()}
+    model, module = small_mae(**OPTIONS), exported.module()
+    for N in BATCHES:
+        with torch.no_grad():
+            assert torch.equal(module(images_for(model, N=N)), model.encode(images_for(model, N=N)))
+
+
+RUN = """
+import sys
+import torch
+torch.ops.load_library(sys.argv[1])
+program, package = torch.export.load(sys.argv[2]).module(), torch._inductor.aoti_load_package(sys.argv[3])
+assert "maefast" not in sys.modules
+imgs = torch.load(sys.argv[4])
+with torch.no_grad():
+    torch.save([[run(batch) for batch in imgs] for run in (program, package)], sys.argv[5])
+"""
+
+
+def test_in_a_fresh_process(exported, package, tmp_path):
+    """With torch and libmaefast.so alone: the program that torch.export saved, and the one that was compiled."""
+    torch.export.save(exported, tmp_path / "program.pt2")
+    torch.save([images_for(small_mae(), N=N) for N in BATCHES], tmp_path / "imgs.pt")
+    files = [PACKAGE / "libmaefast.so", tmp_path / "program.pt2", package, tmp_path / "imgs.pt", tmp_path / "features.pt"]
+    done = subprocess.run([sys.executable, "-c", RUN, *files], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for features in torch.load(files[-1]):
+        check(features)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example in C++, built."""
+    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("needs CMake and a C++ compiler")
+    if torch.version.cuda is not None and shutil.which("nvcc") is None:
+        pytest.skip("CMake needs nvcc to find a torch with CUDA")
+    build = tmp_path_factory.mktemp("cpp")
+    options = [f"-DTORCH_ROOT={TORCH}", f"-DMAEFAST_ROOT={PACKAGE}"]
+    for command in (["cmake", "-S", EXAMPLE, "-B", build, *options], ["cmake", "--build", build]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "encode"
+
+
+def test_in_cpp(program, package, tmp_path):
+    features = []
+    for N in BATCHES:
+        torch.save(images_for(small_mae(), N=N), tmp_path / "imgs.pt")
+        command = [program, package, tmp_path / "imgs.pt", tmp_path / "features.pt"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"[{N}, 3, 64, 48] -> [{N}, 25, 32]\n"
+        features.append(torch.load(tmp_path / "features.pt"))
+    check(features)
+
+
+def test_the_program_knows_no_python(program):
+    listing = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[0] for line in listing.splitlines()}
+    assert {"libmaefast.so", "libtorch_cpu.so"} <= names
+    assert not [name for name in names if "python" in name]
+
+
+def test_bad_files_are_named(program, package, tmp_path):
+    imgs, features = tmp_path / "imgs.pt", tmp_path / "features.pt"
+    done = subprocess.run([program, package, imgs, features], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"{imgs} cannot be read, or is empty\n")
+    torch.save(images_for(small_mae()), imgs)
+    nowhere = tmp_path / "nowhere" / "features.pt"
+    done = subprocess.run([program, package, imgs, nowhere], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"{nowhere} cannot be written\n")
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "usage: encode ENCODER.pt2 IMAGES.pt FEATURES.pt\n")

@@ -1,0 +1,164 @@
+"""What torch offers around any module works on a MAE, with the numbers of the plain call."""
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from errors import assert_close_to_float64
+from support import Results, images_for, noise_for, small_mae, small_reference, stacked, step, widened
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+import maefast
+from maefast import MAE
+from maefast.blocks import Block, take_tokens
+
+KINDS = ("forward_pre", "forward", "full_backward_pre", "full_backward")  # of hooks
+OPTIONS = pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
+
+
+@pytest.fixture(autouse=True)
+def _repeated_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models take every path that large ones take."""
+    monkeypatch.setattr(maefast.model, "REPEATED_VALUES", 0)
+
+
+def make(seed: int = 0) -> MAE:
+    return small_mae(seed=seed, decoder_depth=2)
+
+
+def run(model: nn.Module, **options: object) -> Results:
+    return step(model, images_for(model), noise_for(model), **options)
+
+
+def check(got: list[Results], eager: list[Results], exact: list[Results]) -> None:
+    mine, theirs, truth = map(stacked, (got, eager, exact))
+    for name, value in mine.items():
+        assert_close_to_float64(name, value, theirs[name], truth[name])
+
+
+def check_steps(model: nn.Module, **options: object) -> None:
+    """Loss, prediction and gradients of eight batches by the error rule, under the names that checkpointing hides."""
+    reference = small_reference(decoder_depth=2)
+    exact = copy.deepcopy(reference).double()
+    runs: tuple[list[Results], ...] = ([], [], [])
+    for seed in range(8):
+        imgs, noise = images_for(model, seed=seed), noise_for(model, seed=seed)
+        results = step(model, imgs, noise, **options)
+        runs[0].append({name.replace("_checkpoint_wrapped_module.", ""): value for name, value in results.items()})
+        runs[1].append(step(reference, imgs, noise))
+        runs[2].append(step(exact, imgs.double(), noise))
+        masks = [results[-1].pop("mask") for results in runs]
+        assert torch.equal(masks[0], masks[1])
+    assert runs[1][0].keys() - runs[0][0].keys() == ({"pred"} if options else set())
+    check(*runs)
+
+
+@OPTIONS
+def test_functional_call(options):
+    """Parameters from elsewhere are used and have the gradients; the model's own have none."""
+    model, other = make(), make(seed=1)
+    expected = run(other, **options)
+    parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in other.named_parameters()}
+    kwargs = {"noise": noise_for(model), **options}
+    loss = torch.func.functional_call(model, parameters, (images_for(model),), kwargs).loss
+    assert torch.equal(loss, expected["loss"])
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    for name, grad in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
+        assert torch.equal(grad, expected[name]), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def pickled(model: MAE) -> MAE:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: MAE) -> MAE:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+def test_copies_are_the_same_model(duplicate):
+    """A step of the copy is a step of the model, and leaves the model alone."""
+    model = make()
+    other = duplicate(model)
+    got = run(other)
+    assert all(p.grad is None for p in model.parameters())
+    expected = run(model)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@OPTIONS
+@pytest.mark.parametrize("impl", CheckpointImpl)
+def test_checkpointed_blocks(impl, options):
+    """torch's wrapper, reentrant and not, on every block; it takes the last one off what return_pred=False saves there."""
+    model = make()
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=impl)
+    apply_activation_checkpointing(model, wrapper, check_fn=lambda module: isinstance(module, Block))
+    check_steps(model, **options)
+
+
+@OPTIONS
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # images have no gradient
+def test_hooks_are_called_on_every_module(options):
+    """Each kind once a step, and the numbers stay."""
+    model, seen = make(), []
+    modules = [module for module in model.modules() if not isinstance(module, nn.ModuleList)]
+    for module in modules:
+        for kind in KINDS:
+            getattr(module, f"register_{kind}_hook")(lambda module, *args, kind=kind: seen.append((id(module), kind)))
+    run(model, **options)
+    assert sorted(seen) == sorted((id(module), kind) for module in modules for kind in KINDS)
+    check_steps(model, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=["fp32", "uint8"])
+def test_a_hooked_convolution_is_called_with_the_patches_asked_for(dtype):
+    model, reference = make(), small_reference(decoder_depth=2)
+    imgs, ids = images_for(model, N=4, dtype=dtype), noise_for(model, N=4).argsort(dim=1)[:, :5]
+    statistics = (model.mean, model.std) if dtype == torch.uint8 else ()
+    model.patch_embed.proj.register_forward_hook(lambda module, args, out: out * 2)
+    pixels = widened(imgs, *statistics)
+    exact = 2 * take_tokens(copy.deepcopy(reference.patch_embed).double()(pixels), ids)
+    eager = 2 * take_tokens(reference.patch_embed(pixels.float()), ids)
+    assert_close_to_float64("tokens", model.patch_embed(imgs, ids, *statistics), eager, exact)
+    assert model.patch_embed(imgs[:0], ids[:0], *statistics).shape == (0, 5, 32)
+
+
+def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> Results:
+    """The outputs of a model or of the reference, and the features of the whole images."""
+    loss, pred, _ = model(imgs, noise=noise)
+    if isinstance(model, MAE):
+        return {"loss": loss, "pred": pred, "alone": model(imgs, noise=noise, return_pred=False).loss, "x": model.encode(imgs)}
+    in_order = torch.linspace(0, 1, noise.shape[1]).expand(noise.shape)
+    return {"loss": loss, "pred": pred, "alone": loss, "x": model.forward_encoder(imgs, 0.0, in_order)[0]}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, partial(torch.set_grad_enabled, False)])
+@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
+def test_without_gradients(context, cast):
+    """Nothing requires a gradient, and the numbers are the reference's by the error rule."""
+    model, reference = make(), small_reference(decoder_depth=2)
+    exact = copy.deepcopy(reference).double()
+    runs: tuple[list[Results], ...] = ([], [], [])
+    for seed in range(6):
+        imgs, noise = images_for(model, seed=seed), noise_for(model, seed=seed)
+        with context(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            runs[0].append(inference(model, imgs, noise))
+            runs[1].append(inference(reference, imgs, noise))
+        with context():
+            runs[2].append(inference(exact, imgs.double(), noise))
+        assert not any(value.requires_grad for value in runs[0][-1].values())
+    check(*runs)
