@@ -41,8 +41,9 @@ $(VENV)/.build: $(VENV)/.environment $(SOURCES)
 demo: $(VENV)/.build
 	$(BIN)/maefast demo $(if $(STEPS),--steps $(STEPS))
 
+# Two processes, each of one thread unless a test asks for more.
 test: $(VENV)/.build
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-aot: $(VENV)/.build
 	$(BIN)/python scripts/aot_table.py

@@ -86,7 +86,9 @@ def test_replayed(benchmark):
 def test_replayed_samples_are_what_pytest_benchmark_reports(tmp_path):
     (tmp_path / "test_replayed.py").write_text(REPLAYED)
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--benchmark-json=out.json", "test_replayed.py"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # pytest-benchmark measures nothing in a worker of pytest-xdist.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (bench,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]

@@ -59,7 +59,7 @@ def compare(
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_small_models(options, mode):
     reference = small_reference(**options)
-    compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=8)
+    compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=24)
 
 
 @pytest.mark.parametrize("repeated", [0, 1 << 60], ids=["repeated", "all"])
