@@ -3,7 +3,7 @@
 #
 #     [PYTHON=python3] [OUT=build/gpu] [GPU_CHECK="tests ops step"] [GPU_CHECK_SECONDS=540] scripts/gpu_check.sh
 #
-# GPU_CHECK picks parts: tests (with compute-sanitizer where it is installed), ops, step, tune (other tiles of the Triton kernels).
+# GPU_CHECK picks parts: tests (with compute-sanitizer where it is installed), ops, step, tune (the table of choices, to $OUT/tuned.json).
 # Needs torch with CUDA, Triton, nvcc, cmake, ninja, pybind11, pytest, pytest-benchmark and, for the chart, matplotlib.
 #
 # Each command writes its log, and the benchmarks their JSON, to $OUT when it is done. One that runs out of its own time or of what is
@@ -77,7 +77,7 @@ tests() {
 
 ops() {
   run attention 20 60 "$PYTHON" scripts/gpu_attention.py
-  run ops 30 120 "$PYTHON" scripts/gpu_ops.py --seconds 90
+  run ops 30 120 "$PYTHON" scripts/gpu_ops.py --seconds 70
 }
 
 step() {
@@ -95,7 +95,7 @@ step() {
 }
 
 tune() {
-  run tune 60 240 "$PYTHON" scripts/gpu_ops.py --seconds 200 --sweep
+  run tune 60 400 "$PYTHON" -m maefast.kernels.tune --output "$OUT/tuned.json"
 }
 
 if CUDAARCHS=native MAEFAST_CUDA=1 run build 1 200 "$PYTHON" setup.py build_ext --inplace; then

@@ -1,6 +1,7 @@
-"""The Triton ops on a GPU: checked against float64 by the error rule, then timed against plain torch, eager and compiled.
+"""The Triton ops on a GPU: checked against float64 by the error rule, then timed against plain torch, eager and compiled, and
+against those in CUDA C++ where they were built (tests/gpu checks these).
 
-    PYTHONPATH=. python3 scripts/gpu_ops.py [--seconds 170] [--sweep]
+    PYTHONPATH=. python3 scripts/gpu_ops.py [--seconds 100]
 
 Writes ops.json to $OUT (build/gpu by default) and prints one table last. Time is a median over rounds in which every contender
 runs once, on inputs that rotate, with a cold L2 cache; GB/s counts the bytes that must be touched, each once.
@@ -28,8 +29,7 @@ warnings.filterwarnings("ignore", message="maefast runs without")
 from errors import assert_close_to_float64, relative_errors  # noqa: E402
 
 import maefast  # noqa: E402
-from maefast import ops  # noqa: E402
-from maefast.kernels import bias_gelu, gather_patches, layer_norm, masked_mse, unshuffle  # noqa: E402
+from maefast import _library, ops  # noqa: E402
 from maefast.kernels._timing import Timer  # noqa: E402
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
@@ -43,6 +43,7 @@ DTYPES = {  # images; patches, x and pred; mask token and positions
 GEOMETRIES = {"B": (16, 14), "H": (14, 16)}  # patch, grid; ViT-L is as ViT-B here
 C, DECODER, EPS = 3, 512, 1e-6
 OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse", "layer_norm", "add_layer_norm", "bias_gelu")
+NATIVE = {"random_masking", "gather_patches", "unshuffle", "masked_mse"} if _library.HAS_CUDA else set()
 DEVICE = torch.device("cuda")
 Tensors = dict[str, Tensor]
 
@@ -353,6 +354,8 @@ def measure(report: dict, timer: Timer, deadline: float) -> None:
             plain, fused = contenders(op, patch, dtypes[1])
             groups: dict[str, dict[str, Callable]] = {}
             functions = {"eager": (plain, "eager"), "triton": (fused, "triton")}
+            if op in NATIVE:
+                functions["native"] = (fused, "native")
             if geometry == "B" and dtype_name in ("amp", "fp32") and time.monotonic() < deadline:
                 torch._dynamo.reset()
                 functions["compiled"] = (torch.compile(plain, fullgraph=True, dynamic=False), "eager")
@@ -374,7 +377,8 @@ def host_overhead(report: dict) -> None:
     t = make(2, GEOMETRIES["B"], DTYPES["amp"])
     for op in OPS:
         plain, fused = contenders(op, 16, BF16)
-        for contender, function, backend in (("eager", plain, "eager"), ("triton", fused, "triton")):
+        functions = {"eager": plain, "triton": fused} | ({"native": fused} if op in NATIVE else {})
+        for backend, function in functions.items():
             for name, run in runs_of(op, [t], function, backend).items():
                 for _ in range(20):
                     run(0)
@@ -382,73 +386,8 @@ def host_overhead(report: dict) -> None:
                 start = time.perf_counter()
                 for _ in range(200):
                     run(0)
-                report["host_us"].setdefault(name, {})[contender] = (time.perf_counter() - start) / 200 * 1e6
+                report["host_us"].setdefault(name, {})[backend] = (time.perf_counter() - start) / 200 * 1e6
                 torch.cuda.synchronize()
-
-
-def sweep(report: dict, timer: Timer, deadline: float) -> None:
-    """Other tiles than the launchers choose, batch 1024, until the time is up."""
-    for dtype_name in ("amp", "bf16", "fp32"):
-        for name, (module, call, variants) in sweep_of(DTYPES[dtype_name]).items():
-            if time.monotonic() > deadline:
-                return
-            runs = {"chosen": with_config(module, {}, call)}
-            for variant in variants:
-                runs[" ".join(f"{k}={v}" for k, v in variant.items())] = with_config(module, variant, call)
-            report["sweep"][f"{name} {dtype_name}"] = timer.rotate(runs, 1, 9)
-            del runs, call
-        torch.cuda.empty_cache()
-
-
-def sweep_of(dtypes: tuple[torch.dtype, ...]) -> dict[str, tuple[Any, Callable[[], Any], list[dict[str, int]]]]:
-    t, triton_ops, one = make(1024, GEOMETRIES["B"], dtypes), torch.ops.maefast_triton, torch.ones((), device=DEVICE)
-    mse = (t["pred"].detach(), t["imgs"], t["mask"], 16, 16, True, None, None)
-    rows = [{"ROWS": r, "num_warps": w} for r, w in ((2, 2), (4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 8))]
-    blocks = [{"num_warps": w} for w in (1, 2, 4, 8)]
-    groups = [{"GROUP": g, "num_warps": w} for g, w in ((2, 1), (4, 1), (14, 1), (4, 2), (8, 2), (14, 2), (8, 4))]
-    groups += [{"GROUP": g, "num_warps": 1, "maxnreg": 96} for g in (4, 8)]
-
-    def gather_fwd() -> Tensor:
-        return triton_ops.gather_patches_fwd(t["imgs"], t["ids_keep"], 16, 16, None, None, dtypes[1])
-
-    def unshuffle_fwd() -> Tensor:
-        return triton_ops.unshuffle_fwd(t["x"], t["ids_restore"], t["mask_token"], t["pos_embed"])
-
-    def unshuffle_bwd() -> tuple[Tensor, Tensor]:
-        return triton_ops.unshuffle_bwd(t["dy"], t["ids_restore"], t["x"].shape[1] - 1, dtypes[1])
-
-    branch, residual, weight, bias = (t[name].detach() for name in ("branch", "residual", "weight", "bias"))
-    norm, cast = (weight, bias, EPS, dtypes[1]), None if residual.dtype == branch.dtype else branch.dtype
-    _, total, mean, rstd = triton_ops.add_layer_norm_fwd(branch, residual, *norm)
-    gelu = (t["hidden"].detach(), t["hidden_bias"].detach())
-
-    def layer_norm_bwd() -> tuple[Tensor, ...]:
-        return triton_ops.layer_norm_bwd(t["dbranch"], t["dy"], total, weight, bias, mean, rstd, None, cast)
-
-    return {
-        "gather_patches_fwd": (gather_patches, gather_fwd, rows),
-        "unshuffle_fwd": (unshuffle, unshuffle_fwd, rows),
-        "unshuffle_bwd": (unshuffle, unshuffle_bwd, rows[:-1]),
-        "masked_mse_fwd": (masked_mse, lambda: triton_ops.masked_mse_fwd(*mse), groups),
-        "masked_mse_bwd": (masked_mse, lambda: triton_ops.masked_mse_bwd(one, *mse), groups),
-        "layer_norm_fwd": (layer_norm, lambda: triton_ops.layer_norm_fwd(residual, *norm), blocks),
-        "layer_norm_bwd": (layer_norm, layer_norm_bwd, blocks),
-        "bias_gelu_fwd": (bias_gelu, lambda: triton_ops.bias_gelu_fwd(*gelu), rows),
-        "bias_gelu_bwd": (bias_gelu, lambda: triton_ops.bias_gelu_bwd(t["dhidden"], *gelu, False), rows[:-1]),
-    }
-
-
-def with_config(module: Any, variant: dict[str, int], call: Callable[[], Any]) -> Callable[[int], Any]:
-    chosen = module.config
-
-    def run(i: int) -> Any:
-        module.config = lambda *shape, **options: chosen(*shape, **options) | variant
-        try:
-            return call()
-        finally:
-            module.config = chosen
-
-    return run
 
 
 def print_table(report: dict) -> None:
@@ -456,28 +395,22 @@ def print_table(report: dict) -> None:
     for stage, state in report["stages"].items():
         print(f"{stage}: {state}")
     print(f"worst error over eager's {report.get('worst_error_over_eager', float('nan')):.2f}; {report.get('compiled', '')}")
-    host = (f"{name} {us['eager']:.0f}/{us['triton']:.0f}" for name, us in report["host_us"].items())
-    print(f"host us per call, eager/triton: {', '.join(host)}")
-    for name, us in report["sweep"].items():
-        best = (f"{variant} {us[variant]:.0f}" for variant in sorted(us, key=us.__getitem__)[:3])
-        print(f"sweep {name:26s} chosen {us['chosen']:.0f} us; {'; '.join(best)}")
-    heading = ("op", "", "dtype", "N", "eager", "comp.", "triton", "x eager", "GB/s", "copy")
-    print("{:19s} {:1s} {:5s} {:>4s} {:>7s} {:>7s} {:>7s} {:>7s} {:>5s} {:>5s}".format(*heading))
+    host = (f"{name} {'/'.join(f'{value:.0f}' for value in us.values())}" for name, us in report["host_us"].items())
+    print(f"host us per call, eager/triton/native: {', '.join(host)}")
+    heading = ("op", "", "dtype", "N", "eager", "comp.", "native", "triton", "x eager", "GB/s", "copy")
+    print("{:19s} {:1s} {:5s} {:>4s} {:>7s} {:>7s} {:>7s} {:>7s} {:>7s} {:>5s} {:>5s}".format(*heading))
     for row in report["rows"]:
         us = row["us"]
-        compiled = f"{us['compiled']:7.0f}" if "compiled" in us else "      -"
+        others = " ".join(f"{us[name]:7.1f}" if name in us else f"{'-':>7s}" for name in ("compiled", "native"))
         print(
-            f"{row['op']:19s} {row['model']} {row['dtype']:5s} {row['N']:4d} {us['eager']:7.0f} {compiled} {us['triton']:7.1f} "
+            f"{row['op']:19s} {row['model']} {row['dtype']:5s} {row['N']:4d} {us['eager']:7.0f} {others} {us['triton']:7.1f} "
             f"{us['eager'] / us['triton']:7.1f} {row['gb_per_s']:5.0f} {row['copy_fraction']:5.0%}"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--seconds", type=float, default=170, help="torch compiles no more after 60 %% of this, sweeps end with it"
-    )
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--seconds", type=float, default=100, help="torch compiles no more after this")
     options = parser.parse_args()
     import triton
 
@@ -485,15 +418,13 @@ def main() -> None:
     torch.manual_seed(0)
     timer = Timer()
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    report |= {"copy_gb_per_s": copy_bandwidth(timer), "rows": [], "host_us": {}, "sweep": {}, "stages": {}}
+    report |= {"copy_gb_per_s": copy_bandwidth(timer), "rows": [], "host_us": {}, "stages": {}}
     stages: dict[str, Callable[[], None]] = {
         "check": lambda: check_all(report),
-        "measure": lambda: measure(report, timer, start + 0.6 * options.seconds),
+        "measure": lambda: measure(report, timer, start + options.seconds),
         "compiled": lambda: check_compiled(report),
         "host": lambda: host_overhead(report),
     }
-    if options.sweep:
-        stages["sweep"] = lambda: sweep(report, timer, start + options.seconds)
     out = Path(os.environ.get("OUT", ROOT / "build" / "gpu"))
     out.mkdir(parents=True, exist_ok=True)
     for name, stage in stages.items():

@@ -12,6 +12,7 @@ from checkpoints import HEADS, SQUARE, assert_same_weights, encoder_of, trained,
 from support import images_for, noise_for
 from torch import Tensor, nn
 
+import maefast
 from maefast import MAE, checkpoint
 from maefast.reference import ReferenceMAE, sincos_positions
 
@@ -317,6 +318,16 @@ def test_convert_for_timm(model, official, tmp_path, name):
     target = trained(seed=1)
     checkpoint.load(target, tmp_path / name)
     assert_same_weights(encoder_of(target), encoder_of(model))
+
+
+def test_names_and_shapes_of_timm(tmp_path):
+    """Those of timm 1.0.31's vit_base_patch16_224 with num_classes=0, written down: timm needs a torchvision."""
+    lines = (Path(__file__).parent / "layouts" / "timm_vit_base_patch16_224.txt").read_text().splitlines()
+    theirs = {name: tuple(map(int, shape)) for name, *shape in map(str.split, lines)}
+    torch.save(maefast.mae_vit_base_patch16().half().state_dict(), tmp_path / "ours.pth")
+    checkpoint.convert(tmp_path / "ours.pth", tmp_path / "timm.pth", "timm")
+    written = torch.load(tmp_path / "timm.pth", weights_only=True, mmap=True)
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == theirs
 
 
 def test_convert_from_a_folder_of_timm(model, tmp_path):

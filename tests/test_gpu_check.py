@@ -66,14 +66,14 @@ def test_everything_in_order(tmp_path):
     ]
     assert calls[-1].count("step-vit_") == 4
     assert calls[-1].startswith("benchmarks/report.py")
-    assert (tmp_path / "out" / "ops.log").read_text() == "output of scripts/gpu_ops.py --seconds 90\n"
+    assert (tmp_path / "out" / "ops.log").read_text() == "output of scripts/gpu_ops.py --seconds 70\n"
 
 
 def test_parts(tmp_path):
     status, table, _ = check(tmp_path, GPU_CHECK="tests", sanitizer=False)
     assert status == 0
     assert [line.split()[0] for line in table] == ["build", "tests-cuda", "tests-triton"]
-    assert check(tmp_path, GPU_CHECK="tune")[2][-1] == "scripts/gpu_ops.py --seconds 200 --sweep"
+    assert check(tmp_path, GPU_CHECK="tune")[2][-1] == f"-m maefast.kernels.tune --output {tmp_path}/out/tuned.json"
     status, said, _ = check(tmp_path, GPU_CHECK="tests speed")
     assert (status, said) == (2, ["GPU_CHECK must be of tests, ops, step, tune; it is 'tests speed'"])
 
