@@ -11,7 +11,7 @@ from rotation import ReplayClock
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from maefast import dispatch, ops, reference
+from maefast import ops, reference
 from maefast.blocks import Block
 
 CLOCK = ReplayClock()
@@ -68,6 +68,7 @@ def attention_entry(part: str) -> OpEntry:
         asks=lambda x: {"attention": {"qkv": x["qkv"]}},
         bytes=lambda N, x, y: 0,
         flops=lambda N: traffic.attention_flops(N, T, D),
+        backends=("native", "flash_attn", "eager"),  # eager is SDPA
     )
 
 
@@ -100,7 +101,7 @@ def linear_entry(layer: str) -> OpEntry:
         asks=lambda x: {"linear": x | {"out": x["x"]}},
         bytes=lambda N, x, y: 0,
         flops=lambda N: 3 * 2 * N * T * width * out,
-        backends=(*dispatch.BACKENDS, "auto"),
+        backends=("native", "eager", "auto"),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import traffic
-from opbench import Inputs, OpEntry, OpWorkload, Outputs
+from opbench import OURS, Inputs, OpEntry, OpWorkload, Outputs
 from rotation import ReplayClock
 from torch import Tensor
 
@@ -266,6 +266,7 @@ ENTRIES = (
         asks=lambda x: {"layer_norm": x},
         bytes=count_layer_norm,
         flops=lambda N: 0,
+        backends=(*OURS, "apex", "eager"),
     ),
     OpEntry(
         name="add_layer_norm",
