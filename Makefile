@@ -43,7 +43,7 @@ demo: $(VENV)/.build
 
 # Two processes, each of one thread unless a test asks for more.
 test: $(VENV)/.build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-aot: $(VENV)/.build
 	$(BIN)/python scripts/aot_table.py
