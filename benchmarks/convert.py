@@ -19,6 +19,7 @@ from typing import Any
 
 import machine
 import memory
+import report
 import torch
 
 import maefast
@@ -73,11 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"model": maefast.mae_vit_base_patch16().state_dict()}, Path(folder) / "official.pth")
         rows = [measure(Path(folder), *conversion, args.repeats) for conversion in CONVERSIONS]
-    info = machine.describe(torch.device("cpu"))
-    out = args.out or Path(__file__).parent / "results" / info["machine"] / "convert.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
-    print(out)
+    print(report.write_rows("convert", machine.describe(torch.device("cpu")), rows, args.out))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,14 @@ COLOURS = {"maefast": "#1f77b4", "reference": "#8c8c8c"}
 OTHER = "#d9a441"
 
 
+def write_rows(name: str, info: dict[str, Any], rows: list[dict[str, Any]], out: Path | None) -> Path:
+    """What a script of its own measured, to `out` or results/<machine>/<name>.json; returns the file."""
+    out = out or RESULTS / info["machine"] / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
+    return out
+
+
 def seconds(value: float) -> str:
     unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)) if value >= s or u == "ns")
     return f"{value / scale:.3g} {unit}"

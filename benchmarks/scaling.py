@@ -6,13 +6,13 @@ prints a table and writes results/<machine>/scaling.json.
 """
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import machine
+import report
 import torch
 from rotation import Budget, WallTimer, rotate
 from stepbench import Size, StepWorkload
@@ -52,10 +52,7 @@ def main() -> None:
         for batch in args.batches:
             rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=batch), dtype, device), most))
         rows.append(measure("vit_b16", StepWorkload("vit_b16", replace(CPU["vit_b16"], batch=4), dtype, device), 1))
-    out = args.out or Path(__file__).parent / "results" / info["machine"] / "scaling.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
-    print(out)
+    print(report.write_rows("scaling", info, rows, args.out))
 
 
 if __name__ == "__main__":

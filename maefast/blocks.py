@@ -123,14 +123,15 @@ class PatchEmbed(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(N, K, D) of the patches that random masking keeps, then ids_keep, ids_restore, mask. Ranking the noise and reading the
         patches are one launch where both are native on a GPU."""
-        self.check(imgs)
-        dtype = dispatch.compute_dtype(self.proj.weight)
-        inputs = {"imgs": imgs, "out": imgs.new_empty(0, dtype=dtype)}
-        choices = dispatch.choose("random_masking", {"noise": noise}), dispatch.choose("gather_patches", inputs)
-        if imgs.device.type == "cuda" and choices == ("native", "native"):
-            options = (*self.patch_size, mean, std, dtype)
-            patches, *masking = torch.ops.maefast.mask_patches_fwd(imgs, noise, len_keep, *options)
-            return self(imgs, patches=patches), *masking
+        if imgs.device.type == "cuda":
+            self.check(imgs)
+            dtype = dispatch.compute_dtype(self.proj.weight)
+            inputs = {"imgs": imgs, "out": imgs.new_empty(0, dtype=dtype)}
+            choices = {dispatch.choose("random_masking", {"noise": noise}), dispatch.choose("gather_patches", inputs)}
+            if choices == {"native"}:
+                options = (*self.patch_size, mean, std, dtype)
+                patches, *masking = torch.ops.maefast.mask_patches_fwd(imgs, noise, len_keep, *options)
+                return self(imgs, patches=patches), *masking
         ids_keep, *masking = ops.random_masking(noise, len_keep)
         return self(imgs, ids_keep, mean, std), ids_keep, *masking
 

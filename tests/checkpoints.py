@@ -1,26 +1,15 @@
 """What the tests of checkpoints share: small models with random weights, comparisons, folders as other libraries write them."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
+from support import SMALL
 from torch import Tensor, nn
 
 from maefast import MAE
 
-SQUARE = {
-    "img_size": 32,
-    "patch_size": 8,
-    "in_chans": 3,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 4,
-    "decoder_embed_dim": 24,
-    "decoder_depth": 1,
-    "decoder_num_heads": 3,
-    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-}
+SQUARE = {name: value for name, value in SMALL.items() if name != "norm_pix_loss"} | {"img_size": 32, "patch_size": 8}
 HEADS = {"num_heads": 4, "decoder_num_heads": 3}
 
 

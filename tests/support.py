@@ -212,6 +212,13 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+SIZES = {  # of the factories: embed_dim, depth, num_heads, patch_size
+    "tiny": (192, 12, 3, 16),
+    "small": (384, 12, 6, 16),
+    "base": (768, 12, 12, 16),
+    "large": (1024, 24, 16, 16),
+    "huge": (1280, 32, 16, 14),
+}
 SMALL = {
     "img_size": (64, 48),
     "patch_size": (8, 16),

@@ -10,20 +10,13 @@ import pytest
 import torch
 from errors import assert_close_to_float64
 from official import models_vit as plain_models
-from support import NATIVE, Results, images_for, small_mae, stacked, widened
+from support import NATIVE, SIZES, Results, images_for, small_mae, stacked, widened
 from torch import Tensor, nn
 
 import maefast
 from maefast import VisionTransformer, blocks, models_vit
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
-SIZES = {  # embed_dim, depth, num_heads, patch_size
-    "tiny": (192, 12, 3, 16),
-    "small": (384, 12, 6, 16),
-    "base": (768, 12, 12, 16),
-    "large": (1024, 24, 16, 16),
-    "huge": (1280, 32, 16, 14),
-}
 SMALL = {"img_size": (64, 48), "patch_size": (8, 16), "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 4}
 GRID = (8, 3)
 MODELS = {

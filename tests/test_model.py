@@ -7,20 +7,13 @@ import numpy as np
 import pytest
 import torch
 from errors import assert_close_to_float64
-from support import IMAGE_LAYOUTS, images_for, noise_for, small_mae, small_reference, stacked, step, widened
+from support import IMAGE_LAYOUTS, SIZES, images_for, noise_for, small_mae, small_reference, stacked, step, widened
 from torch import Tensor, nn
 
 import maefast
 from maefast import MAE, models_mae
 
 BF16, U8 = torch.bfloat16, torch.uint8
-SIZES = {  # embed_dim, depth, num_heads, patch_size
-    "tiny": (192, 12, 3, 16),
-    "small": (384, 12, 6, 16),
-    "base": (768, 12, 12, 16),
-    "large": (1024, 24, 16, 16),
-    "huge": (1280, 32, 16, 14),
-}
 
 
 def test_constructor_is_the_official_one():

@@ -8,6 +8,8 @@
 namespace maefast::cuda {
 namespace {
 
+using OptionalTensor = std::optional<Tensor>;
+
 // Makes the device of a tensor current for as long as it lives; `stream` is torch's current one there.
 class Launch {
  public:
@@ -54,8 +56,7 @@ class ImageInput {
  public:
   Image image;
 
-  ImageInput(const Tensor& imgs, int64_t patch_h, int64_t patch_w, const std::optional<Tensor>& mean,
-             const std::optional<Tensor>& std) {
+  ImageInput(const Tensor& imgs, int64_t patch_h, int64_t patch_w, const OptionalTensor& mean, const OptionalTensor& std) {
     check(imgs.dim() == 4, "imgs must be (N, C, H, W), it has ", imgs.dim(), " dimensions");
     check(patch_h > 0 && patch_w > 0 && imgs.size(2) % patch_h == 0 && imgs.size(3) % patch_w == 0, "the size of imgs, ",
           imgs.size(2), " x ", imgs.size(3), ", must be a multiple of the patch, ", patch_h, " x ", patch_w);
@@ -91,7 +92,7 @@ class ImageInput {
     check_same_gpu(name, t, imgs);
     return torch::stable::contiguous(t);
   }
-  std::optional<Tensor> mean_, std_;
+  OptionalTensor mean_, std_;
 };
 
 // The noise of random masking, checked, and the tensors that are made of it.

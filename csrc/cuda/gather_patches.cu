@@ -113,8 +113,6 @@ cudaError_t gather_patches(const GatherPatches& a, DType out, int64_t N, cudaStr
 namespace maefast::cuda {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 Tensor gather_patches_fwd(const Tensor& imgs, const Tensor& ids_in, int64_t patch_h, int64_t patch_w, const OptionalTensor& mean,
                           const OptionalTensor& std, ScalarType dtype) {
   const Launch on(imgs);

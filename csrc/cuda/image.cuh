@@ -5,27 +5,6 @@
 
 namespace maefast::cuda {
 
-// n / divisor for 0 <= n < 2^31 without a division (Granlund and Montgomery 1994).
-class Divisor {
- public:
-  int value;
-
-  Divisor() = default;
-  explicit Divisor(int divisor) : value(divisor), shift_(0) {
-    const uint64_t d = divisor > 0 ? divisor : 1;  // a divisor of 0 is never used
-    while ((uint64_t{1} << shift_) < d) ++shift_;
-    factor_ = static_cast<unsigned>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - d)) / d + 1);
-  }
-  __device__ int quotient(int n) const {
-    const unsigned dividend = n;
-    return static_cast<int>((__umulhi(dividend, factor_) + dividend) >> shift_);
-  }
-
- private:
-  int shift_;
-  unsigned factor_;
-};
-
 struct Image {
   const void* data;  // [N, C, H, W]
   int64_t stride_n, stride_c, stride_h, stride_w;

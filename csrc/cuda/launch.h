@@ -1,5 +1,5 @@
-// What the kernels of the MAE ops share, free of torch: dtypes, packs of values, sums over a warp, and the launch of a kernel
-// that takes one struct of arguments.
+// What the kernels of the MAE ops share, free of torch: dtypes, packs of values, sums over a warp, division by a constant, and
+// the launch of a kernel that takes one struct of arguments.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,12 +52,8 @@ __device__ inline void store(T* at, const Pack<T, n>& pack) {
 }
 
 // The sum over the lanes of a warp, the same bits in each.
-__device__ inline float warp_sum(float value) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
-
-__device__ inline int warp_sum(int value) {
+template <typename T>
+__device__ inline T warp_sum(T value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
@@ -88,6 +84,27 @@ template <typename Body>
 auto visit_pixel(DType dtype, Body&& body) {
   return dtype == DType::u8 ? body(U8{}) : visit_float(dtype, body);
 }
+
+// n / divisor for 0 <= n < 2^31 without a division (Granlund and Montgomery 1994).
+class Divisor {
+ public:
+  int value;
+
+  Divisor() = default;
+  explicit Divisor(int divisor) : value(divisor), shift_(0) {
+    const uint64_t d = divisor > 0 ? divisor : 1;  // a divisor of 0 is never used
+    while ((uint64_t{1} << shift_) < d) ++shift_;
+    factor_ = static_cast<unsigned>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - d)) / d + 1);
+  }
+  __device__ int quotient(int n) const {
+    const unsigned dividend = n;
+    return static_cast<int>((__umulhi(dividend, factor_) + dividend) >> shift_);
+  }
+
+ private:
+  int shift_;
+  unsigned factor_;
+};
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

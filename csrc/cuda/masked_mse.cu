@@ -230,8 +230,6 @@ cudaError_t visit_types(DType pred, DType pixel, Body&& body) {
 namespace maefast::cuda {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // What forward and backward share: the checked inputs.
 struct MaskedMseInput {
   ImageInput imgs;

@@ -4,7 +4,7 @@
 // A thread has kUnit neighbouring columns; threadIdx.x counts them, threadIdx.y rows.
 #include <algorithm>
 
-#include "image.cuh"
+#include "launch.h"
 
 namespace maefast::cuda {
 namespace {
