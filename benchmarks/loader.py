@@ -4,9 +4,9 @@
 
 The pictures are scikit-learn's two photographs, mirrored side by side to the size asked for and saved as JPEG of quality 90.
 Against each other, on one thread and in turns, with the same crops: torchvision's usual pipeline in plain Pillow and torch
-(decode, crop, resize, float, normalise: what a model without uint8 kernels needs), and the sources of maefast, which return uint8.
-The files are in the page cache. Prints a table, with the mean difference of the pixels from the plain pipeline's in steps of 255, and writes
-results/<machine>/loader.json. Needs scikit-learn and pillow.
+(decode, crop, resize, float, normalise: what a model without uint8 kernels needs), and the sources of maefast, which return
+uint8. The files are in the page cache. Prints a table, with the mean difference from the plain pipeline in grey levels of
+255, and writes results/<machine>/loader.json. Needs scikit-learn and pillow.
 """
 
 import argparse
