@@ -91,9 +91,25 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from error
 
 
+def _pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="DIR", help="a folder of images, a list, or tar shards")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="that subfolder of DIR alone")
+    parser.add_argument("--size", type=positive_int, default=256, help="side of the stored images in pixels (%(default)s)")
+    parser.add_argument("--channels", type=positive_int, help="of the stored images; 3 for most files")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from .train.pack import pack
+
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    pack(**options)
+
+
 COMMANDS = {
     "convert": Command("write a checkpoint in the layout of another library", _convert_arguments, _convert),
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
+    "pack": Command("write images as one uint8 array, the form that is read fastest", _pack_arguments, _pack),
 }
 
 

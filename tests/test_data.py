@@ -15,13 +15,13 @@ from maefast.train.data import (
     centre_crops,
     digits,
     enough_per_class,
-    find_images,
     image_folder,
     normalised,
     photographs,
-    read_image,
     split,
 )
+from maefast.train.dataset import find_images
+from maefast.train.decode import centre_square, decode
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
@@ -32,6 +32,10 @@ def save(path: Path, image: Image.Image, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **options)
     return path
+
+
+def read_image(path: Path, side: int, channels: int = 3) -> torch.Tensor:
+    return decode(str(path), str(path), channels, (side, side), centre_square)
 
 
 def solid(mode: str, colour: object, size: tuple[int, int] = (40, 30)) -> Image.Image:

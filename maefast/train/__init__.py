@@ -3,3 +3,14 @@
 
 class UserError(Exception):
     """Something that the user can put right; the command line prints it as one line and exits with code 2."""
+
+
+class UnreadableImage(UserError):  # noqa: N818 - like UserError's, its text is for the user
+    """One broken image: `path` names it, `why` says what is wrong with it."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(path, why)  # both as arguments, so that it pickles on its way out of a worker process
+        self.path, self.why = path, why
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"

@@ -1,4 +1,4 @@
-"""Images for training, all in memory as uint8: scikit-learn's digits and photographs, or any folder."""
+"""Images for the demo, all in memory as uint8: scikit-learn's digits and photographs, or any folder."""
 
 import os
 from collections.abc import Iterator
@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from . import UserError
-
-EXTENSIONS = frozenset(
-    (".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
-SPLIT_FOLDERS = frozenset(("train", "training", "val", "valid", "validation", "test"))
-HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
+from .dataset import folder_images
+from .decode import centre_square
 
 
 @dataclass(frozen=True)
@@ -78,93 +74,29 @@ def _tiles(picture: Tensor, side: int) -> list[Tensor]:
     return [picture[:, r : r + side, c : c + side] for r in rows for c in cols]
 
 
-def find_images(root: Path, exclude: Path | None = None) -> list[Path]:
-    """Image files below `root` by extension, sorted; hidden names and the folder `exclude` are left out.
-
-    Raises UserError when `root` is no readable folder or holds no image.
-    """
-    if not root.is_dir():
-        raise UserError(f"--data must be a folder of images; {root} is {'a file' if root.exists() else 'not there'}")
-    excluded, seen, found = exclude and exclude.resolve(), set[Path](), list[Path]()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = Path(folder).resolve()
-        if real in seen or real == excluded:  # a link back to a parent would not end
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
-    if not found:
-        raise UserError(f"--data must hold images ({' '.join(sorted(EXTENSIONS))}); there is none below {root}")
-    return sorted(found)
-
-
-def read_image(path: Path, side: int) -> Tensor:
-    """One image of any mode as (3, side, side) uint8: the largest centred square, resized.
-
-    Transparency goes onto white. Images of more than 8 bits, whose range no file tells, are stretched from their least to their
-    greatest value.
-    """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as file:
-        file.draft("RGB", (2 * side, 2 * side))  # JPEG alone: decode at a fraction of the size
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode in HIGH_DEPTH_MODES:
-            values = np.asarray(image, dtype=np.float64)
-            low, high = np.nanmin(values), np.nanmax(values)
-            if not np.isfinite(high - low):
-                raise ValueError("its pixels are not finite")
-            stretched = np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12)))
-            image = Image.fromarray(stretched.round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
 def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude: Path | None = None) -> ImageSet:
     """At most `limit` images below `root`, chosen at random, as (N, 3, side, side) uint8; a fifth is held out.
 
     An image's label is the first folder below `root` on its way (below `train`, `val` and the like, where those come first).
     Unreadable files are skipped and listed. Raises UserError when fewer than two images can be read.
     """
-    paths = find_images(root, exclude)
-    shuffled = (paths[i] for i in torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist())
-    images, kept, skipped = list[Tensor](), list[Path](), list[tuple[str, str]]()
+    data = folder_images(root, channels=3, exclude=exclude)
+    shuffled = iter(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist())
+    images, kept = list[Tensor](), list[int]()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while len(images) < limit and (chunk := list(islice(shuffled, min(256, limit - len(images))))):
-            for path, (image, why) in zip(chunk, pool.map(lambda p: _try_read(p, side), chunk), strict=True):
-                if image is None:
-                    skipped.append((str(path), why))
-                else:
+            for index, image in zip(chunk, pool.map(lambda i: data.try_read(i, (side, side), centre_square), chunk), strict=True):
+                if image is not None:
                     images.append(image)
-                    kept.append(path)
+                    kept.append(index)
+    skipped = [(error.path, error.why) for error in data.skipped.values()]
     if len(images) < 2:
-        what = f"{len(images)} of {len(paths)} files could be read"
+        what = f"{len(images)} of {len(data)} files could be read"
         why = "".join(f"; {path}: {reason}" for path, reason in skipped[:3])
-        raise UserError(f"--data must hold at least two images, one to train on and one to hold out; in {root} {what}{why}")
-    names = [_class_name(path.relative_to(root)) for path in kept]
-    classes = tuple(sorted({name for name in names if name is not None}))
-    labels = torch.tensor([-1 if name is None else classes.index(name) for name in names])
+        raise UserError(f"{root} must hold at least two images, one to train on and one to hold out; {what}{why}")
+    labels = data.labels[kept]
     train, held_out = split(labels, 1 / 5, seed)
-    return ImageSet(torch.stack(images), train, held_out, labels, classes, tuple(sorted(skipped)))
-
-
-def _try_read(path: Path, side: int) -> tuple[Tensor | None, str]:
-    try:
-        return read_image(path, side), ""
-    except Exception as error:  # a decoder may raise anything on a broken file; the caller lists it with the reason
-        return None, f"{type(error).__name__}: {error}".replace(str(path), path.name)
-
-
-def _class_name(relative: Path) -> str | None:
-    folders = list(relative.parts[:-1])
-    if folders and folders[0].lower() in SPLIT_FOLDERS:
-        folders.pop(0)
-    return folders[0] if folders else None
+    return ImageSet(torch.stack(images), train, held_out, labels, data.classes, tuple(sorted(skipped)))
 
 
 def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from ..backbone import IMAGENET_MEAN, IMAGENET_STD
 from ..model import MAE
 from . import UserError
 from .compare import Comparison, compare
-from .data import ImageSet, batches, centre_crops, digits, enough_per_class, find_images, image_folder, photographs
+from .data import ImageSet, batches, centre_crops, digits, enough_per_class, image_folder, photographs
+from .dataset import find_images
 from .files import check_writable, replace_file
 from .loop import pretrain
 from .pictures import Panel, make_panel, save_losses, save_reconstructions
