@@ -1,4 +1,4 @@
-"""For the tests of pre-training: a tiny data set and model. As a program it is `maefast`, with images from a .npy file."""
+"""For the tests of pre-training: a tiny data set and a tiny model."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast import cli
 from maefast.train import UserError
 
 SIZES = {"input_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -62,8 +61,3 @@ def flags(data: Path, output: Path, **options: object) -> list[str]:
     options = SIZES | {"epochs": 2, "warmup_epochs": 1, "batch_size": 8, "blr": 1e-2, "num_workers": 0, "pictures": 0} | options
     named = {"data_path": data, "output_dir": output, **options}
     return ["pretrain", *(f"--{name}={value}" for name, value in named.items())]
-
-
-if __name__ == "__main__":
-    use_arrays()
-    sys.exit(cli.main())

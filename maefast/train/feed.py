@@ -3,7 +3,9 @@ an interruption changes it."""
 
 import random
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -125,7 +127,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 def batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
     """uint8 batches (N, C, H, W) in the order of `keys`, each with what was unreadable.
 
-    Raises UserError when a worker dies or too many images cannot be read.
+    Raises UserError when too many images cannot be read.
     """
     loader = DataLoader(
         images,
@@ -136,16 +138,30 @@ def batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Ge
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # its draws leave the global generator alone
     )
-    try:
-        for images_or_none, unreadable in loader:
-            if images_or_none is None:
-                raise UserError(
-                    f"--data_path must hold images that can be read; there are too many others, such as {unreadable[-1]}"
-                )
-            yield images_or_none, unreadable
-    except RuntimeError as error:
-        if workers == 0 or "DataLoader worker" not in str(error):
+    for images_or_none, unreadable in _reporting_deaths(iter(loader)) if workers else loader:
+        if images_or_none is None:
+            raise UserError(f"--data_path must hold images that can be read; too many cannot be, such as {unreadable[-1]}")
+        yield images_or_none, unreadable
+
+
+def _reporting_deaths(batches: Iterator[Sample]) -> Iterator[Sample]:
+    """The same; where a worker's pipe breaks, torch's handler of SIGCHLD has the time to raise the reason."""
+    while True:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except (EOFError, OSError):
+            time.sleep(1)
             raise
-        raise UserError(
-            f"a process that loads images died ({error}): often for want of memory; a smaller --num_workers needs less"
-        ) from error
+
+
+@contextmanager
+def dead_workers_reported() -> Iterator[None]:
+    """UserError when a process that loads images dies: torch's handler raises wherever the training happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that loads images died ({error}); a smaller --num_workers needs less memory") from error

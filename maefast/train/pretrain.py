@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoint.architecture import of_model
 from . import UserError, state
-from .feed import Augmented, Batch, Keys, batches, centre_box
+from .feed import Augmented, Batch, Keys, batches, centre_box, dead_workers_reported
 from .files import check_writable
 from .optim import adamw
 from .options import Options
@@ -42,7 +42,7 @@ def pretrain(options: Options, data: "ImageDataset") -> dict[str, Any]:
     later for a loss that is not finite, a disk that is full and a worker that died, with the newest checkpoint intact.
     """
     run = _Run(options, data)
-    with _sigterm() as stopping:
+    with dead_workers_reported(), _sigterm() as stopping:
         return run.train(stopping)
 
 
@@ -116,10 +116,6 @@ class _Run:
         if run["step"]:
             state.must_agree(path, run["pace"], self._pace())
         self.at = Position(entries["epoch"] + 1, run["step"])
-        if self.at.epoch >= self.options.epochs:
-            raise UserError(
-                f"--epochs must be more than the {self.at.epoch} that {path} has behind it; it is {self.options.epochs}"
-            )
         self.model.load_state_dict(entries["model"])
         try:
             self.optimizer.load_state_dict(entries["optimizer"])

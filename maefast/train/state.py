@@ -100,7 +100,5 @@ def read(path: Path) -> dict[str, Any]:
 def must_agree(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise UserError unless the checkpoint `path` tells of the same run."""
     for name, value in wanted.items():
-        if stored.get(name) != value:
-            raise UserError(
-                f"--resume must be a checkpoint of the same run; in {path} {name} is {stored.get(name)}, here {value}"
-            )
+        if (other := stored.get(name)) != value:
+            raise UserError(f"--resume must be a checkpoint of the same run; in {path} {name} is {other}, here it is {value}")
