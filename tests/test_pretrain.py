@@ -1,5 +1,6 @@
 """`maefast pretrain`: a run that is killed and goes on is the run that was not; what can go wrong is said in one line."""
 
+import io
 import json
 import os
 import random
@@ -204,11 +205,12 @@ def test_crops() -> None:
 
 
 def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = pretrain(options(tmp_path, num_workers=1, epochs=2), ArrayImages(pictures(), broken=(3, 4, 20)))
+    data = ArrayImages(pictures(), broken=(0, 3, 4, 20))
+    summary = pretrain(options(tmp_path, num_workers=1, epochs=2, pictures=2), data)
     out = capsys.readouterr().out
-    assert summary["unreadable"] == 3
-    assert all(out.count(f"skipped image-{index}.png cannot be read") == 1 for index in (3, 4, 20))
-    assert "3 unreadable images skipped" in out
+    assert summary["unreadable"] == 4
+    assert all(out.count(f"skipped image-{index}.png cannot be read") == 1 for index in data.broken)
+    assert "4 unreadable images skipped" in out
     with pytest.raises(UserError, match="--data_path must hold images that can be read"):
         pretrain(options(tmp_path / "none", num_workers=1), ArrayImages(pictures(), broken=tuple(range(COUNT))))
 
@@ -235,6 +237,20 @@ def test_other_channels_pictures_and_bf16(tmp_path: Path) -> None:
     assert last < 0.9 * first
     model = maefast.MAE.from_pretrained(tmp_path / "checkpoint-3.pth")
     assert model.mean.tolist() == [0.5]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    pretrain(options(tmp_path, epochs=2), ArrayImages(pictures()))
+    last = terminal.getvalue().split("\r")[-1]
+    assert "8/8" in last
+    assert all(figure in last for figure in ("epoch=1", "loss=", "lr=", "images/s=", "wait="))
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -319,6 +335,17 @@ def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is another one .MAE.from_pretrained takes"):
         pretrain(options(tmp_path, resume=str(tmp_path / "other.pth")), data)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_an_older_checkpoint_goes_on_elsewhere(tmp_path: Path) -> None:
+    """Beside its successors it would be the oldest, and be removed as such."""
+    data, first = ArrayImages(pictures()), tmp_path / "first"
+    pretrain(options(first, epochs=3), data)
+    older = str(first / "checkpoint-0.pth")
+    with pytest.raises(UserError, match=r"must hold no later run than .*-0.pth; .* holds checkpoint-2.pth"):
+        pretrain(options(first, epochs=3, resume=older), data)
+    pretrain(options(tmp_path / "second", epochs=3, resume=older), data)
+    assert losses(tmp_path / "second") == losses(first)[1:]
 
 
 def test_within_an_epoch_the_batches_stay(tmp_path: Path) -> None:

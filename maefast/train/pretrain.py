@@ -22,7 +22,7 @@ from .feed import Augmented, Batch, Keys, batches, centre_box, dead_workers_repo
 from .files import check_writable
 from .optim import adamw
 from .options import Options
-from .report import Log, Report, draw, tensorboard
+from .report import Log, Report, conclude, draw, tensorboard
 from .schedule import warmup_cosine
 from .setup import build_model, find_device, require_one_process
 from .state import Position
@@ -36,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 def pretrain(options: Options, data: "ImageDataset") -> dict[str, Any]:
     """Train, save, log and draw to options.output_dir; SIGTERM saves at the next step and returns.
 
-    returns  the summary: epochs and steps done, loss (of the last epoch), images_per_second, data_wait, seconds, unreadable
+    returns  the summary: epochs and steps done, loss (the last epoch's mean), images_per_second, data_wait, seconds, unreadable
              images, checkpoint (the newest), finished (False after SIGTERM)
     Raises UserError before anything is written for options that do not fit each other, the images or the checkpoint to resume;
     later for a loss that is not finite, a disk that is full and a worker that died, with the newest checkpoint intact.
@@ -85,7 +85,7 @@ class _Run:
         self.masks = torch.Generator(self.device).manual_seed(options.seed)
         self.at = Position(options.start_epoch, 0)
         self.loss_sum = 0.0  # of the steps of this epoch
-        self.loss = math.nan  # the mean of the last epoch, or the last step's within the first
+        self.loss = math.nan  # of the last step, or the mean of the epoch that it ended
         self.unreadable = set[str]()
         self.resumed = self._resume()
 
@@ -112,6 +112,9 @@ class _Run:
         path = there[-1] if self.options.resume == "auto" else Path(self.options.resume)
         entries = state.read(path)
         run = entries["run"]
+        if there and there[-1].resolve() != path.resolve():
+            ways = "--resume auto goes on with it, another folder keeps both"
+            raise UserError(f"--output_dir must hold no later run than {path}; {self.folder} holds {there[-1].name}: {ways}")
         state.must_agree(path, run["identity"], self._identity())
         if run["step"]:
             state.must_agree(path, run["pace"], self._pace())
@@ -176,7 +179,7 @@ class _Run:
             raise UserError(f"--output_dir must be a folder that can be written; {error}") from error
         report = Report(options.epochs * self.steps_per_epoch, self._steps_done(), self.batch, self.device)
         self._introduce(report, board is not None)
-        samples = self._samples() if find_spec("matplotlib") is not None else None
+        samples = self._samples(report) if find_spec("matplotlib") is not None else None
         feed, newest = self._feed(), self.resumed
         try:
             while self.at.epoch < options.epochs and not stopping.is_set():
@@ -193,7 +196,7 @@ class _Run:
                 board.close()
         summary: dict[str, Any] = {"epochs": self.at.epoch, "steps": report.done, "loss": self.loss} | report.figures()
         summary |= {"unreadable": len(self.unreadable), "checkpoint": str(newest), "finished": self.at.epoch >= options.epochs}
-        _conclude(summary)
+        conclude(summary)
         return summary
 
     def _steps_done(self) -> int:
@@ -226,9 +229,7 @@ class _Run:
             waiting = time.perf_counter()
             images, unreadable = next(feed)
             report.waited += time.perf_counter() - waiting
-            for line in sorted(set(unreadable) - self.unreadable):
-                report.say(f"skipped {line}")
-            self.unreadable.update(unreadable)
+            self._skip(unreadable, report)
             images = images.to(self.device, non_blocking=True)
             noise = torch.rand(len(images), self.model.patch_embed.num_patches, device=self.device, generator=self.masks)
             with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
@@ -246,9 +247,14 @@ class _Run:
         self.optimizer.zero_grad()
         self.loss_sum += mean
         report.step(self.at.epoch, mean, rate)
-        if not self.at.epoch:
-            self.loss = mean
+        self.loss = mean
         self.at = Position(self.at.epoch, self.at.step + 1)
+
+    def _skip(self, unreadable: list[str], report: Report) -> None:
+        """Count what cannot be read, and name it once."""
+        for line in sorted(set(unreadable) - self.unreadable):
+            report.say(f"skipped {line}")
+        self.unreadable.update(unreadable)
 
     def _end_epoch(self, log: Log, board: Any, report: Report, samples: Tensor | None) -> None:
         """Tell about the epoch, then step over to the next. The record comes before the checkpoint: when the run goes on, one
@@ -270,33 +276,23 @@ class _Run:
                 board.add_scalar(name, value, epoch)
         self.at, self.loss_sum = Position(epoch + 1, 0), 0.0
 
-    def _samples(self) -> Tensor | None:
-        """The first readable of evenly spaced images, the same in every epoch and every process."""
+    def _samples(self, report: Report) -> Tensor | None:
+        """Evenly spaced images, the same in every epoch and every process; those that cannot be read are left out."""
         images, size = list[Tensor](), self.model.patch_embed.img_size
         for index in torch.linspace(0, len(self.data) - 1, min(self.options.pictures, len(self.data))).long().tolist():
             try:
                 images.append(self.data.read(index, size, partial(centre_box, size=size)))
             except UserError as error:
-                self.unreadable.add(str(error))
+                self._skip([str(error)], report)
         return torch.stack(images).to(self.device) if images else None
 
     def _introduce(self, report: Report, board: bool) -> None:
-        images = (
-            f"{len(self.data)} images of {self.data.channels} channels, {self.steps_per_epoch} steps of {self.batch} an epoch"
-        )
-        report.say(f"{self.options.model} on {self.device}: {images}, learning rate {self.peak:.3g}")
+        images = f"{len(self.data)} images of {self.data.channels} channels"
+        pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
+        report.say(f"{self.options.model} on {self.device}: {images}, {pace}")
         if self.resumed is not None:
             report.say(f"goes on from {self.resumed}, step {self.at.step} of epoch {self.at.epoch}")
         if self.options.log_dir is not None and not board:
             report.say('no TensorBoard events: pip install "maefast[tensorboard]"')
         if self.options.pictures and find_spec("matplotlib") is None:
             report.say('no pictures: pip install "maefast[pretrain]"')
-
-
-def _conclude(summary: dict[str, Any]) -> None:
-    how = "done" if summary["finished"] else "stopped by SIGTERM, --resume auto goes on"
-    speed = f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.0%} of the time waiting for data"
-    print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s, {speed}", flush=True)
-    if summary["unreadable"]:
-        print(f"{summary['unreadable']} unreadable images skipped", flush=True)
-    print(f"checkpoint: {summary['checkpoint']}", flush=True)

@@ -108,3 +108,13 @@ def draw(model: nn.Module, images: Tensor, mask_ratio: float, seed: int, epoch: 
     """reconstructions/epoch-EEEE.png in `folder`: images (n, C, H, W) uint8, masked alike after each epoch, and reconstructed."""
     panel = make_panel(f"epoch {epoch}, {mask_ratio:.0%} of the patches removed", model, images, mask_ratio, seed)
     save_reconstructions([panel], folder / "reconstructions" / f"epoch-{epoch:04}.png")
+
+
+def conclude(summary: Mapping[str, Any]) -> None:
+    """Print the summary of a run."""
+    how = "done" if summary["finished"] else "stopped by SIGTERM, --resume auto goes on"
+    speed = f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.0%} of the time waiting for data"
+    print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s, {speed}", flush=True)
+    if summary["unreadable"]:
+        print(f"{summary['unreadable']} unreadable images skipped", flush=True)
+    print(f"checkpoint: {summary['checkpoint']}", flush=True)
