@@ -1,17 +1,33 @@
 """The command line, `maefast <command>`: arguments in, one function called, errors as one line on stderr with exit code 2."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ._version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors without the usage before them: one line, like every other error."""
+    """Errors without the usage before them: one line, like every other error. An unknown flag is told the nearest one."""
+
+    def __init__(self, **options: Any):
+        self.flags = list[str]()
+        super().__init__(**options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        self.flags += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = super().parse_known_args(args, namespace)
+        flag = next((word.split("=")[0] for word in unknown if word.startswith("--")), None)
+        if flag is not None and (near := difflib.get_close_matches(flag, self.flags, n=1)):
+            self.error(f"unrecognized argument {flag}; did you mean {near[0]}?")
+        return arguments, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -106,10 +122,27 @@ def _pack(arguments: argparse.Namespace) -> None:
     pack(**options)
 
 
+def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
+    from .train import options
+
+    options.add_arguments(parser)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from .train.dataset import open_images
+    from .train.options import from_arguments
+    from .train.pretrain import pretrain
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config")}
+    options = from_arguments(given, arguments.config)
+    pretrain(options, open_images(options.data_path, "train", options.in_chans))
+
+
 COMMANDS = {
     "convert": Command("write a checkpoint in the layout of another library", _convert_arguments, _convert),
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
     "pack": Command("write images as one uint8 array, the form that is read fastest", _pack_arguments, _pack),
+    "pretrain": Command("pre-train an MAE on images of your own", _pretrain_arguments, _pretrain),
 }
 
 

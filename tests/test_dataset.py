@@ -111,6 +111,14 @@ def test_large_turned_jpeg_is_decoded_small(tmp_path: Path, orientation: int, mo
     assert (got.float() - as_tensor(expected).float()).abs().mean() < 1
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_turned_tiff(tmp_path: Path, orientation: int) -> None:
+    image, exif = photograph(41, 63), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.tif", exif=exif)
+    assert torch.equal(open_images(tmp_path).read(0), as_tensor(image.transpose(TRANSPOSES[orientation - 1])))
+
+
 @pytest.mark.parametrize("box", [(-1, 0, 5, 5), (0, 0, 201, 5), (5, 0, 5, 5), (0, 0, float("nan"), 5)])
 def test_box_outside(tmp_path: Path, box: tuple) -> None:
     photograph(60, 200).save(tmp_path / "a.png")
@@ -287,7 +295,7 @@ def test_tiff_of_many_channels(tmp_path: Path) -> None:
 def test_without_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(solid(1))
     monkeypatch.setattr("maefast.train.sources.find_spec", lambda name: None if name == "tifffile" else name)
-    with pytest.raises(UserError, match=r'reading these images needs tifffile: pip install "maefast\[data\]"'):
+    with pytest.raises(UserError, match=r'reading these images needs tifffile: pip install "maefast\[train\]"'):
         open_images(tmp_path, channels=6)
 
 

@@ -178,7 +178,7 @@ def test_panel_shows_what_the_model_saw() -> None:
     model = MAE(**DIGITS.config).eval()
     images = digits(seed=0).images[:3]
     panel = make_panel("", model, images, 0.5, seed=0)
-    assert panel.original is images
+    assert torch.equal(panel.original, images)
     hidden = panel.masked != images
     visible = (panel.masked == images) & (images != 128)
     assert panel.masked[hidden].unique().tolist() == [128]

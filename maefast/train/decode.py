@@ -68,7 +68,8 @@ def decode(name: str, file: str | bytes, channels: int, size: Size | None, box: 
         return _decode_tiff(name, file, channels, size, box)
     with image:
         with _blamed_on(name):
-            turn = TURNS.get(image.getexif().get(ORIENTATION, 1), TURNS[1])
+            turned = image.format == "TIFF"  # by Pillow, as it loads
+            turn = TURNS[1] if turned else TURNS.get(image.getexif().get(ORIENTATION, 1), TURNS[1])
             height, width = image.size if turn.swap else image.size[::-1]
         part = part_of(box, height, width)
         out = size or (round(part[3] - part[1]), round(part[2] - part[0]))
@@ -191,7 +192,7 @@ def tiff_bands(name: str, file: str | bytes) -> Any:
         try:
             import tifffile
         except ImportError as error:
-            raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[data]"') from error
+            raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[train]"') from error
         pixels = tifffile.imread(_readable(file), series=0)
         if pixels.ndim == 2:
             pixels = pixels[..., None]

@@ -1,4 +1,4 @@
-"""The demo's figures, written with matplotlib."""
+"""Figures of a training, written with matplotlib."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,14 +25,18 @@ class Panel:
 
 @torch.no_grad()
 def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int) -> Panel:
-    """The panel of `model` (a maefast.MAE) for images (n, C, H, W) uint8, with masks drawn from `seed`."""
+    """The panel of `model` (a maefast.MAE) for images (n, C, H, W) uint8, with masks drawn from `seed`. Of images that are
+    neither grey nor colour the first channel is shown."""
     noise = torch.rand(len(images), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(seed))
+    noise = noise.to(images.device)
     mask = model(images, mask_ratio, noise=noise).mask
-    (ph, pw), (rows, cols) = model.patch_embed.patch_size, model.patch_embed.grid_size
-    hidden = mask.reshape(-1, 1, rows, cols).repeat_interleave(ph, dim=2).repeat_interleave(pw, dim=3) > 0
+    (ph, pw), grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+    hidden = mask.reshape(-1, 1, *grid).repeat_interleave(ph, dim=2).repeat_interleave(pw, dim=3) > 0
     masked = torch.where(hidden, torch.full_like(images, round(GREY * 255)), images)
     pictures = model.reconstruct(images, mask_ratio, noise=noise)
-    return Panel(title, images, masked, pictures.round().clamp(0, 255).to(torch.uint8))
+    shown = 3 if images.shape[1] == 3 else 1
+    rows = (images, masked, pictures.round().clamp(0, 255).to(torch.uint8))
+    return Panel(title, *(row[:, :shown].cpu() for row in rows))
 
 
 def save_reconstructions(panels: Sequence[Panel], path: Path) -> None:

@@ -80,7 +80,7 @@ class EncodedImages(ImageDataset):
 
 def _require(module: str, package: str) -> None:
     if find_spec(module) is None:
-        raise UserError(f'reading these images needs {package}: pip install "maefast[data]"')
+        raise UserError(f'reading these images needs {package}: pip install "maefast[train]"')
 
 
 class FileImages(EncodedImages):

@@ -1,0 +1,167 @@
+"""Images to batches. What a batch holds depends on the seed, the epoch and the indices alone: neither the number of workers nor
+an interruption changes it."""
+
+import random
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import UserError
+
+if TYPE_CHECKING:
+    from .dataset import Box, ImageDataset
+
+AUGMENTATIONS = ("none", "crop", "rrc")
+FIXED_CROP = 7 / 8  # of the largest fitting box, as 224 of 256 pixels
+AREA, ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (He et al. 2022, appendix A.1)
+TRIES = 10  # for a random resized crop that fits
+UNREADABLE_RUN = 100  # unreadable images in a row, from which on it is no accident
+
+Key = tuple[int, int]  # epoch, index
+Sample = tuple[Tensor | None, list[str]]  # an image, None where too many could not be read; what was unreadable on the way to it
+Batch = tuple[Tensor, list[str]]  # images (N, C, H, W) uint8, and what was unreadable
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The indices 0 .. count-1 in the order of one epoch."""
+    generator = torch.Generator().manual_seed(random.Random(f"order {seed} {epoch}").getrandbits(63))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def centre_box(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> "Box":
+    """The largest centred box of size's aspect, its sides times `scale`."""
+    rows, cols = size
+    side = min(height / rows, width / cols) * scale
+    top, left = (height - side * rows) / 2, (width - side * cols) / 2
+    return left, top, left + side * cols, top + side * rows
+
+
+def fixed_crop_box(height: int, width: int, size: tuple[int, int], draw: random.Random) -> "Box":
+    """A box of a fixed size at a random place."""
+    left, top, right, bottom = centre_box(height, width, size, FIXED_CROP)
+    dx, dy = draw.uniform(-left, left), draw.uniform(-top, top)
+    return left + dx, top + dy, right + dx, bottom + dy
+
+
+def resized_crop_box(height: int, width: int, size: tuple[int, int], draw: random.Random) -> "Box":
+    """A box of random area and aspect at a random place; the largest centred one where none fits."""
+    for _ in range(TRIES):
+        area = height * width * draw.uniform(*AREA)
+        aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** draw.random() * size[1] / size[0]
+        rows, cols = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+        if 0 < rows <= height and 0 < cols <= width:
+            top, left = draw.randint(0, height - rows), draw.randint(0, width - cols)
+            return left, top, left + cols, top + rows
+    return centre_box(height, width, size)
+
+
+class Augmented(Dataset[Sample]):
+    """Crops and flips of the images of `data`, by (epoch, index).
+
+    augment  "none" (the largest centred box), "crop" (a box of a fixed size) or "rrc" (of random size and aspect)
+    flip     mirror half of the images
+    An unreadable image gives way to the one after it, and is named beside it.
+    """
+
+    def __init__(self, data: "ImageDataset", size: tuple[int, int], augment: str, flip: bool, seed: int):
+        self.data, self.size, self.augment, self.flip, self.seed = data, size, augment, flip, seed
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key
+        unreadable = list[str]()
+        while True:
+            draw = random.Random(f"{self.seed} {epoch} {index}")
+            mirrored = self.flip and draw.random() < 0.5
+            try:
+                image = self.data.read(index, self.size, self._box(draw))
+            except UserError as error:
+                unreadable.append(str(error))
+                if len(unreadable) == min(UNREADABLE_RUN, len(self.data)):
+                    return None, unreadable  # an exception would cross from the worker with its traceback in the message
+                index = (index + 1) % len(self.data)
+                continue
+            return image.flip(-1) if mirrored else image, unreadable
+
+    def _box(self, draw: random.Random) -> "Callable[[int, int], Box]":
+        if self.augment == "none":
+            return partial(centre_box, size=self.size)
+        return partial(fixed_crop_box if self.augment == "crop" else resized_crop_box, size=self.size, draw=draw)
+
+
+class Keys(Sampler[list[Key]]):
+    """The first `batches` batches of each of `epochs`, in the first one from batch `skip` on; the rest of an epoch is dropped."""
+
+    def __init__(self, count: int, batch_size: int, batches: int, seed: int, epochs: range, skip: int = 0):
+        self.count, self.batch_size, self.batches, self.seed = count, batch_size, batches, seed
+        self.epochs, self.skip = epochs, skip
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for epoch in self.epochs:
+            order = epoch_order(self.count, self.seed, epoch)
+            for batch in range(self.skip if epoch == self.epochs.start else 0, self.batches):
+                yield [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+    def __len__(self) -> int:
+        return max(0, len(self.epochs) * self.batches - self.skip)
+
+
+def _collate(samples: list[Sample]) -> Sample:
+    images = [image for image, _ in samples if image is not None]
+    unreadable = [line for _, lines in samples for line in lines]
+    return torch.stack(images) if len(images) == len(samples) else None, unreadable
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process ends the workers when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
+    """uint8 batches (N, C, H, W) in the order of `keys`, each with what was unreadable.
+
+    Raises UserError when too many images cannot be read.
+    """
+    loader = DataLoader(
+        images,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # its draws leave the global generator alone
+    )
+    for images_or_none, unreadable in _reporting_deaths(iter(loader)) if workers else loader:
+        if images_or_none is None:
+            raise UserError(f"--data_path must hold images that can be read; too many cannot be, such as {unreadable[-1]}")
+        yield images_or_none, unreadable
+
+
+def _reporting_deaths(batches: Iterator[Sample]) -> Iterator[Sample]:
+    """The same; where a worker's pipe breaks, torch's handler of SIGCHLD has the time to raise the reason."""
+    while True:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except (EOFError, OSError):
+            time.sleep(1)
+            raise
+
+
+@contextmanager
+def dead_workers_reported() -> Iterator[None]:
+    """UserError when a process that loads images dies: torch's handler raises wherever the training happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that loads images died ({error}); a smaller --num_workers needs less memory") from error

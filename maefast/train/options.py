@@ -1,0 +1,173 @@
+"""The options of `maefast pretrain`: one table for flags, configuration files and Python."""
+
+import argparse
+import difflib
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .. import models_mae
+from . import UserError
+from .feed import AUGMENTATIONS
+
+MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("mae_vit_")))
+Parse = Callable[[str], Any]
+
+
+def nearest(word: str, words: Collection[str]) -> str:
+    """ ", did you mean ...?" where one of `words` is near, all of them otherwise."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(words)}"
+
+
+def one_of(words: Collection[str]) -> Parse:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"there is no {text!r}; {nearest(text, words)}")
+        return text
+
+    return parse
+
+
+def whole(least: int) -> Parse:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; it is {text!r}")
+        return int(text)
+
+    return parse
+
+
+def number(least: float, most: float = math.inf, excluded: bool = False) -> Parse:
+    """A finite number in least..most; `excluded` leaves both ends out."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = least < value < most if excluded else least <= value <= most
+        if not inside or not math.isfinite(value):
+            limits = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+            limits = f"more than {least:g}" if excluded and most == math.inf else limits + (", both excluded" if excluded else "")
+            raise argparse.ArgumentTypeError(f"must be a number, {limits}; it is {text!r}")
+        return value
+
+    return parse
+
+
+def numbers(least: float, excluded: bool = False) -> Parse:
+    parse_one = number(least, excluded=excluded)
+    return lambda text: tuple(parse_one(part) for part in text.strip("[]()").split(","))
+
+
+def option(default: Any, parse: Parse | None, help: str, metavar: str | None = None) -> Any:
+    """A field of Options; without `parse` it is a switch, with the flags --name and --no_name."""
+    return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to pre-train; the names are those of the official launcher where it has the option. None: chosen by the run."""
+
+    data_path: Path = option(Path("data"), Path, "the images, or a folder with them in train/", "PATH")
+    output_dir: Path = option(Path("output_dir"), Path, "for checkpoints, log.txt and pictures", "DIR")
+    log_dir: Path | None = option(None, Path, "for TensorBoard, where it is installed (output_dir)", "DIR")
+    resume: str = option("", str, "auto: go on with the newest checkpoint of output_dir, if any; or a checkpoint", "auto|FILE")
+    start_epoch: int = option(0, whole(0), "the number of the first epoch of a fresh run")
+    model: str = option("mae_vit_large_patch16", one_of(MODELS), "a factory of maefast", "NAME")
+    input_size: int = option(224, whole(1), "side of the images")
+    patch_size: int | None = option(None, whole(1), "side of a patch, where not the model's")
+    embed_dim: int | None = option(None, whole(1), "width of the encoder, where not the model's")
+    depth: int | None = option(None, whole(1), "blocks of the encoder, likewise")
+    num_heads: int | None = option(None, whole(1), "heads of the encoder, likewise")
+    decoder_embed_dim: int | None = option(None, whole(1), "width of the decoder, likewise")
+    decoder_depth: int | None = option(None, whole(1), "blocks of the decoder, likewise")
+    decoder_num_heads: int | None = option(None, whole(1), "heads of the decoder, likewise")
+    in_chans: int | None = option(None, whole(1), "channels that the images are converted to, where not their own")
+    mean: tuple[float, ...] | None = option(
+        None, numbers(0), "of the pixels in 0..1 per channel (3: ImageNet's, else 0.5)", "M,.."
+    )
+    std: tuple[float, ...] | None = option(None, numbers(0, excluded=True), "likewise", "S,..")
+    mask_ratio: float = option(0.75, number(0, 1, excluded=True), "part of the patches that is removed")
+    norm_pix_loss: bool = option(False, None, "normalise the target per patch")
+    augment: str = option("rrc", one_of(AUGMENTATIONS), "none: centre; crop: of a fixed size; rrc: of random size and aspect")
+    flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
+    batch_size: int = option(64, whole(1), "images of one forward")
+    accum_iter: int = option(1, whole(1), "forwards of one step of the optimizer")
+    epochs: int = option(400, whole(1), "passes over the images")
+    warmup_epochs: int = option(40, whole(0), "epochs of linear warm-up")
+    blr: float = option(1e-3, number(0), "base learning rate: lr = blr x batch_size x accum_iter / 256")
+    lr: float | None = option(None, number(0), "learning rate, instead")
+    min_lr: float = option(0.0, number(0), "where the cosine ends")
+    weight_decay: float = option(0.05, number(0), "of all but biases and one-dimensional parameters")
+    clip_grad: float | None = option(None, number(0, excluded=True), "greatest norm of the gradient")
+    amp: str | None = option(None, one_of(("bf16", "fp16", "off")), "autocast (bf16 on a GPU, off on a CPU)", "bf16|fp16|off")
+    device: str | None = option(None, str, "cuda or cpu (cuda where there is one)")
+    seed: int = option(0, whole(0), "of weights, order, crops and masks")
+    num_workers: int = option(min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on it")
+    pin_mem: bool = option(True, None, "page-locked batches for a GPU")
+    save_steps: int = option(0, whole(0), "also save after so many steps within an epoch; 0: after epochs alone")
+    keep: int = option(3, whole(1), "checkpoints that are kept, the newest")
+    pictures: int = option(8, whole(0), "images whose reconstruction is drawn after each epoch")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for each option, absent from the namespace unless given, so that a configuration file can have its say."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="options in YAML, by the names of the flags; flags win")
+    for entry in fields(Options):
+        parse, default = entry.metadata["parse"], entry.default
+        shown = "" if default is None or default == "" or parse is None else f" ({default})"
+        help = f"{entry.metadata['help']}{shown}".replace("%", "%%")
+        common: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS}
+        if parse is None:
+            parser.add_argument(f"--{entry.name}", action="store_true", help=help, **common)
+            parser.add_argument(f"--no_{entry.name}", action="store_false", help=f"not --{entry.name}", **common)
+        else:
+            parser.add_argument(f"--{entry.name}", type=parse, metavar=entry.metadata["metavar"], help=help, **common)
+
+
+def from_arguments(given: Mapping[str, Any], config: Path | None) -> Options:
+    """Options from the flags that were given, and from a YAML file for the others. Raises UserError for a file that is wrong."""
+    values = {} if config is None else _read_config(config)
+    return Options(**{**values, **given})
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError('--config needs PyYAML: pip install "maefast[train]"') from error
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config must be a file; {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config must be YAML; {path} is not: {' '.join(str(error).split())}") from error
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict):
+        raise UserError(f"--config must hold options by name; {path} holds a {type(entries).__name__}")
+    known = {entry.name: entry for entry in fields(Options)}
+    values = dict[str, Any]()
+    for name, value in entries.items():
+        if name not in known:
+            raise UserError(f"{path}: there is no option {str(name)!r}; {nearest(str(name), known)}")
+        values[name] = _parsed(path, name, value, known[name].metadata["parse"])
+    return values
+
+
+def _parsed(path: Path, name: str, value: Any, parse: Parse | None) -> Any:
+    if parse is None:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {name} must be true or false; it is {value!r}")
+        return value
+    if name == "amp" and value is False:  # YAML's reading of off
+        value = "off"
+    try:
+        return parse(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{path}: {name} {error}") from error

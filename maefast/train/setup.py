@@ -1,0 +1,53 @@
+"""What a pre-training needs before it starts: the device and the model that the options ask for."""
+
+import os
+from typing import Any
+
+import torch
+
+from .. import models_mae
+from ..model import MAE
+from . import UserError
+from .options import Options
+
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
+def require_one_process() -> None:
+    """Raise UserError under a launcher of several processes: each would train a model of its own into one folder."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        hint = "docs/distributed.md shows a loop for several"
+        raise UserError(f"pretrain must run as one process; WORLD_SIZE is {processes} ({hint})")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; by default the GPU where there is one. Raises UserError where this machine has none such."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or cuda:N; it is {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device must be a GPU of this machine, which has {torch.cuda.device_count()}; it is {name!r}")
+    return device
+
+
+def build_model(options: Options, channels: int) -> MAE:
+    """A fresh model, its weights from the seed. Raises UserError for sizes or a mask ratio that do not fit together."""
+    given: dict[str, Any] = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    half = None if channels == 3 else (0.5,) * channels
+    given |= {"mean": options.mean or half, "std": options.std or half, "norm_pix_loss": options.norm_pix_loss}
+    torch.manual_seed(options.seed)
+    try:
+        model: MAE = getattr(models_mae, options.model)(img_size=options.input_size, in_chans=channels, **given)
+    except ValueError as error:
+        raise UserError(f"--model {options.model} cannot be built with --input_size {options.input_size}: {error}") from error
+    patches = model.patch_embed.num_patches
+    kept = int(patches * (1 - options.mask_ratio))
+    if not 0 < kept < patches:
+        what = f"{options.mask_ratio} keeps {kept} of {patches}"
+        raise UserError(f"--mask_ratio must keep at least one patch and remove at least one; {what}")
+    return model

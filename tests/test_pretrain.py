@@ -1,0 +1,378 @@
+"""`maefast pretrain`: a run that is killed and goes on is the run that was not; what can go wrong is said in one line."""
+
+import io
+import json
+import os
+import random
+import resource
+import signal
+import time
+from contextlib import redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pretraining import COUNT, SIZES, ArrayImages, flags, pictures
+from support import threads
+
+import maefast
+from maefast import cli
+from maefast.train import UserError, feed, state
+from maefast.train.options import Options
+from maefast.train.pretrain import pretrain
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    np.save(folder / "images.npy", pictures())
+    return folder
+
+
+def run(folder: Path, name: str, **options: object) -> int:
+    return cli.main(flags(folder / "images.npy", folder / name, **options))
+
+
+def options(output: Path, **changes: object) -> Options:
+    given = SIZES | {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "num_workers": 0, "pictures": 0, "output_dir": output}
+    return Options(**(given | changes))
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [(record["epoch"], record["train_loss"], record["train_lr"]) for record in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return state.read(state.checkpoints(folder)[-1])["model"]
+
+
+# -- runs that survive --------------------------------------------------------------------------------------------------
+
+
+class SlowImages(ArrayImages):
+    """Leaves the time to kill the process between its first checkpoints and its last."""
+
+    def read(self, index, size, box):
+        time.sleep(0.003)
+        return super().read(index, size, box)
+
+
+def survivor(output: Path, data: ArrayImages, workers: int) -> dict[str, object]:
+    """A run of twenty steps on one thread, as a forked process has no other."""
+    torch.set_num_threads(1)
+    changes = {"epochs": 10, "save_steps": 1, "accum_iter": 2, "warmup_epochs": 2, "blr": 1e-2, "clip_grad": 1.0}
+    return pretrain(options(output, num_workers=workers, resume="auto", **changes), data)
+
+
+def in_a_process_of_its_own(output: Path, workers: int) -> None:
+    os.setsid()
+    with (output.parent / f"{output.name}.txt").open("w") as stream, redirect_stdout(stream):
+        survivor(output, SlowImages(pictures()), workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, uninterrupted: Path, number: int, workers: int) -> None:
+    """The signal goes to the whole process group, as from a scheduler."""
+    output = tmp_path / "killed"
+    process = get_context("fork").Process(target=in_a_process_of_its_own, args=(output, workers))
+    process.start()
+    while len(state.checkpoints(output)) < 3:
+        assert process.is_alive()
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    process.join(30)
+    assert process.exitcode == (0 if number == signal.SIGTERM else -number)
+    assert ("stopped by SIGTERM" in (tmp_path / "killed.txt").read_text()) == (number == signal.SIGTERM)
+    assert len(losses(output)) < 10
+
+    (output / ".checkpoint-9.pth.1").write_text("what a kill leaves of a checkpoint that is being written")
+    with (output / "log.txt").open("a") as log:
+        log.write('{"train_lr": 0.0')
+    with threads(1):
+        assert survivor(output, ArrayImages(pictures()), workers)["finished"]
+    assert losses(output) == losses(uninterrupted)
+    truth, got = weights(uninterrupted), weights(output)
+    assert got.keys() == truth.keys()
+    assert all(torch.equal(got[name], truth[name]) for name in truth)
+    assert not list(output.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    with threads(1):
+        assert survivor(output, ArrayImages(pictures()), 0)["finished"]
+    assert len({loss for _, loss, _ in losses(output)}) == 10  # or equality would mean little
+    return output
+
+
+def test_a_finished_run_has_nothing_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "finished", epochs=1) == 0
+    before = weights(folder / "finished")
+    capsys.readouterr()
+    assert run(folder, "finished", epochs=1, resume="auto") == 0
+    assert "done: 4 steps" in capsys.readouterr().out
+    assert len(losses(folder / "finished")) == 1
+    after = weights(folder / "finished")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_checkpoints_are_official_and_loaded_by_maefast(folder: Path) -> None:
+    output = folder / "kept"
+    assert pretrain(options(output, epochs=4, keep=2, norm_pix_loss=True), ArrayImages(pictures()))["finished"]
+    assert sorted(path.name for path in output.glob("*.pth")) == ["checkpoint-2.pth", "checkpoint-3.pth"]
+    entries = state.read(output / "checkpoint-3.pth")
+    assert {"model", "optimizer", "epoch", "scaler", "args"} <= entries.keys()
+    assert entries["epoch"] == 3
+    assert entries["args"].norm_pix_loss is True
+    model = maefast.MAE.from_pretrained(output / "checkpoint-3.pth")
+    assert model.norm_pix_loss
+    assert model.blocks[0].attn.num_heads == 2
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in entries["model"].items())
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    pretrain(options(tmp_path, epochs=1), ArrayImages(pictures()))
+    with pytest.raises(
+        UserError, match=r"at step \d of epoch 1, with a learning rate of 6.29e\+29; the last good .* is .*-0.pth"
+    ):
+        pretrain(options(tmp_path, epochs=3, lr=1e30, resume="auto"), ArrayImages(pictures()))
+    assert [path.name for path in state.checkpoints(tmp_path)] == ["checkpoint-0.pth"]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    pretrain(options(tmp_path), ArrayImages(pictures()))
+    before = (tmp_path / "checkpoint-0.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoint-1.pth cannot be written: .*; the last good checkpoint is .*-0.pth"):
+            pretrain(options(tmp_path, epochs=2, resume="auto"), ArrayImages(pictures()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "checkpoint-0.pth").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" in path.name) == ["checkpoint-0.pth"]
+
+
+class Deadly(ArrayImages):
+    """Its fifth image kills the process that reads it."""
+
+    def read(self, index, size, box):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index, size, box)
+
+
+def test_a_worker_that_dies(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a process that loads images died .*Killed"):
+        pretrain(options(tmp_path, num_workers=1), Deadly(pictures()))
+
+
+# -- images to batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", feed.AUGMENTATIONS)
+def test_batches_depend_on_neither_workers_nor_where_they_begin(augment: str) -> None:
+    images = feed.Augmented(ArrayImages(pictures()), (16, 16), augment, True, seed=7)
+    whole = [batch for batch, _ in feed.batches(images, feed.Keys(COUNT, 8, 4, 7, range(2)), 0, False)]
+    rest = [batch for batch, _ in feed.batches(images, feed.Keys(COUNT, 8, 4, 7, range(1, 2), skip=1), 2, False)]
+    assert len(whole) == 8
+    assert len(rest) == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
+    assert sorted(feed.epoch_order(COUNT, 7, 0)) == list(range(COUNT))
+    assert feed.epoch_order(COUNT, 7, 0) != feed.epoch_order(COUNT, 7, 1) != feed.epoch_order(COUNT, 8, 1)
+
+
+def test_crops() -> None:
+    draw = random.Random(0)
+    assert feed.centre_box(20, 30, (16, 16)) == (5, 0, 25, 20)
+    assert feed.centre_box(20, 30, (10, 30)) == (0, 5, 30, 15)
+    boxes = [feed.resized_crop_box(20, 30, (16, 16), draw) for _ in range(500)]
+    areas = [(right - left) * (bottom - top) / 600 for left, top, right, bottom in boxes]
+    assert all(0 <= left < right <= 30 and 0 <= top < bottom <= 20 for left, top, right, bottom in boxes)
+    assert 0.15 < min(areas) < 0.3
+    assert 0.8 < max(areas) <= 1
+    fixed = [feed.fixed_crop_box(20, 30, (16, 16), draw) for _ in range(100)]
+    assert all(abs(right - left - 17.5) < 1e-9 and abs(bottom - top - 17.5) < 1e-9 for left, top, right, bottom in fixed)
+    assert min(left for left, *_ in fixed) < 2
+    assert max(right for _, _, right, _ in fixed) > 28
+
+
+def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ArrayImages(pictures(), broken=(0, 3, 4, 20))
+    summary = pretrain(options(tmp_path, num_workers=1, epochs=2, pictures=2), data)
+    out = capsys.readouterr().out
+    assert summary["unreadable"] == 4
+    assert all(out.count(f"skipped image-{index}.png cannot be read") == 1 for index in data.broken)
+    assert "4 unreadable images skipped" in out
+    with pytest.raises(UserError, match="--data_path must hold images that can be read"):
+        pretrain(options(tmp_path / "none", num_workers=1), ArrayImages(pictures(), broken=tuple(range(COUNT))))
+
+
+# -- the recipe ---------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_and_accumulation(tmp_path: Path) -> None:
+    """lr = blr x effective batch / 256; two half batches give the step of a whole one, with the same masks."""
+    changes = {"blr": 0.16, "epochs": 2, "warmup_epochs": 1, "mask_ratio": 0.5}
+    pretrain(options(tmp_path / "whole", batch_size=16, **changes), ArrayImages(pictures()))
+    pretrain(options(tmp_path / "halves", batch_size=8, accum_iter=2, **changes), ArrayImages(pictures()))
+    whole, halves = losses(tmp_path / "whole"), losses(tmp_path / "halves")
+    assert [rate for *_, rate in whole] == [rate for *_, rate in halves] == pytest.approx([0.005, 0.005])
+    assert [loss for _, loss, _ in halves] == pytest.approx([loss for _, loss, _ in whole], rel=1e-4)
+
+
+def test_other_channels_pictures_and_bf16(tmp_path: Path) -> None:
+    """Greyscale images are read as (x/255 - 0.5)/0.5; the pictures are drawn; the loss falls."""
+    data = ArrayImages(pictures(channels=1))
+    pretrain(options(tmp_path, epochs=4, pictures=2, amp="bf16", blr=0.3, augment="none", warmup_epochs=1), data)
+    assert sorted(path.name for path in (tmp_path / "reconstructions").iterdir()) == [f"epoch-000{i}.png" for i in range(4)]
+    first, *_, last = (loss for _, loss, _ in losses(tmp_path))
+    assert last < 0.9 * first
+    model = maefast.MAE.from_pretrained(tmp_path / "checkpoint-3.pth")
+    assert model.mean.tolist() == [0.5]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    pretrain(options(tmp_path, epochs=2), ArrayImages(pictures()))
+    last = terminal.getvalue().split("\r")[-1]
+    assert "8/8" in last
+    assert all(figure in last for figure in ("epoch=1", "loss=", "lr=", "images/s=", "wait="))
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(options(tmp_path, epochs=2, log_dir=tmp_path / "events"), ArrayImages(pictures()))
+    events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("train_loss")
+    assert [(event.step, event.value) for event in events] == [
+        (epoch, pytest.approx(loss)) for epoch, loss, _ in losses(tmp_path)
+    ]
+
+
+# -- options ------------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    streams = capsys.readouterr()
+    assert code == 2
+    assert streams.err.count("\n") == 1, streams.err
+    assert streams.out == ""
+    return streams.err
+
+
+BAD = {
+    "--model=mae_vit_larg_patch16": "did you mean mae_vit_large_patch16?",
+    "--augment=rcc": "did you mean rrc?",
+    "--amp=fp32": "did you mean fp16?",
+    "--mask_ration=0.5": "unrecognized argument --mask_ration; did you mean --mask_ratio?",
+    "--mask_ratio=1": "argument --mask_ratio: must be a number, from 0 to 1, both excluded; it is '1'",
+    "--mask_ratio=0.99": "--mask_ratio must keep at least one patch and remove at least one; 0.99 keeps 0 of 16",
+    "--blr=nan": "argument --blr: must be a number, 0 or more; it is 'nan'",
+    "--epochs=0": "argument --epochs: must be a whole number, 1 or more; it is '0'",
+    "--input_size=18": "--model mae_vit_large_patch16 cannot be built with --input_size 18",
+    "--mean=0.5": "cannot be built",
+    "--batch_size=34": "--data_path must hold at least --batch_size x --accum_iter = 34 images",
+    "--accum_iter=5": "= 40 images",
+    "--start_epoch=2": "--start_epoch must be less than --epochs, 2; it is 2",
+    "--device=gpu": "--device must be cpu, cuda or cuda:N; it is 'gpu'",
+    "--device=cuda:99": "--device must be a GPU of this machine",
+    "--resume=nowhere.pth": "nowhere.pth cannot be read: No such file or directory",
+    "--config=nowhere.yaml": "--config must be a file; nowhere.yaml cannot be read",
+}
+
+
+@pytest.mark.parametrize("flag", BAD)
+def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert BAD[flag] in refused(capsys, *flags(folder / "images.npy", folder / "bad"), flag)
+    assert not (folder / "bad").exists()
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, *flags(folder / "images.npy", folder / "images.npy" / "out"))
+    assert "--output_dir must be a folder that can be written" in line
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="pretrain must run as one process; WORLD_SIZE is 2"):
+        pretrain(options(tmp_path / "out"), ArrayImages(pictures()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
+    data = ArrayImages(pictures())
+    pretrain(options(tmp_path), data)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    cases = {
+        "--output_dir must hold no earlier run": (options(tmp_path), data),
+        "the model's depth is 1, here it is 2": (options(tmp_path, depth=2, resume="auto"), data),
+        "the number of images is 33, here it is 30": (options(tmp_path, resume="auto"), ArrayImages(pictures(30))),
+        "is damaged or none": (options(tmp_path, resume=str(tmp_path / "log.txt")), data),
+    }
+    for message, (given, images) in cases.items():
+        with pytest.raises(UserError, match=message):
+            pretrain(given, images)
+    torch.save({"model": weights(tmp_path)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"is another one .MAE.from_pretrained takes"):
+        pretrain(options(tmp_path, resume=str(tmp_path / "other.pth")), data)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_an_older_checkpoint_goes_on_elsewhere(tmp_path: Path) -> None:
+    """Beside its successors it would be the oldest, and be removed as such."""
+    data, first = ArrayImages(pictures()), tmp_path / "first"
+    pretrain(options(first, epochs=3), data)
+    older = str(first / "checkpoint-0.pth")
+    with pytest.raises(UserError, match=r"must hold no later run than .*-0.pth; .* holds checkpoint-2.pth"):
+        pretrain(options(first, epochs=3, resume=older), data)
+    pretrain(options(tmp_path / "second", epochs=3, resume=older), data)
+    assert losses(tmp_path / "second") == losses(first)[1:]
+
+
+def test_within_an_epoch_the_batches_stay(tmp_path: Path) -> None:
+    data = ArrayImages(pictures())
+    pretrain(options(tmp_path, save_steps=3, keep=5), data)
+    (tmp_path / "checkpoint-0.pth").unlink()
+    with pytest.raises(UserError, match="batch_size is 8, here it is 4"):
+        pretrain(options(tmp_path, batch_size=4, resume="auto"), data)
+
+
+def test_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folder / "run.yaml"
+    config.write_text("epochs: 1\nblr: 2.5e-3\nnorm_pix_loss: true\namp: off\nmean: [0.1, 0.2, 0.3]\nstd: [1, 1, 1]\nseed: 5\n")
+    arguments = flags(folder / "images.npy", folder / "configured")
+    assert cli.main([*arguments, f"--config={config}", "--seed=6"]) == 0
+    args = state.read(folder / "configured" / "checkpoint-1.pth")["args"]
+    assert (args.epochs, args.norm_pix_loss, args.amp, args.seed) == (2, True, "off", 6)  # the flags say epochs, blr and seed
+    assert args.mean == (0.1, 0.2, 0.3)
+    wrong = {
+        "epoch: 3": "there is no option 'epoch'; did you mean epochs?",
+        "epochs: many": "epochs must be a whole number, 1 or more; it is 'many'",
+        "norm_pix_loss: 1": "norm_pix_loss must be true or false; it is 1",
+        "- epochs": "--config must hold options by name",
+        "a: [": "--config must be YAML",
+    }
+    capsys.readouterr()
+    for text, message in wrong.items():
+        config.write_text(text)
+        line = refused(capsys, *flags(folder / "images.npy", folder / "bad"), f"--config={config}")
+        assert message in line
+        assert not (folder / "bad").exists()
