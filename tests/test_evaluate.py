@@ -1,36 +1,17 @@
-"""Evaluation: features, k-NN, LARS and the linear probe, by paper and pencil and on a data set in memory."""
+"""What evaluation computes, by paper and pencil and on a data set in memory; the commands are in test_evaluate_commands.py."""
+
+import errno
+import math
 
 import numpy as np
 import pytest
 import torch
+from images import Stripes
 from support import images_for, small_mae
 
 from maefast import VisionTransformer
-from maefast.train import UserError, features, knn, views
+from maefast.train import UserError, features, finetune, knn, linprobe, supervised, views
 from maefast.train.lars import LARS
-
-
-class Stripes:
-    """Pictures in memory: of class 0 horizontal stripes, of class 1 vertical ones, with noise."""
-
-    classes, channels = ("lying", "standing"), 3
-
-    def __init__(self, count: int = 24, channels: int = 3, seed: int = 0):
-        self.channels = channels
-        self.labels = torch.arange(count) % 2
-        generator = torch.Generator().manual_seed(seed)
-        wave = ((torch.arange(64) // 4) % 2 * 160).expand(channels, 64, 64)
-        pictures = torch.stack([wave if label else wave.mT for label in self.labels.tolist()])
-        self.pictures = (pictures + torch.randint(90, pictures.shape, generator=generator)).to(torch.uint8)
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def read(self, index, size=None, box=None):
-        left, top, right, bottom = (0, 0, 64, 64) if box is None else map(round, box(64, 64))
-        picture = self.pictures[index, :, top:bottom, left:right]
-        assert size is None or picture.shape[1:] == size
-        return picture
 
 
 @pytest.fixture
@@ -109,6 +90,16 @@ def test_features_are_never_half_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"OUT cannot be written; .*/out\.npy: No space left on device"):
+        features.write_features(iter([(torch.zeros(2, 4), torch.zeros(2))]), 2, (4,), tmp_path / "out.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_broken_image_stops_the_reading():
     data = Stripes(9)
     data.read = lambda index, size, box: (_ for _ in ()).throw(UserError("7.png is broken")) if index == 7 else torch.zeros(1)
@@ -170,3 +161,136 @@ def test_lars_first_step_of_a_zero_weight():
 def test_lars_refuses():
     with pytest.raises(ValueError, match="momentum must be 0 or more; it is -1"):
         LARS([torch.zeros(1)], momentum=-1)
+
+
+def tiny_encoder(**options):
+    return VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=3, num_heads=2, num_classes=2, **options)
+
+
+def test_layer_decay_by_name():
+    """Head and norm learn at the full rate, the last block at a half, the embeddings at a half to the fourth."""
+    encoder = tiny_encoder()
+    names = {parameter: name for name, parameter in encoder.named_parameters()}
+    groups = finetune.layer_decay_groups(encoder, 0.3, 0.5)
+    found = {names[p]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    expected = {
+        "cls_token": (1 / 16, 0.0),
+        "pos_embed": (1 / 16, 0.0),
+        "patch_embed.proj.weight": (1 / 16, 0.3),
+        "patch_embed.proj.bias": (1 / 16, 0.0),
+        "blocks.0.attn.qkv.weight": (1 / 8, 0.3),
+        "blocks.1.mlp.fc2.weight": (1 / 4, 0.3),
+        "blocks.2.attn.proj.weight": (1 / 2, 0.3),
+        "blocks.2.norm1.weight": (1 / 2, 0.0),
+        "norm.weight": (1.0, 0.0),
+        "head.weight": (1.0, 0.3),
+        "head.bias": (1.0, 0.0),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "learning"),
+    [
+        (0, ("head.",)),
+        (0.5, ("head.", "fc_norm.", "blocks.2.norm2.", "blocks.2.mlp.")),
+        (1, ("head.", "fc_norm.", "blocks.2.")),
+        (2, ("head.", "fc_norm.", "blocks.1.", "blocks.2.")),
+        (3, ("head.", "fc_norm.", "blocks.")),
+    ],
+)
+def test_last_blocks(blocks, learning):
+    encoder = tiny_encoder(global_pool=True, drop_path_rate=0.3)
+    finetune.train_last_blocks(encoder, blocks)
+    for name, parameter in encoder.named_parameters():
+        assert parameter.requires_grad == name.startswith(learning), name
+    kept = [0.0, 0.15, 0.3][3 - int(blocks) :]
+    assert [block.drop_path for block in encoder.blocks] == pytest.approx([0.0] * (3 - int(blocks)) + kept)
+
+
+@pytest.mark.parametrize("blocks", [-1, 0.7, 1.5, 4])
+def test_last_blocks_refuse(blocks):
+    with pytest.raises(ValueError, match=r"blocks must be 0\.5 or a whole number from 0 to 3"):
+        finetune.train_last_blocks(tiny_encoder(), blocks)
+
+
+def test_probe_standardises():
+    """Behind weights of the identity come the features, centred and scaled over the batch, in float64."""
+    probe = linprobe.LinearProbe(3, 3).double()
+    assert not list(probe[0].parameters())
+    probe[1].weight.data.copy_(torch.eye(3))
+    x = torch.randn(7, 3, dtype=torch.float64) * 5 + 2
+    expected = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(probe(x), expected)
+
+
+def test_probe_on_an_encoder(checkpoint):
+    """The encoder stays in eval mode and has no gradients, whatever is asked of the model."""
+    encoder = features.load_encoder(checkpoint, drop_rate=0.5)
+    model = linprobe.ProbedEncoder(encoder, linprobe.LinearProbe(32, 2), "mean").train()
+    imgs = images_for(small_mae(), 4)
+    model(imgs).sum().backward()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    expected = model.probe(small_mae().encode(imgs)[:, 1:].mean(dim=1))
+    torch.testing.assert_close(model(imgs), expected)
+
+
+class Recorded(torch.optim.SGD):
+    """What a step is taken with: learning rates, and the weight after it."""
+
+    def __init__(self, groups):
+        super().__init__(groups, lr=1.0)
+        self.rates, self.weights = [], []
+
+    def step(self):
+        super().step()
+        self.rates.append([group["lr"] for group in self.param_groups])
+        self.weights.append(self.param_groups[0]["params"][0].detach().clone())
+
+
+def test_fit_follows_the_recipe():
+    """Five images in batches of two: two steps an epoch; one of warm-up, two of cosine; each image at most once an epoch."""
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    model, seen = torch.nn.Linear(3, 2), []
+
+    def batches(ids):
+        seen.append(torch.cat(list(ids)).tolist())
+        return ((x[i], y[i]) for i in ids)
+
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.75))
+    optimizer = Recorded([{"params": [model.weight], "lr_scale": 0.5}, {"params": [model.bias]}])
+    recipe = supervised.Recipe(epochs=3, warmup_epochs=1, batch_size=2, blr=128.0, weight_decay=0.0, min_lr=0.25)
+    epochs = list(supervised.fit(model, optimizer, batches, 5, recipe, average=average))
+    cosine = [0.25 + 0.75 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+    assert [rate for _, rate in optimizer.rates] == pytest.approx([0.0, 0.5, *cosine])
+    assert [rate for rate, _ in optimizer.rates] == pytest.approx([0.0, 0.25, *(rate / 2 for rate in cosine)])
+    assert [epoch.epoch for epoch in epochs] == [1, 2, 3]
+    assert [epoch.lr for epoch in epochs] == pytest.approx([0.5, cosine[1], cosine[3]])
+    assert [len(set(ids)) for ids in seen] == [4, 4, 4]
+    assert len({tuple(ids) for ids in seen}) == 3
+    first, *rest = optimizer.weights
+    for weight in rest:
+        first = 0.75 * first + 0.25 * weight
+    torch.testing.assert_close(average.module.weight.detach(), first)
+    predicted = (x @ model.weight.T + model.bias).argmax(dim=1)
+    in_order = lambda ids: ((x[i], y[i]) for i in ids)  # noqa: E731
+    assert supervised.count_correct(model, in_order, 5, batch_size=2) == int((predicted == y).sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 6}, "--batch_size must be at most 5"),
+        ({"warmup_epochs": 3}, "--warmup_epochs must be at most --epochs, 2"),
+        ({"lr": 1e30}, "the loss is "),
+    ],
+)
+def test_fit_refuses(options, message):
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    recipe = supervised.Recipe(**{"epochs": 2, "warmup_epochs": 0, "batch_size": 1, "blr": 1.0, "weight_decay": 0.0} | options)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 9), torch.nn.Linear(9, 2))
+    with pytest.raises(UserError, match=message):
+        list(
+            supervised.fit(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda ids: ((x[i], y[i]) for i in ids), 5, recipe)
+        )

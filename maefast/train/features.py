@@ -1,5 +1,6 @@
 """Features of a frozen encoder: read from a checkpoint, computed for every image of a data set, written to a file."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..backbone import Backbone
 from ..encoder import VisionTransformer
 from ..reference import sincos_positions
 from . import UserError
@@ -37,7 +39,9 @@ def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any)
         return encoder
 
     try:
-        encoder, _ = checkpoint.from_pretrained(build, path, **options)
+        encoder, _ = checkpoint.from_pretrained(
+            build, path, **{"decoder_num_heads": 1} | options
+        )  # of a decoder that is not built
     except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     if random_init:
@@ -45,11 +49,11 @@ def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any)
     return encoder
 
 
-def check_fits(encoder: VisionTransformer, images: Any) -> None:
-    """Raise UserError unless `images` (an ImageDataset) has as many channels as the encoder takes, and mean and std are known."""
-    if (channels := encoder.patch_embed.proj.in_channels) != images.channels:
+def check_fits(model: Backbone, images: Any) -> None:
+    """Raise UserError unless `images` (an ImageDataset) has as many channels as the model takes, and mean and std are known."""
+    if (channels := model.patch_embed.proj.in_channels) != images.channels:
         raise UserError(f"the data must have {channels} channels, as the checkpoint's images; they have {images.channels}")
-    if encoder.mean is None:
+    if model.mean is None:
         raise UserError(f"--mean and --std must be given for images of {channels} channels: the checkpoint does not tell them")
 
 
@@ -114,6 +118,8 @@ def _write_npy(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tupl
     import numpy as np
 
     array, done = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, *shape)), 0
+    with path.open("r+b") as file:  # a page that finds no room on a full disk ends the process with SIGBUS
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for features, _ in batches:
         array[done : done + len(features)] = features.numpy()
         done += len(features)

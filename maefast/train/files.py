@@ -9,8 +9,8 @@ from . import UserError
 __all__ = ["check_writable", "replace_file"]
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless `folder` can be made, or is there, and can be written. Leaves nothing behind."""
+def check_writable(folder: Path, option: str = "--output") -> None:
+    """Raise UserError, naming `option`, unless `folder` can be made, or is there, and can be written. Leaves nothing behind."""
     existing = folder
     while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
         existing = existing.parent
@@ -20,4 +20,4 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--output must be a folder that can be written; {folder} cannot be: {reason}") from error
+        raise UserError(f"{option} must be a folder that can be written; {folder} cannot be: {reason}") from error

@@ -27,7 +27,7 @@ def centred(size: tuple[int, int], part: float = 1.0) -> View:
     def box(height: int, width: int) -> Box:
         scale = part * min(height / size[0], width / size[1])
         h, w = scale * size[0], scale * size[1]
-        return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+        return _within(height, width, (width - w) / 2, (height - h) / 2, w, h)
 
     return View(box)
 
@@ -46,10 +46,14 @@ def random_resized(size: tuple[int, int], draws: Tensor) -> View:
         low, high = (math.log(value * size[1] / size[0]) for value in PROPORTIONS)
         aspect = math.exp(low + proportion * (high - low))
         w, h = min(width, math.sqrt(pixels * aspect)), min(height, math.sqrt(pixels / aspect))
-        left, top = column * (width - w), row * (height - h)
-        return left, top, left + w, top + h
+        return _within(height, width, column * (width - w), row * (height - h), w, h)
 
     return View(box, flip < 0.5)
+
+
+def _within(height: int, width: int, left: float, top: float, w: float, h: float) -> Box:
+    """A box of w x h at (left, top); rounding may have put it beyond the edge of the image."""
+    return max(0.0, left), max(0.0, top), min(float(width), left + w), min(float(height), top + h)
 
 
 def read_batches(
