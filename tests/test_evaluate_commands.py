@@ -224,7 +224,8 @@ def test_reconstruct_needs_a_decoder(capsys, tmp_path):
     assert "CHECKPOINT must have a decoder to reconstruct with; encoder.pth has none" in line
 
 
-def test_parquet_needs_pyarrow(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("out", "message"), [("out.parquet", ".parquet needs pyarrow"), ("out.npy", ".npy needs numpy")])
+def test_missing_packages(capsys, tmp_path, monkeypatch, out, message):
     monkeypatch.setattr(features, "find_spec", lambda name: None)
-    line = refused(capsys, tmp_path, "extract", "mae", "data", "out.parquet")
-    assert '.parquet needs pyarrow: pip install "maefast[eval]"' in line
+    assert f'{message}: pip install "maefast[eval]"' in refused(capsys, tmp_path, "extract", "mae", "data", out)
+    assert "reconstruct needs matplotlib" in refused(capsys, tmp_path, *COMMANDS["reconstruct"])

@@ -116,7 +116,6 @@ def from_pretrained(
     """A model of class `cls`, which has MAE's constructor, with the architecture and the weights of a checkpoint.
 
     cls            a class, or a function that takes MAE's arguments and makes an encoder of them
-
     overrides      arguments of the constructor that the checkpoint does not tell, or that shall differ, such as img_size
     Raises as `load`, and CheckpointError where num_heads or decoder_num_heads is neither told, nor implied by the width, nor
     given.

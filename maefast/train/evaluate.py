@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from ..encoder import VisionTransformer
 from ..model import MAE
 from . import UserError, supervised
 from .data import split as stratified
-from .features import check_fits, check_output, collect, features_of, load_encoder, write_features
+from .features import check_fits, check_output, collect, features_of, load_encoder, require, write_features
 from .files import check_writable, replace_file
 from .finetune import layer_decay_groups, reset_head, train_last_blocks
 from .knn import knn_votes
 from .linprobe import LinearProbe, ProbedEncoder, optimizer_of
 from .optim import adamw
 from .supervised import Recipe
-from .views import centred, random_resized, read_batches
+from .views import View, centred, random_resized, read_batches
 
 FINETUNE_HEAD_STD = 2e-5
 
@@ -147,7 +147,7 @@ def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, outpu
         known = collect(features_of(encoder, train, kind, part=data.crop_pct))
         batches = _in_memory(*known)
     else:
-        model, batches = ProbedEncoder(encoder, probe, kind), _augmented(train, encoder, recipe.seed)
+        model, batches = ProbedEncoder(encoder, probe, kind), _augmented(train, encoder.patch_embed.img_size, recipe.seed)
     log = Log(output_dir)
     for epoch in supervised.fit(model, optimizer_of(probe, recipe), batches, len(train), recipe):
         log.add(epoch, supervised.count_correct(probe, _in_memory(*scored), len(evaluated)), len(evaluated))
@@ -184,14 +184,8 @@ def finetune(source: Source, data: Labelled, recipe: Recipe, tuning: Tuning, *, 
     optimizer = adamw(groups, recipe.peak, betas=(0.9, 0.999))
     size = encoder.patch_embed.img_size
     still = centred(size, data.crop_pct)
-
-    def learned(batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        return read_batches(train, batches, size, lambda: still)
-
-    def scored(batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        return read_batches(evaluated, batches, size, lambda: still)
-
-    batches = learned if data.augment == "none" else _augmented(train, encoder, recipe.seed)
+    scored = _read(evaluated, size, lambda: still)
+    batches = _read(train, size, lambda: still) if data.augment == "none" else _augmented(train, size, recipe.seed)
     log = Log(output_dir)
     judged = encoder if average is None else average.module
     for epoch in supervised.fit(encoder, optimizer, batches, len(train), recipe, autocast=autocast, average=average):
@@ -203,6 +197,7 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
     """A picture of the first `count` images of `data`: original, masked and reconstructed."""
     from .pictures import make_panel, save_reconstructions
 
+    require("matplotlib", "reconstruct")
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UserError(f"OUT must be a .png file in a folder that exists; it is {out}")
     model = load_mae(source)
@@ -217,7 +212,10 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
         panel = make_panel(f"{source.checkpoint.name}, mask ratio {mask_ratio:g}", model.eval(), pixels, mask_ratio, source.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    save_reconstructions([panel], out)
+    try:
+        save_reconstructions([panel], out)
+    except OSError as error:
+        raise UserError(f"OUT cannot be written; {out}: {error.strerror or error}") from error
     print(f"{out}: {len(ids)} images")
 
 
@@ -236,7 +234,7 @@ def load_mae(source: Source) -> MAE:
 
 
 class Log:
-    """A line for each epoch on stdout; log.txt, one JSON object for each, and checkpoint.pth in a folder, if there is one."""
+    """A line for each epoch on stderr; log.txt, one JSON object for each, and checkpoint.pth in a folder, if there is one."""
 
     def __init__(self, folder: Path | None):
         self.folder, self.records = folder, list[dict[str, Any]]()
@@ -278,7 +276,11 @@ def _in_memory(features: Tensor, labels: Tensor) -> supervised.Batches:
     return lambda batches: ((features[ids], labels[ids]) for ids in batches)
 
 
-def _augmented(images: Chosen, encoder: VisionTransformer, seed: int) -> supervised.Batches:
+def _read(images: Any, size: tuple[int, int], view: Callable[[], View]) -> supervised.Batches:
+    return lambda batches: read_batches(images, batches, size, view)
+
+
+def _augmented(images: Chosen, size: tuple[int, int], seed: int) -> supervised.Batches:
     """A random box of each image, mirrored half of the time, anew each time."""
-    size, generator = encoder.patch_embed.img_size, torch.Generator().manual_seed(seed)
-    return lambda batches: read_batches(images, batches, size, lambda: random_resized(size, torch.rand(5, generator=generator)))
+    generator = torch.Generator().manual_seed(seed)
+    return _read(images, size, lambda: random_resized(size, torch.rand(5, generator=generator)))

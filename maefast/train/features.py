@@ -94,9 +94,13 @@ def check_output(out: Path) -> None:
         raise UserError(f"OUT must end in {' or '.join(FORMATS)}; it is {out}")
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"OUT must be a file in a folder that exists; it is {out}")
-    needed = "numpy" if out.suffix == ".npy" else "pyarrow"
-    if find_spec(needed) is None:
-        raise UserError(f'{out.suffix} needs {needed}: pip install "maefast[eval]"')
+    require("numpy" if out.suffix == ".npy" else "pyarrow", out.suffix)
+
+
+def require(package: str, what: str) -> None:
+    """Raise UserError unless the package that `what` needs is installed."""
+    if find_spec(package) is None:
+        raise UserError(f'{what} needs {package}: pip install "maefast[eval]"')
 
 
 def write_features(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], out: Path) -> None:

@@ -47,6 +47,8 @@ class LARS(torch.optim.Optimizer):
                     weight_norm, norm = w.norm(), d.norm()
                     trusted = group["trust_coefficient"] * weight_norm / norm
                     d = d * torch.where((weight_norm > 0) & (norm > 0), trusted, 1.0)
-                m = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
-                w.sub_(m.mul_(group["momentum"]).add_(d), alpha=group["lr"])
+                state = self.state[w]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(w)
+                w.sub_(state["momentum_buffer"].mul_(group["momentum"]).add_(d), alpha=group["lr"])
         return loss
