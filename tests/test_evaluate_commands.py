@@ -189,6 +189,7 @@ def test_statistics_that_nothing_tells(capsys, tmp_path, parts):
     ("name", "options", "message"),
     [
         ("knn", ("--k=40",), "--k must be at most 32, the number of images with labels; it is 40"),
+        ("knn", ("--label_fraction=0.01",), "--label_fraction must leave an image of each class in data; 0.01 does not"),
         ("knn", ("--k=0",), "argument --k: must be a whole number, 1 or more; it is '0'"),
         ("knn", ("--temperature=nan",), "argument --temperature: must be a number more than 0"),
         ("knn", ("--eval_split=dev",), "argument --eval_split: invalid choice: 'dev'"),

@@ -87,6 +87,9 @@ class Labelled:
         taken = torch.arange(len(train))
         if self.label_fraction < 1:
             _, taken = stratified(train.labels, self.label_fraction, seed)
+            if len(train.labels[taken].unique()) < len(train.labels.unique()):
+                fraction = self.label_fraction
+                raise UserError(f"--label_fraction must leave an image of each class in {self.data}; {fraction:g} does not")
         return train, taken, evaluated
 
 
