@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._version import __version__
+from .train import UserError, evaluate_flags, options
+from .train.flags import RATIO, SEED, whole
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,37 +44,13 @@ class Command:
     run: Callable[[argparse.Namespace], None]
 
 
-def positive_int(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; it is {text!r}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1; it is {text!r}")
-    return int(text)
-
-
-def ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, both excluded; it is {text!r}")
-    return value
-
-
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of images to train on instead, subfolders included")
     parser.add_argument("--output", type=Path, default="maefast-demo", metavar="DIR", help="where the results go (%(default)s)")
-    parser.add_argument(
-        "--steps", type=positive_int, help="pre-training steps of the main model; that of the photographs follows"
-    )
-    parser.add_argument("--batch-size", type=positive_int, help="images a step; the learning rate scales along")
-    parser.add_argument("--mask-ratio", type=ratio, help="the part of the patches that is removed")
-    parser.add_argument("--seed", type=seed, default=0, help="of weights, data order, masks and draws (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), help="pre-training steps of the main model; that of the photographs follows")
+    parser.add_argument("--batch-size", type=whole(1), help="images a step; the learning rate scales along")
+    parser.add_argument("--mask-ratio", type=RATIO, help="the part of the patches that is removed")
+    parser.add_argument("--seed", type=SEED, default=0, help="of weights, data order, masks and draws (%(default)s)")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -86,10 +64,10 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help="a checkpoint of any known layout: a file, or a folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="where it goes; for transformers a folder")
     parser.add_argument("--to", required=True, choices=("official", "transformers", "timm"), help="the layout to write")
-    parser.add_argument("--num-heads", type=positive_int, help="of the encoder, where the checkpoint does not tell")
-    parser.add_argument("--decoder-num-heads", type=positive_int, help="of the decoder, where the checkpoint does not tell")
+    parser.add_argument("--num-heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
+    parser.add_argument("--decoder-num-heads", type=whole(1), help="of the decoder, where the checkpoint does not tell")
     parser.add_argument(
-        "--stored-grid", type=positive_int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of the stored positions, likewise"
+        "--stored-grid", type=whole(1), nargs=2, metavar=("ROWS", "COLUMNS"), help="of the stored positions, likewise"
     )
     parser.add_argument(
         "--norm-pix-loss", action=argparse.BooleanOptionalAction, help="whether the target was normalised pixels, likewise"
@@ -98,7 +76,6 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     from . import checkpoint
-    from .train import UserError
 
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     try:
@@ -111,8 +88,8 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="DIR", help="a folder of images, a list, or tar shards")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     parser.add_argument("--split", choices=("train", "val", "test"), help="that subfolder of DIR alone")
-    parser.add_argument("--size", type=positive_int, default=256, help="side of the stored images in pixels (%(default)s)")
-    parser.add_argument("--channels", type=positive_int, help="of the stored images; 3 for most files")
+    parser.add_argument("--size", type=whole(1), default=256, help="side of the stored images in pixels (%(default)s)")
+    parser.add_argument("--channels", type=whole(1), help="of the stored images; 3 for most files")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -122,27 +99,26 @@ def _pack(arguments: argparse.Namespace) -> None:
     pack(**options)
 
 
-def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
-    from .train import options
-
-    options.add_arguments(parser)
-
-
 def _pretrain(arguments: argparse.Namespace) -> None:
     from .train.dataset import open_images
-    from .train.options import from_arguments
     from .train.pretrain import pretrain
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config")}
-    options = from_arguments(given, arguments.config)
-    pretrain(options, open_images(options.data_path, "train", options.in_chans))
+    chosen = options.from_arguments(given, arguments.config)
+    pretrain(chosen, open_images(chosen.data_path, "train", chosen.in_chans))
 
 
 COMMANDS = {
     "convert": Command("write a checkpoint in the layout of another library", _convert_arguments, _convert),
+    "extract": Command("write features of images to a file", evaluate_flags.extract, evaluate_flags.run),
+    "knn": Command("score an encoder by its nearest neighbours", evaluate_flags.knn, evaluate_flags.run),
+    "linprobe": Command("score an encoder by a linear layer on it", evaluate_flags.linprobe, evaluate_flags.run),
+    "partial": Command("fine-tune the last blocks of an encoder", evaluate_flags.partial, evaluate_flags.run),
+    "finetune": Command("fine-tune an encoder", evaluate_flags.finetune, evaluate_flags.run),
+    "reconstruct": Command("picture what a model makes of masked images", evaluate_flags.reconstruct, evaluate_flags.run),
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
     "pack": Command("write images as one uint8 array, the form that is read fastest", _pack_arguments, _pack),
-    "pretrain": Command("pre-train an MAE on images of your own", _pretrain_arguments, _pretrain),
+    "pretrain": Command("pre-train an MAE on images of your own", options.add_arguments, _pretrain),
 }
 
 
@@ -157,8 +133,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
-    from .train import UserError
-
     arguments = build_parser().parse_args(argv)
     try:
         COMMANDS[arguments.command].run(arguments)

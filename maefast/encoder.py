@@ -99,6 +99,19 @@ class VisionTransformer(Backbone):
             x = block(x)
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x[:, 0])
 
+    def encode(self, imgs: Tensor) -> Tensor:
+        """imgs (N, C, H, W), floating-point or uint8, of the model's size -> (N, 1+L, D), the tokens after `norm`, as MAE.encode.
+
+        Raises TypeError or ValueError for images that do not fit the model, and ValueError with global_pool, which has no `norm`.
+        """
+        if self.global_pool:
+            raise ValueError("encode needs the model's norm, and global_pool must be False for that; it is True")
+        self._check_images(imgs)
+        x = self._tokens(imgs, self.pos_embed[:, 1:])
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
     def features(self, imgs: Tensor, blocks: Sequence[int] = (-1,)) -> list[Tensor]:
         """Feature maps for detection and segmentation, from images of any size.
 

@@ -1,6 +1,6 @@
 """Checkpoints into models, and models into maefast's own layout."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,9 +110,12 @@ def load(model: nn.Module, path: str | Path, *, stored_grid: Grid | None = None)
     return _load(model, checkpoint, grid)
 
 
-def from_pretrained(cls: type[M], path: str | Path, *, stored_grid: Grid | None = None, **overrides: Any) -> tuple[M, LoadReport]:
+def from_pretrained(
+    cls: Callable[..., M], path: str | Path, *, stored_grid: Grid | None = None, **overrides: Any
+) -> tuple[M, LoadReport]:
     """A model of class `cls`, which has MAE's constructor, with the architecture and the weights of a checkpoint.
 
+    cls            a class, or a function that takes MAE's arguments and makes an encoder of them
     overrides      arguments of the constructor that the checkpoint does not tell, or that shall differ, such as img_size
     Raises as `load`, and CheckpointError where num_heads or decoder_num_heads is neither told, nor implied by the width, nor
     given.

@@ -1,10 +1,8 @@
 """The options of `maefast pretrain`: one table for flags, configuration files and Python."""
 
 import argparse
-import difflib
-import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,56 +10,9 @@ from typing import Any
 from .. import models_mae
 from . import UserError
 from .feed import AUGMENTATIONS
+from .flags import RATIO, SEED, Parse, nearest, number, numbers, one_of, whole
 
 MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("mae_vit_")))
-Parse = Callable[[str], Any]
-
-
-def nearest(word: str, words: Collection[str]) -> str:
-    """ ", did you mean ...?" where one of `words` is near, all of them otherwise."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(words)}"
-
-
-def one_of(words: Collection[str]) -> Parse:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"there is no {text!r}; {nearest(text, words)}")
-        return text
-
-    return parse
-
-
-def whole(least: int) -> Parse:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; it is {text!r}")
-        return int(text)
-
-    return parse
-
-
-def number(least: float, most: float = math.inf, excluded: bool = False) -> Parse:
-    """A finite number in least..most; `excluded` leaves both ends out."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        inside = least < value < most if excluded else least <= value <= most
-        if not inside or not math.isfinite(value):
-            limits = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
-            limits = f"more than {least:g}" if excluded and most == math.inf else limits + (", both excluded" if excluded else "")
-            raise argparse.ArgumentTypeError(f"must be a number, {limits}; it is {text!r}")
-        return value
-
-    return parse
-
-
-def numbers(least: float, excluded: bool = False) -> Parse:
-    parse_one = number(least, excluded=excluded)
-    return lambda text: tuple(parse_one(part) for part in text.strip("[]()").split(","))
 
 
 def option(default: Any, parse: Parse | None, help: str, metavar: str | None = None) -> Any:
@@ -91,8 +42,8 @@ class Options:
     mean: tuple[float, ...] | None = option(
         None, numbers(0), "of the pixels in 0..1 per channel (3: ImageNet's, else 0.5)", "M,.."
     )
-    std: tuple[float, ...] | None = option(None, numbers(0, excluded=True), "likewise", "S,..")
-    mask_ratio: float = option(0.75, number(0, 1, excluded=True), "part of the patches that is removed")
+    std: tuple[float, ...] | None = option(None, numbers(0, above=True), "likewise", "S,..")
+    mask_ratio: float = option(0.75, RATIO, "part of the patches that is removed")
     norm_pix_loss: bool = option(False, None, "normalise the target per patch")
     augment: str = option("rrc", one_of(AUGMENTATIONS), "none: centre; crop: of a fixed size; rrc: of random size and aspect")
     flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
@@ -104,10 +55,10 @@ class Options:
     lr: float | None = option(None, number(0), "learning rate, instead")
     min_lr: float = option(0.0, number(0), "where the cosine ends")
     weight_decay: float = option(0.05, number(0), "of all but biases and one-dimensional parameters")
-    clip_grad: float | None = option(None, number(0, excluded=True), "greatest norm of the gradient")
+    clip_grad: float | None = option(None, number(0, above=True), "greatest norm of the gradient")
     amp: str | None = option(None, one_of(("bf16", "fp16", "off")), "autocast (bf16 on a GPU, off on a CPU)", "bf16|fp16|off")
     device: str | None = option(None, str, "cuda or cpu (cuda where there is one)")
-    seed: int = option(0, whole(0), "of weights, order, crops and masks")
+    seed: int = option(0, SEED, "of weights, order, crops and masks")
     num_workers: int = option(min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on it")
     pin_mem: bool = option(True, None, "page-locked batches for a GPU")
     save_steps: int = option(0, whole(0), "also save after so many steps within an epoch; 0: after epochs alone")

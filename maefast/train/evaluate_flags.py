@@ -1,0 +1,126 @@
+"""The flags of the commands of evaluate.py, and how each command is run from them."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .flags import RATIO, SEED, number, numbers, whole
+
+SPLITS = ("train", "val", "test")
+PART = number(0, 1, above=True)
+RATE = number(0, 1, below=True)
+
+
+def _source_arguments(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of any layout that maefast convert reads")
+    parser.add_argument("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
+    parser.add_argument("--input_size", type=whole(1), help="side of the images, where not the checkpoint's")
+    parser.add_argument("--num_heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
+    parser.add_argument("--mean", type=numbers(0), metavar="M,M,..", help="of the pixels in 0..1 per channel, likewise")
+    parser.add_argument("--std", type=numbers(0), metavar="S,S,..", help="likewise")
+    parser.add_argument("--seed", type=SEED, default=0, help="of all that is drawn (%(default)s)")
+    if moves:
+        parser.add_argument("--random_init", action="store_true", help="the checkpoint's architecture with untrained weights")
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+        parser.add_argument("--crop_pct", type=PART, default=1.0, help="part of the largest centred box, per side (%(default)s)")
+
+
+def _labelled_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train_split", choices=SPLITS, default="train", help="the part of DATA to learn from (%(default)s)")
+    parser.add_argument("--eval_split", choices=SPLITS, default="val", help="the part of DATA to score (%(default)s)")
+    parser.add_argument("--label_fraction", type=PART, default=1.0, help="of each class to learn from (%(default)s)")
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser, **defaults: float) -> None:
+    for name, kind, help in (
+        ("epochs", whole(1), "passes over the images"),
+        ("warmup_epochs", whole(0), "epochs of linear warm-up"),
+        ("batch_size", whole(1), "images a step"),
+        ("blr", number(0), "base learning rate: lr = blr x batch_size / 256"),
+        ("min_lr", number(0), "where the cosine ends"),
+        ("weight_decay", number(0), "of weights with more than one dimension"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=defaults[name], help=f"{help} (%(default)s)")
+    parser.add_argument("--lr", type=number(0), help="learning rate, instead of --blr")
+    parser.add_argument("--augment", choices=("none", "rrc"), default="none", help="rrc: random resized crops, mirrored or not")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="for log.txt and checkpoint.pth")
+
+
+def extract(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a .npy or .parquet file")
+    parser.add_argument("--split", choices=SPLITS, help="the part of DATA (all of it)")
+    parser.add_argument("--kind", choices=("cls", "mean", "all"), default="cls", help="token, or tokens (%(default)s)")
+    parser.add_argument("--batch_size", type=whole(1), default=256, help="images at a time (%(default)s)")
+
+
+def knn(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    _labelled_arguments(parser)
+    parser.add_argument("--k", type=whole(1), default=20, help="neighbours that vote (%(default)s)")
+    parser.add_argument("--temperature", type=PART, default=0.07, help="of the votes (%(default)s)")
+    parser.add_argument("--kind", choices=("cls", "mean"), default="cls", help="class token or mean of the others (%(default)s)")
+    parser.add_argument("--batch_size", type=whole(1), default=256, help="images at a time (%(default)s)")
+
+
+def linprobe(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    _labelled_arguments(parser)
+    parser.add_argument("--kind", choices=("cls", "mean"), default="cls", help="class token or mean of the others (%(default)s)")
+    _recipe_arguments(parser, epochs=90, warmup_epochs=10, batch_size=512, blr=0.1, min_lr=0.0, weight_decay=0.0)
+
+
+def finetune(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    _labelled_arguments(parser)
+    _recipe_arguments(parser, epochs=50, warmup_epochs=5, batch_size=64, blr=1e-3, min_lr=1e-6, weight_decay=0.05)
+    parser.add_argument("--layer_decay", type=PART, default=0.75, help="of the learning rate, per layer below (%(default)s)")
+    parser.add_argument("--drop_path", type=RATE, default=0.1, help="stochastic depth of the last block (%(default)s)")
+    parser.add_argument("--smoothing", type=RATE, default=0.1, help="of the labels (%(default)s)")
+    parser.add_argument("--ema", type=RATE, help="decay of an average of the weights, which is then scored")
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="autocast (%(default)s)")
+    parser.add_argument(
+        "--cls_token", dest="global_pool", action="store_false", help="read the class token, not the mean of the others"
+    )
+
+
+def partial(parser: argparse.ArgumentParser) -> None:
+    finetune(parser)
+    parser.add_argument("--blocks", type=number(0), required=True, help="how many of the last ones learn; 0.5: the last MLP")
+
+
+def reconstruct(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser, moves=False)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a .png file")
+    parser.add_argument("--split", choices=SPLITS, help="the part of DATA (all of it)")
+    parser.add_argument("--decoder_num_heads", type=whole(1), help="of the decoder, where the checkpoint does not tell")
+    parser.add_argument("--mask_ratio", type=RATIO, default=0.75, help="the part of the patches that is removed (%(default)s)")
+    parser.add_argument("--count", type=whole(1), default=8, help="images (%(default)s)")
+
+
+def _picked(cls: type[Any], arguments: argparse.Namespace, **others: Any) -> Any:
+    """A dataclass of the arguments that have the names of its fields."""
+    given = vars(arguments) | others
+    return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Any of the commands of train/evaluate.py."""
+    from . import evaluate
+    from .supervised import Recipe
+
+    a, source = arguments, _picked(evaluate.Source, arguments)
+    if a.command in ("extract", "reconstruct"):
+        names = ("kind", "batch_size", "crop_pct") if a.command == "extract" else ("mask_ratio", "count")
+        getattr(evaluate, a.command)(source, a.data, a.split, a.out, **{name: getattr(a, name) for name in names})
+        return
+    data = _picked(evaluate.Labelled, arguments)
+    if a.command == "knn":
+        evaluate.knn(source, data, k=a.k, temperature=a.temperature, kind=a.kind, batch_size=a.batch_size)
+        return
+    recipe = _picked(Recipe, arguments, label_smoothing=getattr(a, "smoothing", 0.0))
+    if a.command == "linprobe":
+        evaluate.linprobe(source, data, recipe, kind=a.kind, output_dir=a.output_dir)
+    else:
+        evaluate.finetune(source, data, recipe, _picked(evaluate.Tuning, arguments), output_dir=a.output_dir)

@@ -1,0 +1,61 @@
+"""Kinds of values that the flags of several commands take: a text in, a value or a reason out."""
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+Parse = Callable[[str], Any]
+
+
+def nearest(word: str, words: Collection[str]) -> str:
+    """ ", did you mean ...?" where one of `words` is near, all of them otherwise."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(words)}"
+
+
+def one_of(words: Collection[str]) -> Parse:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"there is no {text!r}; {nearest(text, words)}")
+        return text
+
+    return parse
+
+
+def whole(least: int) -> Parse:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; it is {text!r}")
+        return int(text)
+
+    return parse
+
+
+def number(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Parse:
+    """A finite number from `least` to `most`; `above` leaves out the least, `below` the most."""
+    limits = f" more than {least:g}" if above else f", {least:g} or more"
+    if most != math.inf:
+        limits += f" and below {most:g}" if below else f" and at most {most:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = (least < value if above else least <= value) and (value < most if below else value <= most)
+        if not inside or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a number{limits}; it is {text!r}")
+        return value
+
+    return parse
+
+
+def numbers(least: float, *, above: bool = False) -> Parse:
+    parse_one = number(least, above=above)
+    return lambda text: tuple(parse_one(part) for part in text.strip("[]()").split(","))
+
+
+SEED = whole(0)
+RATIO = number(0, 1, above=True, below=True)
