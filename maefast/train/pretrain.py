@@ -5,10 +5,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,16 @@ from torch import Tensor
 
 from ..checkpoint.architecture import of_model
 from . import UserError, state
-from .feed import Augmented, Batch, Keys, batches, centre_box, dead_workers_reported
+from .feed import Augmented, Batch, Keys, batches, dead_workers_reported, evenly_spaced
 from .files import check_writable
 from .optim import adamw
 from .options import Options
 from .report import Log, Report, conclude, draw, tensorboard
+from .sampling import draw_noise
 from .schedule import warmup_cosine
 from .setup import build_model, find_device, require_one_process
 from .state import Position
+from .variants import PcaTarget
 
 if TYPE_CHECKING:
     from .dataset import ImageDataset
@@ -37,7 +38,7 @@ def pretrain(options: Options, data: "ImageDataset") -> dict[str, Any]:
     """Train, save, log and draw to options.output_dir; SIGTERM saves at the next step and returns.
 
     returns  the summary: epochs and steps done, loss (the last epoch's mean), images_per_second, data_wait, seconds, unreadable
-             images, checkpoint (the newest), finished (False after SIGTERM)
+             images, rewinds, checkpoint (the newest), finished (False after SIGTERM)
     Raises UserError before anything is written for options that do not fit each other, the images or the checkpoint to resume;
     later for a loss that is not finite, a disk that is full and a worker that died, with the newest checkpoint intact.
     """
@@ -78,23 +79,27 @@ class _Run:
             raise UserError(f"--start_epoch must be less than --epochs, {options.epochs}; it is {options.start_epoch}")
         self.peak = options.blr * self.batch / 256 if options.lr is None else options.lr
         self.model = build_model(options, data.channels).to(self.device)
+        self.len_keep = int(self.model.patch_embed.num_patches * (1 - options.mask_ratio))
         check_writable(self.folder, "--output_dir")
 
         self.optimizer = adamw(self.model, self.peak, weight_decay=options.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.masks = torch.Generator(self.device).manual_seed(options.seed)
         self.at = Position(options.start_epoch, 0)
-        self.loss_sum = 0.0  # of the steps of this epoch
+        self.loss_sum, self.counted = 0.0, 0  # over the steps of this epoch that no rewind has undone
         self.loss = math.nan  # of the last step, or the mean of the epoch that it ended
         self.unreadable = set[str]()
-        self.resumed = self._resume()
+        self.rewinds = 0
+        self.needs_pred = bool(self.model.overridden_methods())
+        self.resumed = self.newest = self._resume()
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         """What a run cannot change when it goes on."""
         facts = {f"the model's {name}": value for name, value in asdict(of_model(self.model)).items()}
-        return facts | {"the number of images": len(self.data)}
+        variant = {"the target": self.options.target, "--mask_tokens_in_encoder": self.options.mask_tokens_in_encoder}
+        return facts | variant | {"the number of images": len(self.data)}
 
     def _pace(self) -> dict[str, int]:
         """What it cannot change within an epoch, whose remaining batches would be others."""
@@ -119,25 +124,43 @@ class _Run:
         if run["step"]:
             state.must_agree(path, run["pace"], self._pace())
         self.at = Position(entries["epoch"] + 1, run["step"])
-        self.model.load_state_dict(entries["model"])
         try:
-            self.optimizer.load_state_dict(entries["optimizer"])
+            self._load(entries)
         except ValueError as error:
             raise UserError(f"--resume must be a checkpoint of the same optimizer; {path} has another: {error}") from error
+        if run["masks"].numel() != self.masks.get_state().numel():
+            raise UserError(f"--device must be of the kind that {path} was written on, for its masks; it is {self.device.type}")
+        self.masks.set_state(run["masks"])
+        self.loss_sum, self.counted, self.loss = run["loss_sum"], run["counted"], run["loss"]
+        self.rewinds = run["rewinds"]
+        self.unreadable.update(run["unreadable"])
+        return path
+
+    def _load(self, entries: Mapping[str, Any]) -> None:
+        """What a step changes, and a step over again would start from."""
+        self.model.load_state_dict(entries["model"])
+        self.optimizer.load_state_dict(entries["optimizer"])
         for group, decay in zip(self.optimizer.param_groups, (self.options.weight_decay, 0.0), strict=True):
             group["weight_decay"] = decay
         if entries["scaler"]:
             self.scaler.load_state_dict(entries["scaler"])
-        if run["masks"].numel() != self.masks.get_state().numel():
-            raise UserError(f"--device must be of the kind that {path} was written on, for its masks; it is {self.device.type}")
-        self.masks.set_state(run["masks"])
-        self.loss_sum, self.loss = run["loss_sum"], run["loss"]
-        self.unreadable.update(run["unreadable"])
-        return path
 
-    def _save(self) -> Path:
+    def _rewind(self, what: str, report: Report) -> None:
+        """Go on from here with the weights of the newest checkpoint. Raises UserError where --rewind does not allow it."""
+        if self.newest is None or self.rewinds >= self.options.rewind:
+            raise self._diverged(what)
+        entries = state.read(self.newest)
+        self._load(entries)
+        run, same_epoch = entries["run"], entries["epoch"] + 1 == self.at.epoch
+        self.loss_sum, self.counted = (run["loss_sum"], run["counted"]) if same_epoch else (0.0, 0)
+        self.rewinds += 1
+        where = f"at step {self.at.step} of epoch {self.at.epoch}"
+        count = f"{self.rewinds} of {self.options.rewind}"
+        report.say(f"the {what} {where}: the weights of {self.newest}, the batches since then left out (rewind {count})")
+
+    def _save(self, report: Report) -> None:
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise self._diverged("weights are not finite")
+            self._rewind("weights are not finite", report)
         args = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.options).items()}
         entries = {
             "model": self.model.state_dict(),
@@ -150,15 +173,16 @@ class _Run:
                 "step": self.at.step,
                 "masks": self.masks.get_state(),
                 "loss_sum": self.loss_sum,
+                "counted": self.counted,
+                "rewinds": self.rewinds,
                 "loss": self.loss,
                 "unreadable": sorted(self.unreadable),
                 "identity": self._identity(),
                 "pace": self._pace(),
             },
         }
-        path = self.folder / self.at.file_name
-        state.save(entries, path, self.options.keep)
-        return path
+        self.newest = self.folder / self.at.file_name
+        state.save(entries, self.newest, self.options.keep)
 
     def _diverged(self, what: str) -> UserError:
         rate = self.optimizer.param_groups[0]["lr"]
@@ -180,22 +204,25 @@ class _Run:
         report = Report(options.epochs * self.steps_per_epoch, self._steps_done(), self.batch, self.device)
         self._introduce(report, board is not None)
         samples = self._samples(report) if find_spec("matplotlib") is not None else None
-        feed, newest = self._feed(), self.resumed
+        if isinstance(self.model, PcaTarget) and self.resumed is None:
+            self.model.find_components(self._evenly_spaced(self.model.images_for_components, report))
+        feed = self._feed()
         try:
             while self.at.epoch < options.epochs and not stopping.is_set():
                 self._step(feed, report)
                 if self.at.step == self.steps_per_epoch:
                     self._end_epoch(log, board, report, samples)
-                    newest = self._save()
+                    self._save(report)
                 elif stopping.is_set() or (options.save_steps and self.at.step % options.save_steps == 0):
-                    newest = self._save()
+                    self._save(report)
         finally:
             feed.close()  # ends the workers
             report.close()
             if board is not None:
                 board.close()
         summary: dict[str, Any] = {"epochs": self.at.epoch, "steps": report.done, "loss": self.loss} | report.figures()
-        summary |= {"unreadable": len(self.unreadable), "checkpoint": str(newest), "finished": self.at.epoch >= options.epochs}
+        summary |= {"unreadable": len(self.unreadable), "rewinds": self.rewinds}
+        summary |= {"checkpoint": str(self.newest), "finished": self.at.epoch >= options.epochs}
         conclude(summary)
         return summary
 
@@ -231,23 +258,23 @@ class _Run:
             report.waited += time.perf_counter() - waiting
             self._skip(unreadable, report)
             images = images.to(self.device, non_blocking=True)
-            noise = torch.rand(len(images), self.model.patch_embed.num_patches, device=self.device, generator=self.masks)
+            noise = draw_noise(options.sampler, len(images), self.model.patch_embed.grid_size, self.len_keep, self.masks)
             with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
-                loss = self.model(images, options.mask_ratio, noise=noise, return_pred=False).loss
+                loss = self.model(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
             self.scaler.scale(loss / options.accum_iter).backward()
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
-        if not math.isfinite(mean):
-            raise self._diverged(f"loss is {mean}")
-        if options.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if math.isfinite(mean):
+            if options.clip_grad is not None:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.loss_sum, self.counted, self.loss = self.loss_sum + mean, self.counted + 1, mean
+        else:
+            self._rewind(f"loss is {mean}", report)
         self.optimizer.zero_grad()
-        self.loss_sum += mean
         report.step(self.at.epoch, mean, rate)
-        self.loss = mean
         self.at = Position(self.at.epoch, self.at.step + 1)
 
     def _skip(self, unreadable: list[str], report: Report) -> None:
@@ -259,14 +286,15 @@ class _Run:
     def _end_epoch(self, log: Log, board: Any, report: Report, samples: Tensor | None) -> None:
         """Tell about the epoch, then step over to the next. The record comes before the checkpoint: when the run goes on, one
         without its checkpoint is dropped, while a missing one would stay missing."""
-        epoch, rate, self.loss = self.at.epoch, self.optimizer.param_groups[0]["lr"], self.loss_sum / self.steps_per_epoch
+        epoch, rate = self.at.epoch, self.optimizer.param_groups[0]["lr"]
+        self.loss = self.loss_sum / self.counted if self.counted else self.loss
         record = {"train_lr": rate, "train_loss": self.loss, "epoch": epoch} | report.figures()
-        record["unreadable"] = len(self.unreadable)
+        record |= {"unreadable": len(self.unreadable), "rewinds": self.rewinds}
         report.line(f"epoch {epoch} of {self.options.epochs}", self.loss, rate)
         try:
             log.add(record)
             if samples is not None:
-                draw(self.model, samples, self.options.mask_ratio, self.options.seed, epoch, self.folder)
+                draw(self.model, samples, self.options, epoch, board)
         except OSError as error:
             raise UserError(
                 f"{self.folder} cannot be written: {error.strerror or error}; {state.last_good(self.folder)}"
@@ -274,16 +302,17 @@ class _Run:
         if board is not None:
             for name, value in record.items():
                 board.add_scalar(name, value, epoch)
-        self.at, self.loss_sum = Position(epoch + 1, 0), 0.0
+        self.at, self.loss_sum, self.counted = Position(epoch + 1, 0), 0.0, 0
+
+    def _evenly_spaced(self, count: int, report: Report) -> Iterator[Tensor]:
+        """Images of the data set, the same in every epoch and every process."""
+        for image, unreadable in evenly_spaced(self.data, self.model.patch_embed.img_size, count):
+            self._skip(unreadable, report)
+            if image is not None:
+                yield image
 
     def _samples(self, report: Report) -> Tensor | None:
-        """Evenly spaced images, the same in every epoch and every process; those that cannot be read are left out."""
-        images, size = list[Tensor](), self.model.patch_embed.img_size
-        for index in torch.linspace(0, len(self.data) - 1, min(self.options.pictures, len(self.data))).long().tolist():
-            try:
-                images.append(self.data.read(index, size, partial(centre_box, size=size)))
-            except UserError as error:
-                self._skip([str(error)], report)
+        images = list(self._evenly_spaced(self.options.pictures, report))
         return torch.stack(images).to(self.device) if images else None
 
     def _introduce(self, report: Report, board: bool) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .files import replace_file
-from .pictures import make_panel, save_reconstructions
+from .options import Options
+from .pictures import make_panel, rows_of, save_reconstructions
 
 LINES_APART = 30.0  # seconds, where there is no terminal
 
@@ -104,10 +105,14 @@ def tensorboard(folder: Path, next_epoch: int) -> Any:
     return SummaryWriter(str(folder), purge_step=next_epoch)
 
 
-def draw(model: nn.Module, images: Tensor, mask_ratio: float, seed: int, epoch: int, folder: Path) -> None:
-    """reconstructions/epoch-EEEE.png in `folder`: images (n, C, H, W) uint8, masked alike after each epoch, and reconstructed."""
-    panel = make_panel(f"epoch {epoch}, {mask_ratio:.0%} of the patches removed", model, images, mask_ratio, seed)
-    save_reconstructions([panel], folder / "reconstructions" / f"epoch-{epoch:04}.png")
+def draw(model: nn.Module, images: Tensor, options: Options, epoch: int, board: Any) -> None:
+    """reconstructions/epoch-EEEE.png in the run's folder, and the same to a SummaryWriter, if there is one: images (n, C, H, W)
+    uint8, masked alike after each epoch, and reconstructed."""
+    title = f"epoch {epoch}, {options.mask_ratio:.0%} of the patches removed"
+    panel = make_panel(title, model, images, options.mask_ratio, options.seed, options.sampler)
+    save_reconstructions([panel], options.output_dir / "reconstructions" / f"epoch-{epoch:04}.png")
+    if board is not None:
+        board.add_image("reconstructions", rows_of(panel), epoch)
 
 
 def conclude(summary: Mapping[str, Any]) -> None:
@@ -117,4 +122,7 @@ def conclude(summary: Mapping[str, Any]) -> None:
     print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s, {speed}", flush=True)
     if summary["unreadable"]:
         print(f"{summary['unreadable']} unreadable images skipped", flush=True)
+    if summary["rewinds"]:
+        times = "time" if summary["rewinds"] == 1 else "times"
+        print(f"rewound {summary['rewinds']} {times} after a loss that was not finite", flush=True)
     print(f"checkpoint: {summary['checkpoint']}", flush=True)
