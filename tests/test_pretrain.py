@@ -159,6 +159,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" in path.name) == ["checkpoint-0.pth"]
 
 
+def test_reference_has_the_same_losses(tmp_path: Path) -> None:
+    for name in ("ours", "plain"):
+        pretrain(options(tmp_path / name, epochs=2, reference=name == "plain"), ArrayImages(pictures()))
+    ours, plain = losses(tmp_path / "ours"), losses(tmp_path / "plain")
+    assert ours != plain  # other arithmetic
+    assert [loss for _, loss, _ in plain] == pytest.approx([loss for _, loss, _ in ours], rel=1e-5)
+
+
 class Deadly(ArrayImages):
     """Its fifth image kills the process that reads it."""
 

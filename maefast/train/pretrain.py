@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoint.architecture import of_model
 from . import UserError, state
+from .compare import reference_on
 from .feed import Augmented, Batch, Keys, batches, centre_box, dead_workers_reported
 from .files import check_writable
 from .optim import adamw
@@ -78,6 +79,7 @@ class _Run:
             raise UserError(f"--start_epoch must be less than --epochs, {options.epochs}; it is {options.start_epoch}")
         self.peak = options.blr * self.batch / 256 if options.lr is None else options.lr
         self.model = build_model(options, data.channels).to(self.device)
+        self.forward = reference_on(self.model) if options.reference else self.model
         check_writable(self.folder, "--output_dir")
 
         self.optimizer = adamw(self.model, self.peak, weight_decay=options.weight_decay)
@@ -233,7 +235,7 @@ class _Run:
             images = images.to(self.device, non_blocking=True)
             noise = torch.rand(len(images), self.model.patch_embed.num_patches, device=self.device, generator=self.masks)
             with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
-                loss = self.model(images, options.mask_ratio, noise=noise, return_pred=False).loss
+                loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=False).loss
             self.scaler.scale(loss / options.accum_iter).backward()
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
@@ -289,7 +291,7 @@ class _Run:
     def _introduce(self, report: Report, board: bool) -> None:
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
-        report.say(f"{self.options.model} on {self.device}: {images}, {pace}")
+        report.say(f"{'the plain ' if self.options.reference else ''}{self.options.model} on {self.device}: {images}, {pace}")
         if self.resumed is not None:
             report.say(f"goes on from {self.resumed}, step {self.at.step} of epoch {self.at.epoch}")
         if self.options.log_dir is not None and not board:
