@@ -162,6 +162,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" in path.name) == ["checkpoint-0.pth"]
 
 
+def test_reference_has_the_same_losses(tmp_path: Path) -> None:
+    for name in ("ours", "plain"):
+        pretrain(options(tmp_path / name, epochs=2, reference=name == "plain"), ArrayImages(pictures()))
+    ours, plain = losses(tmp_path / "ours"), losses(tmp_path / "plain")
+    assert ours != plain  # other arithmetic
+    assert [loss for _, loss, _ in plain] == pytest.approx([loss for _, loss, _ in ours], rel=1e-5)
+
+
 class Deadly(ArrayImages):
     """Its fifth image kills the process that reads it."""
 
@@ -453,6 +461,10 @@ def test_options_in_python() -> None:
         "model there is no 'mae_vit_bas_patch16'; did you mean mae_vit_base_patch16?": {"model": "mae_vit_bas_patch16"},
         "flip must be true or false; it is 1": {"flip": 1},
         "std must be a number more than 0; it is '0'": {"std": (1, 0)},
+        "--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model": {
+            "reference": True,
+            "target": "pca",
+        },
         "--target must be norm where there is --norm_pix_loss; it is pixel": {"norm_pix_loss": True, "target": "pixel"},
     }
     for message, changes in wrong.items():

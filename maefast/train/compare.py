@@ -1,7 +1,7 @@
 """The same training steps with maefast and with the plain reference, in turns."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.architecture import of_model
 from ..model import MAE
-from ..reference import ReferenceMAE
+from ..reference import MAEOutput, ReferenceMAE
 from .data import normalised
 from .optim import adamw
 from .step import training_step
@@ -40,6 +41,23 @@ class Comparison:
             f"{self.reference_seconds * 1e3:.1f} ms a step of {self.batch_size} images, medians of {self.steps} steps each, "
             f"in turns; losses within {self.loss_difference:.0e})"
         )
+
+
+def reference_on(model: MAE) -> Callable[..., MAEOutput]:
+    """ReferenceMAE's forward on the parameters of `model`, called as `model` is with uint8 images (N, C, H, W).
+
+    The images are normalised first, in float, as a script around the official model does; `return_pred` makes no difference.
+    """
+    config = of_model(model).arguments()
+    reference = ReferenceMAE(**{name: value for name, value in config.items() if name not in ("mean", "std")})
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        setattr(reference.get_submodule(module), leaf, parameter)
+
+    def forward(imgs: Tensor, mask_ratio: float, *, noise: Tensor, return_pred: bool = True) -> MAEOutput:
+        return reference(normalised(imgs, config), mask_ratio, noise=noise)
+
+    return forward
 
 
 def compare(

@@ -64,6 +64,7 @@ class Options:
     weight_decay: float = option(0.05, number(0), "of all but biases and one-dimensional parameters")
     clip_grad: float | None = option(None, number(0, above=True), "greatest norm of the gradient")
     amp: str | None = option(None, one_of(("bf16", "fp16", "off")), "autocast (bf16 on a GPU, off on a CPU)", "bf16|fp16|off")
+    reference: bool = option(False, None, "run the plain eager model instead, for comparison: the same losses, more slowly")
     device: str | None = option(None, str, "cuda or cpu (cuda where there is one)")
     seed: int = option(0, SEED, "of weights, order, crops and masks")
     num_workers: int = option(min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on it")
@@ -82,6 +83,8 @@ class Options:
         target = self.target or ("norm" if self.norm_pix_loss else "pixel")
         if self.norm_pix_loss and target != "norm":
             raise UserError(f"--target must be norm where there is --norm_pix_loss; it is {target}")
+        if self.reference and (self.mask_tokens_in_encoder or target == "pca"):
+            raise UserError("--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model")
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "norm_pix_loss", target == "norm")
 

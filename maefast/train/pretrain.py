@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checkpoint.architecture import of_model
 from . import UserError, state
+from .compare import reference_on
 from .feed import Augmented, Batch, Keys, batches, dead_workers_reported, evenly_spaced
 from .files import check_writable
 from .optim import adamw
@@ -80,6 +81,7 @@ class _Run:
         self.peak = options.blr * self.batch / 256 if options.lr is None else options.lr
         self.model = build_model(options, data.channels).to(self.device)
         self.len_keep = int(self.model.patch_embed.num_patches * (1 - options.mask_ratio))
+        self.forward = reference_on(self.model) if options.reference else self.model
         check_writable(self.folder, "--output_dir")
 
         self.optimizer = adamw(self.model, self.peak, weight_decay=options.weight_decay)
@@ -260,7 +262,7 @@ class _Run:
             images = images.to(self.device, non_blocking=True)
             noise = draw_noise(options.sampler, len(images), self.model.patch_embed.grid_size, self.len_keep, self.masks)
             with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
-                loss = self.model(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
+                loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
             self.scaler.scale(loss / options.accum_iter).backward()
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
@@ -318,7 +320,7 @@ class _Run:
     def _introduce(self, report: Report, board: bool) -> None:
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
-        report.say(f"{self.options.model} on {self.device}: {images}, {pace}")
+        report.say(f"{'the plain ' if self.options.reference else ''}{self.options.model} on {self.device}: {images}, {pace}")
         if self.resumed is not None:
             report.say(f"goes on from {self.resumed}, step {self.at.step} of epoch {self.at.epoch}")
         if self.options.log_dir is not None and not board:
