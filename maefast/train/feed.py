@@ -4,7 +4,7 @@ an interruption changes it."""
 import random
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import UserError
+from .boxes import centred, draw_of, drawn
 
 if TYPE_CHECKING:
-    from .dataset import Box, ImageDataset
+    from .dataset import ImageDataset
 
 AUGMENTATIONS = ("none", "crop", "rrc")
-FIXED_CROP = 7 / 8  # of the largest fitting box, as 224 of 256 pixels
-AREA, ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (He et al. 2022, appendix A.1)
-TRIES = 10  # for a random resized crop that fits
 UNREADABLE_RUN = 100  # unreadable images in a row, from which on it is no accident
 
 Key = tuple[int, int]  # epoch, index
@@ -33,33 +31,6 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The indices 0 .. count-1 in the order of one epoch."""
     generator = torch.Generator().manual_seed(random.Random(f"order {seed} {epoch}").getrandbits(63))
     return torch.randperm(count, generator=generator).tolist()
-
-
-def centre_box(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> "Box":
-    """The largest centred box of size's aspect, its sides times `scale`."""
-    rows, cols = size
-    side = min(height / rows, width / cols) * scale
-    top, left = (height - side * rows) / 2, (width - side * cols) / 2
-    return left, top, left + side * cols, top + side * rows
-
-
-def fixed_crop_box(height: int, width: int, size: tuple[int, int], draw: random.Random) -> "Box":
-    """A box of a fixed size at a random place."""
-    left, top, right, bottom = centre_box(height, width, size, FIXED_CROP)
-    dx, dy = draw.uniform(-left, left), draw.uniform(-top, top)
-    return left + dx, top + dy, right + dx, bottom + dy
-
-
-def resized_crop_box(height: int, width: int, size: tuple[int, int], draw: random.Random) -> "Box":
-    """A box of random area and aspect at a random place; the largest centred one where none fits."""
-    for _ in range(TRIES):
-        area = height * width * draw.uniform(*AREA)
-        aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** draw.random() * size[1] / size[0]
-        rows, cols = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
-        if 0 < rows <= height and 0 < cols <= width:
-            top, left = draw.randint(0, height - rows), draw.randint(0, width - cols)
-            return left, top, left + cols, top + rows
-    return centre_box(height, width, size)
 
 
 class Augmented(Dataset[Sample]):
@@ -77,22 +48,27 @@ class Augmented(Dataset[Sample]):
         epoch, index = key
         unreadable = list[str]()
         while True:
-            draw = random.Random(f"{self.seed} {epoch} {index}")
-            mirrored = self.flip and draw.random() < 0.5
+            view = drawn(draw_of(self.seed, epoch, index), self.size, self.augment, self.flip)
             try:
-                image = self.data.read(index, self.size, self._box(draw))
+                image = self.data.read(index, self.size, view.box)
             except UserError as error:
                 unreadable.append(str(error))
                 if len(unreadable) == min(UNREADABLE_RUN, len(self.data)):
                     return None, unreadable  # an exception would cross from the worker with its traceback in the message
                 index = (index + 1) % len(self.data)
                 continue
-            return image.flip(-1) if mirrored else image, unreadable
+            return image.flip(-1) if view.flip else image, unreadable
 
-    def _box(self, draw: random.Random) -> "Callable[[int, int], Box]":
-        if self.augment == "none":
-            return partial(centre_box, size=self.size)
-        return partial(fixed_crop_box if self.augment == "crop" else resized_crop_box, size=self.size, draw=draw)
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        """The samples of a batch, as DataLoader asks for them."""
+        if self.augment == "none" and not self.flip:
+            try:
+                images = self.data.read_many([index for _, index in keys], self.size, partial(centred, size=self.size))
+            except UserError:
+                pass  # one by one, each unreadable image is named and gives way
+            else:
+                return [(image, []) for image in images]
+        return [self[key] for key in keys]
 
 
 class Keys(Sampler[list[Key]]):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..checkpoint.architecture import of_model
 from . import UserError, state
-from .feed import Augmented, Batch, Keys, batches, centre_box, dead_workers_reported
+from .boxes import centred
+from .feed import Augmented, Batch, Keys, batches, dead_workers_reported
 from .files import check_writable
 from .optim import adamw
 from .options import Options
@@ -281,7 +282,7 @@ class _Run:
         images, size = list[Tensor](), self.model.patch_embed.img_size
         for index in torch.linspace(0, len(self.data) - 1, min(self.options.pictures, len(self.data))).long().tolist():
             try:
-                images.append(self.data.read(index, size, partial(centre_box, size=size)))
+                images.append(self.data.read(index, size, partial(centred, size=size)))
             except UserError as error:
                 self._skip([str(error)], report)
         return torch.stack(images).to(self.device) if images else None
