@@ -351,7 +351,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     images = events.Images("reconstructions")
     assert [(event.step, event.height, event.width) for event in images] == [(0, 48, 32), (1, 48, 32)]
     shown = torch.tensor(np.asarray(Image.open(io.BytesIO(images[1].encoded_image_string)))).permute(2, 0, 1)
-    centre = partial(feed.centre_box, size=(16, 16))
+    centre = partial(boxes.centred, size=(16, 16))
     originals = [ArrayImages(pictures()).read(index, (16, 16), centre) for index in (0, COUNT - 1)]
     assert torch.equal(shown[:, :16], torch.cat(originals, dim=2))
 
