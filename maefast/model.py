@@ -348,11 +348,11 @@ def _repeats_enough(x: Tensor, latent: Tensor) -> bool:
 
 
 def _factory(name: str, doc: str, **sizes: Any) -> Callable[..., MAE]:
-    def make(**kwargs: Any) -> MAE:
-        return MAE(**{**sizes, "mlp_ratio": 4.0, "norm_layer": partial(nn.LayerNorm, eps=1e-6), **kwargs})
+    def make(*, model_class: type[MAE] = MAE, **kwargs: Any) -> MAE:
+        return model_class(**{**sizes, "mlp_ratio": 4.0, "norm_layer": partial(nn.LayerNorm, eps=1e-6), **kwargs})
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = f"{doc}; keyword arguments are those of MAE."
+    make.__doc__ = f"{doc}; keyword arguments are those of MAE. model_class: MAE or a subclass, which is built."
     return make
 
 

@@ -1,25 +1,27 @@
 """`maefast pretrain`: a run that is killed and goes on is the run that was not; what can go wrong is said in one line."""
 
 import io
-import json
 import os
 import random
+import re
 import resource
 import signal
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pretraining import COUNT, SIZES, ArrayImages, flags, pictures
+from PIL import Image
+from pretraining import COUNT, ArrayImages, flags, options, pictures, records
 from support import threads
 
 import maefast
 from maefast import cli
-from maefast.train import UserError, feed, state
+from maefast.train import UserError, feed, setup, state
 from maefast.train.options import Options
 from maefast.train.pretrain import pretrain
 
@@ -35,14 +37,8 @@ def run(folder: Path, name: str, **options: object) -> int:
     return cli.main(flags(folder / "images.npy", folder / name, **options))
 
 
-def options(output: Path, **changes: object) -> Options:
-    given = SIZES | {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "num_workers": 0, "pictures": 0, "output_dir": output}
-    return Options(**(given | changes))
-
-
 def losses(folder: Path) -> list[tuple[int, float, float]]:
-    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return [(record["epoch"], record["train_loss"], record["train_lr"]) for record in records]
+    return [(record["epoch"], record["train_loss"], record["train_lr"]) for record in records(folder)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -246,6 +242,80 @@ def test_other_channels_pictures_and_bf16(tmp_path: Path) -> None:
     assert model.mean.tolist() == [0.5]
 
 
+AXES = {"sampler": "block", "target": "pca", "mask_tokens_in_encoder": True, "augment": "rrc+jitter", "amp": "bf16"}
+
+
+def test_the_papers_axes_go_on_exactly(tmp_path: Path) -> None:
+    """The principal components come from the checkpoint: the data set that goes on has others."""
+    pretrain(options(tmp_path / "whole", epochs=2, keep=3, save_steps=2, mask_ratio=0.5, **AXES), ArrayImages(pictures()))
+    resume = str(tmp_path / "whole" / "checkpoint-1-2.pth")
+    data = ArrayImages(pictures())
+    first, data.read = data.read, lambda index, size, box: first(index, size, box) if index else first(1, size, box)
+    used = set(feed.epoch_order(COUNT, 0, 1)[16:32])
+    assert 0 not in used  # so that the batches are the same
+    changes = {"epochs": 2, "mask_ratio": 0.5, "resume": resume, **AXES}
+    pretrain(options(tmp_path / "rest", **changes), data)
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[1:]
+    truth, got = weights(tmp_path / "whole"), weights(tmp_path / "rest")
+    assert got["variant_pca_basis"].shape == (48, 24)
+    assert all(torch.equal(got[name], truth[name]) for name in truth)
+    with pytest.raises(UserError, match="the target is pca, here it is pixel"):
+        pretrain(options(tmp_path / "rest", **changes | {"target": "pixel", "resume": "auto"}), data)
+
+
+# -- rewinds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
+    """White images make the loss NaN: here in the last step of the second epoch and the first of the third."""
+    build = setup.build_model
+
+    def build_poisoned(*args: object) -> torch.nn.Module:
+        model = build(*args)
+        model.register_forward_hook(
+            lambda _, inputs, out: out._replace(loss=out.loss * torch.nan) if (inputs[0] == 255).all((1, 2, 3)).any() else None
+        )
+        return model
+
+    monkeypatch.setattr("maefast.train.resumable.build_model", build_poisoned)
+    data = ArrayImages(pictures())
+    index = feed.epoch_order(COUNT, 0, 0)[-1]  # the one that the first epoch leaves out
+    assert [feed.epoch_order(COUNT, 0, epoch).index(index) // 8 for epoch in range(3)] == [4, 3, 0]
+    data.array[index] = 255
+    return data
+
+
+def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights of the last checkpoint, after the bad batch; a run that is resumed before or after a rewind is the same."""
+    changes = {"epochs": 3, "rewind": 2, "save_steps": 2, "keep": 9}
+    summary = pretrain(options(tmp_path / "whole", **changes), poisoned)
+    assert (summary["rewinds"], summary["steps"], summary["finished"]) == (2, 12, True)
+    out = capsys.readouterr().out
+    assert re.search(r"the loss is nan at step 3 of epoch 1: the weights of .*checkpoint-1-2.pth.*rewind 1 of 2", out)
+    assert re.search(r"the loss is nan at step 0 of epoch 2: the weights of .*checkpoint-1.pth.*rewind 2 of 2", out)
+    assert "rewound 2 times " in out
+    before, after = (state.read(tmp_path / "whole" / f"checkpoint-{at}.pth") for at in ("1-2", "1"))
+    assert all(torch.equal(before["model"][name], tensor) for name, tensor in after["model"].items())
+    truth = weights(tmp_path / "whole")
+    assert not torch.equal(after["model"]["cls_token"], truth["cls_token"])
+    of_epochs = [loss for _, loss, _ in losses(tmp_path / "whole")]
+    assert of_epochs[1] == before["run"]["loss_sum"] / 2
+    assert np.isfinite(of_epochs).all()
+
+    for at in ("1-2", "2-2"):
+        resume = str(tmp_path / "whole" / f"checkpoint-{at}.pth")
+        assert pretrain(options(tmp_path / at, **changes, resume=resume), poisoned)["rewinds"] == 2
+        got = weights(tmp_path / at)
+        assert all(torch.equal(got[name], truth[name]) for name in truth)
+        assert losses(tmp_path / at)[-1] == losses(tmp_path / "whole")[-1]
+
+
+def test_no_rewind_is_left(tmp_path: Path, poisoned: ArrayImages) -> None:
+    with pytest.raises(UserError, match=r"the loss is nan at step 0 of epoch 2, .* the last good checkpoint is .*-1.pth"):
+        pretrain(options(tmp_path, epochs=3, rewind=1), poisoned)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -264,11 +334,17 @@ def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    pretrain(options(tmp_path, epochs=2, log_dir=tmp_path / "events"), ArrayImages(pictures()))
-    events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("train_loss")
-    assert [(event.step, event.value) for event in events] == [
+    pretrain(options(tmp_path, epochs=2, pictures=2, log_dir=tmp_path / "events"), ArrayImages(pictures()))
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [
         (epoch, pytest.approx(loss)) for epoch, loss, _ in losses(tmp_path)
     ]
+    images = events.Images("reconstructions")
+    assert [(event.step, event.height, event.width) for event in images] == [(0, 48, 32), (1, 48, 32)]
+    shown = torch.tensor(np.asarray(Image.open(io.BytesIO(images[1].encoded_image_string)))).permute(2, 0, 1)
+    centre = partial(feed.centre_box, size=(16, 16))
+    originals = [ArrayImages(pictures()).read(index, (16, 16), centre) for index in (0, COUNT - 1)]
+    assert torch.equal(shown[:, :16], torch.cat(originals, dim=2))
 
 
 # -- options ------------------------------------------------------------------------------------------------------------
@@ -303,26 +379,21 @@ BAD = {
     "--device=gpu": "--device must be cpu, cuda or cuda:N; it is 'gpu'",
     "--device=cuda:99": "--device must be a GPU of this machine",
     "--resume=nowhere.pth": "nowhere.pth cannot be read: No such file or directory",
+    "--sampler=grid --mask_ratio=0.5": "--sampler grid must keep one patch of four",
+    "--target=pca --norm_pix_loss": "--target must be norm where there is --norm_pix_loss; it is pca",
     "--config=nowhere.yaml": "--config must be a file; nowhere.yaml cannot be read",
 }
 
 
 @pytest.mark.parametrize("flag", BAD)
 def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
-    assert BAD[flag] in refused(capsys, *flags(folder / "images.npy", folder / "bad"), flag)
+    assert BAD[flag] in refused(capsys, *flags(folder / "images.npy", folder / "bad"), *flag.split())
     assert not (folder / "bad").exists()
 
 
 def test_a_folder_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, *flags(folder / "images.npy", folder / "images.npy" / "out"))
     assert "--output_dir must be a folder that can be written" in line
-
-
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="pretrain must run as one process; WORLD_SIZE is 2"):
-        pretrain(options(tmp_path / "out"), ArrayImages(pictures()))
-    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
@@ -359,8 +430,28 @@ def test_within_an_epoch_the_batches_stay(tmp_path: Path) -> None:
     data = ArrayImages(pictures())
     pretrain(options(tmp_path, save_steps=3, keep=5), data)
     (tmp_path / "checkpoint-0.pth").unlink()
-    with pytest.raises(UserError, match="batch_size is 8, here it is 4"):
+    with pytest.raises(UserError, match="processes is 8, here it is 4"):
         pretrain(options(tmp_path, batch_size=4, resume="auto"), data)
+
+
+def test_options_in_python() -> None:
+    """What a flag takes, as it takes it; the target and --norm_pix_loss agree."""
+    given = Options(epochs="3", blr=1, mean=[0.1, 0.2], data_path="images", amp="off", target="norm")
+    assert (given.epochs, given.blr, given.mean, given.data_path) == (3, 1.0, (0.1, 0.2), Path("images"))
+    assert given.norm_pix_loss
+    assert Options(norm_pix_loss=True).target == "norm"
+    assert Options().target == "pixel"
+    wrong = {
+        "epochs must be a whole number, 1 or more; it is '0'": {"epochs": 0},
+        "epochs must be a whole number, 1 or more; it is 'None'": {"epochs": None},
+        "model there is no 'mae_vit_bas_patch16'; did you mean mae_vit_base_patch16?": {"model": "mae_vit_bas_patch16"},
+        "flip must be true or false; it is 1": {"flip": 1},
+        "std must be a number more than 0; it is '0'": {"std": (1, 0)},
+        "--target must be norm where there is --norm_pix_loss; it is pixel": {"norm_pix_loss": True, "target": "pixel"},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            Options(**changes)
 
 
 def test_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def convert(
     tensors = architecture.checked(checkpoint.tensors, checkpoint.path)
     left_out = [name for name in tensors if to == "timm" and is_decoder(name)]
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    warnings = []
+    warnings = [] if to == "timm" else checkpoint.warn_of_variant()
     if to == "transformers":
         _write_transformers(tensors, architecture, facts.mask_ratio, checkpoint, out)
         if facts.norm_pix_loss is None and checkpoint.has_decoder:

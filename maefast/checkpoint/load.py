@@ -1,7 +1,7 @@
 """Checkpoints into models, and models into maefast's own layout."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ from .positions import Grid, refitted
 
 M = TypeVar("M", bound=nn.Module)
 
+VARIANT = "variant_"  # begins the names of what a variant of MAE (maefast.train.variants) has beyond it
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -27,7 +29,8 @@ class LoadReport:
     has_decoder     whether the checkpoint holds the decoder
     norm_pix_loss   whether its target was normalised pixels; None where the checkpoint does not tell
     positions       what was done to positions stored for another grid, a sentence each
-    ignored         entries of a training checkpoint that are no weights: the optimizer's state, the epoch
+    ignored         entries of a training checkpoint that are no weights: the optimizer's state, the epoch; and what a variant of
+                    MAE has beyond it
     warnings        what may be wrong although everything fitted
     """
 
@@ -61,6 +64,7 @@ class Checkpoint:
     path: Path
     layout: str
     tensors: dict[str, Tensor]
+    variant: dict[str, Tensor]  # what it has beyond an MAE's
     facts: Facts
     ignored: tuple[str, ...]
 
@@ -77,7 +81,13 @@ class Checkpoint:
     ) -> LoadReport:
         norm_pix_loss = self.facts.norm_pix_loss
         facts = (self.path, self.layout, tuple(missing), tuple(unexpected), self.has_decoder, norm_pix_loss)
-        return LoadReport(*facts, tuple(positions), self.ignored, tuple(warnings))
+        return LoadReport(*facts, tuple(positions), (*self.ignored, *self.variant), tuple(warnings))
+
+    def warn_of_variant(self) -> list[str]:
+        """What to say where its decoder is put to use."""
+        if not self.variant or not self.has_decoder:
+            return []
+        return [f"the checkpoint is of a variant of MAE, with {listed(list(self.variant))}, and so is its decoder"]
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -88,7 +98,9 @@ def read(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{contents.path} must hold floating-point tensors; it has {listed(strange)} of {tensors[strange[0]].dtype}"
         )
-    return Checkpoint(contents.path, layout, tensors, facts_of(contents, tensors, layout), contents.ignored)
+    variant = {name: tensor for name, tensor in tensors.items() if name.startswith(VARIANT)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in variant}
+    return Checkpoint(contents.path, layout, tensors, variant, facts_of(contents, tensors, layout), contents.ignored)
 
 
 def load(model: nn.Module, path: str | Path, *, stored_grid: Grid | None = None) -> LoadReport:
@@ -143,7 +155,10 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
 
 def _load(model: nn.Module, checkpoint: Checkpoint, grid: Grid, target_given: bool = False) -> LoadReport:
-    ours, theirs = model.state_dict(), dict(checkpoint.tensors)
+    ours = model.state_dict()
+    known = {name: tensor for name, tensor in checkpoint.variant.items() if name in ours}
+    checkpoint = replace(checkpoint, variant={name: t for name, t in checkpoint.variant.items() if name not in known})
+    theirs = checkpoint.tensors | known
     missing, unexpected = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
     _check_names(model, checkpoint, missing, unexpected)
     _check_heads(model, checkpoint)
@@ -194,13 +209,14 @@ def _warnings(model: nn.Module, checkpoint: Checkpoint, target_given: bool) -> l
         return []
     if not checkpoint.has_decoder:
         return ["the checkpoint holds no decoder; the model keeps its own"]
+    warnings = checkpoint.warn_of_variant()
     if target_given:
-        return []
+        return warnings
     if target is None:
-        return [unknown_target(f"norm_pix_loss is {wanted}")]
+        return [*warnings, unknown_target(f"norm_pix_loss is {wanted}")]
     if target != wanted:
-        return [f"norm_pix_loss is {wanted}, and the checkpoint was trained with norm_pix_loss={target}"]
-    return []
+        return [*warnings, f"norm_pix_loss is {wanted}, and the checkpoint was trained with norm_pix_loss={target}"]
+    return warnings
 
 
 def unknown_target(taken: str) -> str:

@@ -1,9 +1,10 @@
 """Several processes of one run: how they find and hear each other, and how the model is spread over them."""
 
+import gc
 import os
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +41,7 @@ def find_launch(options: "Options") -> Launch | None:
         rank, world, local = (_variable(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK"))
         launch = Launch(rank, world, local, f"tcp://{_text('MASTER_ADDR')}:{_variable('MASTER_PORT')}")
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local = _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ else max(0, options.local_rank)
+        local = _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ else options.local_rank or 0
         launch = Launch(_variable("RANK"), _variable("WORLD_SIZE"), local, options.dist_url)
     elif "SLURM_STEP_NUM_TASKS" in os.environ and _variable("SLURM_STEP_NUM_TASKS") > 1:  # set by srun, not in a batch script
         url = _slurm_url() if options.dist_url == "env://" else options.dist_url
@@ -50,7 +51,9 @@ def find_launch(options: "Options") -> Launch | None:
     started, rank = (1, 0) if launch is None else (launch.world_size, launch.rank)
     if options.world_size not in (None, started):
         hint = f"start them with torchrun --nproc_per_node {options.world_size} -m maefast pretrain"
-        message = f"--world_size must be the number of processes that were started, {started}; it is {options.world_size} ({hint})"
+        message = (
+            f"--world_size must be the number of processes that were started, {started}; it is {options.world_size} ({hint})"
+        )
         raise UserError(message) if rank == 0 else ToldByAnother(message)
     return launch
 
@@ -169,7 +172,7 @@ def joined(options: "Options") -> Iterator[Group]:
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         try:
             # Gloo beside NCCL: what the processes agree on in each step must not wait for the GPU.
-            backend = "cpu:gloo,cuda:nccl" if gpus else "cpu:gloo"
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, launch.url, world_size=launch.world_size, rank=launch.rank)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -181,8 +184,13 @@ def joined(options: "Options") -> Iterator[Group]:
         if not _lost(error):
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which may say why: {reason}") from error
+        raise UserError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which may say why: {reason}"
+        ) from error
     if started_here:
+        # What DDP keeps of the group goes first: the last to let go of it joins its threads, and those may want the interpreter.
+        gc.collect()
+        dist.barrier()  # the first process holds the store that the others still ask
         dist.destroy_process_group()
 
 
@@ -210,51 +218,66 @@ def shard(model: "MAE", group: Group, device: torch.device) -> None:
 
 
 def replicate(module: nn.Module) -> DistributedDataParallel:
-    """A module whose gradients are the mean over the processes after backward."""
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    """The module, its gradients being the mean over the processes after backward."""
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 @contextmanager
-def _sharded_unsynchronised(model: Any) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-def unsynchronised(module: Any, model: "MAE") -> AbstractContextManager[None]:
-    """Around the backward of all micro-batches of a step but the last: gradients are not exchanged yet."""
+def unsynchronised(module: Any) -> Iterator[None]:
+    """Gradients are summed up and not exchanged: for all batches of a step but the last."""
     if isinstance(module, DistributedDataParallel):
-        return module.no_sync()
-    return _sharded_unsynchronised(model)
+        with module.no_sync():
+            yield
+    elif hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
-def gathered(state: Any) -> Any:
+def finite(state: Any) -> bool:
+    """Whether all floating-point numbers in dictionaries and tuples of tensors are finite; of a shard, those that are here."""
+    local = (t.to_local() if hasattr(t, "to_local") else t for t in _tensors(state))
+    checks = [t.isfinite().all() for t in local if t.is_floating_point()]
+    devices = {check.device for check in checks}  # one look at each
+    return all(bool(torch.stack([check for check in checks if check.device == device]).all()) for device in devices)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict | tuple):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
+
+
+def gathered(state: dict[str, Any]) -> dict[str, Any]:
     """A state_dict with the shards of each tensor put together, on the CPU. All processes must call it."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(state, dict):
-        return {name: gathered(value) for name, value in state.items()}
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
-    return state
+    return _mapped(state, lambda value: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value)
 
 
-def spread_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state_dict of an optimizer of whole parameters, for one of sharded parameters."""
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    return {name: _mapped(part, change) for name, part in value.items()} if isinstance(value, dict) else change(value)
+
+
+def spread(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole tensors as shards, where those of that name in `like` are sharded and have their shape."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def spread(value: Any, parameter: Tensor) -> Any:
-        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    def shards(value: Any, target: Any) -> Any:
+        if not (isinstance(target, DTensor) and isinstance(value, Tensor) and value.shape == target.shape):
             return value
-        # Every process has read the whole: nothing is sent.
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        # Each process has read the whole: nothing is sent.
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
-    entries = {
-        index: {name: spread(value, parameters[index]) for name, value in entry.items()} for index, entry in state["state"].items()
-    }
-    return state | {"state": entries}
+    return {name: shards(value, like[name]) if name in like else value for name, value in state.items()}
+
+
+def spread_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The same for the state_dict of an optimizer: moments are sharded as their parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {i: spread(entry, dict.fromkeys(entry, parameters[i])) for i, entry in state["state"].items()}
+    return {**state, "state": moments}

@@ -24,6 +24,7 @@ from .knn import knn_votes
 from .linprobe import LinearProbe, ProbedEncoder, optimizer_of
 from .optim import adamw
 from .supervised import Recipe
+from .variants import variant_with
 from .views import View, centred, random_resized, read_batches
 
 FINETUNE_HEAD_STD = 2e-5
@@ -229,6 +230,8 @@ def load_mae(source: Source) -> MAE:
     torch.manual_seed(source.seed)
     try:
         model, report = checkpoint.from_pretrained(MAE, source.checkpoint, **source.overrides())
+        if (cls := variant_with(report.ignored)) is not MAE:
+            model, report = checkpoint.from_pretrained(cls, source.checkpoint, **source.overrides())
     except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     if not report.has_decoder:

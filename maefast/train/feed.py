@@ -18,9 +18,11 @@ from . import UserError
 if TYPE_CHECKING:
     from .dataset import Box, ImageDataset
 
-AUGMENTATIONS = ("none", "crop", "rrc")
+AUGMENTATIONS = ("none", "crop", "rrc", "rrc+jitter")
 FIXED_CROP = 7 / 8  # of the largest fitting box, as 224 of 256 pixels
 AREA, ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (He et al. 2022, appendix A.1)
+JITTER = 0.4  # brightness, contrast and saturation change by a factor of 1 - JITTER to 1 + JITTER
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 TRIES = 10  # for a random resized crop that fits
 UNREADABLE_RUN = 100  # unreadable images in a row, from which on it is no accident
 
@@ -62,10 +64,29 @@ def resized_crop_box(height: int, width: int, size: tuple[int, int], draw: rando
     return centre_box(height, width, size)
 
 
+def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
+    """Brightness, contrast and saturation of image (C, H, W) uint8 changed by random factors, in random order; saturation where
+    C = 3. Each is a blend rounded to uint8, its means are sums of integers, so that results do not depend on threads."""
+    changes = ["brightness", "contrast"] + (["saturation"] if len(image) == 3 else [])
+    draw.shuffle(changes)
+    weights = torch.tensor(LUMA if len(image) == 3 else (1 / len(image),) * len(image))
+    for change in changes:
+        factor = draw.uniform(1 - JITTER, 1 + JITTER)
+        if change == "brightness":
+            other = torch.zeros(())
+        elif change == "contrast":
+            other = (weights * image.sum(dim=(1, 2)) / image[0].numel()).sum()
+        else:
+            other = (weights[:, None, None] * image).sum(dim=0)
+        image = (other + factor * (image - other)).round().clamp(0, 255).to(torch.uint8)
+    return image
+
+
 class Augmented(Dataset[Sample]):
     """Crops and flips of the images of `data`, by (epoch, index).
 
-    augment  "none" (the largest centred box), "crop" (a box of a fixed size) or "rrc" (of random size and aspect)
+    augment  "none" (the largest centred box), "crop" (a box of a fixed size), "rrc" (of random size and aspect) or "rrc+jitter"
+             (the same, then colour_jitter)
     flip     mirror half of the images
     An unreadable image gives way to the one after it, and is named beside it.
     """
@@ -87,12 +108,22 @@ class Augmented(Dataset[Sample]):
                     return None, unreadable  # an exception would cross from the worker with its traceback in the message
                 index = (index + 1) % len(self.data)
                 continue
-            return image.flip(-1) if mirrored else image, unreadable
+            image = image.flip(-1) if mirrored else image
+            return colour_jitter(image, draw) if self.augment == "rrc+jitter" else image, unreadable
 
     def _box(self, draw: random.Random) -> "Callable[[int, int], Box]":
         if self.augment == "none":
             return partial(centre_box, size=self.size)
         return partial(fixed_crop_box if self.augment == "crop" else resized_crop_box, size=self.size, draw=draw)
+
+
+def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:
+    """Up to `count` images of all of the data set, without augmentation; None with the reason for one that cannot be read."""
+    for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
+        try:
+            yield data.read(index, size, partial(centre_box, size=size)), []
+        except UserError as error:
+            yield None, [str(error)]
 
 
 class Keys(Sampler[list[Key]]):

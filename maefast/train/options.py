@@ -11,6 +11,8 @@ from .. import models_mae
 from . import UserError
 from .feed import AUGMENTATIONS
 from .flags import RATIO, SEED, Parse, nearest, number, numbers, one_of, whole
+from .sampling import SAMPLERS
+from .variants import TARGETS
 
 MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("mae_vit_")))
 
@@ -44,8 +46,13 @@ class Options:
     )
     std: tuple[float, ...] | None = option(None, numbers(0, above=True), "likewise", "S,..")
     mask_ratio: float = option(0.75, RATIO, "part of the patches that is removed")
-    norm_pix_loss: bool = option(False, None, "normalise the target per patch")
-    augment: str = option("rrc", one_of(AUGMENTATIONS), "none: centre; crop: of a fixed size; rrc: of random size and aspect")
+    sampler: str = option("random", one_of(SAMPLERS), "which patches are removed: any, blocks, all but one of each 2 x 2")
+    target: str = option(None, one_of(TARGETS), "pixels, normalised per patch, or their principal components (pixel)")
+    norm_pix_loss: bool = option(False, None, "--target norm")
+    mask_tokens_in_encoder: bool = option(False, None, "run the encoder on all tokens, mask tokens among them")
+    augment: str = option(
+        "rrc", one_of(AUGMENTATIONS), "none: centre; crop: of a fixed size; rrc: of random size and aspect; jitter: of colours"
+    )
     flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
     batch_size: int = option(64, whole(1), "images of one forward of one process")
     accum_iter: int = option(1, whole(1), "forwards of one step of the optimizer")
@@ -62,15 +69,28 @@ class Options:
     seed: int = option(0, SEED, "of weights, order, crops and masks")
     num_workers: int = option(min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on it")
     pin_mem: bool = option(True, None, "page-locked batches for a GPU")
+    rewind: int = option(0, whole(0), "how often a loss that is not finite may lead back to the last checkpoint, not end the run")
     save_steps: int = option(0, whole(0), "also save after so many steps within an epoch; 0: after epochs alone")
     keep: int = option(3, whole(1), "checkpoints that are kept, the newest")
     compile: bool = option(False, None, "run the model under torch.compile")
     fsdp: bool = option(False, None, "spread weights and optimizer over the processes instead of copying them")
     world_size: int | None = option(None, whole(1), "processes that were started, where that is to be checked")
-    local_rank: int = option(-1, int, "of this process on its machine, where the launcher sets no LOCAL_RANK")
+    local_rank: int | None = option(None, whole(0), "of this process on its machine, where the launcher sets no LOCAL_RANK")
     dist_on_itp: bool = option(False, None, "take rank and world size from Open MPI's variables")
     dist_url: str = option("env://", str, "where the processes meet: env://, tcp://HOST:PORT or file:///PATH", "URL")
     pictures: int = option(8, whole(0), "images whose reconstruction is drawn after each epoch")
+
+    def __post_init__(self) -> None:
+        """Every value as its flag takes it: raises UserError for the others."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not None or entry.default is not None:
+                object.__setattr__(self, entry.name, _parsed(entry.name, value, entry.metadata["parse"]))
+        target = self.target or ("norm" if self.norm_pix_loss else "pixel")
+        if self.norm_pix_loss and target != "norm":
+            raise UserError(f"--target must be norm where there is --norm_pix_loss; it is {target}")
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "norm_pix_loss", target == "norm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,18 +134,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, value in entries.items():
         if name not in known:
             raise UserError(f"{path}: there is no option {str(name)!r}; {nearest(str(name), known)}")
-        values[name] = _parsed(path, name, value, known[name].metadata["parse"])
+        off = name == "amp" and value is False  # YAML's reading of off
+        try:
+            values[name] = _parsed(name, "off" if off else value, known[name].metadata["parse"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return values
 
 
-def _parsed(path: Path, name: str, value: Any, parse: Parse | None) -> Any:
+def _parsed(name: str, value: Any, parse: Parse | None) -> Any:
+    """The value of a flag, from a text, a number, a path, true or false, or a list. Raises UserError for one it does not take."""
     if parse is None:
         if not isinstance(value, bool):
-            raise UserError(f"{path}: {name} must be true or false; it is {value!r}")
+            raise UserError(f"{name} must be true or false; it is {value!r}")
         return value
-    if name == "amp" and value is False:  # YAML's reading of off
-        value = "off"
     try:
-        return parse(",".join(map(str, value)) if isinstance(value, list) else str(value))
+        return parse(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"{path}: {name} {error}") from error
+        raise UserError(f"{name} {error}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .files import replace_file
+from .sampling import draw_noise
 
 GREY = 0.5  # of what is hidden
 
@@ -24,19 +25,25 @@ class Panel:
 
 
 @torch.no_grad()
-def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int) -> Panel:
-    """The panel of `model` (a maefast.MAE) for images (n, C, H, W) uint8, with masks drawn from `seed`. Of images that are
-    neither grey nor colour the first channel is shown."""
-    noise = torch.rand(len(images), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(seed))
-    noise = noise.to(images.device)
+def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int, sampler: str = "random") -> Panel:
+    """The panel of `model` (a maefast.MAE) for images (n, C, H, W) uint8, with masks drawn from `seed` by one of SAMPLERS. Of
+    images that are neither grey nor colour the first channel is shown."""
+    grid, len_keep = model.patch_embed.grid_size, int(model.patch_embed.num_patches * (1 - mask_ratio))
+    noise = draw_noise(sampler, len(images), grid, len_keep, torch.Generator().manual_seed(seed)).to(images.device)
     mask = model(images, mask_ratio, noise=noise).mask
-    (ph, pw), grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+    ph, pw = model.patch_embed.patch_size
     hidden = mask.reshape(-1, 1, *grid).repeat_interleave(ph, dim=2).repeat_interleave(pw, dim=3) > 0
     masked = torch.where(hidden, torch.full_like(images, round(GREY * 255)), images)
     pictures = model.reconstruct(images, mask_ratio, noise=noise)
     shown = 3 if images.shape[1] == 3 else 1
     rows = (images, masked, pictures.round().clamp(0, 255).to(torch.uint8))
     return Panel(title, *(row[:, :shown].cpu() for row in rows))
+
+
+def rows_of(panel: Panel) -> Tensor:
+    """The pictures of a panel as one of them: (C, 3 H, n W) uint8."""
+    rows = (panel.original, panel.masked, panel.reconstruction)
+    return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
 
 
 def save_reconstructions(panels: Sequence[Panel], path: Path) -> None:

@@ -9,6 +9,8 @@ from ..model import MAE
 from . import UserError
 from .distributed import find_gpu
 from .options import Options
+from .sampling import check_sampler
+from .variants import variant
 
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 
@@ -41,6 +43,7 @@ def build_model(options: Options, channels: int) -> MAE:
     given: dict[str, Any] = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     half = None if channels == 3 else (0.5,) * channels
     given |= {"mean": options.mean or half, "std": options.std or half, "norm_pix_loss": options.norm_pix_loss}
+    given["model_class"] = variant(options.mask_tokens_in_encoder, options.target)
     torch.manual_seed(options.seed)
     try:
         model: MAE = getattr(models_mae, options.model)(img_size=options.input_size, in_chans=channels, **given)
@@ -51,4 +54,8 @@ def build_model(options: Options, channels: int) -> MAE:
     if not 0 < kept < patches:
         what = f"{options.mask_ratio} keeps {kept} of {patches}"
         raise UserError(f"--mask_ratio must keep at least one patch and remove at least one; {what}")
+    try:
+        check_sampler(options.sampler, model.patch_embed.grid_size, kept)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     return model
