@@ -89,6 +89,8 @@ class Options:
         target = self.target or ("norm" if self.norm_pix_loss else "pixel")
         if self.norm_pix_loss and target != "norm":
             raise UserError(f"--target must be norm where there is --norm_pix_loss; it is {target}")
+        if self.reference and (self.mask_tokens_in_encoder or target == "pca"):
+            raise UserError("--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model")
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "norm_pix_loss", target == "norm")
 
