@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._version import __version__
-from .train import UserError, evaluate_flags, options
+from .train import ToldByAnother, UserError, evaluate_flags, options
 from .train.flags import RATIO, SEED, whole
 
 
@@ -105,7 +105,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config")}
     chosen = options.from_arguments(given, arguments.config)
-    pretrain(chosen, open_images(chosen.data_path, "train", chosen.in_chans))
+    pretrain(chosen, lambda: open_images(chosen.data_path, "train", chosen.in_chans))
 
 
 COMMANDS = {
@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         COMMANDS[arguments.command].run(arguments)
+    except ToldByAnother:
+        return 2
     except UserError as error:
         print(f"maefast {arguments.command}: error: {error}", file=sys.stderr)
         return 2
