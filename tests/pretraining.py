@@ -9,26 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.train import UserError
+from maefast.train.dataset import ImageDataset
 
 SIZES = {"input_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 SIZES |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 COUNT = 33
 
 
-class ArrayImages:
-    """maefast.train.dataset.ImageDataset on a uint8 array (N, H, W, C); the images `broken` cannot be read."""
-
-    classes = ()
+class ArrayImages(ImageDataset):
+    """On a uint8 array (N, H, W, C); the images `broken` cannot be read."""
 
     def __init__(self, array: np.ndarray, broken: tuple[int, ...] = ()):
+        super().__init__(torch.full((len(array),), -1), (), array.shape[-1])
         self.array, self.broken = array, broken
-        self.channels = array.shape[-1]
-        self.labels = torch.full((len(array),), -1)
 
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def read(self, index: int, size: tuple[int, int], box: Callable[[int, int], tuple[float, float, float, float]]) -> Tensor:
+    def _read(self, index: int, size: tuple[int, int], box: Callable[[int, int], tuple[float, float, float, float]]) -> Tensor:
         if index in self.broken:
             raise UserError(f"image-{index}.png cannot be read: it is broken")
         image = torch.from_numpy(self.array[index]).permute(2, 0, 1)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from maefast.train import UserError
+from maefast.train.boxes import centre_square
 from maefast.train.data import (
     ImageSet,
     batches,
@@ -21,7 +22,7 @@ from maefast.train.data import (
     split,
 )
 from maefast.train.dataset import find_images
-from maefast.train.decode import centre_square, decode
+from maefast.train.decode import decode
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 

@@ -208,6 +208,11 @@ def test_npy(tmp_path: Path, shape: tuple[int, ...]) -> None:
     assert data.labels.tolist() == [-1] * 5
     for i in range(5):
         assert torch.equal(data.read(i), expected[i])
+    for size, part in (((6, 7), (0, 0, 7, 6)), ((4, 5), (1, 2, 6, 6)), ((4, 5), (0, 0, 7, 6)), ((4, 5), (1.5, 0, 6.5, 4))):
+        many = data.read_many([3, 1], size, lambda height, width, part=part: part)
+        assert torch.equal(many, torch.stack([data.read(i, size, lambda height, width, part=part: part) for i in (3, 1)]))
+    with pytest.raises(IndexError, match=r"index must lie in 0\.\.4; it is -1"):
+        data.read_many([2, -1], (6, 7), lambda height, width: (0, 0, width, height))
     crop = data.read(2, (4, 5), lambda height, width: (1.5, 0, 6, 5.25))
     for plane, source in zip(crop, expected[2], strict=True):  # each channel by itself, as Pillow resizes one
         resized = Image.fromarray(source.numpy()).resize((5, 4), Image.Resampling.BICUBIC, box=(1.5, 0, 6, 5.25))

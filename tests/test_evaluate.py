@@ -10,7 +10,7 @@ from images import Stripes
 from support import images_for, small_mae
 
 from maefast import VisionTransformer
-from maefast.train import UserError, features, finetune, knn, linprobe, supervised, views
+from maefast.train import UserError, boxes, features, finetune, knn, linprobe, supervised, views
 from maefast.train.lars import LARS
 
 
@@ -33,26 +33,20 @@ def test_encoder_of_a_checkpoint(checkpoint):
         VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=1, global_pool=True).encode(imgs)
 
 
-def test_views():
-    assert views.centred((2, 1)).box(100, 80) == (15, 0, 65, 100)
-    assert views.centred((1, 1), 0.5).box(100, 80) == (20, 30, 60, 70)
-    quarter = views.random_resized((50, 50), torch.tensor([0.17 / 0.92, 0.5, 0.5, 1.0, 0.7]))  # area 0.08 + 0.17
-    assert quarter.box(100, 100) == pytest.approx((25, 50, 75, 100), abs=1e-4)
-    assert not quarter.flip
-    wide = views.random_resized((50, 100), torch.tensor([1.0, 0.5, 0.3, 0.5, 0.2]))  # all of the area, twice as wide as high
-    assert wide.box(100, 100) == pytest.approx((0, 50 - 50 / 2**0.5, 100, 50 + 50 / 2**0.5), abs=1e-4)
-    assert wide.flip
-
-
 def test_views_of_a_batch():
-    data, size = Stripes(3), (64, 64)
-    mirrored = iter([False, True, False])
+    """One for all images, and one for each; a task of threads has fewer images than a batch."""
+    data, size = Stripes(70), (64, 64)
+    whole = boxes.still(size)
     (imgs, labels), (last, _) = views.read_batches(
-        data, [torch.tensor([2, 1]), torch.tensor([0])], size, lambda: views.centred(size)._replace(flip=next(mirrored))
+        data, [torch.arange(69), torch.tensor([0])], size, lambda index: whole._replace(flip=index == 1)
     )
-    assert torch.equal(imgs, torch.stack([data.pictures[2], data.pictures[1].flip(-1)]))
-    assert labels.tolist() == [0, 1]
+    expected = data.pictures[:69].clone()
+    expected[1] = expected[1].flip(-1)
+    assert torch.equal(imgs, expected)
+    assert labels.tolist() == data.labels[:69].tolist()
     assert torch.equal(last[0], data.pictures[0])
+    ((alike, _),) = views.read_batches(data, [torch.arange(70)], size, whole._replace(flip=True))
+    assert torch.equal(alike, data.pictures.flip(-1))
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("cls", (32,)), ("mean", (32,)), ("all", (25, 32))])
@@ -102,10 +96,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_a_broken_image_stops_the_reading():
     data = Stripes(9)
-    data.read = lambda index, size, box: (_ for _ in ()).throw(UserError("7.png is broken")) if index == 7 else torch.zeros(1)
+    data._read = lambda index, size, box: (_ for _ in ()).throw(UserError("7.png is broken")) if index == 7 else torch.zeros(1)
     seen = []
     with pytest.raises(UserError, match=r"7\.png"):
-        seen.extend(views.read_batches(data, torch.arange(9).split(2), (64, 64), lambda: views.centred((1, 1))))
+        seen.extend(views.read_batches(data, torch.arange(9).split(2), (64, 64), boxes.still((1, 1))))
     assert [len(labels) for _, labels in seen] == [2, 2, 2]
 
 
@@ -254,7 +248,7 @@ def test_fit_follows_the_recipe():
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
     model, seen = torch.nn.Linear(3, 2), []
 
-    def batches(ids):
+    def batches(epoch, ids):
         seen.append(torch.cat(list(ids)).tolist())
         return ((x[i], y[i]) for i in ids)
 
@@ -274,7 +268,7 @@ def test_fit_follows_the_recipe():
         first = 0.75 * first + 0.25 * weight
     torch.testing.assert_close(average.module.weight.detach(), first)
     predicted = (x @ model.weight.T + model.bias).argmax(dim=1)
-    in_order = lambda ids: ((x[i], y[i]) for i in ids)  # noqa: E731
+    in_order = lambda epoch, ids: ((x[i], y[i]) for i in ids)  # noqa: E731
     assert supervised.count_correct(model, in_order, 5, batch_size=2) == int((predicted == y).sum())
 
 
@@ -290,7 +284,6 @@ def test_fit_refuses(options, message):
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
     recipe = supervised.Recipe(**{"epochs": 2, "warmup_epochs": 0, "batch_size": 1, "blr": 1.0, "weight_decay": 0.0} | options)
     model = torch.nn.Sequential(torch.nn.Linear(3, 9), torch.nn.Linear(9, 2))
+    batches = lambda epoch, ids: ((x[i], y[i]) for i in ids)  # noqa: E731
     with pytest.raises(UserError, match=message):
-        list(
-            supervised.fit(model, torch.optim.SGD(model.parameters(), lr=1.0), lambda ids: ((x[i], y[i]) for i in ids), 5, recipe)
-        )
+        list(supervised.fit(model, torch.optim.SGD(model.parameters(), lr=1.0), batches, 5, recipe))

@@ -22,7 +22,7 @@ from support import threads
 
 import maefast
 from maefast import cli
-from maefast.train import UserError, feed, setup, state
+from maefast.train import UserError, boxes, feed, setup, state
 from maefast.train.options import Options
 from maefast.train.pretrain import pretrain
 
@@ -58,7 +58,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 class SlowImages(ArrayImages):
     """Leaves the time to kill the process between its first checkpoints and its last."""
 
-    def read(self, index, size, box):
+    def read(self, index, size=None, box=None):
         time.sleep(0.003)
         return super().read(index, size, box)
 
@@ -201,14 +201,16 @@ def test_batches_depend_on_neither_workers_nor_where_they_begin(augment: str) ->
 
 def test_crops() -> None:
     draw = random.Random(0)
-    assert feed.centre_box(20, 30, (16, 16)) == (5, 0, 25, 20)
-    assert feed.centre_box(20, 30, (10, 30)) == (0, 5, 30, 15)
-    boxes = [feed.resized_crop_box(20, 30, (16, 16), draw) for _ in range(500)]
-    areas = [(right - left) * (bottom - top) / 600 for left, top, right, bottom in boxes]
-    assert all(0 <= left < right <= 30 and 0 <= top < bottom <= 20 for left, top, right, bottom in boxes)
+    assert boxes.centred(20, 30, (16, 16)) == (5, 0, 25, 20)
+    assert boxes.centred(20, 30, (10, 30)) == (0, 5, 30, 15)
+    assert boxes.centred(100, 80, (1, 1), 0.5) == (20, 30, 60, 70)
+    assert boxes.centred(699, 699, (349, 349)) == (0, 0, 699, 699)  # 699 / 349 * 349 is more than 699
+    drawn = [boxes.resized_crop(20, 30, (16, 16), draw) for _ in range(500)]
+    areas = [(right - left) * (bottom - top) / 600 for left, top, right, bottom in drawn]
+    assert all(0 <= left < right <= 30 and 0 <= top < bottom <= 20 for left, top, right, bottom in drawn)
     assert 0.15 < min(areas) < 0.3
     assert 0.8 < max(areas) <= 1
-    fixed = [feed.fixed_crop_box(20, 30, (16, 16), draw) for _ in range(100)]
+    fixed = [boxes.fixed_crop(20, 30, (16, 16), draw) for _ in range(100)]
     assert all(abs(right - left - 17.5) < 1e-9 and abs(bottom - top - 17.5) < 1e-9 for left, top, right, bottom in fixed)
     assert min(left for left, *_ in fixed) < 2
     assert max(right for _, _, right, _ in fixed) > 28
@@ -349,7 +351,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     images = events.Images("reconstructions")
     assert [(event.step, event.height, event.width) for event in images] == [(0, 48, 32), (1, 48, 32)]
     shown = torch.tensor(np.asarray(Image.open(io.BytesIO(images[1].encoded_image_string)))).permute(2, 0, 1)
-    centre = partial(feed.centre_box, size=(16, 16))
+    centre = partial(boxes.centred, size=(16, 16))
     originals = [ArrayImages(pictures()).read(index, (16, 16), centre) for index in (0, COUNT - 1)]
     assert torch.equal(shown[:, :16], torch.cat(originals, dim=2))
 

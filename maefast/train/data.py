@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import UserError
+from .boxes import centre_square
 from .dataset import folder_images
-from .decode import centre_square
 
 
 @dataclass(frozen=True)

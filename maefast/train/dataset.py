@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import UnreadableImage, UserError
-from .decode import Box
+from .boxes import Box
 from .sources import EXTENSIONS, SPLIT_FOLDERS, ArrayImages, FileImages, ImageDataset, TarImages
 
 __all__ = ["Box", "ImageDataset", "UnreadableImage", "find_images", "folder_images", "open_images"]

@@ -1,7 +1,7 @@
 """Pixels as uint8 tensors: image files of any mode, and arrays, cropped and resized in one step."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from . import UnreadableImage
+from .boxes import Box, BoxOf, Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored image
-BoxOf = Callable[[int, int], Box]  # of (height, width)
-Size = tuple[int, int]  # height, width
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
@@ -26,13 +23,6 @@ ORIENTATION = 0x0112
 # A JPEG decodes at 1/2, 1/4 or 1/8 of its size while that leaves the crop at least this many times the size asked for. Half of it
 # would show: Pillow's own thumbnail() takes the same margin.
 MARGIN = 2
-
-
-def centre_square(height: int, width: int) -> Box:
-    """The largest centred square."""
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
 
 
 @contextmanager
@@ -249,10 +239,10 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """uint8 (C, H, W) as (channels, H, W): grey repeated, or colours as luminance (ITU-R 601-2, rounded as Pillow does)."""
-    if len(image) == channels:
+    """uint8 (..., C, H, W) as (..., channels, H, W): grey repeated, or colours as luminance (ITU-R 601-2, as Pillow rounds)."""
+    if image.shape[-3] == channels:
         return image
-    if len(image) == 1:
-        return image.expand(channels, -1, -1).contiguous()
-    red, green, blue = image.int()
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[None]
+    if image.shape[-3] == 1:
+        return image.expand(*image.shape[:-3], channels, -1, -1).contiguous()
+    red, green, blue = image.int().unbind(dim=-3)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8).unsqueeze(-3)

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..checkpoint.files import write_pickled
 from ..encoder import VisionTransformer
 from ..model import MAE
 from . import UserError, supervised
+from .boxes import TRAINING_AREA, Size, View, draw_of, drawn, still
 from .data import split as stratified
 from .features import check_fits, check_output, collect, features_of, load_encoder, require, write_features
 from .files import check_writable, replace_file
@@ -25,7 +27,7 @@ from .linprobe import LinearProbe, ProbedEncoder, optimizer_of
 from .optim import adamw
 from .supervised import Recipe
 from .variants import variant_with
-from .views import View, centred, random_resized, read_batches
+from .views import read_batches
 
 FINETUNE_HEAD_STD = 2e-5
 
@@ -108,6 +110,10 @@ class Chosen:
         image: Tensor = self.images.read(int(self.ids[index]), *where)
         return image
 
+    def read_many(self, indices: Sequence[int], *where: Any) -> Tensor:
+        images: Tensor = self.images.read_many(self.ids[list(indices)].tolist(), *where)
+        return images
+
 
 def open_data(path: Path, split: str | None, channels: int) -> Any:
     """An ImageDataset of that many channels."""
@@ -187,9 +193,9 @@ def finetune(source: Source, data: Labelled, recipe: Recipe, tuning: Tuning, *, 
     groups = layer_decay_groups(encoder, recipe.weight_decay, tuning.layer_decay)
     optimizer = adamw(groups, recipe.peak, betas=(0.9, 0.999))
     size = encoder.patch_embed.img_size
-    still = centred(size, data.crop_pct)
-    scored = _read(evaluated, size, lambda: still)
-    batches = _read(train, size, lambda: still) if data.augment == "none" else _augmented(train, size, recipe.seed)
+    view = still(size, data.crop_pct)
+    scored = _read(evaluated, size, lambda epoch: view)
+    batches = _read(train, size, lambda epoch: view) if data.augment == "none" else _augmented(train, size, recipe.seed)
     log = Log(output_dir)
     judged = encoder if average is None else average.module
     for epoch in supervised.fit(encoder, optimizer, batches, len(train), recipe, autocast=autocast, average=average):
@@ -209,9 +215,9 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
     check_fits(model, images)
     if images.channels not in (1, 3):
         raise UserError(f"pictures are of 1 or 3 channels; the images have {images.channels}")
-    view = centred(model.patch_embed.img_size)
     ids = torch.arange(min(count, len(images)))
-    ((pixels, _),) = read_batches(images, [ids], model.patch_embed.img_size, lambda: view)
+    size = model.patch_embed.img_size
+    ((pixels, _),) = read_batches(images, [ids], size, still(size))
     try:
         panel = make_panel(f"{source.checkpoint.name}, mask ratio {mask_ratio:g}", model.eval(), pixels, mask_ratio, source.seed)
     except ValueError as error:
@@ -279,14 +285,17 @@ def _check_run(recipe: Recipe, train: Chosen, output_dir: Path | None) -> None:
 
 
 def _in_memory(features: Tensor, labels: Tensor) -> supervised.Batches:
-    return lambda batches: ((features[ids], labels[ids]) for ids in batches)
+    return lambda epoch, batches: ((features[ids], labels[ids]) for ids in batches)
 
 
-def _read(images: Any, size: tuple[int, int], view: Callable[[], View]) -> supervised.Batches:
-    return lambda batches: read_batches(images, batches, size, view)
+def _read(images: Any, size: Size, view: Callable[[int], View | Callable[[int], View]]) -> supervised.Batches:
+    return lambda epoch, batches: read_batches(images, batches, size, view(epoch))
 
 
-def _augmented(images: Chosen, size: tuple[int, int], seed: int) -> supervised.Batches:
-    """A random box of each image, mirrored half of the time, anew each time."""
-    generator = torch.Generator().manual_seed(seed)
-    return _read(images, size, lambda: random_resized(size, torch.rand(5, generator=generator)))
+def _augmented(images: Chosen, size: Size, seed: int) -> supervised.Batches:
+    """A random box of each image, mirrored half of the time, anew in each epoch."""
+
+    def view(epoch: int, index: int) -> View:
+        return drawn(draw_of(seed, epoch, index), size, "rrc", True, TRAINING_AREA)
+
+    return _read(images, size, lambda epoch: partial(view, epoch))

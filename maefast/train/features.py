@@ -14,8 +14,9 @@ from ..backbone import Backbone
 from ..encoder import VisionTransformer
 from ..reference import sincos_positions
 from . import UserError
+from .boxes import still
 from .files import replace_file
-from .views import centred, read_batches
+from .views import read_batches
 
 KINDS = ("cls", "mean", "all")
 FORMATS = (".npy", ".parquet")
@@ -77,8 +78,7 @@ def features_of(
     size, device = encoder.patch_embed.img_size, encoder.cls_token.device
     batches = torch.arange(len(images)).split(batch_size)
     encoder.eval()
-    view = centred(size, part)
-    for imgs, labels in read_batches(images, batches, size, lambda: view):
+    for imgs, labels in read_batches(images, batches, size, still(size, part)):
         yield pooled(encoder, imgs.to(device), kind).cpu(), labels
 
 

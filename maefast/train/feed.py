@@ -4,7 +4,7 @@ an interruption changes it."""
 import random
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import UserError
+from .boxes import centred, draw_of, drawn
 
 if TYPE_CHECKING:
-    from .dataset import Box, ImageDataset
+    from .dataset import ImageDataset
 
 AUGMENTATIONS = ("none", "crop", "rrc", "rrc+jitter")
-FIXED_CROP = 7 / 8  # of the largest fitting box, as 224 of 256 pixels
-AREA, ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)  # of a random resized crop (He et al. 2022, appendix A.1)
 JITTER = 0.4  # brightness, contrast and saturation change by a factor of 1 - JITTER to 1 + JITTER
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
-TRIES = 10  # for a random resized crop that fits
 UNREADABLE_RUN = 100  # unreadable images in a row, from which on it is no accident
 
 Key = tuple[int, int]  # epoch, index
@@ -35,33 +33,6 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The indices 0 .. count-1 in the order of one epoch."""
     generator = torch.Generator().manual_seed(random.Random(f"order {seed} {epoch}").getrandbits(63))
     return torch.randperm(count, generator=generator).tolist()
-
-
-def centre_box(height: int, width: int, size: tuple[int, int], scale: float = 1.0) -> "Box":
-    """The largest centred box of size's aspect, its sides times `scale`."""
-    rows, cols = size
-    side = min(height / rows, width / cols) * scale
-    top, left = (height - side * rows) / 2, (width - side * cols) / 2
-    return left, top, left + side * cols, top + side * rows
-
-
-def fixed_crop_box(height: int, width: int, size: tuple[int, int], draw: random.Random) -> "Box":
-    """A box of a fixed size at a random place."""
-    left, top, right, bottom = centre_box(height, width, size, FIXED_CROP)
-    dx, dy = draw.uniform(-left, left), draw.uniform(-top, top)
-    return left + dx, top + dy, right + dx, bottom + dy
-
-
-def resized_crop_box(height: int, width: int, size: tuple[int, int], draw: random.Random) -> "Box":
-    """A box of random area and aspect at a random place; the largest centred one where none fits."""
-    for _ in range(TRIES):
-        area = height * width * draw.uniform(*AREA)
-        aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** draw.random() * size[1] / size[0]
-        rows, cols = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
-        if 0 < rows <= height and 0 < cols <= width:
-            top, left = draw.randint(0, height - rows), draw.randint(0, width - cols)
-            return left, top, left + cols, top + rows
-    return centre_box(height, width, size)
 
 
 def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
@@ -98,30 +69,36 @@ class Augmented(Dataset[Sample]):
         epoch, index = key
         unreadable = list[str]()
         while True:
-            draw = random.Random(f"{self.seed} {epoch} {index}")
-            mirrored = self.flip and draw.random() < 0.5
+            draw = draw_of(self.seed, epoch, index)
+            view = drawn(draw, self.size, self.augment, self.flip)
             try:
-                image = self.data.read(index, self.size, self._box(draw))
+                image = self.data.read(index, self.size, view.box)
             except UserError as error:
                 unreadable.append(str(error))
                 if len(unreadable) == min(UNREADABLE_RUN, len(self.data)):
                     return None, unreadable  # an exception would cross from the worker with its traceback in the message
                 index = (index + 1) % len(self.data)
                 continue
-            image = image.flip(-1) if mirrored else image
+            image = image.flip(-1) if view.flip else image
             return colour_jitter(image, draw) if self.augment == "rrc+jitter" else image, unreadable
 
-    def _box(self, draw: random.Random) -> "Callable[[int, int], Box]":
-        if self.augment == "none":
-            return partial(centre_box, size=self.size)
-        return partial(fixed_crop_box if self.augment == "crop" else resized_crop_box, size=self.size, draw=draw)
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        """The samples of a batch, as DataLoader asks for them."""
+        if self.augment == "none" and not self.flip:
+            try:
+                images = self.data.read_many([index for _, index in keys], self.size, partial(centred, size=self.size))
+            except UserError:
+                pass  # one by one, each unreadable image is named and gives way
+            else:
+                return [(image, []) for image in images]
+        return [self[key] for key in keys]
 
 
 def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:
     """Up to `count` images of all of the data set, without augmentation; None with the reason for one that cannot be read."""
     for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
         try:
-            yield data.read(index, size, partial(centre_box, size=size)), []
+            yield data.read(index, size, partial(centred, size=size)), []
         except UserError as error:
             yield None, [str(error)]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import UnreadableImage, UserError
-from .decode import MODES, BoxOf, Size, channels_of, decode, part_of, resized, with_channels
+from .boxes import BoxOf, Size
+from .decode import MODES, channels_of, decode, part_of, resized, with_channels
 
 EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
@@ -56,6 +57,10 @@ class ImageDataset:
         except UnreadableImage as error:
             self.skipped[index] = error
             return None
+
+    def read_many(self, indices: Sequence[int], size: Size, box: BoxOf) -> Tensor:
+        """uint8 (n, channels, *size): `read` of each of n images, 1 or more, with one box, and its errors."""
+        return torch.stack([self.read(index, size, box) for index in indices])
 
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
         raise NotImplementedError
@@ -203,6 +208,16 @@ class ArrayImages(ImageDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_values": None}  # a worker process opens the file itself
+
+    def read_many(self, indices: Sequence[int], size: Size, box: BoxOf) -> Tensor:
+        if self.sizes is None and min(indices) >= 0 and max(indices) < len(self):
+            values = self.values if self.values.ndim == 4 else self.values[..., None]
+            values = values.transpose(0, 2, 3, 1) if self.channels_first else values
+            left, top, right, bottom = part_of(box, *values.shape[1:3])
+            if size == (bottom - top, right - left) and left == int(left) and top == int(top):  # nothing is resized
+                pixels = values[list(indices), int(top) : int(bottom), int(left) : int(right)]
+                return with_channels(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.channels).contiguous()
+        return super().read_many(indices, size, box)
 
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
         pixels = self.values[index]

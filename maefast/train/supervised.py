@@ -1,6 +1,7 @@
 """Training with labels: what the linear probe and fine-tuning share."""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from . import UserError
+from .feed import epoch_order
 from .schedule import warmup_cosine
 
-Batches = Callable[[Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]  # indices of each batch -> its inputs and labels
+Batches = Callable[[int, Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]  # epoch, indices of each batch -> inputs and labels
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,19 @@ def fit(
 
     batches      reads the `images` samples, shuffled anew in each epoch; what is left after whole batches is left out
     average      updated after each step
+    Order and stochastic depth follow from the seed and the epoch alone, the latter through torch's own generator.
     The learning rate, per step, is warmup_cosine's, times the `lr_scale` of a group that has one.
     Raises UserError where the recipe does not fit, and where the loss is not finite.
     """
     recipe.check(images)
-    generator = torch.Generator().manual_seed(recipe.seed)
     per_epoch = images // recipe.batch_size
     device, step = next(model.parameters()).device, 0
     for epoch in range(recipe.epochs):
         model.train()
-        order = torch.randperm(images, generator=generator)[: per_epoch * recipe.batch_size]
+        torch.manual_seed(random.Random(f"epoch {recipe.seed} {epoch}").getrandbits(63))  # stochastic depth
+        order = torch.tensor(epoch_order(images, recipe.seed, epoch)[: per_epoch * recipe.batch_size])
         total, rate = torch.zeros((), device=device), 0.0
-        for x, y in batches(order.split(recipe.batch_size)):
+        for x, y in batches(epoch, order.split(recipe.batch_size)):
             rate = warmup_cosine(
                 step, recipe.epochs * per_epoch, recipe.warmup_epochs * per_epoch, recipe.peak, min(recipe.min_lr, recipe.peak)
             )
@@ -106,7 +109,7 @@ def count_correct(
     """How many of `images` samples model(x), (n, classes), gives its greatest value at their label; it is left in eval mode."""
     model.eval()
     device, correct = next(model.parameters()).device, 0
-    for x, y in batches(torch.arange(images).split(batch_size)):
+    for x, y in batches(0, torch.arange(images).split(batch_size)):
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
             logits = model(x.to(device))
         correct += int((logits.argmax(dim=1).cpu() == y).sum())
