@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,12 @@ class Options:
         object.__setattr__(self, "norm_pix_loss", target == "norm")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for each option, absent from the namespace unless given, so that a configuration file can have its say."""
+def add_arguments(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """A flag for each option but `without`; absent from the namespace unless given, so that a configuration has its say."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="options in YAML, by the names of the flags; flags win")
     for entry in fields(Options):
+        if entry.name in without:
+            continue
         parse, default = entry.metadata["parse"], entry.default
         shown = "" if default is None or default == "" or parse is None else f" ({default})"
         help = f"{entry.metadata['help']}{shown}".replace("%", "%%")
@@ -112,8 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(given: Mapping[str, Any], config: Path | None) -> Options:
     """Options from the flags that were given, and from a YAML file for the others. Raises UserError for a file that is wrong."""
-    values = {} if config is None else _read_config(config)
-    return Options(**{**values, **given})
+    return Options(**values_from(given, config))
+
+
+def values_from(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    """The same, before what neither says is filled in."""
+    return {**({} if config is None else _read_config(config)), **given}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
