@@ -115,6 +115,7 @@ COMMANDS = {
     "linprobe": Command("score an encoder by a linear layer on it", evaluate_flags.linprobe, evaluate_flags.run),
     "partial": Command("fine-tune the last blocks of an encoder", evaluate_flags.partial, evaluate_flags.run),
     "finetune": Command("fine-tune an encoder", evaluate_flags.finetune, evaluate_flags.run),
+    "robustness": Command("score a classifier on corrupted images", evaluate_flags.robustness, evaluate_flags.run_robustness),
     "reconstruct": Command("picture what a model makes of masked images", evaluate_flags.reconstruct, evaluate_flags.run),
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
     "pack": Command("write images as one uint8 array, the form that is read fastest", _pack_arguments, _pack),
