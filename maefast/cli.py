@@ -116,7 +116,7 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, help in (
         ("label_fraction", evaluate_flags.PART, "of each class, to learn from with labels (1)"),
         ("probe_epochs", whole(1), "of the linear probe (90)"),
-        ("probe_blr", number(0), "its base learning rate (0.1)"),
+        ("probe_blr", number(0), "its base learning rate (the best of seven on held-out images)"),
         ("finetune_epochs", whole(1), "of fine-tuning (50)"),
         ("finetune_blr", number(0), "its base learning rate (0.001)"),
     ):
@@ -144,6 +144,7 @@ COMMANDS = {
     "linprobe": Command("score an encoder by a linear layer on it", evaluate_flags.linprobe, evaluate_flags.run),
     "partial": Command("fine-tune the last blocks of an encoder", evaluate_flags.partial, evaluate_flags.run),
     "finetune": Command("fine-tune an encoder", evaluate_flags.finetune, evaluate_flags.run),
+    "robustness": Command("score a classifier on corrupted images", evaluate_flags.robustness, evaluate_flags.run_robustness),
     "reconstruct": Command("picture what a model makes of masked images", evaluate_flags.reconstruct, evaluate_flags.run),
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
     "pack": Command("write images as one uint8 array, the form that is read fastest", _pack_arguments, _pack),

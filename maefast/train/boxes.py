@@ -59,9 +59,15 @@ def _within(height: int, width: int, box: Box) -> Box:
     return max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom)
 
 
-def still(size: Size, scale: float = 1.0) -> View:
-    """The largest centred box, of every image alike."""
-    return View(partial(centred, size=size, scale=scale))
+def still(size: Size, scale: float | None = None) -> View:
+    """The largest centred box, its sides times `scale` (None: usual_scale), of every image alike."""
+    return View(partial(centred, size=size, scale=usual_scale(size) if scale is None else scale))
+
+
+def usual_scale(size: Size) -> float:
+    """What of the largest centred box is looked at, per side, where nothing else is asked for: 7/8 from 224 pixels on, as 224 of
+    256 are in the official evaluation, and all of it below."""
+    return FIXED_CROP if min(size) >= 224 else 1.0
 
 
 def draw_of(seed: int, epoch: int, index: int) -> random.Random:

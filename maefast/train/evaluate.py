@@ -1,18 +1,16 @@
-"""What the commands extract, knn, linprobe, partial, finetune and reconstruct do: a checkpoint and images in, numbers out."""
+"""What the commands extract, knn, linprobe and reconstruct do: a checkpoint and images in, numbers out."""
 
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..blocks import Linear
 from ..checkpoint.files import write_pickled
 from ..encoder import VisionTransformer
 from ..model import MAE
@@ -21,15 +19,11 @@ from .boxes import TRAINING_AREA, Size, View, draw_of, drawn, still
 from .data import split as stratified
 from .features import check_fits, check_output, collect, features_of, load_encoder, require, write_features
 from .files import check_writable, replace_file
-from .finetune import layer_decay_groups, reset_head, train_last_blocks
 from .knn import knn_votes
-from .linprobe import LinearProbe, ProbedEncoder, optimizer_of
-from .optim import adamw
+from .linprobe import LinearProbe, ProbedEncoder, best_blr, optimizer_of
 from .supervised import Recipe
 from .variants import variant_with
 from .views import read_batches
-
-FINETUNE_HEAD_STD = 2e-5
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class Labelled:
     train_split: str = "train"
     eval_split: str = "val"
     label_fraction: float = 1.0  # of each class of the first part, by the seed
-    crop_pct: float = 1.0  # of the largest centred box, per side
+    crop_pct: float | None = None  # of the largest centred box, per side; None: boxes.usual_scale
     augment: str = "none"
 
     def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
@@ -122,7 +116,9 @@ def open_data(path: Path, split: str | None, channels: int) -> Any:
     return open_images(path, split=split, channels=channels)
 
 
-def extract(source: Source, data: Path, split: str | None, out: Path, *, kind: str, batch_size: int, crop_pct: float) -> None:
+def extract(
+    source: Source, data: Path, split: str | None, out: Path, *, kind: str, batch_size: int, crop_pct: float | None
+) -> None:
     """Features of all images of `data` to `out`, a .npy or .parquet file."""
     check_output(out)
     encoder = source.encoder()
@@ -136,7 +132,7 @@ def extract(source: Source, data: Path, split: str | None, out: Path, *, kind: s
 
 def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str, batch_size: int) -> None:
     """Print the accuracy of weighted k-NN."""
-    encoder, train, evaluated = _prepared(source, data)
+    encoder, train, evaluated = prepared(source, data)
     if k > len(train):
         raise UserError(f"--k must be at most {len(train)}, the number of images with labels; it is {k}")
     (bank, labels), (queries, truth) = (
@@ -146,61 +142,28 @@ def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str
     print_score(int((votes.argmax(dim=1) == truth).sum()), len(truth))
 
 
-def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, output_dir: Path | None) -> None:
-    """Train a linear probe and print its accuracy; features are computed once unless images are augmented."""
-    encoder, train, evaluated = _prepared(source, data)
-    _check_run(recipe, train, output_dir)
+def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, sweep: bool, output_dir: Path | None) -> None:
+    """Train a linear probe and print its accuracy; features are computed once unless images are augmented.
+
+    sweep    take `best_blr` instead of the recipe's
+    """
+    encoder, train, evaluated = prepared(source, data)
+    check_run(recipe, train, output_dir)
     probe = source.moved(LinearProbe(encoder.embed_dim, len(train.images.classes)))
     scored = collect(features_of(encoder, evaluated, kind, part=data.crop_pct))
     model: torch.nn.Module = probe
-    if data.augment == "none":
+    if sweep or data.augment == "none":
         known = collect(features_of(encoder, train, kind, part=data.crop_pct))
-        batches = _in_memory(*known)
+    if sweep:
+        recipe = replace(recipe, blr=best_blr(*known, len(train.images.classes), recipe, source.device))
+    if data.augment == "none":
+        batches = supervised.in_memory(*known)
     else:
-        model, batches = ProbedEncoder(encoder, probe, kind), _augmented(train, encoder.patch_embed.img_size, recipe.seed)
+        model, batches = ProbedEncoder(encoder, probe, kind), augmented(train, encoder.patch_embed.img_size, recipe.seed)
     log = Log(output_dir)
     for epoch in supervised.fit(model, optimizer_of(probe, recipe), batches, len(train), recipe):
-        log.add(epoch, supervised.count_correct(probe, _in_memory(*scored), len(evaluated)), len(evaluated))
+        log.add(epoch, supervised.count_correct(probe, supervised.in_memory(*scored), len(evaluated)), len(evaluated))
     log.close({"probe": probe.state_dict()})
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What fine-tuning changes of the encoder, beside the recipe."""
-
-    blocks: float | None = None  # how many of the last ones learn; None: all that there is
-    layer_decay: float = 0.75
-    drop_path: float = 0.1
-    global_pool: bool = True
-    ema: float | None = None  # the decay of the average of the weights that is scored; None: the weights themselves
-    amp: str = "off"
-
-
-def finetune(source: Source, data: Labelled, recipe: Recipe, tuning: Tuning, *, output_dir: Path | None) -> None:
-    """Fine-tune the encoder, or its last blocks, and print the accuracy after each epoch."""
-    encoder, train, evaluated = _prepared(source, data, drop_path_rate=tuning.drop_path, global_pool=tuning.global_pool)
-    _check_run(recipe, train, output_dir)
-    encoder.num_classes = len(train.images.classes)
-    encoder.head = source.moved(Linear(encoder.embed_dim, encoder.num_classes))
-    reset_head(encoder, FINETUNE_HEAD_STD)
-    if tuning.blocks is not None:
-        try:
-            train_last_blocks(encoder, tuning.blocks)
-        except ValueError as error:
-            raise UserError(f"--{error}") from error
-    autocast = torch.bfloat16 if tuning.amp == "bf16" else None
-    average = None if tuning.ema is None else AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(tuning.ema))
-    groups = layer_decay_groups(encoder, recipe.weight_decay, tuning.layer_decay)
-    optimizer = adamw(groups, recipe.peak, betas=(0.9, 0.999))
-    size = encoder.patch_embed.img_size
-    view = still(size, data.crop_pct)
-    scored = _read(evaluated, size, lambda epoch: view)
-    batches = _read(train, size, lambda epoch: view) if data.augment == "none" else _augmented(train, size, recipe.seed)
-    log = Log(output_dir)
-    judged = encoder if average is None else average.module
-    for epoch in supervised.fit(encoder, optimizer, batches, len(train), recipe, autocast=autocast, average=average):
-        log.add(epoch, supervised.count_correct(judged, scored, len(evaluated), autocast=autocast), len(evaluated))
-    log.close({"model": judged.state_dict(), "epoch": recipe.epochs})
 
 
 def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mask_ratio: float, count: int) -> None:
@@ -217,7 +180,7 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
         raise UserError(f"pictures are of 1 or 3 channels; the images have {images.channels}")
     ids = torch.arange(min(count, len(images)))
     size = model.patch_embed.img_size
-    ((pixels, _),) = read_batches(images, [ids], size, still(size))
+    ((pixels, _),) = read_batches(images, [ids], size, still(size, 1.0))
     try:
         panel = make_panel(f"{source.checkpoint.name}, mask ratio {mask_ratio:g}", model.eval(), pixels, mask_ratio, source.seed)
     except ValueError as error:
@@ -246,14 +209,20 @@ def load_mae(source: Source) -> MAE:
 
 
 class Log:
-    """A line for each epoch on stderr; log.txt, one JSON object for each, and checkpoint.pth in a folder, if there is one."""
+    """A line for each epoch on stderr; log.txt, one JSON object for each, and checkpoint.pth in a folder, if there is one.
 
-    def __init__(self, folder: Path | None):
-        self.folder, self.records = folder, list[dict[str, Any]]()
+    records    of the epochs of an earlier process
+    """
 
-    def add(self, epoch: supervised.Epoch, correct: int, count: int) -> None:
-        self.records.append(asdict(epoch) | {"top1": correct / count, "correct": correct, "images": count})
-        print(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}, top-1 {correct / count:.4f}", file=sys.stderr, flush=True)
+    def __init__(self, folder: Path | None, records: Sequence[dict[str, Any]] = ()):
+        self.folder, self.records = folder, list(records)
+
+    def add(self, epoch: supervised.Epoch, correct: int | None, count: int) -> None:
+        """An epoch, and how many of `count` images were right after it; None where they were not looked at."""
+        score = {} if correct is None else {"top1": correct / count, "correct": correct, "images": count}
+        self.records.append(asdict(epoch) | score)
+        shown = "" if correct is None else f", top-1 {correct / count:.4f}"
+        print(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}{shown}", file=sys.stderr, flush=True)
         if self.folder is not None:
             with replace_file(self.folder / "log.txt") as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -269,7 +238,7 @@ def print_score(correct: int, count: int) -> None:
     print(f"top-1 {correct / count:.4f} ({correct} of {count} images)")
 
 
-def _prepared(source: Source, data: Labelled, **options: Any) -> tuple[VisionTransformer, Chosen, Any]:
+def prepared(source: Source, data: Labelled, **options: Any) -> tuple[VisionTransformer, Chosen, Any]:
     """The encoder, the images to learn from and those to score, which fit it."""
     encoder = source.encoder(**options)
     train, taken, evaluated = data.opened(encoder.patch_embed.proj.in_channels, source.seed)
@@ -278,24 +247,20 @@ def _prepared(source: Source, data: Labelled, **options: Any) -> tuple[VisionTra
     return encoder, Chosen(train, taken), evaluated
 
 
-def _check_run(recipe: Recipe, train: Chosen, output_dir: Path | None) -> None:
+def check_run(recipe: Recipe, train: Chosen, output_dir: Path | None) -> None:
     recipe.check(len(train))
     if output_dir is not None:
         check_writable(output_dir, "--output_dir")
 
 
-def _in_memory(features: Tensor, labels: Tensor) -> supervised.Batches:
-    return lambda epoch, batches: ((features[ids], labels[ids]) for ids in batches)
-
-
-def _read(images: Any, size: Size, view: Callable[[int], View | Callable[[int], View]]) -> supervised.Batches:
+def reading(images: Any, size: Size, view: Callable[[int], View | Callable[[int], View]]) -> supervised.Batches:
     return lambda epoch, batches: read_batches(images, batches, size, view(epoch))
 
 
-def _augmented(images: Chosen, size: Size, seed: int) -> supervised.Batches:
+def augmented(images: Chosen, size: Size, seed: int) -> supervised.Batches:
     """A random box of each image, mirrored half of the time, anew in each epoch."""
 
     def view(epoch: int, index: int) -> View:
         return drawn(draw_of(seed, epoch, index), size, "rrc", True, TRAINING_AREA)
 
-    return _read(images, size, lambda epoch: partial(view, epoch))
+    return reading(images, size, lambda epoch: partial(view, epoch))

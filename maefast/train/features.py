@@ -69,11 +69,11 @@ def pooled(encoder: VisionTransformer, imgs: Tensor, kind: str) -> Tensor:
 
 
 def features_of(
-    encoder: VisionTransformer, images: Any, kind: str, *, batch_size: int = 256, part: float = 1.0
+    encoder: VisionTransformer, images: Any, kind: str, *, batch_size: int = 256, part: float | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`pooled` features, on the CPU, and labels of all images in their order, batch by batch.
 
-    part    of the largest centred box of the encoder's proportions that is looked at, per side
+    part    of the largest centred box of the encoder's proportions that is looked at, per side; None: boxes.usual_scale
     """
     size, device = encoder.patch_embed.img_size, encoder.cls_token.device
     batches = torch.arange(len(images)).split(batch_size)
