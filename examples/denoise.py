@@ -1,6 +1,6 @@
 """Denoising with a fine-tuned MAE, against the noisy picture and a median filter. Under two minutes on two cores.
 
-    python examples/denoise.py [--sigma 25] [--steps 400] [--pretrain-steps 600] [--seed 0] [--picture denoise.png]
+    python examples/denoise.py [--sigma 25] [--steps 150] [--pretrain-steps 300] [--seed 0] [--picture denoise.png]
 
 Needs maefast[demo]. Noise is Gaussian, independent in each pixel and channel. Encoder and decoder of a MAE learn to predict what
 to add to the noisy picture; one was pre-trained on the clean tiles, the other starts from scratch, with the same budget.
@@ -25,9 +25,9 @@ def run(sigma: float, pretrain_steps: int, steps: int, seed: int) -> Pictures:
 
 
 def main() -> None:
-    flags = parser(__doc__.splitlines()[0], pretrain_steps=600)
+    flags = parser(__doc__.splitlines()[0], pretrain_steps=300)
     flags.add_argument("--sigma", type=float, default=25.0, help="standard deviation of the noise, pixels being 0..255")
-    flags.add_argument("--steps", type=int, default=400, help="of fine-tuning, for each of the two")
+    flags.add_argument("--steps", type=int, default=150, help="of fine-tuning, for each of the two")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")
     pictures = run(**arguments)

@@ -1,6 +1,6 @@
 """Inpainting with a pre-trained MAE and a mask of one's own, against smooth interpolation. Under two minutes on two cores.
 
-    python examples/inpaint.py [--hole 16] [--pretrain-steps 1200] [--seed 0] [--picture inpaint.png]
+    python examples/inpaint.py [--hole 16] [--pretrain-steps 400] [--seed 0] [--picture inpaint.png]
 
 Needs maefast[demo]. The hole is a square in the middle of each tile, made of whole patches. Nothing is fine-tuned: `mask=` says
 which patches are missing, and `reconstruct` fills them in. What stands in the hole is never read; here it is grey.
@@ -81,7 +81,7 @@ def run(hole: int, pretrain_steps: int, seed: int) -> tuple[Pictures, Tensor]:
 
 
 def main() -> None:
-    flags = parser(__doc__.splitlines()[0], pretrain_steps=1200)
+    flags = parser(__doc__.splitlines()[0], pretrain_steps=400)
     flags.add_argument("--hole", type=int, default=16, help="its side in pixels")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")
