@@ -37,9 +37,7 @@ def step(model, imgs, noise, mode, **options):
     return results | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(
-    ("mode", "options", "batches"), [("fp32", {}, 4), ("fp32", {"return_pred": False}, 4), ("autocast", {}, 8)]
-)
+@pytest.mark.parametrize(("mode", "options", "batches"), [("fp32", {"return_pred": False}, 4), ("autocast", {}, 8)])
 def test_step(mode, options, batches):
     reference = small_reference(**SHALLOW).to(DEVICE)
     model = small_mae(seed=9, **SHALLOW).to(DEVICE)

@@ -1,0 +1,40 @@
+"""Denoising with a fine-tuned MAE, against the noisy picture and a median filter. Under two minutes on two cores.
+
+    python examples/denoise.py [--sigma 25] [--steps 150] [--pretrain-steps 300] [--seed 0] [--picture denoise.png]
+
+Needs maefast[demo]. Noise is Gaussian, independent in each pixel and channel. Encoder and decoder of a MAE learn to predict what
+to add to the noisy picture; one was pre-trained on the clean tiles, the other starts from scratch, with the same budget.
+docs/restoration.md has the figures.
+"""
+
+import torch
+from restoration import Damage, Pictures, median_filter, parser, report, restore, save_strip
+from torch import Tensor
+
+
+def noise(sigma: float) -> Damage:
+    def damage(clean: Tensor, generator: torch.Generator) -> Tensor:
+        return clean + sigma * torch.randn(clean.shape, generator=generator)
+
+    return damage
+
+
+def run(sigma: float, pretrain_steps: int, steps: int, seed: int) -> Pictures:
+    """sigma    standard deviation of the noise, for pixels in 0..255"""
+    return restore(noise(sigma), {"median filter": median_filter}, pretrain_steps=pretrain_steps, steps=steps, seed=seed)
+
+
+def main() -> None:
+    flags = parser(__doc__.splitlines()[0], pretrain_steps=300)
+    flags.add_argument("--sigma", type=float, default=25.0, help="standard deviation of the noise, pixels being 0..255")
+    flags.add_argument("--steps", type=int, default=150, help="of fine-tuning, for each of the two")
+    arguments = vars(flags.parse_args())
+    path = arguments.pop("picture")
+    pictures = run(**arguments)
+    report(pictures)
+    if path:
+        save_strip(pictures, path)
+
+
+if __name__ == "__main__":
+    main()

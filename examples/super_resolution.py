@@ -1,0 +1,51 @@
+"""Super-resolution with a fine-tuned MAE, against bicubic interpolation. Under two minutes on two cores.
+
+    python examples/super_resolution.py [--factor 2] [--steps 150] [--pretrain-steps 300] [--seed 0] [--picture sr.png]
+
+Needs maefast[demo]. Tiles are made smaller (bicubic, antialiased, rounded to 8 bits) and enlarged again by bicubic interpolation.
+the bicubic picture; one was pre-trained on the clean tiles, the other starts from scratch, with the same budget.
+docs/restoration.md has the figures.
+"""
+
+import torch
+import torch.nn.functional as F
+from restoration import Damage, Pictures, parser, report, restore, save_strip
+from torch import Tensor
+
+
+def smaller(pictures: Tensor, factor: int) -> Tensor:
+    size = (pictures.shape[2] // factor, pictures.shape[3] // factor)
+    return F.interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255).round()
+
+
+def bicubic(factor: int) -> Damage:
+    """The small picture, enlarged again."""
+
+    def damage(clean: Tensor, _: torch.Generator) -> Tensor:
+        small = smaller(clean, factor)
+        return F.interpolate(small, clean.shape[2:], mode="bicubic", align_corners=False).clamp(0, 255)
+
+    return damage
+
+
+def run(factor: int, pretrain_steps: int, steps: int, seed: int) -> Pictures:
+    """factor    of the side of the picture; it divides 64"""
+    pictures = restore(bicubic(factor), {}, pretrain_steps=pretrain_steps, steps=steps, seed=seed)
+    nearest = F.interpolate(smaller(pictures["clean"], factor), scale_factor=factor, mode="nearest")
+    return {"pixels repeated": nearest, "bicubic": pictures.pop("damaged")} | pictures
+
+
+def main() -> None:
+    flags = parser(__doc__.splitlines()[0], pretrain_steps=300)
+    flags.add_argument("--factor", type=int, default=2, choices=(2, 4, 8))
+    flags.add_argument("--steps", type=int, default=150, help="of fine-tuning, for each of the two")
+    arguments = vars(flags.parse_args())
+    path = arguments.pop("picture")
+    pictures = run(**arguments)
+    report(pictures)
+    if path:
+        save_strip(pictures, path)
+
+
+if __name__ == "__main__":
+    main()
