@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._version import __version__
-from .train import ToldByAnother, UserError, evaluate_flags, options
+from .train import ToldByAnother, UserError, evaluate_flags, options, submit
 from .train.flags import RATIO, SEED, whole
 
 
@@ -108,6 +108,10 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     pretrain(chosen, lambda: open_images(chosen.data_path, "train", chosen.in_chans))
 
 
+def _submit(arguments: argparse.Namespace) -> None:
+    submit.submit({name: value for name, value in vars(arguments).items() if name != "command"})
+
+
 COMMANDS = {
     "convert": Command("write a checkpoint in the layout of another library", _convert_arguments, _convert),
     "extract": Command("write features of images to a file", evaluate_flags.extract, evaluate_flags.run),
@@ -119,6 +123,7 @@ COMMANDS = {
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
     "pack": Command("write images as one uint8 array, the form that is read fastest", _pack_arguments, _pack),
     "pretrain": Command("pre-train an MAE on images of your own", options.add_arguments, _pretrain),
+    "submit": Command("pre-train as a SLURM job", submit.add_arguments, _submit),
 }
 
 

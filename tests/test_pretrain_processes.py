@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # which optimizers import: here once, not in each process
+import torch._dynamo  # imported here once, not by an optimizer in each process
+import torch.distributed.fsdp
 from pretraining import ArrayImages, flags, options, pictures, records
 from support import threads
 
@@ -20,6 +22,7 @@ from maefast import cli
 from maefast.train import UserError, distributed, resumable, state
 from maefast.train.options import Options
 from maefast.train.pretrain import pretrain
+from maefast.train.submit import Pretraining
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -225,3 +228,27 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
 def test_first_host() -> None:
     lists = {"n1": "n1", "n1,n2": "n1", "gpu[3,5]": "gpu3", "r[0-1]n[02-3]x,y": "r0n02x"}
     assert {nodes: distributed.first_host(nodes) for nodes in lists} == lists
+
+
+def test_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job goes on where it stopped, and is queued again where SIGUSR2 has ended it."""
+    pytest.importorskip("submitit")
+    np.save(tmp_path / "images.npy", pictures())
+    given = [
+        *flags(tmp_path / "images.npy", tmp_path / "run")[1:],
+        "--cluster=debug",
+        f"--job_dir={tmp_path / 'run'}",
+        "--nodes=1",
+    ]
+    assert cli.main(["submit", *given, "--ngpus=0", "--epochs=1"]) == 0
+    assert [record["epoch"] for record in records(tmp_path / "run")] == [0]
+    queued = list[int]()
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: queued.append(number))
+    try:
+        job = Pretraining(options(tmp_path / "run", epochs=3, resume="auto", data_path=tmp_path / "images.npy"))
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        monkeypatch.setattr("maefast.train.dataset.open_images", lambda *path: SlowImages(pictures()))
+        assert job()["signal"] == signal.SIGUSR2
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert queued == [signal.SIGUSR2]
