@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._version import __version__
-from .train import ToldByAnother, UserError, evaluate_flags, options
+from .train import ToldByAnother, UserError, evaluate_flags, options, submit
 from .train.axes import AXES
 from .train.flags import RATIO, SEED, number, several_of, whole
 
@@ -136,6 +136,10 @@ def _ablate(arguments: argparse.Namespace) -> None:
     ablate.ablate(base, open_images(base.data_path, "train", base.in_chans), arguments.axes, budget)
 
 
+def _submit(arguments: argparse.Namespace) -> None:
+    submit.submit({name: value for name, value in vars(arguments).items() if name != "command"})
+
+
 COMMANDS = {
     "ablate": Command("compare what the paper compares, on images of your own", _ablate_arguments, _ablate),
     "convert": Command("write a checkpoint in the layout of another library", _convert_arguments, _convert),
@@ -149,6 +153,7 @@ COMMANDS = {
     "demo": Command("pre-train a small MAE on real images and show what it learned", _demo_arguments, _demo),
     "pack": Command("write images as one uint8 array, the form that is read fastest", _pack_arguments, _pack),
     "pretrain": Command("pre-train an MAE on images of your own", options.add_arguments, _pretrain),
+    "submit": Command("pre-train as a SLURM job", submit.add_arguments, _submit),
 }
 
 
