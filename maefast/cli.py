@@ -4,13 +4,14 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ._version import __version__
-from .train import UserError, evaluate_flags, options
-from .train.flags import RATIO, SEED, whole
+from .train import ToldByAnother, UserError, evaluate_flags, options
+from .train.axes import AXES
+from .train.flags import RATIO, SEED, number, several_of, whole
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,10 +106,38 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config")}
     chosen = options.from_arguments(given, arguments.config)
-    pretrain(chosen, open_images(chosen.data_path, "train", chosen.in_chans))
+    pretrain(chosen, lambda: open_images(chosen.data_path, "train", chosen.in_chans))
+
+
+def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA", help="labelled images in a training part and one to score")
+    parser.add_argument("--axes", type=several_of(AXES), default=list(AXES), metavar="A,..", help=f"of {', '.join(AXES)} (all)")
+    parser.add_argument("--images", type=whole(1), help="how many of DATA to pre-train on (all)")
+    for name, kind, help in (
+        ("label_fraction", evaluate_flags.PART, "of each class, to learn from with labels (1)"),
+        ("probe_epochs", whole(1), "of the linear probe (90)"),
+        ("probe_blr", number(0), "its base learning rate (0.1)"),
+        ("finetune_epochs", whole(1), "of fine-tuning (50)"),
+        ("finetune_blr", number(0), "its base learning rate (0.001)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
+    parser.add_argument("--eval_split", choices=evaluate_flags.SPLITS, default="val", help="the part of DATA to score (val)")
+    options.add_arguments(parser, without=("data_path", "resume", "start_epoch", "reference"))
+
+
+def _ablate(arguments: argparse.Namespace) -> None:
+    from .train import ablate
+    from .train.dataset import open_images
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config", "data", "axes")}
+    budget = ablate.Budget(**{field.name: given.pop(field.name) for field in fields(ablate.Budget) if field.name in given})
+    values = options.values_from(given, arguments.config) | {"data_path": arguments.data}
+    base = ablate.base_options(values)
+    ablate.ablate(base, open_images(base.data_path, "train", base.in_chans), arguments.axes, budget)
 
 
 COMMANDS = {
+    "ablate": Command("compare what the paper compares, on images of your own", _ablate_arguments, _ablate),
     "convert": Command("write a checkpoint in the layout of another library", _convert_arguments, _convert),
     "extract": Command("write features of images to a file", evaluate_flags.extract, evaluate_flags.run),
     "knn": Command("score an encoder by its nearest neighbours", evaluate_flags.knn, evaluate_flags.run),
@@ -137,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         COMMANDS[arguments.command].run(arguments)
+    except ToldByAnother:
+        return 2
     except UserError as error:
         print(f"maefast {arguments.command}: error: {error}", file=sys.stderr)
         return 2

@@ -60,8 +60,7 @@ def test_inductor_draws_the_noise_of_torch_rand():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
-def test_training_does_not_recompile(options, monkeypatch):
+def test_training_does_not_recompile(monkeypatch):
     monkeypatch.setattr(maefast.model, "REPEATED_VALUES", 0)
     model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
@@ -72,7 +71,7 @@ def test_training_does_not_recompile(options, monkeypatch):
         torch.manual_seed(3)
         for i in range(4):
             optimizer.zero_grad()
-            loss = m(images_for(model, seed=i), **options).loss
+            loss = m(images_for(model, seed=i), return_pred=False).loss
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -106,15 +105,14 @@ def test_a_mask_ratio_of_each_step():
             assert_same_step(compiled, eager, imgs, noise, mask_ratio=ratio)
 
 
-@pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
-def test_blocks_compiled_one_by_one_take_any_mask_ratio(options, monkeypatch):
+def test_blocks_compiled_one_by_one_take_any_mask_ratio(monkeypatch):
     monkeypatch.setattr(maefast.model, "REPEATED_VALUES", -math.inf)
     model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
     for block in (*model.blocks, *model.decoder_blocks):
         block.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     for i, ratio in enumerate((0.75, 0.5, 0.6, 0.9, 0.1)):
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
-            assert_same_step(model, eager, images_for(model), noise_for(model), mask_ratio=ratio, **options)
+            assert_same_step(model, eager, images_for(model), noise_for(model), mask_ratio=ratio, return_pred=False)
 
 
 def test_a_whole_step_with_the_optimizer_compiles_once():
@@ -170,9 +168,11 @@ def block_run(block: nn.Module, x: Tensor, ids: Tensor | None, cast: bool) -> li
     return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
 
 
-@pytest.mark.parametrize("with_ids", [False, True], ids=["whole", "ids"])
-@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize(  # every pair of the three
+    ("grad", "cast", "with_ids"),
+    [(True, False, False), (True, True, True), (False, False, True), (False, True, False)],
+    ids=["training-fp32-whole", "training-autocast-ids", "inference-fp32-ids", "inference-autocast-whole"],
+)
 def test_blocks_of_any_batch_and_length_compile_once(grad, cast, with_ids):
     """Two blocks are one graph, whatever the number of samples and tokens; the results are those of eager."""
 

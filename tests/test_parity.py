@@ -231,7 +231,7 @@ def test_float64_model():
 
 
 def waves(count: int) -> list[Tensor]:
-    """Batches of images, each a wave with a phase for each channel: something to learn within a few hundred steps."""
+    """Batches of images, each a wave with a phase for each channel: something to learn within a hundred steps."""
     grid = torch.stack(torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 32), indexing="ij"))
     generator = torch.Generator().manual_seed(0)
     frequencies = 8 * torch.rand(count, 16, 1, 2, 1, 1, generator=generator)
@@ -244,16 +244,16 @@ CURVE = {"img_size": 32, "patch_size": 8, "norm_pix_loss": False, "decoder_depth
 
 @pytest.fixture(scope="module")
 def exact_curve() -> Tensor:
-    """The losses of 300 steps in float64."""
-    losses = train(small_reference(**CURVE).double(), [imgs.double() for imgs in waves(300)], False)
+    """The losses of a hundred steps in float64."""
+    losses = train(small_reference(**CURVE).double(), [imgs.double() for imgs in waves(100)], False)
     return torch.tensor(losses, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
-def test_three_hundred_steps_of_training(exact_curve, autocast):
+def test_a_hundred_steps_of_training(exact_curve, autocast):
     """The loss curve strays from that of float64 no farther than the reference's own does."""
-    assert exact_curve[-20:].mean() < 0.8 * exact_curve[:20].mean()
-    mine, theirs = (torch.tensor(train(make(**CURVE), waves(300), autocast)) for make in (small_mae, small_reference))
+    assert exact_curve[-20:].mean() < 0.8 * exact_curve[:5].mean()
+    mine, theirs = (torch.tensor(train(make(**CURVE), waves(100), autocast)) for make in (small_mae, small_reference))
     assert_close_to_float64("loss curve", mine, theirs, exact_curve)
 
 

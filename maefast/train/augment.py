@@ -56,12 +56,15 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __bool__(self) -> bool:
-        return self != Augmentation()
+        return any((self.aa, self.reprob, self.mixup, self.cutmix))
 
     def check(self) -> None:
         """Raise UserError where the library that this needs is not installed."""
         if (self.aa or self.reprob) and find_spec("kornia") is None:
             raise UserError('--aa and --reprob need kornia: pip install "maefast[augment]"')
+
+
+NO_AUGMENTATION = Augmentation()
 
 
 class Augment:

@@ -24,6 +24,11 @@ def one_of(words: Collection[str]) -> Parse:
     return parse
 
 
+def several_of(words: Collection[str]) -> Parse:
+    parse_one = one_of(words)
+    return lambda text: list(dict.fromkeys(parse_one(part) for part in text.split(",")))
+
+
 def whole(least: int) -> Parse:
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**63:
