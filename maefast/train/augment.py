@@ -103,7 +103,8 @@ def _rand_augmented(x: Tensor, policy: RandPolicy) -> Tensor:
     level = policy.magnitude + policy.spread * torch.randn(()).item()
     level = min(max(level, 0.0), LEVELS) / LEVELS * KORNIA_LEVELS
     operations = [entry for entry in default_policy if x.shape[1] == 3 or entry[0][0] != "color"]
-    out: Tensor = RandAugment(policy.count, min(max(level, 0.1), KORNIA_LEVELS - 0.1), operations)(x)
+    kornia: Any = RandAugment  # its magnitude is said to be an int, and may be a fraction
+    out: Tensor = kornia(policy.count, min(max(level, 0.1), KORNIA_LEVELS - 0.1), operations)(x)
     return out.clamp(0, 1)
 
 
