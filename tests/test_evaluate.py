@@ -45,6 +45,7 @@ def test_views_of_a_batch():
     assert torch.equal(imgs, expected)
     assert labels.tolist() == data.labels[:69].tolist()
     assert torch.equal(last[0], data.pictures[0])
+    assert boxes.still((224, 224)).box(256, 300) == (38, 16, 262, 240)  # 224 of 256 pixels
     ((alike, _),) = views.read_batches(data, [torch.arange(70)], size, whole._replace(flip=True))
     assert torch.equal(alike, data.pictures.flip(-1))
 

@@ -95,9 +95,10 @@ def test_learning_rate_of_the_probe_by_held_out_images(monkeypatch, capsys):
     """A rate of 0 learns nothing, one that is too large has no finite loss; of two that are as good the smaller one."""
     labels = torch.arange(60) % 3
     features = torch.eye(3)[labels] + 0.1 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
-    recipe = supervised.Recipe(20, 0, 10, 0.0, 0.0)
+    recipe = supervised.Recipe(10, 0, 10, 0.0, 0.0)
     monkeypatch.setattr(linprobe, "BLRS", (0.0, 3000.0, 4000.0, 1e38))
-    assert linprobe.best_blr(features, labels, 3, recipe) == 3000.0
+    with threads(1):
+        assert linprobe.best_blr(features, labels, 3, recipe) == 3000.0
     assert "blr 3000: 6 of 6 images held out" in capsys.readouterr().err
     monkeypatch.setattr(linprobe, "BLRS", (1e38,))
     with pytest.raises(supervised.Diverged, match="the loss is"):

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import UserError, evaluate
-from .augment import Augmentation
+from . import UserError, evaluate, tuning
 from .axes import Row, rows_of
 from .files import check_writable, replace_file
 from .options import Options
 from .pretrain import pretrain
 from .setup import build_model, find_device
 from .supervised import Recipe
-from .tuning import Output, Tuning, finetune
 
 if TYPE_CHECKING:
     from .dataset import ImageDataset
@@ -134,7 +132,7 @@ def _run(
         sweep = budget.probe_blr is None
         evaluate.linprobe(source, labelled, probe, kind="cls", sweep=sweep, output_dir=folder / "linprobe")
         recipe = _recipe(budget.finetune_epochs, budget.finetune_blr, min(TUNING_BATCH, labels), 0.05, label_smoothing=0.1)
-        finetune(source, labelled, recipe, Tuning(), Augmentation(), Output(folder / "finetune"))
+        tuning.finetune(source, labelled, recipe, output=tuning.Output(folder / "finetune"))
     return {"name": row.name, "loss": summary["loss"]} | {name: _top1(folder / name) for name in ("finetune", "linprobe")}
 
 

@@ -56,12 +56,15 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __bool__(self) -> bool:
-        return self != Augmentation()
+        return any((self.aa, self.reprob, self.mixup, self.cutmix))
 
     def check(self) -> None:
         """Raise UserError where the library that this needs is not installed."""
         if (self.aa or self.reprob) and find_spec("kornia") is None:
             raise UserError('--aa and --reprob need kornia: pip install "maefast[augment]"')
+
+
+NO_AUGMENTATION = Augmentation()
 
 
 class Augment:
@@ -100,7 +103,8 @@ def _rand_augmented(x: Tensor, policy: RandPolicy) -> Tensor:
     level = policy.magnitude + policy.spread * torch.randn(()).item()
     level = min(max(level, 0.0), LEVELS) / LEVELS * KORNIA_LEVELS
     operations = [entry for entry in default_policy if x.shape[1] == 3 or entry[0][0] != "color"]
-    out: Tensor = RandAugment(policy.count, min(max(level, 0.1), KORNIA_LEVELS - 0.1), operations)(x)
+    kornia: Any = RandAugment  # its magnitude is said to be an int, and may be a fraction
+    out: Tensor = kornia(policy.count, min(max(level, 0.1), KORNIA_LEVELS - 0.1), operations)(x)
     return out.clamp(0, 1)
 
 

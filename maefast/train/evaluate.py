@@ -142,7 +142,7 @@ def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str
     print_score(int((votes.argmax(dim=1) == truth).sum()), len(truth))
 
 
-def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, sweep: bool, output_dir: Path | None) -> None:
+def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, output_dir: Path | None, sweep: bool = False) -> None:
     """Train a linear probe and print its accuracy; features are computed once unless images are augmented.
 
     sweep    take `best_blr` instead of the recipe's

@@ -61,7 +61,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser, **defaults: float | None)
         ("weight_decay", number(0), "of weights with more than one dimension"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=defaults[name], help=f"{help} (%(default)s)")
-    shown = "the best of seven on held-out images" if defaults["blr"] is None else "%(default)s"
+    shown = "the best of nine on held-out images" if defaults["blr"] is None else "%(default)s"
     help = f"base learning rate: lr = blr x images a step / 256 ({shown})"
     parser.add_argument("--blr", type=number(0), default=defaults["blr"], help=help)
     parser.add_argument("--lr", type=number(0), help="learning rate, instead of --blr")

@@ -84,14 +84,13 @@ class Augmented(Dataset[Sample]):
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
         """The samples of a batch, as DataLoader asks for them."""
-        if self.augment == "none" and not self.flip:
-            try:
-                images = self.data.read_many([index for _, index in keys], self.size, partial(centred, size=self.size))
-            except UserError:
-                pass  # one by one, each unreadable image is named and gives way
-            else:
-                return [(image, []) for image in images]
-        return [self[key] for key in keys]
+        if self.augment != "none" or self.flip:
+            return [self[key] for key in keys]
+        try:
+            images = self.data.read_many([index for _, index in keys], self.size, partial(centred, size=self.size))
+            return [(image, []) for image in images]
+        except UserError:
+            return [self[key] for key in keys]  # each unreadable image is named, and gives way
 
 
 def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:

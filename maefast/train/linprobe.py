@@ -12,7 +12,7 @@ from .lars import LARS
 from .supervised import Diverged, Recipe, count_correct, fit, in_memory
 
 HEAD_STD = 0.01
-BLRS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+BLRS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 HELD_OUT = 1 / 10
 
 

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..blocks import Linear
 from . import UserError, state, supervised
-from .augment import Augment, Augmentation
+from .augment import NO_AUGMENTATION, Augment, Augmentation
 from .boxes import still
 from .classifier import described
 from .evaluate import Labelled, Log, Source, augmented, check_run, prepared, reading
@@ -43,7 +43,12 @@ class Output:
 
 
 def finetune(
-    source: Source, data: Labelled, recipe: Recipe, tuning: Tuning, augmentation: Augmentation, output: Output = Output()
+    source: Source,
+    data: Labelled,
+    recipe: Recipe,
+    tuning: Tuning = Tuning(),
+    augmentation: Augmentation = NO_AUGMENTATION,
+    output: Output = Output(),
 ) -> None:
     """Fine-tune the encoder, or its last blocks, and print its accuracy."""
     augmentation.check()
