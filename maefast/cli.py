@@ -116,7 +116,7 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, help in (
         ("label_fraction", evaluate_flags.PART, "of each class, to learn from with labels (1)"),
         ("probe_epochs", whole(1), "of the linear probe (90)"),
-        ("probe_blr", number(0), "its base learning rate (0.1)"),
+        ("probe_blr", number(0), "its base learning rate (the best of seven on held-out images)"),
         ("finetune_epochs", whole(1), "of fine-tuning (50)"),
         ("finetune_blr", number(0), "its base learning rate (0.001)"),
     ):

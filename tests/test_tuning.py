@@ -36,7 +36,7 @@ def parts(root):
 
 
 def finetune(folder, *more):
-    return cli.main(["finetune", "mae", "data", *FLAGS, f"--output_dir={folder}", *more])
+    return cli.main(["finetune", "mae", "data", *FLAGS, "--eval_every=3", f"--output_dir={folder}", *more])
 
 
 def slow_run(folder):
@@ -65,7 +65,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(root, capsys):
         assert finetune("killed", "--resume=auto") == 0
     whole, killed = ((root / name / "log.txt").read_text() for name in ("whole", "killed"))
     assert whole == killed
-    assert len({json.loads(line)["loss"] for line in whole.splitlines()}) == 4
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert len({record["loss"] for record in records}) == 4
+    assert [record["epoch"] for record in records if "top1" in record] == [3, 4]
     whole, killed = (torch.load(f"{name}/checkpoint.pth", weights_only=True)["model"] for name in ("whole", "killed"))
     assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
     assert [path.name for path in state.checkpoints(root / "killed")] == ["checkpoint-3.pth"]
@@ -217,4 +219,4 @@ def test_robustness_refuses(tuned, capsys, arguments, message):
     assert message in capsys.readouterr().err
     assert not os.path.exists("refused.json")
     with pytest.raises(UserError, match="CHECKPOINT must be a classifier"):
-        robustness.robustness(tuning.Path("mae"), robustness.Check(data=tuning.Path("split")))
+        robustness.robustness(tuning.Path("mae"), robustness.Check(data=tuning.Path("split"), kinds=()))

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import UserError, evaluate, tuning
+from . import UserError, evaluate
+from .augment import Augmentation
 from .axes import Row, rows_of
 from .files import check_writable, replace_file
 from .options import Options
 from .pretrain import pretrain
 from .setup import build_model, find_device
 from .supervised import Recipe
+from .tuning import Output, Tuning, finetune
 
 if TYPE_CHECKING:
     from .dataset import ImageDataset
@@ -37,7 +39,7 @@ class Budget:
     label_fraction: float = 1.0  # of the training part, to learn from with labels
     eval_split: str = "val"
     probe_epochs: int = 90
-    probe_blr: float = 0.1
+    probe_blr: float | None = None  # the best on held-out images
     finetune_epochs: int = 50
     finetune_blr: float = 1e-3
 
@@ -128,10 +130,11 @@ def _run(
         if not summary["finished"]:
             return None
         source = evaluate.Source(Path(summary["checkpoint"]), device=str(find_device(base.device)), seed=base.seed)
-        probe = _recipe(budget.probe_epochs, budget.probe_blr, min(PROBE_BATCH, labels), 0.0)
-        evaluate.linprobe(source, labelled, probe, kind="cls", output_dir=folder / "linprobe")
+        probe = _recipe(budget.probe_epochs, budget.probe_blr or 0.0, min(PROBE_BATCH, labels), 0.0)
+        sweep = budget.probe_blr is None
+        evaluate.linprobe(source, labelled, probe, kind="cls", sweep=sweep, output_dir=folder / "linprobe")
         recipe = _recipe(budget.finetune_epochs, budget.finetune_blr, min(TUNING_BATCH, labels), 0.05, label_smoothing=0.1)
-        tuning.finetune(source, labelled, recipe, output=tuning.Output(folder / "finetune"))
+        finetune(source, labelled, recipe, Tuning(), Augmentation(), Output(folder / "finetune"))
     return {"name": row.name, "loss": summary["loss"]} | {name: _top1(folder / name) for name in ("finetune", "linprobe")}
 
 

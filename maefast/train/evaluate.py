@@ -217,9 +217,12 @@ class Log:
     def __init__(self, folder: Path | None, records: Sequence[dict[str, Any]] = ()):
         self.folder, self.records = folder, list(records)
 
-    def add(self, epoch: supervised.Epoch, correct: int, count: int) -> None:
-        self.records.append(asdict(epoch) | {"top1": correct / count, "correct": correct, "images": count})
-        print(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}, top-1 {correct / count:.4f}", file=sys.stderr, flush=True)
+    def add(self, epoch: supervised.Epoch, correct: int | None, count: int) -> None:
+        """An epoch, and how many of `count` images were right after it; None where they were not looked at."""
+        score = {} if correct is None else {"top1": correct / count, "correct": correct, "images": count}
+        self.records.append(asdict(epoch) | score)
+        shown = "" if correct is None else f", top-1 {correct / count:.4f}"
+        print(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}{shown}", file=sys.stderr, flush=True)
         if self.folder is not None:
             with replace_file(self.folder / "log.txt") as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))

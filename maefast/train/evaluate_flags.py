@@ -130,6 +130,7 @@ def finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixup", type=number(0), default=0.0, help="alpha of mixup (%(default)s)")
     parser.add_argument("--cutmix", type=number(0), default=0.0, help="alpha of cutmix (%(default)s)")
     parser.add_argument("--reprob", type=number(0, 1), default=0.0, help="part of the images with a part erased (%(default)s)")
+    parser.add_argument("--eval_every", type=whole(1), default=1, help="epochs from one score to the next (%(default)s)")
     parser.add_argument("--resume", type=one_of(("auto",)), metavar="auto", help="go on with the run in --output_dir, if any")
     parser.add_argument("--ema", type=RATE, help="decay of an average of the weights, which is then scored")
     parser.add_argument("--amp", type=one_of(("off", "bf16")), metavar="off|bf16", default="off", help="autocast (%(default)s)")
@@ -217,5 +218,5 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         from .tuning import Output, Tuning, finetune
 
-        output = Output(a.output_dir, a.resume is not None)
+        output = Output(a.output_dir, a.resume is not None, a.eval_every)
         finetune(source, data, recipe, _picked(Tuning, arguments), _picked(Augmentation, arguments), output)

@@ -39,6 +39,7 @@ class Output:
 
     folder: Path | None = None
     resume: bool = False
+    eval_every: int = 1  # epochs from one score to the next; the last epoch always has one
 
 
 def finetune(
@@ -49,7 +50,7 @@ def finetune(
     augmentation: Augmentation = NO_AUGMENTATION,
     output: Output = Output(),
 ) -> None:
-    """Fine-tune the encoder, or its last blocks, and print the accuracy after each epoch."""
+    """Fine-tune the encoder, or its last blocks, and print its accuracy."""
     augmentation.check()
     if output.resume and output.folder is None:
         raise UserError("--resume must come with --output_dir, the folder of the run")
@@ -82,7 +83,10 @@ def finetune(
     log = Log(output.folder, records)
     options: dict[str, Any] = {"autocast": autocast, "average": average, "change": change, "start": len(records)}
     for epoch in supervised.fit(encoder, optimizer, batches, len(train), recipe, **options):
-        log.add(epoch, supervised.count_correct(judged, scored, len(evaluated), autocast=autocast), len(evaluated))
+        correct = None
+        if epoch.epoch % output.eval_every == 0 or epoch.epoch == recipe.epochs:
+            correct = supervised.count_correct(judged, scored, len(evaluated), autocast=autocast)
+        log.add(epoch, correct, len(evaluated))
         if output.resume and output.folder is not None:
             stored: dict[str, Any] = {name: part.state_dict() for name, part in learning.items()}
             stored["run"] = {"identity": identity, "records": log.records}
