@@ -1,7 +1,7 @@
 """What docs/fashion_mnist.md needs beside the commands of maefast: the baseline on pixels, and the picture of the curves.
 
-    python examples/fashion_mnist.py pixels DATA                       # logistic regression: its accuracy on the test images
-    python examples/fashion_mnist.py curves OUT.png NAME=LOG.TXT ...   # losses of pre-training runs over their own time
+python examples/fashion_mnist.py pixels DATA                       # logistic regression: its accuracy on the test images
+python examples/fashion_mnist.py curves OUT.png NAME=LOG.TXT ...   # losses of pre-training runs over their own time
 """
 
 import argparse

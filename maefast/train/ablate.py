@@ -119,7 +119,8 @@ def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _run(
     row: Row, base: Options, data: "ImageDataset", labelled: evaluate.Labelled, labels: int, budget: Budget
 ) -> dict[str, Any] | None:
-    """The record of a row; None where SIGTERM ended its pre-training. What its parts print goes to output.txt in its folder."""
+    """The record of a row; None where SIGTERM ended its pre-training. What its parts print goes to output.txt in its folder. The
+    probe and fine-tuning warm up for a tenth of their epochs, as nearly in the paper's recipes."""
     folder = base.output_dir / row.name
     options = replace(row.options(base), output_dir=folder, resume="auto")
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,16 +129,13 @@ def _run(
         if not summary["finished"]:
             return None
         source = evaluate.Source(Path(summary["checkpoint"]), device=str(find_device(base.device)), seed=base.seed)
-        probe = _recipe(budget.probe_epochs, budget.probe_blr, min(PROBE_BATCH, labels), 0.0)
+        epochs = budget.probe_epochs
+        probe = Recipe(epochs, epochs // 10, min(PROBE_BATCH, labels), budget.probe_blr, 0.0, seed=base.seed)
         evaluate.linprobe(source, labelled, probe, kind="cls", output_dir=folder / "linprobe")
-        tuning = _recipe(budget.finetune_epochs, budget.finetune_blr, min(TUNING_BATCH, labels), 0.05, label_smoothing=0.1)
+        epochs, batch = budget.finetune_epochs, min(TUNING_BATCH, labels)
+        tuning = Recipe(epochs, epochs // 10, batch, budget.finetune_blr, 0.05, label_smoothing=0.1, seed=base.seed)
         evaluate.finetune(source, labelled, tuning, evaluate.Tuning(), output_dir=folder / "finetune")
     return {"name": row.name, "loss": summary["loss"]} | {name: _top1(folder / name) for name in ("finetune", "linprobe")}
-
-
-def _recipe(epochs: int, blr: float, batch_size: int, weight_decay: float, label_smoothing: float = 0.0) -> Recipe:
-    """A tenth of the epochs warm up, as nearly in the paper's recipes."""
-    return Recipe(epochs, epochs // 10, batch_size, blr, weight_decay, label_smoothing=label_smoothing)
 
 
 def _top1(folder: Path) -> float:
