@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._version import __version__
-from .train import UserError, evaluate_flags, options
+from .train import ToldByAnother, UserError, evaluate_flags, options
 from .train.axes import AXES
 from .train.flags import RATIO, SEED, number, several_of, whole
 
@@ -106,7 +106,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config")}
     chosen = options.from_arguments(given, arguments.config)
-    pretrain(chosen, open_images(chosen.data_path, "train", chosen.in_chans))
+    pretrain(chosen, lambda: open_images(chosen.data_path, "train", chosen.in_chans))
 
 
 def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +122,8 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
     parser.add_argument("--eval_split", choices=evaluate_flags.SPLITS, default="val", help="the part of DATA to score (val)")
-    options.add_arguments(parser, without=("data_path", "resume", "start_epoch", "reference"))
+    of_several_processes = ("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url")
+    options.add_arguments(parser, without=("data_path", "resume", "start_epoch", "reference", *of_several_processes))
 
 
 def _ablate(arguments: argparse.Namespace) -> None:
@@ -165,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         COMMANDS[arguments.command].run(arguments)
+    except ToldByAnother:
+        return 2
     except UserError as error:
         print(f"maefast {arguments.command}: error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
 """For the tests of pre-training: a tiny data set and a tiny model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from maefast.train import UserError
 from maefast.train.dataset import ImageDataset
+from maefast.train.options import Options
 
 SIZES = {"input_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 SIZES |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -38,6 +41,16 @@ def pictures(count: int = COUNT, channels: int = 3) -> np.ndarray:
     a, b, phase = draw.uniform(0.2, 1, (3, count, 1, 1, channels))
     rows, cols = np.arange(20)[:, None, None], np.arange(20)[None, :, None]
     return (127.5 + 127.5 * np.sin(a * rows + b * cols + 6 * phase)).astype(np.uint8)
+
+
+def options(output: Path, **changes: object) -> Options:
+    """One epoch of the tiny model."""
+    given = SIZES | {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "num_workers": 0, "pictures": 0, "output_dir": output}
+    return Options(**(given | changes))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def flags(data: Path, output: Path, **options: object) -> list[str]:

@@ -1,7 +1,6 @@
 """`maefast pretrain`: a run that is killed and goes on is the run that was not; what can go wrong is said in one line."""
 
 import io
-import json
 import os
 import random
 import re
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretraining import COUNT, SIZES, ArrayImages, flags, pictures
+from pretraining import COUNT, ArrayImages, flags, options, pictures, records
 from support import threads
 
 import maefast
@@ -38,14 +37,8 @@ def run(folder: Path, name: str, **options: object) -> int:
     return cli.main(flags(folder / "images.npy", folder / name, **options))
 
 
-def options(output: Path, **changes: object) -> Options:
-    given = SIZES | {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "num_workers": 0, "pictures": 0, "output_dir": output}
-    return Options(**(given | changes))
-
-
 def losses(folder: Path) -> list[tuple[int, float, float]]:
-    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return [(record["epoch"], record["train_loss"], record["train_lr"]) for record in records]
+    return [(record["epoch"], record["train_loss"], record["train_lr"]) for record in records(folder)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -287,7 +280,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
         )
         return model
 
-    monkeypatch.setattr("maefast.train.pretrain.build_model", build_poisoned)
+    monkeypatch.setattr("maefast.train.resumable.build_model", build_poisoned)
     data = ArrayImages(pictures())
     index = feed.epoch_order(COUNT, 0, 0)[-1]  # the one that the first epoch leaves out
     assert [feed.epoch_order(COUNT, 0, epoch).index(index) // 8 for epoch in range(3)] == [4, 3, 0]
@@ -405,13 +398,6 @@ def test_a_folder_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFix
     assert "--output_dir must be a folder that can be written" in line
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="pretrain must run as one process; WORLD_SIZE is 2"):
-        pretrain(options(tmp_path / "out"), ArrayImages(pictures()))
-    assert not (tmp_path / "out").exists()
-
-
 def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
     data = ArrayImages(pictures())
     pretrain(options(tmp_path), data)
@@ -446,7 +432,7 @@ def test_within_an_epoch_the_batches_stay(tmp_path: Path) -> None:
     data = ArrayImages(pictures())
     pretrain(options(tmp_path, save_steps=3, keep=5), data)
     (tmp_path / "checkpoint-0.pth").unlink()
-    with pytest.raises(UserError, match="batch_size is 8, here it is 4"):
+    with pytest.raises(UserError, match="processes is 8, here it is 4"):
         pretrain(options(tmp_path, batch_size=4, resume="auto"), data)
 
 

@@ -14,3 +14,7 @@ class UnreadableImage(UserError):  # noqa: N818 - like UserError's, its text is 
 
     def __str__(self) -> str:
         return f"{self.path}: {self.why}"
+
+
+class ToldByAnother(UserError):  # noqa: N818 - as above
+    """An error of a run of several processes, in one that need not print it: the first process does."""

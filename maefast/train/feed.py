@@ -104,17 +104,24 @@ def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> It
 
 
 class Keys(Sampler[list[Key]]):
-    """The first `batches` batches of each of `epochs`, in the first one from batch `skip` on; the rest of an epoch is dropped."""
+    """The first `batches` batches of each of `epochs`, in the first one from batch `skip` on; the rest of an epoch is dropped.
 
-    def __init__(self, count: int, batch_size: int, batches: int, seed: int, epochs: range, skip: int = 0):
+    share  (rank, size): of each `size` batches in order, this process among `size` takes the one at `rank`
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, batches: int, seed: int, epochs: range, skip: int = 0, share: tuple[int, int] = (0, 1)
+    ):
         self.count, self.batch_size, self.batches, self.seed = count, batch_size, batches, seed
-        self.epochs, self.skip = epochs, skip
+        self.epochs, self.skip, self.share = epochs, skip, share
 
     def __iter__(self) -> Iterator[list[Key]]:
+        rank, size = self.share
         for epoch in self.epochs:
             order = epoch_order(self.count, self.seed, epoch)
             for batch in range(self.skip if epoch == self.epochs.start else 0, self.batches):
-                yield [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+                start = (batch * size + rank) * self.batch_size
+                yield [(epoch, index) for index in order[start : start + self.batch_size]]
 
     def __len__(self) -> int:
         return max(0, len(self.epochs) * self.batches - self.skip)
@@ -127,8 +134,8 @@ def _collate(samples: list[Sample]) -> Sample:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process ends the workers when it is done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C and a scheduler's signals reach the whole process group; the training process ends the workers when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

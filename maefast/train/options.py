@@ -54,11 +54,11 @@ class Options:
         "rrc", one_of(AUGMENTATIONS), "none: centre; crop: of a fixed size; rrc: of random size and aspect; jitter: of colours"
     )
     flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
-    batch_size: int = option(64, whole(1), "images of one forward")
+    batch_size: int = option(64, whole(1), "images of one forward of one process")
     accum_iter: int = option(1, whole(1), "forwards of one step of the optimizer")
     epochs: int = option(400, whole(1), "passes over the images")
     warmup_epochs: int = option(40, whole(0), "epochs of linear warm-up")
-    blr: float = option(1e-3, number(0), "base learning rate: lr = blr x batch_size x accum_iter / 256")
+    blr: float = option(1e-3, number(0), "base learning rate: lr = blr x batch_size x accum_iter x processes / 256")
     lr: float | None = option(None, number(0), "learning rate, instead")
     min_lr: float = option(0.0, number(0), "where the cosine ends")
     weight_decay: float = option(0.05, number(0), "of all but biases and one-dimensional parameters")
@@ -72,6 +72,12 @@ class Options:
     rewind: int = option(0, whole(0), "how often a loss that is not finite may lead back to the last checkpoint, not end the run")
     save_steps: int = option(0, whole(0), "also save after so many steps within an epoch; 0: after epochs alone")
     keep: int = option(3, whole(1), "checkpoints that are kept, the newest")
+    compile: bool = option(False, None, "run the model under torch.compile")
+    fsdp: bool = option(False, None, "spread weights and optimizer over the processes instead of copying them")
+    world_size: int | None = option(None, whole(1), "processes that were started, where that is to be checked")
+    local_rank: int | None = option(None, whole(0), "of this process on its machine, where the launcher sets no LOCAL_RANK")
+    dist_on_itp: bool = option(False, None, "take rank and world size from Open MPI's variables")
+    dist_url: str = option("env://", str, "where the processes meet: env://, tcp://HOST:PORT or file:///PATH", "URL")
     pictures: int = option(8, whole(0), "images whose reconstruction is drawn after each epoch")
 
     def __post_init__(self) -> None:

@@ -1,232 +1,119 @@
 """`maefast pretrain`: an MAE from images, by the official recipe, in a run that survives being killed."""
 
-import argparse
 import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.architecture import of_model
-from . import UserError, state
-from .compare import reference_on
+from . import UserError, distributed, state
+from .distributed import Group
 from .feed import Augmented, Batch, Keys, batches, dead_workers_reported, evenly_spaced
-from .files import check_writable
-from .optim import adamw
 from .options import Options
-from .report import Log, Report, conclude, draw, tensorboard
+from .report import Log, Report, conclude, draw, show, tensorboard
+from .resumable import Resumable
 from .sampling import draw_noise
 from .schedule import warmup_cosine
-from .setup import build_model, find_device, require_one_process
 from .state import Position
+from .step import read_later
 from .variants import PcaTarget
 
 if TYPE_CHECKING:
     from .dataset import ImageDataset
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+# How many steps later a loss is looked at: on a GPU one, so that it never stands still for it.
+LAG = {"cpu": 0, "cuda": 1}
 
 
-def pretrain(options: Options, data: "ImageDataset") -> dict[str, Any]:
-    """Train, save, log and draw to options.output_dir; SIGTERM saves at the next step and returns.
+def pretrain(options: Options, data: "ImageDataset | Callable[[], ImageDataset]") -> dict[str, Any]:
+    """Train, save, log and draw to options.output_dir; SIGTERM or SIGUSR2 to any process saves at the next step and returns.
 
+    data     the images, or what opens them, called when the processes of the run, where there are several, have found each other
     returns  the summary: epochs and steps done, loss (the last epoch's mean), images_per_second, data_wait, seconds, unreadable
-             images, rewinds, checkpoint (the newest), finished (False after SIGTERM)
+             images, rewinds, checkpoint (the newest), signal (that ended the run, or 0), finished (False after a signal)
     Raises UserError before anything is written for options that do not fit each other, the images or the checkpoint to resume;
-    later for a loss that is not finite, a disk that is full and a worker that died, with the newest checkpoint intact.
+    later for a loss that is not finite, a disk that is full and a worker that died, with the newest checkpoint intact. Several
+    processes raise it together.
     """
-    run = _Run(options, data)
-    with dead_workers_reported(), _sigterm() as stopping:
-        return run.train(stopping)
+    with distributed.joined(options) as group, dead_workers_reported():
+        with group.together():
+            images = data() if callable(data) else data
+        with _signals() as received:
+            return _Run(options, images, group).train(received)
 
 
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, where signals can be handled: in the main thread."""
-    stopping = threading.Event()
+def _signals() -> Iterator[list[int]]:
+    """The numbers of the signals that ask to stop, as they arrive, where they can be handled: in the main thread."""
+    received = list[int]()
     if threading.current_thread() is not threading.main_thread():
-        yield stopping
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stopping.set())
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in numbers]
     try:
-        yield stopping
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
-class _Run:
-    def __init__(self, options: Options, data: "ImageDataset"):
-        self.options, self.data, self.folder = options, data, options.output_dir
-        require_one_process()
-        self.device = find_device(options.device)
-        amp = options.amp or ("bf16" if self.device.type == "cuda" else "off")
-        if amp == "fp16" and self.device.type != "cuda":
-            raise UserError(f"--amp fp16 must run on a GPU; the device is {self.device}")
-        self.autocast = DTYPES[amp]
-        self.batch = options.batch_size * options.accum_iter
-        self.steps_per_epoch = len(data) // self.batch
-        if not self.steps_per_epoch:
-            needed = f"--batch_size x --accum_iter = {self.batch} images"
-            raise UserError(f"--data_path must hold at least {needed}; {options.data_path} holds {len(data)}")
-        if options.start_epoch >= options.epochs:
-            raise UserError(f"--start_epoch must be less than --epochs, {options.epochs}; it is {options.start_epoch}")
-        self.peak = options.blr * self.batch / 256 if options.lr is None else options.lr
-        self.model = build_model(options, data.channels).to(self.device)
-        self.len_keep = int(self.model.patch_embed.num_patches * (1 - options.mask_ratio))
-        self.forward = reference_on(self.model) if options.reference else self.model
-        check_writable(self.folder, "--output_dir")
+class _Run(Resumable):
+    def __init__(self, options: Options, data: "ImageDataset", group: Group):
+        super().__init__(options, data, group)
+        self.unread = list[tuple[Callable[[], float], Position, float]]()  # losses of steps, where, their learning rates
+        self.signal = 0  # that ended the run
 
-        self.optimizer = adamw(self.model, self.peak, weight_decay=options.weight_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self.masks = torch.Generator(self.device).manual_seed(options.seed)
-        self.at = Position(options.start_epoch, 0)
-        self.loss_sum, self.counted = 0.0, 0  # over the steps of this epoch that no rewind has undone
-        self.loss = math.nan  # of the last step, or the mean of the epoch that it ended
-        self.unreadable = set[str]()
-        self.rewinds = 0
-        self.needs_pred = bool(self.model.overridden_methods())
-        self.resumed = self.newest = self._resume()
-
-    # -- checkpoints ------------------------------------------------------------------------------------
-
-    def _identity(self) -> dict[str, Any]:
-        """What a run cannot change when it goes on."""
-        facts = {f"the model's {name}": value for name, value in asdict(of_model(self.model)).items()}
-        variant = {"the target": self.options.target, "--mask_tokens_in_encoder": self.options.mask_tokens_in_encoder}
-        return facts | variant | {"the number of images": len(self.data)}
-
-    def _pace(self) -> dict[str, int]:
-        """What it cannot change within an epoch, whose remaining batches would be others."""
-        return {name: getattr(self.options, name) for name in ("batch_size", "accum_iter", "seed")}
-
-    def _resume(self) -> Path | None:
-        there = state.checkpoints(self.folder)
-        if not self.options.resume:
-            if there:
-                ways = "--resume auto goes on with it, another folder starts anew"
-                raise UserError(f"--output_dir must hold no earlier run; {self.folder} holds {there[-1].name}: {ways}")
-            return None
-        if self.options.resume == "auto" and not there:
-            return None
-        path = there[-1] if self.options.resume == "auto" else Path(self.options.resume)
-        entries = state.read(path)
-        run = entries["run"]
-        if there and there[-1].resolve() != path.resolve():
-            ways = "--resume auto goes on with it, another folder keeps both"
-            raise UserError(f"--output_dir must hold no later run than {path}; {self.folder} holds {there[-1].name}: {ways}")
-        state.must_agree(path, run["identity"], self._identity())
-        if run["step"]:
-            state.must_agree(path, run["pace"], self._pace())
-        self.at = Position(entries["epoch"] + 1, run["step"])
-        try:
-            self._load(entries)
-        except ValueError as error:
-            raise UserError(f"--resume must be a checkpoint of the same optimizer; {path} has another: {error}") from error
-        if run["masks"].numel() != self.masks.get_state().numel():
-            raise UserError(f"--device must be of the kind that {path} was written on, for its masks; it is {self.device.type}")
-        self.masks.set_state(run["masks"])
-        self.loss_sum, self.counted, self.loss = run["loss_sum"], run["counted"], run["loss"]
-        self.rewinds = run["rewinds"]
-        self.unreadable.update(run["unreadable"])
-        return path
-
-    def _load(self, entries: Mapping[str, Any]) -> None:
-        """What a step changes, and a step over again would start from."""
-        self.model.load_state_dict(entries["model"])
-        self.optimizer.load_state_dict(entries["optimizer"])
-        for group, decay in zip(self.optimizer.param_groups, (self.options.weight_decay, 0.0), strict=True):
-            group["weight_decay"] = decay
-        if entries["scaler"]:
-            self.scaler.load_state_dict(entries["scaler"])
-
-    def _rewind(self, what: str, report: Report) -> None:
-        """Go on from here with the weights of the newest checkpoint. Raises UserError where --rewind does not allow it."""
-        if self.newest is None or self.rewinds >= self.options.rewind:
-            raise self._diverged(what)
-        entries = state.read(self.newest)
-        self._load(entries)
-        run, same_epoch = entries["run"], entries["epoch"] + 1 == self.at.epoch
-        self.loss_sum, self.counted = (run["loss_sum"], run["counted"]) if same_epoch else (0.0, 0)
-        self.rewinds += 1
-        where = f"at step {self.at.step} of epoch {self.at.epoch}"
-        count = f"{self.rewinds} of {self.options.rewind}"
-        report.say(f"the {what} {where}: the weights of {self.newest}, the batches since then left out (rewind {count})")
-
-    def _save(self, report: Report) -> None:
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            self._rewind("weights are not finite", report)
-        args = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.options).items()}
-        entries = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.at.epoch - 1,
-            "scaler": self.scaler.state_dict(),
-            "args": argparse.Namespace(**args),
-            "config": asdict(of_model(self.model)),
-            "run": {
-                "step": self.at.step,
-                "masks": self.masks.get_state(),
-                "loss_sum": self.loss_sum,
-                "counted": self.counted,
-                "rewinds": self.rewinds,
-                "loss": self.loss,
-                "unreadable": sorted(self.unreadable),
-                "identity": self._identity(),
-                "pace": self._pace(),
-            },
-        }
-        self.newest = self.folder / self.at.file_name
-        state.save(entries, self.newest, self.options.keep)
-
-    def _diverged(self, what: str) -> UserError:
-        rate = self.optimizer.param_groups[0]["lr"]
-        where = f"at step {self.at.step} of epoch {self.at.epoch}, with a learning rate of {rate:.3g}"
-        hint = "a smaller --blr, --clip_grad 1 or --amp bf16 may help"
-        return UserError(f"the {what} {where}; {state.last_good(self.folder)}; {hint}")
-
-    # -- the loop ---------------------------------------------------------------------------------------
-
-    def train(self, stopping: threading.Event) -> dict[str, Any]:
-        options = self.options
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            state.remove_left_overs(self.folder)
-            log = Log(self.folder, self.at.epoch)
-            board = tensorboard(options.log_dir or self.folder, self.at.epoch)
-        except OSError as error:
-            raise UserError(f"--output_dir must be a folder that can be written; {error}") from error
-        report = Report(options.epochs * self.steps_per_epoch, self._steps_done(), self.batch, self.device)
+    def train(self, received: list[int]) -> dict[str, Any]:
+        options, main = self.options, self.group.main
+        log = board = None
+        with self.group.together():
+            if main:
+                log, board = self._open_logs()
+        report = Report(options.epochs * self.steps_per_epoch, self._steps_done(), self.batch, self.device, quiet=not main)
         self._introduce(report, board is not None)
-        samples = self._samples(report) if find_spec("matplotlib") is not None else None
+        samples = self._samples(report) if main and find_spec("matplotlib") is not None else None
+        if options.fsdp:
+            samples = self.group.first(samples)
         if isinstance(self.model, PcaTarget) and self.resumed is None:
-            self.model.find_components(self._evenly_spaced(self.model.images_for_components, report))
-        feed = self._feed()
+            with self.group.together():
+                self.model.find_components(self._evenly_spaced(self.model.images_for_components, report))
+        feed, saved = self._feed(), self.at
         try:
-            while self.at.epoch < options.epochs and not stopping.is_set():
-                self._step(feed, report)
-                if self.at.step == self.steps_per_epoch:
+            while self.at.epoch < options.epochs and self._step(feed, report, received):
+                ended = self.at.step == self.steps_per_epoch
+                if ended:
                     self._end_epoch(log, board, report, samples)
+                if ended or (options.save_steps and self.at.step % options.save_steps == 0):
                     self._save(report)
-                elif stopping.is_set() or (options.save_steps and self.at.step % options.save_steps == 0):
-                    self._save(report)
+                    saved = self.at
+            if self.at != saved:
+                self._save(report)
         finally:
             feed.close()  # ends the workers
             report.close()
             if board is not None:
                 board.close()
         summary: dict[str, Any] = {"epochs": self.at.epoch, "steps": report.done, "loss": self.loss} | report.figures()
-        summary |= {"unreadable": len(self.unreadable), "rewinds": self.rewinds}
-        summary |= {"checkpoint": str(self.newest), "finished": self.at.epoch >= options.epochs}
-        conclude(summary)
+        summary |= {"unreadable": len(self.unreadable), "rewinds": self.rewinds, "checkpoint": str(self.newest)}
+        summary |= {"signal": self.signal, "finished": self.at.epoch >= options.epochs}
+        if main:
+            conclude(summary)
         return summary
+
+    def _open_logs(self) -> tuple[Log, Any]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state.remove_left_overs(self.folder)
+            return Log(self.folder, self.at.epoch), tensorboard(self.options.log_dir or self.folder, self.at.epoch)
+        except OSError as error:
+            raise UserError(f"--output_dir must be a folder that can be written; {error}") from error
 
     def _steps_done(self) -> int:
         return self.at.epoch * self.steps_per_epoch + self.at.step
@@ -244,40 +131,77 @@ class _Run:
         images = Augmented(self.data, self.model.patch_embed.img_size, options.augment, flip, options.seed)
         epochs, accumulated = range(self.at.epoch, options.epochs), options.accum_iter
         per_epoch, skip = self.steps_per_epoch * accumulated, self.at.step * accumulated
-        keys = Keys(len(self.data), options.batch_size, per_epoch, options.seed, epochs, skip)
+        share = (self.group.rank, self.group.size)
+        keys = Keys(len(self.data), options.batch_size, per_epoch, options.seed, epochs, skip, share)
         return batches(images, keys, options.num_workers, options.pin_mem and self.device.type == "cuda")
 
-    def _step(self, feed: Iterator[Batch], report: Report) -> None:
-        """One step of the optimizer, on `accum_iter` batches."""
+    def _step(self, feed: Iterator[Batch], report: Report, received: list[int]) -> bool:
+        """One step of the optimizer, on `accum_iter` batches of each process; False where one was told to stop instead."""
         options, rate = self.options, self._lr()
+        images = self._next(feed, report, received)
+        if self.signal:
+            return False
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses = list[Tensor]()
         self.model.train()
-        for _ in range(options.accum_iter):
-            waiting = time.perf_counter()
-            images, unreadable = next(feed)
-            report.waited += time.perf_counter() - waiting
-            self._skip(unreadable, report)
-            images = images.to(self.device, non_blocking=True)
-            noise = draw_noise(options.sampler, len(images), self.model.patch_embed.grid_size, self.len_keep, self.masks)
-            with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
-                loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
-            self.scaler.scale(loss / options.accum_iter).backward()
+        for i, noise in enumerate(self._noise()):
+            if i:
+                images = self._next(feed, report, received)
+            images, last = images.to(self.device, non_blocking=True), i == options.accum_iter - 1
+            with nullcontext() if last else distributed.unsynchronised(self.forward):
+                with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
+                    loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
+                self.scaler.scale(loss / options.accum_iter).backward()
             losses.append(loss.detach())
-        mean = torch.stack(losses).mean().item()
-        if math.isfinite(mean):
+        self.unread.append((read_later(self.group.mean(torch.stack(losses).mean())), self.at, rate))
+        if self._read_losses(report, LAG[self.device.type]):
             if options.clip_grad is not None:
                 self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_grad)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.loss_sum, self.counted, self.loss = self.loss_sum + mean, self.counted + 1, mean
-        else:
-            self._rewind(f"loss is {mean}", report)
         self.optimizer.zero_grad()
-        report.step(self.at.epoch, mean, rate)
         self.at = Position(self.at.epoch, self.at.step + 1)
+        return True
+
+    def _next(self, feed: Iterator[Batch], report: Report, received: list[int]) -> Tensor:
+        """A batch of this process, when all have theirs. The wait is that of the slowest, for which the others wait too."""
+        started, error = time.perf_counter(), None
+        try:
+            with dead_workers_reported():
+                images, unreadable = next(feed)
+        except UserError as caught:
+            error = caught
+        waited = time.perf_counter() - started
+        number, failed, waited = self.group.most(max(received, default=0), error is not None, waited)
+        if failed:
+            self.group.agree(error)
+        self.signal = max(self.signal, int(number))
+        report.waited += waited
+        self._skip(unreadable, report)
+        return images
+
+    def _noise(self) -> Tensor:
+        """(accum_iter, batch_size, L): this process's rows of what is drawn for the whole step, however many processes and
+        batches share it."""
+        options = self.options
+        noise = draw_noise(options.sampler, self.batch, self.model.patch_embed.grid_size, self.len_keep, self.masks)
+        return noise.view(options.accum_iter, self.group.size, options.batch_size, -1)[:, self.group.rank]
+
+    def _read_losses(self, report: Report, keep: int = 0) -> bool:
+        """Count the losses of the steps but the last `keep`; False where one was not finite, and the weights are older ones."""
+        while len(self.unread) > keep:
+            read, at, rate = self.unread.pop(0)
+            loss = read()
+            report.step(at.epoch, loss, rate)
+            if not math.isfinite(loss):
+                report.done += len(self.unread)  # steps on weights that were broken
+                self.unread.clear()
+                self.rewind(f"loss is {loss}", at, rate, report)
+                return False
+            self.loss_sum, self.counted, self.loss = self.loss_sum + loss, self.counted + 1, loss
+        return True
 
     def _skip(self, unreadable: list[str], report: Report) -> None:
         """Count what cannot be read, and name it once."""
@@ -285,22 +209,37 @@ class _Run:
             report.say(f"skipped {line}")
         self.unreadable.update(unreadable)
 
-    def _end_epoch(self, log: Log, board: Any, report: Report, samples: Tensor | None) -> None:
+    def _gather(self, report: Report) -> None:
+        """Have all that the steps so far have to tell."""
+        self._read_losses(report)
+        for lines in self.group.all(sorted(self.unreadable)):
+            self._skip(lines, report)
+
+    def _save(self, report: Report) -> None:
+        self._gather(report)
+        self.save(report)
+
+    def _end_epoch(self, log: Log | None, board: Any, report: Report, samples: Tensor | None) -> None:
         """Tell about the epoch, then step over to the next. The record comes before the checkpoint: when the run goes on, one
         without its checkpoint is dropped, while a missing one would stay missing."""
+        self._gather(report)
         epoch, rate = self.at.epoch, self.optimizer.param_groups[0]["lr"]
         self.loss = self.loss_sum / self.counted if self.counted else self.loss
         record = {"train_lr": rate, "train_loss": self.loss, "epoch": epoch} | report.figures()
         record |= {"unreadable": len(self.unreadable), "rewinds": self.rewinds}
         report.line(f"epoch {epoch} of {self.options.epochs}", self.loss, rate)
-        try:
-            log.add(record)
-            if samples is not None:
-                draw(self.model, samples, self.options, epoch, board)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written: {error.strerror or error}; {state.last_good(self.folder)}"
-            ) from error
+        # All have a part in it where the model is sharded.
+        panel = None if samples is None else draw(self.model, samples, self.options, epoch)
+        with self.group.together():
+            try:
+                if log is not None:
+                    log.add(record)
+                    if panel is not None:
+                        show(panel, self.folder, epoch, board)
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder} cannot be written: {error.strerror or error}; {state.last_good(self.folder)}"
+                ) from error
         if board is not None:
             for name, value in record.items():
                 board.add_scalar(name, value, epoch)
@@ -320,7 +259,9 @@ class _Run:
     def _introduce(self, report: Report, board: bool) -> None:
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
-        report.say(f"{'the plain ' if self.options.reference else ''}{self.options.model} on {self.device}: {images}, {pace}")
+        processes = f" in each of {self.group.size} processes" if self.group.size > 1 else ""
+        plain = "the plain " if self.options.reference else ""
+        report.say(f"{plain}{self.options.model} on {self.device}{processes}: {images}, {pace}")
         if self.resumed is not None:
             report.say(f"goes on from {self.resumed}, step {self.at.step} of epoch {self.at.epoch}")
         if self.options.log_dir is not None and not board:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -14,20 +15,24 @@ from torch import Tensor, nn
 
 from .files import replace_file
 from .options import Options
-from .pictures import make_panel, rows_of, save_reconstructions
+from .pictures import Panel, make_panel, rows_of, save_reconstructions
 
 LINES_APART = 30.0  # seconds, where there is no terminal
 
 
 class Report:
-    """Speed and loss of a run of `steps` optimizer steps, `done` of them in an earlier process; each has `images` images."""
+    """Speed and loss of a run of `steps` optimizer steps, `done` of them in an earlier process; each has `images` images.
 
-    def __init__(self, steps: int, done: int, images: int, device: torch.device):
+    quiet  prints nothing: another process of the run does
+    """
+
+    def __init__(self, steps: int, done: int, images: int, device: torch.device, quiet: bool = False):
         self.steps, self.done, self.first, self.images, self.device = steps, done, done, images, device
+        self.quiet = quiet
         self.waited = 0.0  # seconds without a batch
         self.started = self.last_line = time.perf_counter()
         self.bar: Any = None
-        if sys.stderr.isatty() and find_spec("tqdm") is not None:
+        if not quiet and sys.stderr.isatty() and find_spec("tqdm") is not None:
             from tqdm import tqdm
 
             self.bar = tqdm(total=steps, initial=done, unit=" steps", desc="pretrain")
@@ -57,7 +62,7 @@ class Report:
     def say(self, text: str) -> None:
         if self.bar is not None:
             self.bar.write(text)
-        else:
+        elif not self.quiet:
             print(text, flush=True)
 
     def figures(self) -> dict[str, float]:
@@ -105,19 +110,22 @@ def tensorboard(folder: Path, next_epoch: int) -> Any:
     return SummaryWriter(str(folder), purge_step=next_epoch)
 
 
-def draw(model: nn.Module, images: Tensor, options: Options, epoch: int, board: Any) -> None:
-    """reconstructions/epoch-EEEE.png in the run's folder, and the same to a SummaryWriter, if there is one: images (n, C, H, W)
-    uint8, masked alike after each epoch, and reconstructed."""
+def draw(model: nn.Module, images: Tensor, options: Options, epoch: int) -> Panel:
+    """images (n, C, H, W) uint8, masked alike after each epoch, and reconstructed."""
     title = f"epoch {epoch}, {options.mask_ratio:.0%} of the patches removed"
-    panel = make_panel(title, model, images, options.mask_ratio, options.seed, options.sampler)
-    save_reconstructions([panel], options.output_dir / "reconstructions" / f"epoch-{epoch:04}.png")
+    return make_panel(title, model, images, options.mask_ratio, options.seed, options.sampler)
+
+
+def show(panel: Panel, folder: Path, epoch: int, board: Any) -> None:
+    """The panel as reconstructions/epoch-EEEE.png in `folder`, and to a SummaryWriter, if there is one."""
+    save_reconstructions([panel], folder / "reconstructions" / f"epoch-{epoch:04}.png")
     if board is not None:
         board.add_image("reconstructions", rows_of(panel), epoch)
 
 
 def conclude(summary: Mapping[str, Any]) -> None:
     """Print the summary of a run."""
-    how = "done" if summary["finished"] else "stopped by SIGTERM, --resume auto goes on"
+    how = "done" if summary["finished"] else f"stopped by {Signals(summary['signal']).name}, --resume auto goes on"
     speed = f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.0%} of the time waiting for data"
     print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s, {speed}", flush=True)
     if summary["unreadable"]:

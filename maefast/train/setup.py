@@ -1,6 +1,5 @@
 """What a pre-training needs before it starts: the device and the model that the options ask for."""
 
-import os
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from .. import models_mae
 from ..model import MAE
 from . import UserError
+from .distributed import find_gpu
 from .options import Options
 from .sampling import check_sampler
 from .variants import variant
@@ -15,24 +15,25 @@ from .variants import variant
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 
 
-def require_one_process() -> None:
-    """Raise UserError under a launcher of several processes: each would train a model of its own into one folder."""
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        hint = "docs/distributed.md shows a loop for several"
-        raise UserError(f"pretrain must run as one process; WORLD_SIZE is {processes} ({hint})")
+def find_device(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device of that name; by default the GPU where there is one. Raises UserError where this machine has none such.
 
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; by default the GPU where there is one. Raises UserError where this machine has none such."""
+    local_rank  of this process among several of this machine, each of which takes a GPU of its own
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu, cuda or cuda:N; it is {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and local_rank is not None:
+        if device.index is not None:
+            raise UserError(f"--device must be cuda or cpu where processes take a GPU each; it is {name!r}")
+        device = torch.device("cuda", find_gpu(local_rank))
+        torch.cuda.set_device(device)
+    elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device must be a GPU of this machine, which has {torch.cuda.device_count()}; it is {name!r}")
     return device
 

@@ -23,6 +23,22 @@ def training_step(
     return loss.detach()
 
 
+def read_later(value: Tensor) -> Callable[[], float]:
+    """What reads the number that `value` holds: from a GPU by a copy that is under way already, so that to read it after the next
+    step has been launched does not wait for that step."""
+    if value.device.type != "cuda":
+        return value.item
+    there = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> float:
+        done.synchronize()
+        return there.item()
+
+    return read
+
+
 class GraphedStep:
     """`training_step` as a CUDA graph, for batches so small that a GPU may wait for its kernels to be launched.
 
