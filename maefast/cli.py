@@ -116,13 +116,14 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, help in (
         ("label_fraction", evaluate_flags.PART, "of each class, to learn from with labels (1)"),
         ("probe_epochs", whole(1), "of the linear probe (90)"),
-        ("probe_blr", number(0), "its base learning rate (the best of seven on held-out images)"),
+        ("probe_blr", number(0), "its base learning rate (the best of nine on held-out images)"),
         ("finetune_epochs", whole(1), "of fine-tuning (50)"),
         ("finetune_blr", number(0), "its base learning rate (0.001)"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
     parser.add_argument("--eval_split", choices=evaluate_flags.SPLITS, default="val", help="the part of DATA to score (val)")
-    options.add_arguments(parser, without=("data_path", "resume", "start_epoch", "reference"))
+    of_several_processes = ("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url")
+    options.add_arguments(parser, without=("data_path", "resume", "start_epoch", "reference", *of_several_processes))
 
 
 def _ablate(arguments: argparse.Namespace) -> None:

@@ -81,6 +81,14 @@ def test_bad_options(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(data, tmp_path / "out") == 2
+    assert "ablate must run as one process; WORLD_SIZE is 2" in capsys.readouterr().err
+
+
 def test_every_axis_on_a_model_of_the_paper() -> None:
     """With the paper's own depths and widths; small decoders have as much less."""
     base = base_options({"model": "mae_vit_base_patch16"})

@@ -1,6 +1,7 @@
 """`maefast ablate`: the paper's axes on images of one's own; each row is a pre-training, a linear probe and fine-tuning."""
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -52,11 +53,13 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
 
     data       the training part of base.data_path
     returns    the rows in the table's order: axis, value, finetune and linprobe (top-1), the last loss of pre-training, the
-               paper's value and figures; none where SIGTERM came
+               paper's value and figures; none where a signal stopped it
     Rows go to rows.jsonl as they are done; one that was interrupted goes on from its last checkpoint.
     Raises UserError before anything is written for images and options that do not fit an axis or each other, and where the folder
     holds rows of other options.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"ablate must run as one process; WORLD_SIZE is {processes}")
     rows, folder = rows_of(axes, base), base.output_dir
     for row in rows:
         _check(row, base, data.channels)
@@ -76,7 +79,7 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
             except UserError as error:
                 raise UserError(f"{row.axis} {row.value}: {error}") from error
             if record is None:
-                print("stopped by SIGTERM, the same command goes on", flush=True)
+                print("stopped by a signal, the same command goes on", flush=True)
                 return []
             done[row.name] = record
             with replace_file(folder / "rows.jsonl") as temporary:
@@ -119,7 +122,8 @@ def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _run(
     row: Row, base: Options, data: "ImageDataset", labelled: evaluate.Labelled, labels: int, budget: Budget
 ) -> dict[str, Any] | None:
-    """The record of a row; None where SIGTERM ended its pre-training. What its parts print goes to output.txt in its folder."""
+    """The record of a row; None where a signal ended its pre-training. What its parts print goes to output.txt in its folder. The
+    probe and fine-tuning warm up for a tenth of their epochs, as nearly in the paper's recipes."""
     folder = base.output_dir / row.name
     options = replace(row.options(base), output_dir=folder, resume="auto")
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,17 +132,13 @@ def _run(
         if not summary["finished"]:
             return None
         source = evaluate.Source(Path(summary["checkpoint"]), device=str(find_device(base.device)), seed=base.seed)
-        probe = _recipe(budget.probe_epochs, budget.probe_blr or 0.0, min(PROBE_BATCH, labels), 0.0)
-        sweep = budget.probe_blr is None
+        epochs, sweep = budget.probe_epochs, budget.probe_blr is None
+        probe = Recipe(epochs, epochs // 10, min(PROBE_BATCH, labels), budget.probe_blr or 0.0, 0.0, seed=base.seed)
         evaluate.linprobe(source, labelled, probe, kind="cls", sweep=sweep, output_dir=folder / "linprobe")
-        recipe = _recipe(budget.finetune_epochs, budget.finetune_blr, min(TUNING_BATCH, labels), 0.05, label_smoothing=0.1)
+        epochs, batch = budget.finetune_epochs, min(TUNING_BATCH, labels)
+        recipe = Recipe(epochs, epochs // 10, batch, budget.finetune_blr, 0.05, label_smoothing=0.1, seed=base.seed)
         tuning.finetune(source, labelled, recipe, output=tuning.Output(folder / "finetune"))
     return {"name": row.name, "loss": summary["loss"]} | {name: _top1(folder / name) for name in ("finetune", "linprobe")}
-
-
-def _recipe(epochs: int, blr: float, batch_size: int, weight_decay: float, label_smoothing: float = 0.0) -> Recipe:
-    """A tenth of the epochs warm up, as nearly in the paper's recipes."""
-    return Recipe(epochs, epochs // 10, batch_size, blr, weight_decay, label_smoothing=label_smoothing)
 
 
 def _top1(folder: Path) -> float:
