@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,7 +21,6 @@ from maefast import cli
 from maefast.train import UserError, distributed, resumable, state
 from maefast.train.options import Options
 from maefast.train.pretrain import pretrain
-from maefast.train.submit import Pretraining
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -230,8 +228,8 @@ def test_first_host() -> None:
     assert {nodes: distributed.first_host(nodes) for nodes in lists} == lists
 
 
-def test_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job goes on where it stopped, and is queued again where SIGUSR2 has ended it."""
+def test_submit(tmp_path: Path) -> None:
+    """The same command starts the run and goes on with it, in job_dir."""
     pytest.importorskip("submitit")
     np.save(tmp_path / "images.npy", pictures())
     given = [
@@ -242,13 +240,3 @@ def test_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert cli.main(["submit", *given, "--ngpus=0", "--epochs=1"]) == 0
     assert [record["epoch"] for record in records(tmp_path / "run")] == [0]
-    queued = list[int]()
-    before = signal.signal(signal.SIGUSR2, lambda number, frame: queued.append(number))
-    try:
-        job = Pretraining(options(tmp_path / "run", epochs=3, resume="auto", data_path=tmp_path / "images.npy"))
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR2)).start()
-        monkeypatch.setattr("maefast.train.dataset.open_images", lambda *path: SlowImages(pictures()))
-        assert job()["signal"] == signal.SIGUSR2
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-    assert queued == [signal.SIGUSR2]
