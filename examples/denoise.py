@@ -8,7 +8,7 @@ docs/restoration.md has the figures.
 """
 
 import torch
-from restoration import Damage, Pictures, median_filter, parser, report, restore, save_strip
+from restoration import Damage, Pictures, median_filter, parser, report, restore
 from torch import Tensor
 
 
@@ -25,15 +25,11 @@ def run(sigma: float, pretrain_steps: int, steps: int, seed: int) -> Pictures:
 
 
 def main() -> None:
-    flags = parser(__doc__.splitlines()[0], pretrain_steps=300)
+    flags = parser(__doc__.splitlines()[0], pretrain_steps=300, steps=150)
     flags.add_argument("--sigma", type=float, default=25.0, help="standard deviation of the noise, pixels being 0..255")
-    flags.add_argument("--steps", type=int, default=150, help="of fine-tuning, for each of the two")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")
-    pictures = run(**arguments)
-    report(pictures)
-    if path:
-        save_strip(pictures, path)
+    report(run(**arguments), path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ docs/restoration.md has the figures.
 
 import torch
 import torch.nn.functional as F
-from restoration import MODEL, SIDE, Pictures, held_out, parser, pretrained, report, save_strip
+from restoration import MODEL, SIDE, Pictures, held_out, parser, pretrained, report
 from torch import Tensor
 
 from maefast import MAE
@@ -86,9 +86,7 @@ def main() -> None:
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")
     pictures, where = run(**arguments)
-    report(pictures, where)
-    if path:
-        save_strip(pictures, path)
+    report(pictures, path, where)
 
 
 if __name__ == "__main__":

@@ -143,17 +143,22 @@ def save_strip(pictures: Pictures, path: Path) -> None:
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def parser(description: str, pretrain_steps: int) -> argparse.ArgumentParser:
-    """With the flags that all three have."""
+def parser(description: str, pretrain_steps: int, steps: int | None = None) -> argparse.ArgumentParser:
+    """With the flags that all three have, and --steps of those that fine-tune."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--pretrain-steps", type=int, default=pretrain_steps)
+    if steps is not None:
+        flags.add_argument("--steps", type=int, default=steps, help="of fine-tuning, for each of the two")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--picture", type=Path, help="a PNG to write: held-out tiles as each method makes them")
     return flags
 
 
-def report(pictures: Pictures, where: Tensor | None = None) -> None:
+def report(pictures: Pictures, path: Path | None = None, where: Tensor | None = None) -> None:
+    """Print the scores, and write the pictures to `path` where one is given."""
     print(f"\n{len(pictures['clean'])} held-out tiles{'' if where is None else ', the pixels of the hole'}:\n")
     print(f"{'method':<16}{'PSNR, dB':>10}")
     for name, decibels in scores(pictures, where).items():
         print(f"{name:<16}{decibels:>10.2f}")
+    if path:
+        save_strip(pictures, path)

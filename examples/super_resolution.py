@@ -3,13 +3,14 @@
     python examples/super_resolution.py [--factor 2] [--steps 150] [--pretrain-steps 300] [--seed 0] [--picture sr.png]
 
 Needs maefast[demo]. Tiles are made smaller (bicubic, antialiased, rounded to 8 bits) and enlarged again by bicubic interpolation.
-the bicubic picture; one was pre-trained on the clean tiles, the other starts from scratch, with the same budget.
+Encoder and decoder of a MAE learn to predict what to add to the bicubic picture; one was pre-trained on the clean tiles, the
+other starts from scratch, with the same budget.
 docs/restoration.md has the figures.
 """
 
 import torch
 import torch.nn.functional as F
-from restoration import Damage, Pictures, parser, report, restore, save_strip
+from restoration import Damage, Pictures, parser, report, restore
 from torch import Tensor
 
 
@@ -36,15 +37,11 @@ def run(factor: int, pretrain_steps: int, steps: int, seed: int) -> Pictures:
 
 
 def main() -> None:
-    flags = parser(__doc__.splitlines()[0], pretrain_steps=300)
+    flags = parser(__doc__.splitlines()[0], pretrain_steps=300, steps=150)
     flags.add_argument("--factor", type=int, default=2, choices=(2, 4, 8))
-    flags.add_argument("--steps", type=int, default=150, help="of fine-tuning, for each of the two")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")
-    pictures = run(**arguments)
-    report(pictures)
-    if path:
-        save_strip(pictures, path)
+    report(run(**arguments), path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,12 +102,12 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from .train.dataset import open_images
     from .train.pretrain import pretrain
+    from .train.setup import training_images
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config")}
     chosen = options.from_arguments(given, arguments.config)
-    pretrain(chosen, lambda: open_images(chosen.data_path, "train", chosen.in_chans))
+    pretrain(chosen, partial(training_images, chosen))
 
 
 def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,13 +129,13 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _ablate(arguments: argparse.Namespace) -> None:
     from .train import ablate
-    from .train.dataset import open_images
+    from .train.setup import training_images
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "config", "data", "axes")}
     budget = ablate.Budget(**{field.name: given.pop(field.name) for field in fields(ablate.Budget) if field.name in given})
     values = options.values_from(given, arguments.config) | {"data_path": arguments.data}
     base = ablate.base_options(values)
-    ablate.ablate(base, open_images(base.data_path, "train", base.in_chans), arguments.axes, budget)
+    ablate.ablate(base, training_images(base), arguments.axes, budget)
 
 
 def _submit(arguments: argparse.Namespace) -> None:

@@ -1,17 +1,13 @@
 """For the tests of pre-training: a tiny data set and a tiny model."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from images import MemoryImages
 
-from maefast.train import UserError
-from maefast.train.dataset import ImageDataset
 from maefast.train.options import Options
 
 SIZES = {"input_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -19,20 +15,11 @@ SIZES |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 COUNT = 33
 
 
-class ArrayImages(ImageDataset):
-    """On a uint8 array (N, H, W, C); the images `broken` cannot be read."""
+class ArrayImages(MemoryImages):
+    """On a uint8 array (N, H, W, C), without labels; the images `broken` cannot be read."""
 
     def __init__(self, array: np.ndarray, broken: tuple[int, ...] = ()):
-        super().__init__(torch.full((len(array),), -1), (), array.shape[-1])
-        self.array, self.broken = array, broken
-
-    def _read(self, index: int, size: tuple[int, int], box: Callable[[int, int], tuple[float, float, float, float]]) -> Tensor:
-        if index in self.broken:
-            raise UserError(f"image-{index}.png cannot be read: it is broken")
-        image = torch.from_numpy(self.array[index]).permute(2, 0, 1)
-        left, top, right, bottom = (round(edge) for edge in box(*image.shape[1:]))
-        part = image[None, :, top:bottom, left:right].float()
-        return F.interpolate(part, size, mode="bicubic", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
+        super().__init__(torch.from_numpy(array).permute(0, 3, 1, 2), torch.full((len(array),), -1), (), broken)
 
 
 def pictures(count: int = COUNT, channels: int = 3) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What several test files share: awkward layouts of a tensor, ops against float64 and small models."""
+"""What several test files share: awkward layouts, ops against float64, small models, a command line that refuses."""
 
 import ctypes
 import mmap
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library
+from maefast import _library, cli
 from maefast.reference import ReferenceMAE
 
 NATIVE = _library.HAS_NATIVE
@@ -22,6 +22,17 @@ ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command line, which must refuse with exit code 2 and one line on stderr; returns that line."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:  # argparse's way
+        code = stop.code
+    streams = capsys.readouterr()
+    assert (code, streams.out, streams.err.count("\n")) == (2, "", 1), streams
+    return streams.err
 
 
 class Calls(TorchDispatchMode):

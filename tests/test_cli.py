@@ -6,22 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_mae
+from support import refused, small_mae
 
 from maefast import __version__, cli
-
-
-def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run the command line, which must refuse with exit code 2 and one line on stderr; returns that line."""
-    try:
-        code = cli.main(arguments)
-    except SystemExit as stop:  # argparse's way
-        code = stop.code
-    streams = capsys.readouterr()
-    assert code == 2
-    assert streams.err.count("\n") == 1, streams.err
-    assert streams.out == ""
-    return streams.err
 
 
 @pytest.fixture(autouse=True)
@@ -46,27 +33,27 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_value(capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, value: str) -> None:
-    line = failure(capsys, "demo", f"{option}={value}")
+    line = refused(capsys, "demo", f"{option}={value}")
     assert f"argument {option}: must be a " in line
     assert repr(value) in line
     assert list(tmp_path.iterdir()) == []
 
 
 def test_mask_ratio_that_keeps_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    line = failure(capsys, "demo", "--mask-ratio=0.97")
+    line = refused(capsys, "demo", "--mask-ratio=0.97")
     assert "--mask-ratio must keep one patch and remove one, or more of each; 0.97 keeps 0 of the 16 patches of digits" in line
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("train",), ("demo", "--frobnicate")])
 def test_unknown_command_or_option(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
-    assert "maefast" in failure(capsys, *arguments)
+    assert "maefast" in refused(capsys, *arguments)
 
 
 def test_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "notes.txt").write_text("no image")
-    line = failure(capsys, "demo", "--data=data", "--output=out")
+    line = refused(capsys, "demo", "--data=data", "--output=out")
     assert line.startswith("maefast demo: error: data must hold images")
     assert "there is none below it" in line
     assert not (tmp_path / "out").exists()
@@ -75,7 +62,7 @@ def test_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["nowhere", "file"])
 def test_data_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    line = failure(capsys, "demo", f"--data={name}", "--output=out")
+    line = refused(capsys, "demo", f"--data={name}", "--output=out")
     assert f"{name} must be a folder of images; it is " in line
     assert not (tmp_path / "out").exists()
 
@@ -83,7 +70,7 @@ def test_data_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, n
 def test_only_unreadable_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    line = failure(capsys, "demo", "--data=data", "--output=out")
+    line = refused(capsys, "demo", "--data=data", "--output=out")
     assert "0 of 1 files could be read" in line
     assert "data/broken.png: " in line
     assert not (tmp_path / "out").exists()
@@ -92,7 +79,7 @@ def test_only_unreadable_images(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 @pytest.mark.parametrize("output", ["file", "file/below", "file/far/below"])
 def test_unwritable_output(capsys: pytest.CaptureFixture[str], tmp_path: Path, output: str) -> None:
     (tmp_path / "file").write_text("precious")
-    line = failure(capsys, "demo", f"--output={output}")
+    line = refused(capsys, "demo", f"--output={output}")
     assert f"--output must be a folder that can be written; {output} cannot be: file is not a folder" in line
     assert (tmp_path / "file").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -103,14 +90,14 @@ def test_output_without_permission(capsys: pytest.CaptureFixture[str], tmp_path:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("maefast.train.files.tempfile.TemporaryFile", refuse)  # root may write anywhere
-    line = failure(capsys, "demo", "--output=out")
+    line = refused(capsys, "demo", "--output=out")
     assert "--output must be a folder that can be written; out cannot be: Permission denied" in line
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_extra(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maefast.train.demo.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
-    line = failure(capsys, "demo")
+    monkeypatch.setattr("maefast.train.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
+    line = refused(capsys, "demo")
     assert line == 'maefast demo: error: the demo needs scikit-learn, tqdm: pip install "maefast[demo]"\n'
     assert list(tmp_path.iterdir()) == []
 
@@ -155,6 +142,6 @@ def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
 def test_convert_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str) -> None:
     torch.save({"model": small_mae().state_dict()}, "in.pth")
     (tmp_path / "text.pth").write_text("precious")
-    assert message in failure(capsys, "convert", *arguments)
+    assert message in refused(capsys, "convert", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "text.pth"]
     assert (tmp_path / "text.pth").read_text() == "precious"

@@ -299,7 +299,7 @@ def test_tiff_of_many_channels(tmp_path: Path) -> None:
 
 def test_without_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(solid(1))
-    monkeypatch.setattr("maefast.train.sources.find_spec", lambda name: None if name == "tifffile" else name)
+    monkeypatch.setattr("maefast.train.find_spec", lambda name: None if name == "tifffile" else name)
     with pytest.raises(UserError, match=r'reading these images needs tifffile: pip install "maefast\[train\]"'):
         open_images(tmp_path, channels=6)
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import support
 import torch
 from images import Stripes
 from support import small_mae
@@ -142,14 +143,9 @@ COMMANDS = {name: (name, "mae", "data") for name in ("knn", "linprobe", "finetun
 def refused(capsys, tmp_path, *arguments):
     """The one line on stderr of a command that exits with 2 and writes nothing."""
     before = sorted(tmp_path.rglob("*"))
-    try:
-        code = cli.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    streams = capsys.readouterr()
-    assert (code, streams.out, streams.err.count("\n")) == (2, "", 1), streams
+    line = support.refused(capsys, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
-    return streams.err
+    return line
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -226,6 +222,6 @@ def test_reconstruct_needs_a_decoder(capsys, tmp_path):
 
 @pytest.mark.parametrize(("out", "message"), [("out.parquet", ".parquet needs pyarrow"), ("out.npy", ".npy needs numpy")])
 def test_missing_packages(capsys, tmp_path, monkeypatch, out, message):
-    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    monkeypatch.setattr("maefast.train.find_spec", lambda name: None)
     assert f'{message}: pip install "maefast[eval]"' in refused(capsys, tmp_path, "extract", "mae", "data", out)
     assert "reconstruct needs matplotlib" in refused(capsys, tmp_path, *COMMANDS["reconstruct"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from pretraining import COUNT, ArrayImages, flags, options, pictures, records
-from support import threads
+from support import refused, threads
 
 import maefast
 from maefast import cli
@@ -284,7 +284,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
     data = ArrayImages(pictures())
     index = feed.epoch_order(COUNT, 0, 0)[-1]  # the one that the first epoch leaves out
     assert [feed.epoch_order(COUNT, 0, epoch).index(index) // 8 for epoch in range(3)] == [4, 3, 0]
-    data.array[index] = 255
+    data.pictures[index] = 255
     return data
 
 
@@ -350,18 +350,6 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 # -- options ------------------------------------------------------------------------------------------------------------
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    try:
-        code = cli.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    streams = capsys.readouterr()
-    assert code == 2
-    assert streams.err.count("\n") == 1, streams.err
-    assert streams.out == ""
-    return streams.err
 
 
 BAD = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from images import Stripes
-from support import small_mae, threads
+from support import refused, small_mae, threads
 
 from maefast import cli
 from maefast.train import UserError, augment, classifier, evaluate, linprobe, robustness, state, supervised, tuning
@@ -143,7 +143,7 @@ def test_rand_augment_and_erasing(channels):
 
 
 def test_augmentation_errors(capsys, monkeypatch):
-    monkeypatch.setattr(augment, "find_spec", lambda name: None)
+    monkeypatch.setattr("maefast.train.find_spec", lambda name: None)
     assert finetune("out", "--reprob=0.25") == 2
     assert '--aa and --reprob need kornia: pip install "maefast[augment]"' in capsys.readouterr().err
     assert cli.main(["finetune", "mae", "data", "--resume=auto"]) == 2
@@ -211,12 +211,7 @@ def test_corruptions(tuned, parts, capsys):
 )
 def test_robustness_refuses(tuned, capsys, arguments, message):
     capsys.readouterr()
-    try:
-        code = cli.main(["robustness", tuned, *arguments, "--out=refused.json"])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(capsys, "robustness", tuned, *arguments, "--out=refused.json")
     assert not os.path.exists("refused.json")
     with pytest.raises(UserError, match="CHECKPOINT must be a classifier"):
         robustness.robustness(tuning.Path("mae"), robustness.Check(data=tuning.Path("split"), kinds=()))

@@ -126,6 +126,11 @@ class Architecture:
         return shapes
 
 
+def encoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of MAE's arguments that VisionTransformer has too."""
+    return {name: value for name, value in arguments.items() if not name.startswith("decoder_") and name != "norm_pix_loss"}
+
+
 def _affine(name: str, *shape: int) -> dict[str, Shape]:
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 

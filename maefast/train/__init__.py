@@ -1,5 +1,8 @@
 """Training around the model: data, schedules, optimizers, the demo. A script of one's own needs none of it."""
 
+from collections.abc import Mapping
+from importlib.util import find_spec
+
 
 class UserError(Exception):
     """Something that the user can put right; the command line prints it as one line and exits with code 2."""
@@ -18,3 +21,9 @@ class UnreadableImage(UserError):  # noqa: N818 - like UserError's, its text is 
 
 class ToldByAnother(UserError):  # noqa: N818 - as above
     """An error of a run of several processes, in one that need not print it: the first process does."""
+
+
+def require(what: str, packages: Mapping[str, str], extra: str) -> None:
+    """Raise UserError unless all of `packages`, module -> name, are installed, as `what` ("the demo needs") demands."""
+    if missing := [name for module, name in packages.items() if find_spec(module) is None]:
+        raise UserError(f'{what} {", ".join(missing)}: pip install "maefast[{extra}]"')

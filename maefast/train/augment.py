@@ -4,14 +4,13 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import UserError
+from . import require
 
 LEVELS, KORNIA_LEVELS = 10, 30  # the greatest magnitude by the flag, by kornia
 GROUP = 8  # images that get the same operations
@@ -60,8 +59,8 @@ class Augmentation:
 
     def check(self) -> None:
         """Raise UserError where the library that this needs is not installed."""
-        if (self.aa or self.reprob) and find_spec("kornia") is None:
-            raise UserError('--aa and --reprob need kornia: pip install "maefast[augment]"')
+        if self.aa or self.reprob:
+            require("--aa and --reprob need", {"kornia": "kornia"}, "augment")
 
 
 NO_AUGMENTATION = Augmentation()

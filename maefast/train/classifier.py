@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.architecture import Architecture, Facts, infer
+from ..checkpoint.architecture import Architecture, Facts, encoder_arguments, infer
 from ..checkpoint.files import read
 from ..encoder import VisionTransformer
 from . import UserError
@@ -44,8 +44,7 @@ def load_classifier(path: Path) -> Classifier:
     if not isinstance(facts, dict):
         raise UserError(f"CHECKPOINT must be a classifier that maefast finetune or partial wrote; {path} is another file")
     decoder: dict[str, Any] = {"decoder_embed_dim": 1, "decoder_depth": 0, "decoder_num_heads": 1}
-    arguments = Architecture(**decoder, **facts["architecture"]).arguments()
-    ours = {name: value for name, value in arguments.items() if not name.startswith("decoder_") and name != "norm_pix_loss"}
+    ours = encoder_arguments(Architecture(**decoder, **facts["architecture"]).arguments())
     model = VisionTransformer(**ours, num_classes=len(facts["classes"]), global_pool=facts["global_pool"])
     model.load_state_dict(contents.tensors)
     return Classifier(model.eval(), tuple(facts["classes"]), facts["crop_pct"])

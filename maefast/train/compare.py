@@ -1,5 +1,6 @@
 """The same training steps with maefast and with the plain reference, in turns."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def reference_on(model: MAE) -> Callable[..., MAEOutput]:
 
     The images are normalised first, in float, as a script around the official model does; `return_pred` makes no difference.
     """
-    config = of_model(model).arguments()
+    config = of_model(model).arguments() | {"mean": model.mean, "std": model.std}
     reference = ReferenceMAE(**{name: value for name, value in config.items() if name not in ("mean", "std")})
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
@@ -69,16 +70,16 @@ def compare(
     is not timed.
     """
     model = MAE(**config)
-    reference = ReferenceMAE(**{name: value for name, value in config.items() if name not in ("mean", "std")})
-    reference.load_state_dict(model.state_dict())
-    optimizer, reference_optimizer = adamw(model, lr), adamw(reference, lr)
+    twin = copy.deepcopy(model)
+    reference = reference_on(twin)
+    optimizer, reference_optimizer = adamw(model, lr), adamw(twin, lr)
     generator = torch.Generator().manual_seed(seed)
 
     def own_step(batch: Tensor, noise: Tensor) -> Tensor:
         return training_step(model, optimizer, batch, mask_ratio, noise=noise, return_pred=False)
 
     def reference_step(batch: Tensor, noise: Tensor) -> Tensor:
-        return training_step(reference, reference_optimizer, normalised(batch, config), mask_ratio, noise=noise)
+        return training_step(reference, reference_optimizer, batch, mask_ratio, noise=noise)
 
     times: dict[Any, list[float]] = {own_step: [], reference_step: []}
     difference, batch_size = 0.0, 0

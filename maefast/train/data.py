@@ -163,5 +163,5 @@ def centre_crops(images: Tensor, side: int) -> Tensor:
 
 def normalised(images: Tensor, config: dict[str, Any]) -> Tensor:
     """uint8 (N, C, H, W) as fp32 `(x/255 - mean)/std`, with the mean and std of a model's configuration."""
-    mean, std = (torch.tensor(config[name], device=images.device).reshape(-1, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.as_tensor(config[name], device=images.device).reshape(-1, 1, 1) for name in ("mean", "std"))
     return (images / 255.0 - mean) / std

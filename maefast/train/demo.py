@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..backbone import IMAGENET_MEAN, IMAGENET_STD
 from ..model import MAE
-from . import UserError
+from . import UserError, require
 from .compare import Comparison, compare
 from .data import ImageSet, batches, centre_crops, digits, enough_per_class, image_folder, photographs
 from .dataset import find_images
@@ -135,9 +134,7 @@ def demo(
     Raises UserError before any work for what the user can put right.
     """
     started = time.perf_counter()
-    missing = [package for module, package in NEEDS.items() if find_spec(module) is None]
-    if missing:
-        raise UserError(f'the demo needs {", ".join(missing)}: pip install "maefast[demo]"')
+    require("the demo needs", NEEDS, "demo")
     recipes = [(DIGITS if data is None else FOLDER).changed(steps, batch_size, mask_ratio)]
     if data is None:
         photo_steps = None if steps is None else max(1, steps * PHOTOGRAPHS.steps // DIGITS.steps)

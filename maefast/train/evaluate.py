@@ -14,10 +14,10 @@ from torch import Tensor
 from ..checkpoint.files import write_pickled
 from ..encoder import VisionTransformer
 from ..model import MAE
-from . import UserError, supervised
+from . import UserError, require, supervised
 from .boxes import TRAINING_AREA, Size, View, draw_of, drawn, still
 from .data import split as stratified
-from .features import check_fits, check_output, collect, features_of, load_encoder, require, write_features
+from .features import check_fits, check_output, collect, features_of, load_encoder, write_features
 from .files import check_writable, replace_file
 from .knn import knn_votes
 from .linprobe import LinearProbe, ProbedEncoder, best_blr, optimizer_of
@@ -170,7 +170,7 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
     """A picture of the first `count` images of `data`: original, masked and reconstructed."""
     from .pictures import make_panel, save_reconstructions
 
-    require("matplotlib", "reconstruct")
+    require("reconstruct needs", {"matplotlib": "matplotlib"}, "eval")
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UserError(f"OUT must be a .png file in a folder that exists; it is {out}")
     model = load_mae(source)

@@ -18,6 +18,10 @@ CORRUPTIONS = (  # of ImageNet-C (Hendrycks, Dietterich 2019), by the names that
 SEVERITIES = ("1", "2", "3", "4", "5")
 
 
+def _choice(parser: argparse.ArgumentParser, name: str, words: tuple[str, ...], help: str, default: str | None = None) -> None:
+    parser.add_argument(name, type=one_of(words), metavar="|".join(words), default=default, help=help)
+
+
 def _source_arguments(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of any layout that maefast convert reads")
     parser.add_argument("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
@@ -35,20 +39,8 @@ def _source_arguments(parser: argparse.ArgumentParser, *, moves: bool = True) ->
 
 
 def _labelled_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--train_split",
-        type=one_of(SPLITS),
-        metavar="train|val|test",
-        default="train",
-        help="the part of DATA to learn from (%(default)s)",
-    )
-    parser.add_argument(
-        "--eval_split",
-        type=one_of(SPLITS),
-        metavar="train|val|test",
-        default="val",
-        help="the part of DATA to score (%(default)s)",
-    )
+    _choice(parser, "--train_split", SPLITS, "the part of DATA to learn from (%(default)s)", default="train")
+    _choice(parser, "--eval_split", SPLITS, "the part of DATA to score (%(default)s)", default="val")
     parser.add_argument("--label_fraction", type=PART, default=1.0, help="of each class to learn from (%(default)s)")
 
 
@@ -65,27 +57,15 @@ def _recipe_arguments(parser: argparse.ArgumentParser, **defaults: float | None)
     help = f"base learning rate: lr = blr x images a step / 256 ({shown})"
     parser.add_argument("--blr", type=number(0), default=defaults["blr"], help=help)
     parser.add_argument("--lr", type=number(0), help="learning rate, instead of --blr")
-    parser.add_argument(
-        "--augment",
-        type=one_of(("none", "rrc")),
-        metavar="none|rrc",
-        default="none",
-        help="rrc: random resized crops, mirrored or not",
-    )
+    _choice(parser, "--augment", ("none", "rrc"), "rrc: random resized crops, mirrored or not", default="none")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="for log.txt and checkpoint.pth")
 
 
 def extract(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="a .npy or .parquet file")
-    parser.add_argument("--split", type=one_of(SPLITS), metavar="train|val|test", help="the part of DATA (all of it)")
-    parser.add_argument(
-        "--kind",
-        type=one_of(("cls", "mean", "all")),
-        metavar="cls|mean|all",
-        default="cls",
-        help="token, or tokens (%(default)s)",
-    )
+    _choice(parser, "--split", SPLITS, "the part of DATA (all of it)")
+    _choice(parser, "--kind", ("cls", "mean", "all"), "token, or tokens (%(default)s)", default="cls")
     parser.add_argument("--batch_size", type=whole(1), default=256, help="images at a time (%(default)s)")
 
 
@@ -94,26 +74,14 @@ def knn(parser: argparse.ArgumentParser) -> None:
     _labelled_arguments(parser)
     parser.add_argument("--k", type=whole(1), default=20, help="neighbours that vote (%(default)s)")
     parser.add_argument("--temperature", type=PART, default=0.07, help="of the votes (%(default)s)")
-    parser.add_argument(
-        "--kind",
-        type=one_of(("cls", "mean")),
-        metavar="cls|mean",
-        default="cls",
-        help="class token or mean of the others (%(default)s)",
-    )
+    _choice(parser, "--kind", ("cls", "mean"), "class token or mean of the others (%(default)s)", default="cls")
     parser.add_argument("--batch_size", type=whole(1), default=256, help="images at a time (%(default)s)")
 
 
 def linprobe(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     _labelled_arguments(parser)
-    parser.add_argument(
-        "--kind",
-        type=one_of(("cls", "mean")),
-        metavar="cls|mean",
-        default="cls",
-        help="class token or mean of the others (%(default)s)",
-    )
+    _choice(parser, "--kind", ("cls", "mean"), "class token or mean of the others (%(default)s)", default="cls")
     _recipe_arguments(parser, epochs=90, warmup_epochs=10, batch_size=512, blr=None, min_lr=0.0, weight_decay=0.0)
 
 
@@ -131,9 +99,9 @@ def finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cutmix", type=number(0), default=0.0, help="alpha of cutmix (%(default)s)")
     parser.add_argument("--reprob", type=number(0, 1), default=0.0, help="part of the images with a part erased (%(default)s)")
     parser.add_argument("--eval_every", type=whole(1), default=1, help="epochs from one score to the next (%(default)s)")
-    parser.add_argument("--resume", type=one_of(("auto",)), metavar="auto", help="go on with the run in --output_dir, if any")
+    _choice(parser, "--resume", ("auto",), "go on with the run in --output_dir, if any")
     parser.add_argument("--ema", type=RATE, help="decay of an average of the weights, which is then scored")
-    parser.add_argument("--amp", type=one_of(("off", "bf16")), metavar="off|bf16", default="off", help="autocast (%(default)s)")
+    _choice(parser, "--amp", ("off", "bf16"), "autocast (%(default)s)", default="off")
     parser.add_argument(
         "--cls_token", dest="global_pool", action="store_false", help="read the class token, not the mean of the others"
     )
@@ -147,7 +115,7 @@ def partial(parser: argparse.ArgumentParser) -> None:
 def reconstruct(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser, moves=False)
     parser.add_argument("out", type=Path, metavar="OUT", help="a .png file")
-    parser.add_argument("--split", type=one_of(SPLITS), metavar="train|val|test", help="the part of DATA (all of it)")
+    _choice(parser, "--split", SPLITS, "the part of DATA (all of it)")
     parser.add_argument("--decoder_num_heads", type=whole(1), help="of the decoder, where the checkpoint does not tell")
     parser.add_argument("--mask_ratio", type=RATIO, default=0.75, help="the part of the patches that is removed (%(default)s)")
     parser.add_argument("--count", type=whole(1), default=8, help="images (%(default)s)")
@@ -158,9 +126,7 @@ def robustness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", type=Path, metavar="DATA", nargs="?", help="images of its classes, to be scored clean and corrupted"
     )
-    parser.add_argument(
-        "--eval_split", type=one_of(SPLITS), metavar="train|val|test", default="val", help="of DATA (%(default)s)"
-    )
+    _choice(parser, "--eval_split", SPLITS, "of DATA (%(default)s)", default="val")
     parser.add_argument("--kinds", type=_kinds, metavar="KIND,..", help="of corruption, or none (the 15 of ImageNet-C)")
     parser.add_argument("--severities", type=_severities, metavar="1,..", help="of 1 to 5 (all)")
     parser.add_argument("--count", type=whole(1), help="how many images of DATA, evenly spaced (all)")

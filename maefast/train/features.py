@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..backbone import Backbone
+from ..checkpoint.architecture import encoder_arguments
 from ..encoder import VisionTransformer
 from ..reference import sincos_positions
-from . import UserError
+from . import UserError, require
 from .boxes import still
 from .files import replace_file
 from .views import read_batches
@@ -32,8 +32,7 @@ def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any)
     initial = dict[str, Tensor]()
 
     def build(**arguments: Any) -> VisionTransformer:
-        ours = {name: value for name, value in arguments.items() if not name.startswith("decoder_") and name != "norm_pix_loss"}
-        encoder = VisionTransformer(**{"num_classes": 0} | ours)
+        encoder = VisionTransformer(**{"num_classes": 0} | encoder_arguments(arguments))
         if random_init:
             initial.update({name: tensor.clone() for name, tensor in encoder.state_dict().items()})
             initial["pos_embed"] = sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size)
@@ -94,13 +93,8 @@ def check_output(out: Path) -> None:
         raise UserError(f"OUT must end in {' or '.join(FORMATS)}; it is {out}")
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"OUT must be a file in a folder that exists; it is {out}")
-    require("numpy" if out.suffix == ".npy" else "pyarrow", out.suffix)
-
-
-def require(package: str, what: str) -> None:
-    """Raise UserError unless the package that `what` needs is installed."""
-    if find_spec(package) is None:
-        raise UserError(f'{what} needs {package}: pip install "maefast[eval]"')
+    package = "numpy" if out.suffix == ".npy" else "pyarrow"
+    require(f"{out.suffix} needs", {package: package}, "eval")
 
 
 def write_features(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], out: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from .. import models_mae
 from ..model import MAE
 from . import UserError
+from .dataset import ImageDataset, open_images
 from .distributed import find_gpu
 from .options import Options
 from .sampling import check_sampler
@@ -36,6 +37,11 @@ def find_device(name: str | None, local_rank: int | None = None) -> torch.device
     elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device must be a GPU of this machine, which has {torch.cuda.device_count()}; it is {name!r}")
     return device
+
+
+def training_images(options: Options) -> ImageDataset:
+    """The images to train on. Raises UserError."""
+    return open_images(options.data_path, "train", options.in_chans)
 
 
 def build_model(options: Options, channels: int) -> MAE:

@@ -4,14 +4,13 @@ import gzip
 import json
 import tarfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import UnreadableImage, UserError
+from . import UnreadableImage, UserError, require
 from .boxes import BoxOf, Size
 from .decode import MODES, channels_of, decode, part_of, resized, with_channels
 
@@ -70,10 +69,10 @@ class EncodedImages(ImageDataset):
     """Images decoded as they are read. `channels` None: 3, or the count of the first one if it is a TIFF beyond Pillow."""
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], channels: int | None) -> None:
-        _require("PIL", "pillow")
+        require("reading these images needs", {"PIL": "pillow"}, "train")
         super().__init__(labels, classes, channels or channels_of(*self.stored(0)))
         if self.channels not in MODES:
-            _require("tifffile", "tifffile")
+            require("reading these images needs", {"tifffile": "tifffile"}, "train")
 
     def stored(self, index: int) -> tuple[str, str | bytes]:
         """The name of an image, and its path or its bytes."""
@@ -81,11 +80,6 @@ class EncodedImages(ImageDataset):
 
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
         return decode(*self.stored(index), self.channels, size, box)
-
-
-def _require(module: str, package: str) -> None:
-    if find_spec(module) is None:
-        raise UserError(f'reading these images needs {package}: pip install "maefast[train]"')
 
 
 class FileImages(EncodedImages):

@@ -12,7 +12,7 @@ WARM_UP = 3  # steps before a capture: libraries set themselves up, the allocato
 
 
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, autocast: torch.dtype | None = None, **kwargs: Any
+    model: Callable[..., Any], optimizer: torch.optim.Optimizer, *args: Any, autocast: torch.dtype | None = None, **kwargs: Any
 ) -> Tensor:
     """One step on `model(*args, **kwargs).loss`, its forward under autocast where that has a dtype; returns that loss."""
     with nullcontext() if autocast is None else torch.autocast(args[0].device.type, autocast):

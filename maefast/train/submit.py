@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,15 @@ class Pretraining:
     def __call__(self) -> dict[str, Any]:
         import submitit
 
-        from .dataset import open_images
         from .pretrain import pretrain
+        from .setup import training_images
 
         environment = submitit.JobEnvironment()
         if environment.num_tasks > 1:
             # Each process finds its GPU by its rank on the machine.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's, for the end of the job's time and for pre-emption
-        chosen = self.options
-        summary = pretrain(chosen, lambda: open_images(chosen.data_path, "train", chosen.in_chans))
+        summary = pretrain(self.options, partial(training_images, self.options))
         if summary["signal"] == signal.SIGUSR2 and callable(requeue):
             requeue(signal.SIGUSR2, None)
         return summary
