@@ -188,7 +188,7 @@ def test_statistics_that_nothing_tells(capsys, tmp_path, parts):
         ("knn", ("--k=0",), "argument --k: must be a whole number, 1 or more; it is '0'"),
         ("knn", ("--temperature=nan",), "argument --temperature: must be a number more than 0"),
         ("knn", ("--eval_split=dev",), "argument --eval_split: there is no 'dev'; choose from train, val, test"),
-        ("knn", ("--device=warp",), "--device cannot be used; warp"),
+        ("knn", ("--device=warp",), "--device must be cpu, cuda or cuda:N; it is 'warp'"),
         ("linprobe", ("--batch_size=64",), "--batch_size must be at most 32"),
         ("linprobe", ("--blr=-1",), "argument --blr: must be a number, 0 or more; it is '-1'"),
         ("linprobe", ("--batch_size=8", "--output_dir=mae/config.json"), "--output_dir must be a folder that can be written"),

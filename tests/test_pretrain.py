@@ -23,7 +23,7 @@ import maefast
 from maefast import cli
 from maefast.train import UserError, boxes, feed, setup, state
 from maefast.train.options import Options
-from maefast.train.pretrain import pretrain
+from maefast.train.pretrain import LAG, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +288,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
     return data
 
 
+@pytest.fixture(params=[0, 1])
+def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many steps later losses are looked at: as on a CPU, as on a GPU."""
+    monkeypatch.setitem(LAG, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("lag")
 def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFixture[str]) -> None:
     """The weights of the last checkpoint, after the bad batch; a run that is resumed before or after a rewind is the same."""
     changes = {"epochs": 3, "rewind": 2, "save_steps": 2, "keep": 9}
@@ -313,6 +320,7 @@ def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFix
         assert losses(tmp_path / at)[-1] == losses(tmp_path / "whole")[-1]
 
 
+@pytest.mark.usefixtures("lag")
 def test_no_rewind_is_left(tmp_path: Path, poisoned: ArrayImages) -> None:
     with pytest.raises(UserError, match=r"the loss is nan at step 0 of epoch 2, .* the last good checkpoint is .*-1.pth"):
         pretrain(options(tmp_path, epochs=3, rewind=1), poisoned)

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,14 @@ class Contents:
     tensors    by the names of the file, mapped from disk where the format allows it
     config     of config.json, or the entry `config` of the file
     args       the training script's arguments, where the file has them
-    ignored    names of the other entries
+    ignored    the other entries, by their names
     """
 
     path: Path
     tensors: dict[str, Tensor]
     config: Mapping[str, Any]
     args: Mapping[str, Any]
-    ignored: tuple[str, ...] = ()
+    ignored: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(path: str | Path) -> Contents:
@@ -153,7 +153,8 @@ def _read_pickled(path: Path, mapped: bool) -> Contents:
     args = loaded.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     config, args = (entry if isinstance(entry, dict) else {} for entry in (loaded.get("config"), args))
-    return Contents(path, loaded[chosen], config, args, tuple(name for name in loaded if name not in (chosen, "config", "args")))
+    ignored = {name: entry for name, entry in loaded.items() if name not in (chosen, "config", "args")}
+    return Contents(path, loaded[chosen], config, args, ignored)
 
 
 def _is_state_dict(entry: object) -> bool:

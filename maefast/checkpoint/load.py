@@ -100,7 +100,7 @@ def read(path: str | Path) -> Checkpoint:
         )
     variant = {name: tensor for name, tensor in tensors.items() if name.startswith(VARIANT)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in variant}
-    return Checkpoint(contents.path, layout, tensors, variant, facts_of(contents, tensors, layout), contents.ignored)
+    return Checkpoint(contents.path, layout, tensors, variant, facts_of(contents, tensors, layout), tuple(contents.ignored))
 
 
 def load(model: nn.Module, path: str | Path, *, stored_grid: Grid | None = None) -> LoadReport:

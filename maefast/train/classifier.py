@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..checkpoint import CheckpointError
 from ..checkpoint.architecture import Architecture, Facts, encoder_arguments, infer
 from ..checkpoint.files import read
@@ -34,13 +32,9 @@ def load_classifier(path: Path) -> Classifier:
     """A classifier that `maefast finetune` or `partial` wrote, in eval mode on the CPU. Raises UserError for any other file."""
     try:
         contents = read(path)
-        facts = (
-            torch.load(path, map_location="cpu", weights_only=True).get("classifier")
-            if "classifier" in contents.ignored
-            else None
-        )
     except (CheckpointError, OSError) as error:
         raise UserError(str(error)) from error
+    facts = contents.ignored.get("classifier")
     if not isinstance(facts, dict):
         raise UserError(f"CHECKPOINT must be a classifier that maefast finetune or partial wrote; {path} is another file")
     decoder: dict[str, Any] = {"decoder_embed_dim": 1, "decoder_depth": 0, "decoder_num_heads": 1}

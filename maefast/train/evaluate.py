@@ -21,6 +21,7 @@ from .features import check_fits, check_output, collect, features_of, load_encod
 from .files import check_writable, replace_file
 from .knn import knn_votes
 from .linprobe import LinearProbe, ProbedEncoder, best_blr, optimizer_of
+from .setup import find_device
 from .supervised import Recipe
 from .variants import variant_with
 from .views import read_batches
@@ -49,13 +50,7 @@ class Source:
         """On its device; all that is random later follows from the seed too."""
         torch.manual_seed(self.seed)
         encoder = load_encoder(self.checkpoint, random_init=self.random_init, **self.overrides(), **options)
-        return self.moved(encoder)
-
-    def moved(self, model: Any) -> Any:
-        try:
-            return model.to(self.device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            raise UserError(f"--device cannot be used; {self.device}: {str(error).splitlines()[0]}") from error
+        return encoder.to(find_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, outpu
     """
     encoder, train, evaluated = prepared(source, data)
     check_run(recipe, train, output_dir)
-    probe = source.moved(LinearProbe(encoder.embed_dim, len(train.images.classes)))
+    probe = LinearProbe(encoder.embed_dim, len(train.images.classes)).to(source.device)
     scored = collect(features_of(encoder, evaluated, kind, part=data.crop_pct))
     model: torch.nn.Module = probe
     if sweep or data.augment == "none":

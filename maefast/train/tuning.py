@@ -58,7 +58,7 @@ def finetune(
     check_run(recipe, train, output.folder)
     classes = train.images.classes
     encoder.num_classes = len(classes)
-    encoder.head = source.moved(Linear(encoder.embed_dim, encoder.num_classes))
+    encoder.head = Linear(encoder.embed_dim, encoder.num_classes).to(source.device)
     reset_head(encoder, HEAD_STD)
     if tuning.blocks is not None:
         try:
