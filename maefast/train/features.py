@@ -12,7 +12,7 @@ from .. import checkpoint
 from ..backbone import Backbone
 from ..checkpoint.architecture import encoder_arguments
 from ..encoder import VisionTransformer
-from ..reference import sincos_positions
+from ..init import sincos_positions
 from . import UserError, require
 from .boxes import still
 from .files import replace_file
