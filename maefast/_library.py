@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from . import _torch
+
 _PACKAGE = Path(__file__).resolve().parent
 _NATIVE = _PACKAGE / "libmaefast.so"
 
@@ -45,7 +47,7 @@ if HAS_NATIVE:
             f"{_NATIVE.name} does not load beside torch {torch.__version__}: {error}. "
             "Reinstall maefast with this torch installed, or set MAEFAST_NATIVE=0 at installation for pure Python."
         ) from error
-    HAS_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("maefast::attention_fwd", "CUDA")
+    HAS_CUDA = _torch.has_kernel("maefast::attention_fwd", "CUDA")
 else:
     for _schema in schemas():
         fragment.define(_schema)

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from ._torch import AUTOCAST_DEVICES
+
 
 def is_autocast(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether autocast has a say in matrix products of such tensors; as in torch it leaves float64 alone."""
-    kind = device.type
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and dtype != torch.float64
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type) and dtype != torch.float64
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -144,8 +144,8 @@ _requested: str | None = _checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MA
 def backend(name: str) -> Iterator[None]:
     """Run every op of the process on `name` within the block; "auto" lets maefast choose. Compiled code notices the switch.
 
-    Raises ValueError for an unknown name and RuntimeError where this installation has no such backend. An op that cannot run on it
-    raises RuntimeError with the reason.
+    Raises ValueError for an unknown name and RuntimeError where this installation has no such backend. An op that cannot run on
+    it raises RuntimeError with the reason.
     """
     global _requested
     before, _requested = _requested, _checked(name, "backend")

@@ -3,18 +3,16 @@
 from typing import TypeGuard, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from . import ops
+from . import _torch, ops
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Return whether a call of `module` does what kind.forward says, and no hook would notice that it is not called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return type(module) is kind and not replaced and not hooks and not _has_any_global_hook()
+    return type(module) is kind and not replaced and not _torch.is_hooked(module)
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
