@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from . import dispatch, ops
 from .autocast import compute_dtype, is_autocast, product_dtype
-from .ops import transformer_block as block_op
 from .ops.attention import OP as ATTENTION
 from .ops.attention import AttentionAsk
-from .ops.transformer_block import BlockAsk, BlockWeights, RepeatedTokens, repeats_enough, take_tokens
+from .ops.transformer_block import (
+    BlockAsk,
+    BlockWeights,
+    RepeatedTokens,
+    fused_backend,
+    repeats_enough,
+    rows_backends,
+    run_block,
+    take_tokens,
+)
 from .plain import is_plain, project
 
 
@@ -112,8 +120,8 @@ class Block(nn.Module):
         match route:
             case Route.FUSED:
                 ask = self._ask(x.device, x.dtype, x.shape[1])
-                backend, _ = block_op.fused_backend(ask)
-                return block_op.run(str(backend), ask, x, pending, self._weights(), self.norm1.eps, repeated)
+                backend, _ = fused_backend(ask)
+                return run_block(str(backend), ask, x, pending, self._weights(), self.norm1.eps, repeated)
             case Route.OPS:
                 return self._advance_by_ops(x, pending, ids)
             case Route.MODULES:
@@ -199,12 +207,12 @@ class Block(nn.Module):
 
 @dispatch.remembered
 def _choose_route(ask: BlockAsk, some: bool, drops: bool) -> tuple[Route, str]:
-    rows = set(block_op.rows_backends(ask).values())
+    rows = set(rows_backends(ask).values())
     if some:
         return Route.OPS, "queries, projection and MLP of some tokens only"
     if drops:
         return Route.OPS, "stochastic depth scales its branches"
-    backend, reason = block_op.fused_backend(ask)
+    backend, reason = fused_backend(ask)
     if backend is not None:
         return Route.FUSED, f"norms and GELU on {backend}"
     return Route.MODULES if rows == {"eager"} else Route.OPS, reason

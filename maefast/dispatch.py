@@ -193,13 +193,14 @@ def remembered(decide: Callable[..., Decision]) -> Callable[..., Decision]:
             return decide(*facts)
         key = (facts, _requested)
         try:
-            return decisions[key]
-        except KeyError:
-            if len(decisions) >= _MOST_DECISIONS:
-                decisions.clear()
-            return decisions.setdefault(key, decide(*facts))
+            decision = decisions.get(key)
         except TypeError:  # a size that is traced as a symbol has no hash
             return decide(*facts)
+        if decision is None:
+            if len(decisions) >= _MOST_DECISIONS:
+                decisions.clear()
+            decision = decisions[key] = decide(*facts)
+        return decision
 
     return recall
 

@@ -127,10 +127,10 @@ def transformer_block(
     backend = dispatch.choose(OP, ask)
     if backend == "eager":
         return transformer_block_ref(x, pending, weights, num_heads, eps)
-    return run(backend, ask, x, pending, weights, eps, repeated)
+    return run_block(backend, ask, x, pending, weights, eps, repeated)
 
 
-def run(
+def run_block(
     backend: str,
     ask: BlockAsk,
     x: Tensor,
