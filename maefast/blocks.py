@@ -15,9 +15,9 @@ from .ops.transformer_block import (
     BlockAsk,
     BlockWeights,
     RepeatedTokens,
+    backends,
     fused_backend,
     repeats_enough,
-    rows_backends,
     run_block,
     take_tokens,
 )
@@ -207,7 +207,8 @@ class Block(nn.Module):
 
 @dispatch.remembered
 def _choose_route(ask: BlockAsk, some: bool, drops: bool) -> tuple[Route, str]:
-    rows = set(rows_backends(ask).values())
+    chosen = backends(ask)
+    norms = {chosen["layer_norm"], chosen["add_layer_norm"], chosen["bias_gelu"]}
     if some:
         return Route.OPS, "queries, projection and MLP of some tokens only"
     if drops:
@@ -215,7 +216,7 @@ def _choose_route(ask: BlockAsk, some: bool, drops: bool) -> tuple[Route, str]:
     backend, reason = fused_backend(ask)
     if backend is not None:
         return Route.FUSED, f"norms and GELU on {backend}"
-    return Route.MODULES if rows == {"eager"} else Route.OPS, reason
+    return Route.MODULES if norms == {"eager"} else Route.OPS, reason
 
 
 def _taken(summands: tuple[Tensor, Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:

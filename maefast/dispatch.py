@@ -76,6 +76,10 @@ _WHY_ABSENT: dict[str, Callable[[], str | None]] = {
 }
 
 
+class CannotRunError(RuntimeError):
+    """A backend that was asked for cannot run an op, or is not installed."""
+
+
 def names_of(dtypes: Dtypes) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -127,7 +131,7 @@ def _checked(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str |
     if name not in names:
         raise ValueError(f"{source} must be one of auto, {', '.join(names)}; it is {name!r}")
     if name in _WHY_ABSENT and (reason := _WHY_ABSENT[name]()) is not None:
-        raise RuntimeError(f"{source} asks for {name}: {reason}")
+        raise CannotRunError(f"{source} asks for {name}: {reason}")
     return name
 
 
@@ -219,7 +223,7 @@ def choose(op: Op, ask: Ask, asked: str = "auto") -> str:
     """
     if (name := request_for(op, ask.device, asked)) is not None:
         if (reason := why_not(op, name, ask)) is not None:
-            raise RuntimeError(f"maefast.ops.{op.name} cannot run on the requested backend {name!r}: {reason}")
+            raise CannotRunError(f"maefast.ops.{op.name} cannot run on the requested backend {name!r}: {reason}")
         return name
     for name in op.auto.get(ask.device.type, ()):
         if why_passed_over(op, name, ask) is None and why_not(op, name, ask) is None:

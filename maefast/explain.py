@@ -17,9 +17,9 @@ from .ops.attention import AttentionAsk
 def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Print a table: op, the backend chosen for tensors of `device` and `dtype`, why the others were not.
 
-    Beside `sdpa` stands the kernel that torch picks. With a `maefast.MAE` or `VisionTransformer`: attention in its encoder (at the
-    default mask ratio) and in its decoder, the route that each block takes and why it is no faster one, the methods that are
-    overridden and so the route that its forward takes.
+    Beside `sdpa` stands the kernel that torch picks. A `maefast.MAE` or `VisionTransformer` adds attention in its encoder (at the
+    default mask ratio) and in its decoder, the route of each block with the reason, and the route of its forward, which depends on
+    the methods that are overridden.
     """
     rows = [("op", "backend", "why not the others")]
     where = torch.device(device)
@@ -54,7 +54,7 @@ def _choice(op: Op, ask: dispatch.Ask, asked: str = "auto") -> tuple[str, str]:
         if name != chosen and (bound or name == dispatch.requested()):
             unbound = "" if bound else " was requested and does not bind this op"
             why.append(f"{name}{unbound}: {_why_not_chosen(op, name, chosen, ask, requested is not None)}")
-    return chosen, "; ".join(why)
+    return chosen, "; ".join(why) or f"there is no kernel of it for {ask.device.type}"
 
 
 def _why_not_chosen(op: Op, name: str, chosen: str, ask: dispatch.Ask, requested: bool) -> str:

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli
+from maefast import _library, cli, dispatch
 from maefast.reference import ReferenceMAE
 
 NATIVE = _library.HAS_NATIVE
+
+
+def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
+    """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
+    monkeypatch.setattr(owner, name, value)
+    dispatch.forget()
+
+
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything

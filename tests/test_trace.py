@@ -4,14 +4,15 @@ import re
 
 import pytest
 import torch
-from support import small_mae
+from support import set_fact, small_mae
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import maefast
-from maefast import _library, dispatch, kernels
+from maefast import _library, kernels
+from maefast import gpu as gpu_facts
 
 BF16 = torch.bfloat16
 # Heads 64 wide in 50 tokens and 32 wide in 197, the sizes that native attention was measured at.
@@ -44,12 +45,10 @@ class Indexing(TorchFunctionMode):
 @pytest.fixture
 def hopper(monkeypatch):
     """To all that dispatch can tell: Triton, a build with CUDA kernels, and an H100."""
-    monkeypatch.setattr(_library, "HAS_NATIVE", True)
-    monkeypatch.setattr(_library, "HAS_CUDA", True)
-    monkeypatch.setattr(kernels, "HAS_TRITON", True)
-    monkeypatch.setattr(dispatch, "_NOT_INSTALLED", {})
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(dispatch, "_shared_memory", lambda device: 227 << 10)
+    for owner, name in ((_library, "HAS_NATIVE"), (_library, "HAS_CUDA"), (kernels, "HAS_TRITON")):
+        set_fact(monkeypatch, owner, name, True)
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
+    set_fact(monkeypatch, gpu_facts, "shared_memory", lambda device: 227 << 10)
 
 
 def calls(backend: str = "auto", return_pred: bool = True, **options: object) -> list[str]:
@@ -91,7 +90,7 @@ def test_auto(hopper):
 
 
 def test_auto_on_a_gpu_without_measurements(hopper, monkeypatch):
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (8, 0))
     assert count(calls()) == AROUND | {SDPA: 3, NORM: 8}
 
 

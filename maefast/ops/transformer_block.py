@@ -53,23 +53,24 @@ class BlockAsk(NamedTuple):
     attention: str  # the backend that the caller asks of attention
 
 
-def rows_backends(ask: BlockAsk) -> dict[str, str]:
-    """Return the backends that the norms and GELU of a block choose, by op."""
+def backends(ask: BlockAsk) -> dict[str, str]:
+    """Return the backends that the ops of a block choose, its matrix products left out."""
     device, x, norm, _, out, _, width, *_ = ask
     return {
         "layer_norm": dispatch.choose(LAYER_NORM, NormAsk(device, x, norm, norm, out, width)),
         "add_layer_norm": dispatch.choose(ADD_LAYER_NORM, AddNormAsk(device, out, x, norm, norm, out, width)),
         "bias_gelu": dispatch.choose(BIAS_GELU, GeluAsk(device, out, ask.weight)),
+        "attention": dispatch.choose(
+            ATTENTION, AttentionAsk(device, out, ask.tokens, ask.head_width, queries=False), ask.attention
+        ),
     }
 
 
-def attention_backend(ask: BlockAsk) -> str:
-    """Return the backend that the attention of a block chooses."""
-    return dispatch.choose(ATTENTION, AttentionAsk(ask.device, ask.out, ask.tokens, ask.head_width, False), ask.attention)
-
-
 def _why_not(rows: str, ask: BlockAsk) -> str | None:
-    chosen = rows_backends(ask) | {"attention": attention_backend(ask)}
+    try:
+        chosen = backends(ask)
+    except dispatch.CannotRunError as refusal:
+        return str(refusal)
     wanted = dict.fromkeys(chosen, rows) | {"attention": "native"}
     return next((f"its {op} runs on {chosen[op]}" for op in chosen if chosen[op] != wanted[op]), None)
 
