@@ -221,7 +221,7 @@ ENTRIES = (
         plain=plain_masking,
         fused=fused_masking,
         leaves=(),
-        ops=("random_masking", "gather_patches"),
+        ops=("random_masking", "gather_patches", "mask_patches"),
         bytes=lambda N, x, y: traffic.masking_bytes(N, L, K, P, x["imgs"].itemsize, y["patches"].itemsize),
         flops=lambda N: 0,
     ),

@@ -18,8 +18,8 @@ def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dt
     """Print a table: op, the backend chosen for tensors of `device` and `dtype`, why the others were not.
 
     Beside `sdpa` stands the kernel that torch picks. A `maefast.MAE` or `VisionTransformer` adds attention in its encoder (at the
-    default mask ratio) and in its decoder, the route of each block with the reason, and the route of its forward, which depends on
-    the methods that are overridden.
+    default mask ratio) and in its decoder, the route of each block with the reason, and the route of its forward, which depends
+    on the methods that are overridden.
     """
     rows = [("op", "backend", "why not the others")]
     where = torch.device(device)

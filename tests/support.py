@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ from maefast import _library, cli, dispatch
 from maefast.reference import ReferenceMAE
 
 NATIVE = _library.HAS_NATIVE
+TRANSFORMER_BLOCK = sys.modules["maefast.ops.transformer_block"]  # whose name in maefast.ops is that of the op
 
 
 def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:

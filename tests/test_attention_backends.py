@@ -398,7 +398,7 @@ def test_what_native_attention_does_not_take_on_a_gpu(gpu, monkeypatch):
     set_fact(monkeypatch, _library, "HAS_CUDA", False)
     assert "built without CUDA kernels" in why(gpu(50, 64))
     set_fact(monkeypatch, _library, "HAS_NATIVE", False)
-    assert "without its native library" in why(gpu(50, 64))
+    assert "without its native library" in dispatch.why_not(ATTENTION, "native", gpu(50, 64))
 
 
 @pytest.mark.parametrize(

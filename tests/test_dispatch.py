@@ -313,7 +313,7 @@ def test_a_new_op_needs_no_other_file(native, null, capsys):
     assert run(torch.ones(2).double()) == "eager"
     with maefast.backend("eager"):
         assert run(torch.ones(2)) == "eager"
-    with maefast.backend("native"), pytest.raises(RuntimeError, match="null cannot run .*'native': native null takes float32"):
+    with maefast.backend("native"), pytest.raises(RuntimeError, match=r"null cannot run .*'native': native null takes float32"):
         run(torch.ones(2).double())
     with maefast.backend("sdpa"):
         assert run(torch.ones(2)) == "native", "sdpa has no kernel of it"

@@ -76,9 +76,9 @@ def test_works_warns_once_and_explains(plain_package):
 def test_asking_for_native_raises(plain_package):
     done = run_python("import maefast", plain_package, MAEFAST_BACKEND="native")
     assert done.returncode != 0
-    assert "RuntimeError: MAEFAST_BACKEND asks for native: maefast was installed without its native library" in done.stderr
+    assert "CannotRunError: MAEFAST_BACKEND asks for native: maefast was installed without its native library" in done.stderr
     done = run_python("import maefast\nwith maefast.backend('native'): pass", plain_package)
-    assert "RuntimeError: backend asks for native: maefast was installed without" in done.stderr
+    assert "CannotRunError: backend asks for native: maefast was installed without" in done.stderr
 
 
 def test_a_native_library_that_does_not_load_is_an_error(plain_package, tmp_path):
