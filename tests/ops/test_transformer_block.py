@@ -151,7 +151,8 @@ def test_deterministic(native):
         out = block(**inputs)
         return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dy), strict=True))}
 
-    assert_same_for_any_threads(run)
+    with maefast.backend("native"):  # torch's product takes the gradients for weights from few rows
+        assert_same_for_any_threads(run)
 
 
 def test_without_gradients_the_results_are_within_the_rule(native):
