@@ -26,6 +26,11 @@ def dense_statistics(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | 
     return (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
 
 
+def strides_of(imgs: Tensor) -> dict[str, int]:
+    """The strides of images (N, C, H, W) under the names that the kernels give them."""
+    return dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), imgs.stride(), strict=True))
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """`tensor` (..., D) as (rows, D) with dense rows, a copy only where its strides allow no view."""
     return dense_rows(tensor.reshape(-1, tensor.shape[-1]))
@@ -44,17 +49,17 @@ def rows_per_chunk(rows: int, least: int = 16) -> int:
 
 
 @triton.jit
-def _column_sum_kernel(partial, total, second, chunks, D, split, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _column_sum_kernel(partial_ptr, total_ptr, second_ptr, chunks, D, split, ROWS: tl.constexpr, COLS: tl.constexpr):
     d = tl.program_id(0) * COLS + tl.arange(0, COLS)
     sums = tl.zeros([ROWS, COLS], tl.float32)
     for first in range(0, chunks, ROWS):
         chunk = first + tl.arange(0, ROWS)
         at = chunk.to(tl.int64)[:, None] * D + d[None, :]
-        sums += tl.load(partial + at, mask=(chunk < chunks)[:, None] & (d < D)[None, :], other=0.0)
+        sums += tl.load(partial_ptr + at, mask=(chunk < chunks)[:, None] & (d < D)[None, :], other=0.0)
     column = tl.sum(sums, axis=0)
-    tl.store(total + d, column, mask=d < split)
-    if second is not None:
-        tl.store(second + d - split, column, mask=(d >= split) & (d < D))
+    tl.store(total_ptr + d, column, mask=d < split)
+    if second_ptr is not None:
+        tl.store(second_ptr + d - split, column, mask=(d >= split) & (d < D))
 
 
 def sum_columns(partial: Tensor, total: Tensor, second: Tensor | None = None) -> None:
@@ -62,7 +67,17 @@ def sum_columns(partial: Tensor, total: Tensor, second: Tensor | None = None) ->
     columns there and the rest into `second`."""
     chunks, D = partial.shape
     grid = (triton.cdiv(D, 16),)
-    _column_sum_kernel[grid](partial, total, second, chunks, D, total.numel(), ROWS=512, COLS=16, num_warps=8)
+    _column_sum_kernel[grid](
+        partial_ptr=partial,
+        total_ptr=total,
+        second_ptr=second,
+        chunks=chunks,
+        D=D,
+        split=total.numel(),
+        ROWS=512,
+        COLS=16,
+        num_warps=8,
+    )
 
 
 @triton.jit
