@@ -412,7 +412,7 @@ class _Block(torch.autograd.Function):
         )
         linear_gradients("fc2", dy, activated)
         del activated
-        dx, grads["w2"], grads["b2"], y, dy = torch.ops.maefast.layer_norm_bwd(
+        dx, grads["w2"], grads["b2"], y, dy, _ = torch.ops.maefast.layer_norm_bwd(
             input_gradient(dhidden, fc1_w, native), dout, x_mid, w2, b2, center2, rstd2, dtype, narrow
         )
         if needs["fc1_w"]:
@@ -421,10 +421,10 @@ class _Block(torch.autograd.Function):
         dy = dx if narrow is None else dy
         linear_gradients("proj", dy, attended)
         dattended = input_gradient(dy, proj_w, native)
-        _, dqkv = torch.ops.maefast.attention_bwd(dattended, None, qkv, None, None, options.num_heads)
+        _, dqkv, _ = torch.ops.maefast.attention_bwd(dattended, None, qkv, None, None, options.num_heads)
         if ids_restore is not None:
             dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
-        dx1, grads["w1"], grads["b1"], y, _ = torch.ops.maefast.layer_norm_bwd(
+        dx1, grads["w1"], grads["b1"], y, *_ = torch.ops.maefast.layer_norm_bwd(
             input_gradient(dqkv, qkv_w, native), dx if ids_restore is None else None, x1, w1, b1, center1, rstd1, dtype, None
         )
         linear_gradients("qkv", dqkv, y)

@@ -123,17 +123,19 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool) -> tuple[Tensor, Tensor, Tensor]:
-    D = x.shape[-1]
+def bias_gelu_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool, with_dx_sum: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    D, summed = x.shape[-1], with_dx_sum or bias is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape if with_y else 0, dtype=x.dtype, device=x.device)
-    dbias = torch.zeros(0 if bias is None else D, dtype=torch.float32, device=x.device)
+    dbias = torch.zeros(D if summed else 0, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return dx, dbias, y
     x, dy, tile = as_rows(x), as_rows(dy), config("bias_gelu_bwd", D, x.device)
     chunk = rows_per_chunk(x.shape[0])
     chunks = triton.cdiv(x.shape[0], chunk)
-    partial = None if bias is None else torch.empty(chunks, D, dtype=torch.float32, device=x.device)
+    partial = torch.empty(chunks, D, dtype=torch.float32, device=x.device) if summed else None
     with launching_on(x):
         _bias_gelu_bwd_kernel[(chunks, triton.cdiv(D, tile["COLS"]))](
             dy_ptr=dy,

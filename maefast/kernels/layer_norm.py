@@ -37,13 +37,14 @@ def _layer_norm_bwd_kernel(
     dy_stride,
     dresidual_stride,
     x_stride,
+    WITH_DX_SUM: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK)
     inside = d < D
     gain = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
-    dweight, dbias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    dweight, dbias, dx_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(0) * CHUNK
     for i in range(0, tl.minimum(CHUNK, rows - first)):
         row = first.to(tl.int64) + i
@@ -60,15 +61,19 @@ def _layer_norm_bwd_kernel(
         out = (g - mean_g - xhat * mean_gx) * scale
         if dresidual_ptr is not None:
             out += tl.load(dresidual_ptr + row * dresidual_stride + d, mask=inside, other=0.0).to(tl.float32)
+        if WITH_DX_SUM:
+            dx_sum += out
         tl.store(dx_ptr + row * D + d, out.to(dx_ptr.dtype.element_ty), mask=inside)
         if dx_cast_ptr is not None:
             tl.store(dx_cast_ptr + row * D + d, out.to(dx_cast_ptr.dtype.element_ty), mask=inside)
         if y_ptr is not None:
             again = xhat * gain + tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
             tl.store(y_ptr + row * D + d, again.to(y_ptr.dtype.element_ty), mask=inside)
-    at = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * D + d
+    at = partial_ptr + tl.program_id(0).to(tl.int64) * (3 if WITH_DX_SUM else 2) * D + d
     tl.store(at, dweight, mask=inside)
     tl.store(at + D, dbias, mask=inside)
+    if WITH_DX_SUM:
+        tl.store(at + 2 * D, dx_sum, mask=inside)
 
 
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,18 +109,18 @@ def layer_norm_bwd(
     rstd: Tensor,
     y_dtype: torch.dtype | None,
     cast_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_dx_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     D, out = x.shape[-1], {}
     for name, dtype in (("dx", x.dtype), ("y", y_dtype), ("dx_cast", cast_dtype)):
         out[name] = torch.empty(0 if dtype is None else x.shape, dtype=dtype or x.dtype, device=x.device)
-    dweight = torch.zeros(D, dtype=torch.float32, device=x.device)
-    dbias = torch.zeros_like(dweight)
+    dweight, dbias, dx_sum = (torch.zeros(n, dtype=torch.float32, device=x.device) for n in (D, D, D if with_dx_sum else 0))
     if x.numel() == 0:
-        return out["dx"], dweight, dbias, out["y"], out["dx_cast"]
+        return out["dx"], dweight, dbias, out["y"], out["dx_cast"], dx_sum
     x, dy, dresidual = as_rows(x), as_rows(dy), None if dresidual is None else as_rows(dresidual)
     chunk = rows_per_chunk(x.shape[0], least=4)
     chunks, tile = triton.cdiv(x.shape[0], chunk), config("layer_norm_bwd", D, x.device, values=512)
-    partial = torch.empty(chunks, 2 * D, dtype=torch.float32, device=x.device)
+    partial = torch.empty(chunks, (3 if with_dx_sum else 2) * D, dtype=torch.float32, device=x.device)
     with launching_on(x):
         _layer_norm_bwd_kernel[(chunks,)](
             dy_ptr=dy,
@@ -134,8 +139,9 @@ def layer_norm_bwd(
             dy_stride=dy.stride(0),
             dresidual_stride=0 if dresidual is None else dresidual.stride(0),
             x_stride=x.stride(0),
+            WITH_DX_SUM=with_dx_sum,
             CHUNK=chunk,
             **tile,
         )
-        sum_columns(partial, dweight, dbias)
-    return out["dx"], dweight, dbias, out["y"], out["dx_cast"]
+        sum_columns(partial, dweight, dbias, *([dx_sum] if with_dx_sum else []))
+    return out["dx"], dweight, dbias, out["y"], out["dx_cast"], dx_sum
