@@ -95,7 +95,7 @@ class _AddLayerNorm(torch.autograd.Function):
             return None, dx, dresidual, None, None, None, None
         # at most one of the two has another dtype than the sum; fp16 and bf16, where both have, take a cast of their own
         cast = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype != total.dtype), None)
-        dsum, dweight, dbias, _, dsum_cast = dispatch.ops_of(ctx.backend).layer_norm_bwd(
+        dsum, dweight, dbias, _, dsum_cast, _ = dispatch.ops_of(ctx.backend).layer_norm_bwd(
             dy, dtotal, total, weight, bias, center, rstd, None, cast
         )
         grads = {total.dtype: dsum, cast: dsum_cast}

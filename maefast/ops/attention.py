@@ -138,7 +138,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
-        dq, dkv = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, ctx.num_heads)
+        dq, dkv, _ = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, ctx.num_heads)
         return None if q is None else dq, dkv, None
 
 
@@ -152,7 +152,13 @@ def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[T
 
 @torch.library.register_fake("maefast::attention_bwd")
 def _attention_bwd_fake(
-    dout: Tensor, q: Tensor | None, kv: Tensor, out: Tensor | None, lse: Tensor | None, num_heads: int
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor,
+    q: Tensor | None,
+    kv: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    num_heads: int,
+    with_dkv_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     dq = kv.new_empty(0, *dout.shape[1:]) if q is None else kv.new_empty(q.shape)
-    return dq, kv.new_empty(kv.shape)
+    return dq, kv.new_empty(kv.shape), kv.new_empty(kv.shape[2] if with_dkv_sum else 0, dtype=torch.float32)

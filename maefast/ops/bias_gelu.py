@@ -70,6 +70,8 @@ def _bias_gelu_fwd_fake(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @register_fake("bias_gelu_bwd")
-def _bias_gelu_bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
+def _bias_gelu_bwd_fake(
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool, with_dx_sum: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(x.shape[-1] if with_dx_sum or bias is not None else 0, dtype=torch.float32)
     return x.new_empty(x.shape), dbias, x.new_empty(x.shape if with_y else 0)

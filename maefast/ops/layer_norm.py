@@ -91,7 +91,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, center, rstd = ctx.saved_tensors
         kernels = dispatch.ops_of(ctx.backend)
-        dx, dweight, dbias, _, _ = kernels.layer_norm_bwd(dy, None, x, weight, bias, center, rstd, None, None)
+        dx, dweight, dbias, *_ = kernels.layer_norm_bwd(dy, None, x, weight, bias, center, rstd, None, None)
         _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         return (
             None,
@@ -123,9 +123,11 @@ def _layer_norm_bwd_fake(
     rstd: Tensor,
     y_dtype: torch.dtype | None,
     cast_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_dx_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like_x(dtype: torch.dtype | None) -> Tensor:
         return x.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
 
-    dweight = x.new_empty(x.shape[-1], dtype=torch.float32)
-    return like_x(x.dtype), dweight, torch.empty_like(dweight), like_x(y_dtype), like_x(cast_dtype)
+    dweight, dbias = (x.new_empty(x.shape[-1], dtype=torch.float32) for _ in range(2))
+    dx_sum = x.new_empty(x.shape[-1] if with_dx_sum else 0, dtype=torch.float32)
+    return like_x(x.dtype), dweight, dbias, like_x(y_dtype), like_x(cast_dtype), dx_sum

@@ -334,8 +334,8 @@ class _TransformerBlock(torch.autograd.Function):
         differentiate_linear("fc2", dy, activated)
         del activated
         narrow = dtype if x2.dtype != dtype else None  # the products' dtype, where the residual stream has another
-        dx, grads["norm2_weight"], grads["norm2_bias"], y, dy = rows.layer_norm_bwd(
-            input_gradient(dhidden, fc1_w, native), dx2, x2, w2, b2, center2, rstd2, dtype, narrow
+        dx, grads["norm2_weight"], grads["norm2_bias"], y, dy, grads["proj_bias"] = rows.layer_norm_bwd(
+            input_gradient(dhidden, fc1_w, native), dx2, x2, w2, b2, center2, rstd2, dtype, narrow, needs.proj_bias
         )
         differentiate_linear("fc1", dhidden, y)
         del dhidden, y
@@ -343,11 +343,13 @@ class _TransformerBlock(torch.autograd.Function):
         differentiate_linear("proj", dy, attended)
         out = (None, None) if lse.numel() == 0 else (attended, lse)
         dattended = input_gradient(dy, proj_w, native)
-        _, dqkv = torch.ops.maefast.attention_bwd(dattended, None, qkv, *out, plan.num_heads)
+        _, dqkv, grads["qkv_bias"] = torch.ops.maefast.attention_bwd(
+            dattended, None, qkv, *out, plan.num_heads, needs.qkv_bias
+        )
         if ids_restore is not None:
             dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
         cast = next((d for d in (ctx.pending_dtype, ctx.x_dtype) if d not in (None, x1.dtype)), None)
-        dx1, grads["norm1_weight"], grads["norm1_bias"], y, dx1_cast = rows.layer_norm_bwd(
+        dx1, grads["norm1_weight"], grads["norm1_bias"], y, dx1_cast, _ = rows.layer_norm_bwd(
             input_gradient(dqkv, qkv_w, native), dx if ids_restore is None else None, x1, w1, b1, center1, rstd1, dtype, cast
         )
         differentiate_linear("qkv", dqkv, y)
