@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import maefast
 from maefast import reference
-from maefast.blocks import Block
+from maefast.blocks import Block, Route
 from maefast.ops.transformer_block import RepeatedTokens, take_tokens
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
