@@ -35,6 +35,11 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or _has_any_global_hook()
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether module.compile() was called."""
+    return module._compiled_call_impl is not None
+
+
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:
     """The torch.nn.attention.SDPBackend, as a number, that scaled_dot_product_attention runs on these inputs."""
     return torch._fused_sdp_choice(q, k, v)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import _torch, dispatch, ops
 from .autocast import compute_dtype, is_autocast, product_dtype
 from .ops.attention import OP as ATTENTION
 from .ops.attention import AttentionAsk
@@ -101,19 +101,18 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed."""
-        x, branch = self.advance(x, None, ids)
+    def forward(self, x: Tensor, ids: Tensor | None = None, repeated: RepeatedTokens | None = None) -> Tensor:
+        """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed.
+
+        repeated   x again, for ops.transformer_block; the other routes do without
+        """
+        x, branch = self.advance(x, None, ids, repeated)
         return x + branch
 
     def advance(
         self, x: Tensor, pending: Tensor | None, ids: Tensor | None = None, repeated: RepeatedTokens | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the output for x + pending as two summands: the residual stream, and the branch that is still to be added.
-
-        pending    the branch before this block, or None
-        repeated   x again, for ops.transformer_block; the other routes do without
-        """
+        """Return forward of x + pending as two summands: the residual stream, and the branch that is still to be added."""
         if ids is not None and not self._takes_queries(x):
             return _taken(self.advance(x, pending), ids)
         route, _ = self.route(x.device, x.dtype, x.shape[1], ids is not None)
@@ -236,7 +235,7 @@ def run_blocks(
     ids          (N, M): the tokens that are wanted; the last block then computes the queries, projection and MLP of these only
     unshuffled   the arguments of ops.unshuffle that x was made of; the first block then computes what its mask tokens share once
     returns      (N, T, D), with ids (N, M, D)
-    A block that is hooked, wrapped or of another class is called as block(x).
+    A block that is hooked, wrapped or of another class is called as block(x), one that was compiled by itself as a whole.
     """
     pending: Tensor | None = None
     stack = list(blocks)
@@ -246,16 +245,19 @@ def run_blocks(
         wanted = ids if i == len(stack) - 1 else None
         if is_plain(block, Block):
             repeated = _repeated_tokens(block, x, unshuffled) if i == 0 and wanted is None else None
-            x, pending = block.advance(x, pending, wanted, repeated)
+            if _torch.is_compiled(block):
+                x, pending = block(x if pending is None else x + pending, wanted, repeated), None
+            else:
+                x, pending = block.advance(x, pending, wanted, repeated)
         else:
             x, pending = block(x if pending is None else x + pending), None
             x = x if wanted is None else take_tokens(x, wanted)
-    if pending is None:
-        return x if norm is None else norm(x)
     if norm is not None and is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
-        dtype = torch.promote_types(x.dtype, pending.dtype)
-        return ops.add_layer_norm(pending, x, norm.weight, norm.bias, norm.eps, dtype)[0]
-    return x + pending if norm is None else norm(x + pending)
+        if pending is None:
+            return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return ops.add_layer_norm(pending, x, norm.weight, norm.bias, norm.eps)[0]
+    x = x if pending is None else x + pending
+    return x if norm is None else norm(x)
 
 
 def _repeated_tokens(block: Block, x: Tensor, unshuffled: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> RepeatedTokens | None:

@@ -11,8 +11,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Return whether a call of `module` does what kind.forward says, and no hook would notice that it is not called."""
-    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return type(module) is kind and not replaced and not _torch.is_hooked(module)
+    return type(module) is kind and "forward" not in module.__dict__ and not _torch.is_hooked(module)
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
