@@ -18,8 +18,8 @@ PACKAGE = ROOT / "maefast"
 
 # Bottom up; a module imports from layers below its own, and a package also from itself.
 LAYERS = (
-    {"_torch"},
-    {"_version", "_apex", "_files", "_flash_attn", "_library", "gpu", "positions", "reference"},
+    {"_version"},
+    {"_torch", "_apex", "_files", "_flash_attn", "_library", "gpu", "positions", "reference"},
     {"tuned"},
     {"kernels"},
     {"dispatch"},
