@@ -585,7 +585,7 @@ def test_rows_of_repeated_tokens(N, L, K):
     x, ids_restore = torch.randn(N, 1 + K, 5), torch.rand(N, L).argsort(dim=1)
     tokens = (x, ids_restore, torch.randn(1, 1, 5), torch.randn(1, 1 + L, 5))
     repeated = blocks.RepeatedTokens.of(*tokens)
-    assert repeated.len_keep == K
+    assert repeated.len_keep() == K
     assert torch.equal(repeated.expanded(repeated.rows), maefast.ops.unshuffle(*tokens))
     y = torch.randn(N * (1 + K) + L, 3, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(N, 1 + L, 3, dtype=torch.float64)
