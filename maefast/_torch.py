@@ -24,11 +24,6 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
-def has_kernel(op: str, device: str) -> bool:
-    """Whether the op `namespace::name` has a kernel for "CPU" or "CUDA"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op, device)
-
-
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of `module` runs a hook."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

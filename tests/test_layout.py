@@ -18,8 +18,9 @@ PACKAGE = ROOT / "maefast"
 
 # Bottom up; a module imports from layers below its own, and a package also from itself.
 LAYERS = (
-    {"_torch"},
-    {"_version", "_apex", "_files", "_flash_attn", "_library", "autocast", "cpu", "gpu", "init", "positions", "reference"},
+    {"_version"},
+    {"_torch", "_apex", "_files", "_flash_attn", "_library", "cpu", "gpu", "init", "positions", "reference"},
+    {"autocast"},
     {"tuned"},
     {"kernels"},
     {"dispatch"},
