@@ -58,7 +58,7 @@ def plain_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name != "MAEFAST_BACKEND"}
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAEFAST_BACKEND", "MAEFAST_CPU_ISA")}
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"]
     return subprocess.run(command, env=clean | env, cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
@@ -66,8 +66,9 @@ def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess
 def test_works_warns_once_and_explains(plain_package):
     done = run_python(STEP, plain_package)
     assert done.returncode == 0, done.stderr
-    no_kernel, _, *rows = done.stdout.splitlines()
+    no_kernel, no_isa, _, *rows = done.stdout.splitlines()
     assert no_kernel == "no kernel"
+    assert no_isa == "CPU kernels: none, maefast was installed without its native library (MAEFAST_NATIVE=0)"
     chosen = {op: "sdpa" if op == "attention" else "eager" for op in maefast.dispatch.OPS}
     assert dict(row.split()[:2] for row in rows) == chosen
     assert all("native: maefast was installed without its native library (MAEFAST_NATIVE=0)" in row for row in rows)
