@@ -55,7 +55,9 @@ def _load(path: Path) -> None:
         library.maefast_version.restype = ctypes.c_char_p
         release = f"maefast {library.maefast_version().decode()}"
     if release != f"maefast {__version__}":
-        raise ImportError(f"{path.name} is of {release}, the Python files around it are of maefast {__version__}: reinstall maefast")
+        raise ImportError(
+            f"{path.name} is of {release}, the Python files around it are of maefast {__version__}: reinstall maefast"
+        )
 
 
 if HAS_NATIVE:

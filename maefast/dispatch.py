@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import _apex, _flash_attn, _library, gpu, kernels
+from . import _apex, _flash_attn, _library, cpu, gpu, kernels
 
 Ask = Any  # a NamedTuple: `device`, the dtype of each tensor under its argument's name, and what else a choice depends on
 Dtypes = tuple[torch.dtype, ...]
@@ -69,7 +69,7 @@ OPS: dict[str, Op] = {}
 
 _NO_APEX = _apex.why_not("normalization", "fused_layer_norm_cuda")
 _WHY_ABSENT: dict[str, Callable[[], str | None]] = {
-    "native": lambda: None if _library.HAS_NATIVE else "maefast was installed without its native library (MAEFAST_NATIVE=0)",
+    "native": lambda: None if _library.HAS_NATIVE else cpu.NO_NATIVE,
     "triton": lambda: None if kernels.HAS_TRITON else "Triton is not installed",
     "apex": lambda: _NO_APEX,
     "flash_attn": lambda: None if _flash_attn.RELEASE else "flash-attn is not installed",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import support
 import torch
+from skips import pytest_terminal_summary  # noqa: F401
 
 import maefast
 from maefast import dispatch
@@ -46,16 +47,16 @@ def native() -> None:
 
 @pytest.fixture(params=support.ISAS)
 def isa(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
-    """Runs the test on each instruction set of the native kernels, and gives the best one back."""
+    """Runs the test on each instruction set of the native kernels that this process may use."""
     from maefast import _C
 
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU has no {request.param}")
+    if request.param not in support.USABLE_ISAS:
+        pytest.skip(f"this CPU has no {request.param}, or MAEFAST_CPU_ISA forces a narrower instruction set")
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
     assert _C.cpu_isa() == request.param
     yield request.param
-    _C.set_cpu_isa("auto")
+    _C.set_cpu_isa(before)
 
 
 @pytest.fixture(params=support.BACKENDS)

@@ -59,7 +59,7 @@ def plain_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name != "MAEFAST_BACKEND"}
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAEFAST_BACKEND", "MAEFAST_CPU_ISA")}
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"]
     return subprocess.run(command, env=clean | env, cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
@@ -67,8 +67,9 @@ def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess
 def test_works_warns_once_and_explains(plain_package):
     done = run_python(STEP, plain_package)
     assert done.returncode == 0, done.stderr
-    no_kernel, _, *rows = done.stdout.splitlines()
+    no_kernel, no_isa, _, *rows = done.stdout.splitlines()
     assert no_kernel == "no kernel"
+    assert no_isa == "CPU kernels: none, maefast was installed without its native library (MAEFAST_NATIVE=0)"
     chosen = {op: "sdpa" if op == "attention" else "eager" for op in maefast.dispatch.OPS}
     assert dict(row.split()[:2] for row in rows) == chosen
     assert all("native: maefast was installed without its native library (MAEFAST_NATIVE=0)" in row for row in rows)
@@ -120,7 +121,9 @@ def test_a_native_library_without_a_version_is_refused(native_package):
 def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package):
     """Their library could not be loaded there, and everything works without it; beside a torch with CUDA it must load."""
     (native_package / "maefast" / "libmaefast_cuda.so").write_bytes(b"not a library")
-    code = "import torch\ntorch.version.cuda = {}\nimport maefast\nprint(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
+    code = (
+        "import torch\ntorch.version.cuda = {}\nimport maefast\nprint(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
+    )
     done = run_python(code.format(None), native_package)
     assert (done.returncode, done.stdout) == (0, "torch.Size([2, 2])\n"), done.stderr
     done = run_python(code.format("'13.0'"), native_package)

@@ -342,9 +342,7 @@ class _TransformerBlock(torch.autograd.Function):
         differentiate_linear("proj", dy, attended)
         out = (None, None) if lse.numel() == 0 else (attended, lse)
         dattended = input_gradient(dy, proj_w, native)
-        _, dqkv, grads["qkv_bias"] = torch.ops.maefast.attention_bwd(
-            dattended, None, qkv, *out, plan.num_heads, needs.qkv_bias
-        )
+        _, dqkv, grads["qkv_bias"] = torch.ops.maefast.attention_bwd(dattended, None, qkv, *out, plan.num_heads, needs.qkv_bias)
         if ids_restore is not None:
             dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
         cast = next((d for d in (ctx.pending_dtype, ctx.x_dtype) if d not in (None, x1.dtype)), None)
