@@ -14,7 +14,7 @@ from restoration import MODEL, SIDE, Pictures, held_out, parser, pretrained, rep
 from torch import Tensor
 
 from maefast import MAE
-from maefast.train import data
+from maefast.train.demo import images
 
 PATCH = MODEL["patch_size"]
 
@@ -66,7 +66,7 @@ def inpainted(model: MAE, damaged: Tensor, hole: Tensor) -> Tensor:
 
 def run(hole: int, pretrain_steps: int, seed: int) -> tuple[Pictures, Tensor]:
     """The held-out tiles as each method makes them, and where the hole is."""
-    where, tiles = square_hole(hole), data.photographs(SIDE)
+    where, tiles = square_hole(hole), images.photographs(SIDE)
     clean = held_out(tiles)
     damaged = torch.where(where, torch.tensor(128.0), clean)
     mae, _ = pretrained(tiles, pretrain_steps, seed)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maefast import MAE
-from maefast.train import data
-from maefast.train.loop import pretrain
+from maefast.train.demo import images
+from maefast.train.demo.loop import pretrain
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
@@ -40,12 +40,12 @@ Pictures = dict[str, Tensor]  # what each method makes, (N, 3, SIDE, SIDE) fp32 
 Damage = Callable[[Tensor, torch.Generator], Tensor]  # clean (N, 3, SIDE, SIDE) fp32 in 0..255 -> damaged, of the same kind
 
 
-def stream(tiles: data.ImageSet, seed: int) -> Iterator[Tensor]:
+def stream(tiles: images.ImageSet, seed: int) -> Iterator[Tensor]:
     """Batches (BATCH, 3, SIDE, SIDE) uint8 of the tiles to train on, without end."""
-    return data.batches(tiles, SIDE, BATCH, torch.Generator().manual_seed(seed), flip=True)
+    return images.batches(tiles, SIDE, BATCH, torch.Generator().manual_seed(seed), flip=True)
 
 
-def pretrained(tiles: data.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
+def pretrained(tiles: images.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
     """A MAE after `steps` steps of pre-training at a mask ratio of 75 %, and what it started from."""
     torch.manual_seed(seed)
     model = MAE(**MODEL)
@@ -54,7 +54,7 @@ def pretrained(tiles: data.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
     return model.eval(), untrained
 
 
-def held_out(tiles: data.ImageSet) -> Tensor:
+def held_out(tiles: images.ImageSet) -> Tensor:
     """SCORED of the held-out tiles, evenly spread: (SCORED, 3, SIDE, SIDE) fp32 in 0..255."""
     return tiles.images[tiles.held_out[torch.linspace(0, len(tiles.held_out) - 1, SCORED).long()]].float()
 
@@ -93,7 +93,7 @@ class Restorer(nn.Module):
         return (pixels + self.mae.unpatchify(self.mae.forward_decoder(tokens, in_order)) + 1) * 127.5
 
 
-def fine_tuned(mae: MAE, tiles: data.ImageSet, damage: Damage, steps: int, seed: int) -> Restorer:
+def fine_tuned(mae: MAE, tiles: images.ImageSet, damage: Damage, steps: int, seed: int) -> Restorer:
     """Encoder and decoder, trained to give back the clean pixels of damaged tiles."""
     restorer, peak = Restorer(mae).train(), 2e-3
     optimizer, generator = adamw(restorer, peak), torch.Generator().manual_seed(seed)
@@ -118,7 +118,7 @@ def restore(
 ) -> Pictures:
     """The held-out tiles as damaged, as each baseline makes them of that, as a fine-tuned MAE does that was pre-trained and one
     that was not, and clean."""
-    tiles = data.photographs(SIDE)
+    tiles = images.photographs(SIDE)
     clean = held_out(tiles)
     damaged = damage(clean, torch.Generator().manual_seed(seed + 1))
     pictures = {"damaged": damaged} | {name: method(damaged) for name, method in baselines.items()}

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maefast import MAE, SimpleFeaturePyramid, VisionTransformer
-from maefast.train import data
-from maefast.train.loop import pretrain
+from maefast.train.demo import images
+from maefast.train.demo.loop import pretrain
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
@@ -45,7 +45,7 @@ class Scenes:
     """Digits painted on photographs, drawn without end from the part to train on or the part that is held out."""
 
     def __init__(self, seed: int):
-        self.digits, self.photographs = data.digits(seed), data.photographs(SIDE)
+        self.digits, self.photographs = images.digits(seed), images.photographs(SIDE)
 
     def draw(self, count: int, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Pictures (count, 3, 64, 64) uint8 and labels (count, 64, 64) int64: 1 for ink, 0 for photograph."""

@@ -96,7 +96,7 @@ def test_output_without_permission(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_missing_extra(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maefast.train.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
+    monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
     line = refused(capsys, "demo")
     assert line == 'maefast demo: error: the demo needs scikit-learn, tqdm: pip install "maefast[demo]"\n'
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +106,7 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     def interrupt(**options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("maefast.train.demo.demo", interrupt)
+    monkeypatch.setattr("maefast.train.demo.demo.demo", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "maefast demo: interrupted\n"
 

@@ -15,13 +15,15 @@ from PIL import Image
 
 from maefast import MAE, cli
 from maefast.reference import ReferenceMAE
-from maefast.train import UserError, loop
-from maefast.train.compare import Comparison, compare
-from maefast.train.data import batches, centre_crops, digits, normalised
-from maefast.train.demo import DIGITS, demo, run_probe, train
+from maefast.train.baseline import normalised
+from maefast.train.demo import loop
+from maefast.train.demo.compare import Comparison, compare
+from maefast.train.demo.demo import DIGITS, demo, run_probe, train
+from maefast.train.demo.images import batches, centre_crops, digits
+from maefast.train.demo.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
+from maefast.train.errors import UserError
 from maefast.train.files import replace_file
 from maefast.train.pictures import make_panel
-from maefast.train.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
 
 FILES = ["checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"]
 
@@ -174,7 +176,7 @@ def test_comparison_sees_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         return compare(DIGITS.config, stream, turns=1, lr=1e-4, mask_ratio=0.5, seed=0).loss_difference
 
     assert difference() < 1e-4
-    monkeypatch.setattr("maefast.train.compare.MAE", Wrong)
+    monkeypatch.setattr("maefast.train.demo.compare.MAE", Wrong)
     assert difference() > 0.4
 
 

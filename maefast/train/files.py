@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from .._files import replace_file
-from . import UserError
+from .errors import UserError
 
 __all__ = ["check_writable", "replace_file"]
 

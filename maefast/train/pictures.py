@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .files import replace_file
-from .sampling import draw_noise
+from .masks import draw_noise
 
 GREY = 0.5  # of what is hidden
 
