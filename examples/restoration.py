@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maefast import MAE
 from maefast.train.demo import images
-from maefast.train.demo.loop import pretrain
+from maefast.train.demo.loop import train_loop
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
@@ -50,7 +50,7 @@ def pretrained(tiles: images.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]
     torch.manual_seed(seed)
     model = MAE(**MODEL)
     untrained = copy.deepcopy(model)
-    pretrain(model, stream(tiles, seed), title="pre-training", steps=steps, lr=3e-3, mask_ratio=0.75)
+    train_loop(model, stream(tiles, seed), title="pre-training", steps=steps, lr=3e-3, mask_ratio=0.75)
     return model.eval(), untrained
 
 

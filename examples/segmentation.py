@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from maefast import MAE, SimpleFeaturePyramid, VisionTransformer
 from maefast.train.demo import images
-from maefast.train.demo.loop import pretrain
+from maefast.train.demo.loop import train_loop
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
@@ -125,7 +125,7 @@ def run(pretrain_steps: int, steps: int, labelled: int, seed: int) -> dict[str, 
     mae = MAE(**ENCODER, **DECODER)
     weights = {"untrained": copy.deepcopy(mae.state_dict())}
     stream = scenes.unlabelled(64, generator)
-    pretrain(mae, stream, title="pre-training", steps=pretrain_steps, lr=2e-3, mask_ratio=0.75)
+    train_loop(mae, stream, title="pre-training", steps=pretrain_steps, lr=2e-3, mask_ratio=0.75)
     weights["pre-trained"] = mae.state_dict()
 
     share = (truth == 0).double().mean().item()

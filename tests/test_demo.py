@@ -260,7 +260,7 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     torch.nn.init.constant_(model.decoder_pred.bias, float("nan"))
     images = iter([digits(seed=0).images[:2]] * 2)
     with pytest.raises(UserError, match="the loss of digits is nan at step 1"):
-        loop.pretrain(model, images, title="digits", steps=1, lr=1e-3, mask_ratio=0.5)
+        loop.train_loop(model, images, title="digits", steps=1, lr=1e-3, mask_ratio=0.5)
 
 
 class Terminal(io.StringIO):
@@ -272,7 +272,7 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     stream = batches(digits(seed=0), 8, 16, torch.Generator().manual_seed(0), flip=False)
-    loop.pretrain(MAE(**DIGITS.config), stream, title="digits", steps=20, lr=1e-3, mask_ratio=0.5)
+    loop.train_loop(MAE(**DIGITS.config), stream, title="digits", steps=20, lr=1e-3, mask_ratio=0.5)
     last = terminal.getvalue().rstrip().split("\r")[-1]
     assert re.search(r"digits: 100%.* 320/320 \[\d\d:\d\d<00:00, .* images/s, loss=\d\.\d{4}\]", last), last
     assert "step" not in last

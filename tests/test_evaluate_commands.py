@@ -11,7 +11,7 @@ from support import small_mae
 
 from maefast import VisionTransformer, checkpoint, cli
 from maefast.train.data import crops, labelled
-from maefast.train.evaluate import commands, features, supervised
+from maefast.train.evaluate import commands, features, linprobe, supervised
 
 SHORT = ("--epochs=6", "--warmup_epochs=1", "--batch_size=8")
 
@@ -68,7 +68,7 @@ def test_linprobe(capsys, tmp_path, parts):
     printed = run(capsys, "linprobe", "mae", "data", *SHORT, "--blr=100", "--output_dir=out")
     assert printed == "top-1 1.0000 (10 of 10 images)\n"
     assert [record["epoch"] for record in logged(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
-    probe = commands.LinearProbe(32, 2)
+    probe = linprobe.LinearProbe(32, 2)
     probe.load_state_dict(torch.load("out/checkpoint.pth", weights_only=True)["probe"])
     encoder = features.load_encoder("mae")
     logits = probe.eval()(features.pooled(encoder, parts["val"].pictures, "cls"))

@@ -186,8 +186,10 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("augment", pretraining.AUGMENTATIONS)
 def test_batches_depend_on_neither_workers_nor_where_they_begin(augment: str) -> None:
     images = pretraining.Augmented(ArrayImages(pictures()), (16, 16), augment, True, seed=7)
-    whole = [batch for batch, _ in pretraining.batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(2)), 0, False)]
-    rest = [batch for batch, _ in pretraining.batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(1, 2), skip=1), 2, False)]
+    whole = [batch for batch, _ in pretraining.load_batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(2)), 0, False)]
+    rest = [
+        batch for batch, _ in pretraining.load_batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(1, 2), skip=1), 2, False)
+    ]
     assert len(whole) == 8
     assert len(rest) == 3
     assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
@@ -283,7 +285,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
         )
         return model
 
-    monkeypatch.setattr("maefast.train.pretrain.resumable.build_model", build_poisoned)
+    monkeypatch.setattr("maefast.train.pretrain.trainer.build_model", build_poisoned)
     data = ArrayImages(pictures())
     index = order.epoch_order(COUNT, 0, 0)[-1]  # the one that the first epoch leaves out
     assert [order.epoch_order(COUNT, 0, epoch).index(index) // 8 for epoch in range(3)] == [4, 3, 0]

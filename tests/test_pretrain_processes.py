@@ -20,8 +20,7 @@ from support import threads
 from maefast import cli
 from maefast.train import checkpoints, launch
 from maefast.train.errors import UserError
-from maefast.train.pretrain import resumable
-from maefast.train.pretrain.options import Options
+from maefast.train.pretrain import trainer
 from maefast.train.pretrain.trainer import pretrain
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -175,14 +174,14 @@ def test_what_is_wrong_is_said_once_and_ends_all(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"process 1 of 2: --data_path must hold images that can be read"):
             run(tmp_path / "unreadable", data)
         if rank:
-            build = resumable.build_model
+            build = trainer.build_model
 
             def broken(*args: object) -> torch.nn.Module:
                 model = build(*args)
                 model.register_forward_hook(lambda _, inputs, out: out._replace(loss=out.loss * torch.nan))
                 return model
 
-            resumable.build_model = broken
+            trainer.build_model = broken
         with pytest.raises(UserError, match=r"the loss is nan at step 0 of epoch 0, with a learning rate of"):
             run(tmp_path / "nan")
         assert not checkpoints.find(tmp_path / "nan")
@@ -220,9 +219,9 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert launch.find_launch(Options(**given)) == (wanted and launch.Launch(*wanted))
+    assert launch.find_launch(**given) == (wanted and launch.Launch(*wanted))
     with pytest.raises(UserError, match=r"--world_size must be the number of processes that were started, \d; it is 3"):
-        launch.find_launch(Options(**(given | {"world_size": 3})))
+        launch.find_launch(**(given | {"world_size": 3}))
 
 
 def test_first_host() -> None:

@@ -17,7 +17,7 @@ from maefast import cli
 from maefast.train import checkpoints
 from maefast.train.data import labelled
 from maefast.train.errors import UserError
-from maefast.train.evaluate import augment, classifier, commands, linprobe, robustness, supervised
+from maefast.train.evaluate import augment, classifier, corruptions, linprobe, log, robustness, supervised
 
 FLAGS = ("--epochs=4", "--warmup_epochs=1", "--batch_size=4", "--accum_iter=2", "--clip_grad=1", "--lr=0.005", "--augment=rrc")
 FLAGS += ("--mixup=0.8", "--cutmix=1", "--drop_path=0.2", "--ema=0.5")
@@ -45,13 +45,13 @@ def finetune(folder, *more):
 
 def slow_run(folder):
     torch.set_num_threads(1)
-    add = commands.Log.add
+    add = log.Log.add
 
     def slowly(self, *scores):
         time.sleep(0.05)
         add(self, *scores)
 
-    commands.Log.add = slowly
+    log.Log.add = slowly
     finetune(folder, "--resume=auto")
 
 
@@ -195,10 +195,10 @@ def test_corruptions(tuned, parts, capsys):
     assert result["clean"] == 1.0
     assert result["corrupted"].keys() == {"contrast", "gaussian_noise"}
     imgs = parts["val"].pictures[:3, :1, :28, :28]
-    mild, strong = (robustness.corrupted(imgs, "contrast", severity, 0) for severity in (1, 5))
+    mild, strong = (corruptions.corrupted(imgs, "contrast", severity, 0) for severity in (1, 5))
     assert mild.shape == imgs.shape
     assert strong.float().std() < mild.float().std() < imgs.float().std()
-    noisy = [robustness.corrupted(imgs, "gaussian_noise", 3, seed) for seed in (0, 0, 1)]
+    noisy = [corruptions.corrupted(imgs, "gaussian_noise", 3, seed) for seed in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
 

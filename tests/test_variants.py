@@ -9,7 +9,7 @@ from support import images_for, noise_for, small_mae
 
 from maefast import MAE, checkpoint, ops
 from maefast.train.data import pretraining
-from maefast.train.evaluate import commands, features
+from maefast.train.evaluate import features, source
 from maefast.train.masks import check_sampler, draw_noise
 from maefast.train.variants import (
     MaskTokensAndPca,
@@ -176,7 +176,7 @@ def test_checkpoints_of_variants(tmp_path):
     with pytest.warns(UserWarning, match=r"is of a variant of MAE, with variant_mask_token, variant_pca_mean, .*, and so is"):
         plain = MAE.from_pretrained(path)
     assert torch.equal(plain.encode(imgs), model.encode(imgs))
-    again = commands.load_mae(commands.Source(path))
+    again = source.load_mae(source.Source(path))
     assert type(again) is MaskTokensAndPca
     assert_same_weights(again, model)
     report = checkpoint.convert(path, tmp_path / "plain.pth", "official")

@@ -1,14 +1,13 @@
 """`maefast ablate`."""
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..train.ablation.axes import AXES
-from ..train.pretrain.options import values_from
+from ..train.pretrain.options import with_config
 from ..train.values import number, several_of, whole
-from .flags import PART, SPLITS, add_options
+from .flags import PART, SPLITS, add_options, pop
 
 HELP = "compare what the paper compares, on images of your own"
 OF_SEVERAL_PROCESSES = ("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url")
@@ -34,7 +33,6 @@ def run(given: dict[str, Any]) -> None:
     from ..train.ablation.ablate import Budget, ablate, base_options
     from ..train.pretrain.build import training_images
 
-    data, axes, config = (given.pop(name) for name in ("data", "axes", "config"))
-    budget = Budget(**{field.name: given.pop(field.name) for field in fields(Budget) if field.name in given})
-    base = base_options(values_from(given, config) | {"data_path": data})
+    data, axes, budget = given.pop("data"), given.pop("axes"), pop(Budget, given)
+    base = base_options(with_config(given) | {"data_path": data})
     ablate(base, training_images(base), axes, budget)

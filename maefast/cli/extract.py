@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .flags import SPLITS, add_batch_size, add_source, choice, picked
+from .flags import SPLITS, add_batch_size, add_source, choice, pick
 
 HELP = "write features of images to a file"
 
@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.evaluate.commands import Source, extract
+    from ..train.evaluate.commands import extract
+    from ..train.evaluate.source import Source
 
     names = ("data", "split", "out", "kind", "batch_size", "crop_pct")
-    extract(picked(Source, given), **{name: given[name] for name in names})
+    extract(pick(Source, given), **{name: given[name] for name in names})

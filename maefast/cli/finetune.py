@@ -5,7 +5,7 @@ from typing import Any
 
 from ..train.evaluate.augment import Augmentation, rand_policy
 from ..train.values import number, whole
-from .flags import PART, RATE, add_labelled, add_recipe, add_source, choice, picked
+from .flags import PART, RATE, add_labelled, add_recipe, add_source, choice, pick
 
 HELP = "fine-tune an encoder"
 
@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: dict[str, Any]) -> None:
     from ..train.data.labelled import Labelled
-    from ..train.evaluate.commands import Source
     from ..train.evaluate.finetune import Output, Tuning, finetune
+    from ..train.evaluate.source import Source
     from ..train.evaluate.supervised import Recipe
 
-    recipe = picked(Recipe, given, label_smoothing=given["smoothing"])
+    recipe = pick(Recipe, given, label_smoothing=given["smoothing"])
     output = Output(given["output_dir"], given["resume"] is not None, given["eval_every"])
-    source, data = picked(Source, given), picked(Labelled, given)
-    finetune(source, data, recipe, picked(Tuning, given), picked(Augmentation, given), output)
+    source, data = pick(Source, given), pick(Labelled, given)
+    finetune(source, data, recipe, pick(Tuning, given), pick(Augmentation, given), output)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..train.pretrain.options import Options
 from ..train.values import SEED, number, numbers, one_of, whole
@@ -12,6 +12,8 @@ from ..train.values import SEED, number, numbers, one_of, whole
 SPLITS = ("train", "val", "test")
 PART = number(0, 1, above=True)
 RATE = number(0, 1, below=True)
+
+T = TypeVar("T")
 
 
 def choice(parser: argparse.ArgumentParser, name: str, words: tuple[str, ...], help: str, default: str | None = None) -> None:
@@ -82,7 +84,16 @@ def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) 
             parser.add_argument(f"--{entry.name}", type=parse, metavar=entry.metadata["metavar"], help=help, **common)
 
 
-def picked(cls: type[Any], given: Mapping[str, Any], **others: Any) -> Any:
-    """A dataclass of the arguments that have the names of its fields."""
+def pick(cls: type[T], given: Mapping[str, Any], **others: Any) -> T:
+    """Build a dataclass from the arguments that have the names of its fields."""
     named = {**given, **others}
-    return cls(**{field.name: named[field.name] for field in fields(cls) if field.name in named})
+    return cls(**{name: named[name] for name in _names(cls) if name in named})
+
+
+def pop(cls: type[T], given: dict[str, Any]) -> T:
+    """Build a dataclass as `pick` does, from arguments that then leave `given`."""
+    return cls(**{name: given.pop(name) for name in _names(cls) if name in given})
+
+
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls)]

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..train.values import whole
-from .flags import PART, add_batch_size, add_labelled, add_source, choice, picked
+from .flags import PART, add_batch_size, add_labelled, add_source, choice, pick
 
 HELP = "score an encoder by its nearest neighbours"
 
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: dict[str, Any]) -> None:
     from ..train.data.labelled import Labelled
-    from ..train.evaluate.commands import Source, knn
+    from ..train.evaluate.commands import knn
+    from ..train.evaluate.source import Source
 
     names = ("k", "temperature", "kind", "batch_size")
-    knn(picked(Source, given), picked(Labelled, given), **{name: given[name] for name in names})
+    knn(pick(Source, given), pick(Labelled, given), **{name: given[name] for name in names})

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .flags import add_labelled, add_recipe, add_source, choice, picked
+from .flags import add_labelled, add_recipe, add_source, choice, pick
 
 HELP = "score an encoder by a linear layer on it"
 
@@ -17,10 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: dict[str, Any]) -> None:
     from ..train.data.labelled import Labelled
-    from ..train.evaluate.commands import Source, linprobe
+    from ..train.evaluate.commands import linprobe
+    from ..train.evaluate.source import Source
     from ..train.evaluate.supervised import Recipe
 
     sweep = given["blr"] is None and given["lr"] is None
-    recipe = picked(Recipe, given, blr=given["blr"] or 0.0)
-    source, data = picked(Source, given), picked(Labelled, given)
+    recipe = pick(Recipe, given, blr=given["blr"] or 0.0)
+    source, data = pick(Source, given), pick(Labelled, given)
     linprobe(source, data, recipe, kind=given["kind"], sweep=sweep, output_dir=given["output_dir"])

@@ -18,6 +18,5 @@ def run(given: dict[str, Any]) -> None:
     from ..train.pretrain.build import training_images
     from ..train.pretrain.trainer import pretrain
 
-    config = given.pop("config")
-    options = from_arguments(given, config)
+    options = from_arguments(given)
     pretrain(options, partial(training_images, options))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.values import RATIO, whole
-from .flags import SPLITS, add_source, choice, picked
+from .flags import SPLITS, add_source, choice, pick
 
 HELP = "picture what a model makes of masked images"
 
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.evaluate.commands import Source, reconstruct
+    from ..train.evaluate.commands import reconstruct
+    from ..train.evaluate.source import Source
 
     names = ("data", "split", "out", "mask_ratio", "count")
-    reconstruct(picked(Source, given), **{name: given[name] for name in names})
+    reconstruct(pick(Source, given), **{name: given[name] for name in names})

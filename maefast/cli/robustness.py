@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..train.evaluate.robustness import CORRUPTIONS, SEVERITIES
+from ..train.evaluate.corruptions import CORRUPTIONS, SEVERITIES
 from ..train.values import SEED, one_of, whole
 from .flags import SPLITS, add_batch_size, add_device, choice
 

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..train.pretrain.options import from_arguments
 from ..train.values import one_of, whole
-from .flags import add_options
+from .flags import add_options, pop
 
 HELP = "pre-train as a SLURM job"
 CLUSTERS = ("slurm", "local", "debug")
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.pretrain.submit import submit
+    from ..train.pretrain.submit import Job, submit
 
-    submit(given)
+    job = pop(Job, given)
+    submit(from_arguments({"output_dir": job.job_dir, "resume": "auto"} | given), job)

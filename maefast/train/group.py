@@ -1,20 +1,17 @@
-"""The processes of a run, connected: what they tell each other."""
+"""The processes of a run, connected, and their collectives."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ToldByAnother, UserError
-from .launch import find_launch
-
-if TYPE_CHECKING:
-    from .pretrain.options import Options
+from .launch import Launch
 
 T = TypeVar("T")
 
@@ -24,7 +21,7 @@ class Group:
     """The processes of a run, as one of them sees them. What they tell each other goes over the CPU and waits for no GPU."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int | None = None  # None: started alone
 
     @property
@@ -36,68 +33,67 @@ class Group:
         """An error that all processes raise; the first one tells it."""
         return UserError(message) if self.main else ToldByAnother(message)
 
-    def most(self, *values: float) -> list[float]:
-        """The greatest over the processes, of each value."""
-        if self.size == 1:
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """Return the greatest of each value over the processes."""
+        if self.world_size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Over the processes; on a GPU without waiting for it."""
-        if self.size == 1:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
+        """Return the mean over the processes; on a GPU without waiting for it."""
+        if self.world_size == 1:
             return value
         total = value.clone()
         dist.all_reduce(total)
-        return total / self.size
+        return total / self.world_size
 
-    def all(self, value: T) -> list[T]:
-        """That of each process."""
-        if self.size == 1:
+    def all_gather(self, value: T) -> list[T]:
+        """Return the value of each process."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, value: T) -> T:
-        """That of the first process."""
-        if self.size == 1:
+    def broadcast(self, value: T) -> T:
+        """Return the value of the first process."""
+        if self.world_size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def agree(self, error: UserError | None) -> None:
-        """Raise in all processes what any of them has to say."""
-        if self.size == 1:
+    def raise_any(self, error: UserError | None) -> None:
+        """Raise an error in all processes where one of them has one."""
+        if self.world_size == 1:
             if error is not None:
                 raise error
             return
-        messages = self.all(None if error is None else str(error))
+        messages = self.all_gather(None if error is None else str(error))
         if any(message is not None for message in messages):
             rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-            where = "" if len(set(messages)) == 1 else f"process {rank} of {self.size}: "
+            where = "" if len(set(messages)) == 1 else f"process {rank} of {self.world_size}: "
             raise self.error(f"{where}{message}") from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that raises UserError in all processes where it does in one; it must not talk to the others."""
+        """Run a block that raises UserError in all processes where it does in one. The block must hold no collective."""
         error = None
         try:
             yield
         except UserError as caught:
             error = caught
-        self.agree(error)
+        self.raise_any(error)
 
 
 @contextmanager
-def joined(options: "Options") -> Iterator[Group]:
-    """The processes that were started for this run, connected for the length of the block, or as they already are.
+def connected(launch: Launch | None) -> Iterator[Group]:
+    """Connect the processes of a launch for the length of the block; those that are connected already stay so.
 
     Raises UserError where they cannot find each other, and where one is lost.
     """
-    launch = find_launch(options)
     if launch is None and not (dist.is_available() and dist.is_initialized()):
         yield Group()
         return

@@ -3,12 +3,8 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .errors import ToldByAnother, UserError
-
-if TYPE_CHECKING:
-    from .pretrain.options import Options
 
 
 @dataclass(frozen=True)
@@ -21,28 +17,31 @@ class Launch:
     url: str
 
 
-def find_launch(options: "Options") -> Launch | None:
-    """As mpirun (with --dist_on_itp), torchrun or srun has it, looked for in this order; None: this process was started alone.
+def find_launch(
+    *, world_size: int | None = None, local_rank: int | None = None, dist_on_itp: bool = False, dist_url: str = "env://"
+) -> Launch | None:
+    """Read the variables of mpirun (with `dist_on_itp`), torchrun or srun, in this order; None: this process was started alone.
 
-    Raises UserError for variables that are missing or no numbers, and where --world_size says otherwise.
+    world_size    the number of processes that is expected; None: any
+    local_rank    the rank on this machine, for launchers that set no LOCAL_RANK
+    dist_url      where the processes meet; "env://" under srun: the first machine of the job step
+    Raises UserError for variables that are missing or no numbers, and for another number of processes than `world_size`.
     """
-    if options.dist_on_itp:
+    if dist_on_itp:
         rank, world, local = (_variable(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK"))
         launch = Launch(rank, world, local, f"tcp://{_text('MASTER_ADDR')}:{_variable('MASTER_PORT')}")
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local = _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ else options.local_rank or 0
-        launch = Launch(_variable("RANK"), _variable("WORLD_SIZE"), local, options.dist_url)
+        local = _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ else local_rank or 0
+        launch = Launch(_variable("RANK"), _variable("WORLD_SIZE"), local, dist_url)
     elif "SLURM_STEP_NUM_TASKS" in os.environ and _variable("SLURM_STEP_NUM_TASKS") > 1:  # set by srun, not in a batch script
-        url = _slurm_url() if options.dist_url == "env://" else options.dist_url
+        url = _slurm_url() if dist_url == "env://" else dist_url
         launch = Launch(_variable("SLURM_PROCID"), _variable("SLURM_STEP_NUM_TASKS"), _variable("SLURM_LOCALID"), url)
     else:
         launch = None
     started, rank = (1, 0) if launch is None else (launch.world_size, launch.rank)
-    if options.world_size not in (None, started):
-        hint = f"start them with torchrun --nproc_per_node {options.world_size} -m maefast pretrain"
-        message = (
-            f"--world_size must be the number of processes that were started, {started}; it is {options.world_size} ({hint})"
-        )
+    if world_size not in (None, started):
+        hint = f"start them with torchrun --nproc_per_node {world_size} -m maefast pretrain"
+        message = f"--world_size must be the number of processes that were started, {started}; it is {world_size} ({hint})"
         raise UserError(message) if rank == 0 else ToldByAnother(message)
     return launch
 

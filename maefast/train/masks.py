@@ -7,7 +7,7 @@ from torch import Tensor
 
 SAMPLERS = ("random", "block", "grid")
 # Block-wise masking as in BEiT (Bao et al. 2022, algorithm 1): 16 of 196 patches or more, an aspect of 0.3 to 1/0.3.
-LEAST_BLOCK, ASPECT = 16 / 196, (0.3, 1 / 0.3)
+LEAST_BLOCK, BLOCK_ASPECT = 16 / 196, (0.3, 1 / 0.3)
 BLOCKS = 32  # that are drawn; for 99 % of images the first 14 or fewer are enough, with up to 90 % removed
 
 
@@ -43,7 +43,7 @@ def _blocks(count: int, rows: int, cols: int, removed: int, generator: torch.Gen
     device = generator.device
     area, aspect, top, left = torch.rand(4, count, BLOCKS, 1, device=device, generator=generator)
     elsewhere = torch.rand(count, rows * cols, device=device, generator=generator)  # in [0, 1), below that of any block
-    least, low, high = min(LEAST_BLOCK * rows * cols, removed), *map(math.log, ASPECT)
+    least, low, high = min(LEAST_BLOCK * rows * cols, removed), *map(math.log, BLOCK_ASPECT)
     area, aspect = least + area * (removed - least), (low + aspect * (high - low)).exp()
     height = (area * aspect).sqrt().round().clamp(1, rows)
     width = (area / aspect).sqrt().round().clamp(1, cols)

@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from ..model import MAE
 
 
-def shard(model: "MAE", group: Group, device: torch.device) -> None:
-    """Spread weights, gradients and optimizer state over the processes (docs/distributed.md); in place."""
+def shard_model(model: "MAE", group: Group, device: torch.device) -> None:
+    """Shard weights, gradients and optimizer state over the processes, in place (docs/distributed.md)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (group.size,))
+    mesh = init_device_mesh(device.type, (group.world_size,))
     for module in (*model.blocks, *model.decoder_blocks, model.patch_embed, model):
         fully_shard(module, mesh=mesh)
 
 
 def replicate(module: nn.Module) -> DistributedDataParallel:
-    """The module, its gradients being the mean over the processes after backward."""
+    """Return the module in DistributedDataParallel: after backward its gradients are the mean over the processes."""
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 @contextmanager
-def unsynchronised(module: Any) -> Iterator[None]:
-    """Gradients are summed up and not exchanged: for all batches of a step but the last."""
+def no_sync(module: Any) -> Iterator[None]:
+    """Sum gradients up without exchanging them: for all batches of a step but the last."""
     if isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield
@@ -45,8 +45,12 @@ def unsynchronised(module: Any) -> Iterator[None]:
         yield
 
 
-def finite(state: Any) -> bool:
-    """Whether all floating-point numbers in dictionaries and tuples of tensors are finite; of a shard, those that are here."""
+def is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def all_finite(state: Any) -> bool:
+    """Say whether all floating-point numbers in dictionaries and tuples of tensors are finite; a shard answers for itself."""
     local = (t.to_local() if hasattr(t, "to_local") else t for t in _tensors(state))
     checks = [t.isfinite().all() for t in local if t.is_floating_point()]
     devices = {check.device for check in checks}  # one look at each
@@ -61,8 +65,8 @@ def _tensors(state: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict with the shards of each tensor put together, on the CPU. All processes must call it."""
+def full_state_dict(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state_dict with the shards of each tensor put together, on the CPU. All processes must call it."""
     return _mapped(state, lambda value: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value)
 
 
@@ -70,8 +74,8 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return {name: _mapped(part, change) for name, part in value.items()} if isinstance(value, dict) else change(value)
 
 
-def spread(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole tensors as shards, where those of that name in `like` are sharded and have their shape."""
+def shard_state_dict(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `state` with shards of its tensors, where `like` has sharded ones of the same name and shape."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     def shards(value: Any, target: Any) -> Any:
@@ -83,8 +87,8 @@ def spread(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     return {name: shards(value, like[name]) if name in like else value for name, value in state.items()}
 
 
-def spread_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The same for the state_dict of an optimizer: moments are sharded as their parameters are."""
+def shard_optim_state_dict(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state_dict of an optimizer with its moments sharded as their parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {i: spread(entry, dict.fromkeys(entry, parameters[i])) for i, entry in state["state"].items()}
+    moments = {i: shard_state_dict(entry, dict.fromkeys(entry, parameters[i])) for i, entry in state["state"].items()}
     return {**state, "state": moments}

@@ -14,6 +14,7 @@ from ..data.labelled import Chosen, Labelled
 from ..device import find_device
 from ..errors import UserError
 from ..evaluate import commands, finetune
+from ..evaluate.source import Source
 from ..evaluate.supervised import Recipe
 from ..files import check_writable, replace_file
 from ..pretrain.build import build_model
@@ -130,7 +131,7 @@ def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labe
         summary = pretrain(options, data)
         if not summary["finished"]:
             return None
-        source = commands.Source(Path(summary["checkpoint"]), device=str(find_device(base.device)), seed=base.seed)
+        source = Source(Path(summary["checkpoint"]), device=str(find_device(base.device)), seed=base.seed)
         epochs, sweep = budget.probe_epochs, budget.probe_blr is None
         probe = Recipe(epochs, epochs // 10, min(PROBE_BATCH, labels), budget.probe_blr or 0.0, 0.0, seed=base.seed)
         commands.linprobe(source, labelled, probe, kind="cls", sweep=sweep, output_dir=folder / "linprobe")

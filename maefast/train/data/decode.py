@@ -22,7 +22,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 0x0112
 # A JPEG decodes at 1/2, 1/4 or 1/8 of its size while that leaves the crop at least this many times the size asked for. Half of it
 # would show: Pillow's own thumbnail() takes the same margin.
-MARGIN = 2
+DRAFT_MARGIN = 2
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _draft(image: Any, channels: int, reduction: float) -> float:
     """Tell a JPEG to decode smaller, and to luminance alone where that is all; returns the scale. Others stay as they are."""
     if image.format != "JPEG":
         return 1.0
-    times = max(1.0, reduction / MARGIN)
+    times = max(1.0, reduction / DRAFT_MARGIN)
     width, height = image.size
     drafted = image.draft("L" if channels == 1 else "RGB", (math.floor(width / times), math.floor(height / times)))
     return drafted[1][2] / width if drafted else 1.0

@@ -133,7 +133,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
+def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
     """uint8 batches (N, C, H, W) in the order of `keys`, each with what was unreadable.
 
     Raises UserError when too many images cannot be read.

@@ -18,7 +18,7 @@ from ..files import check_writable, replace_file
 from ..pictures import Panel, make_panel, save_losses, save_reconstructions
 from .compare import Comparison, compare
 from .images import ImageSet, batches, centre_crops, digits, enough_per_class, image_folder, photographs
-from .loop import pretrain
+from .loop import train_loop
 from .probe import SHOTS, as_records, few_label_probe, patch_features, table, verdict
 
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow", "tqdm": "tqdm", "numpy": "numpy"}
@@ -26,7 +26,7 @@ PICTURES = 8  # in a row of reconstruction.png
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Experiment:
     """A model and how to train it. config: arguments of MAE."""
 
     name: str
@@ -37,7 +37,7 @@ class Recipe:
     lr: float  # at batch_size
     flip: bool
 
-    def changed(self, steps: int | None, batch_size: int | None, mask_ratio: float | None) -> "Recipe":
+    def changed(self, steps: int | None, batch_size: int | None, mask_ratio: float | None) -> "Experiment":
         """With what the user asked for in place of the defaults; the learning rate follows the batch size."""
         size = batch_size or self.batch_size
         lr = self.lr * size / self.batch_size
@@ -53,7 +53,7 @@ class Recipe:
 # Half a digit's 16 patches removed teaches more than three quarters: 0.81 against 0.76 at 2 labels per class (one seed, 1500
 # steps, two decoder blocks). The lead on raw pixels is 7.0 to 8.8 points after 2500 steps (three seeds) and falls with fewer.
 # Raw pixels are the target: with normalised ones, pictures borrow each removed patch's mean and contrast from the original.
-DIGITS = Recipe(
+DIGITS = Experiment(
     name="digits",
     config={
         "img_size": 8,
@@ -75,7 +75,7 @@ DIGITS = Recipe(
     flip=False,
 )
 # Patches of 4 pixels give sharper pictures than patches of 8: an error of 0.38 on held-out tiles, against 0.60 for a wider model.
-PHOTOGRAPHS = Recipe(
+PHOTOGRAPHS = Experiment(
     name="photographs",
     config={
         "img_size": 64,
@@ -103,7 +103,7 @@ FOLDER = replace(PHOTOGRAPHS, name="images")
 class Trained:
     """One model of the demo, and what it took."""
 
-    recipe: Recipe
+    recipe: Experiment
     data: ImageSet
     model: MAE
     untrained: dict[str, Tensor]  # the weights it started from
@@ -160,7 +160,7 @@ def demo(
     return summary
 
 
-def _load(recipe: Recipe, folder: Path | None, output: Path, seed: int) -> ImageSet:
+def _load(recipe: Experiment, folder: Path | None, output: Path, seed: int) -> ImageSet:
     side = recipe.config["img_size"]
     if folder is not None:
         data = image_folder(folder, side * 9 // 8, seed, exclude=output)
@@ -176,11 +176,11 @@ def _load(recipe: Recipe, folder: Path | None, output: Path, seed: int) -> Image
     return data
 
 
-def _stream(recipe: Recipe, data: ImageSet, seed: int) -> Iterator[Tensor]:
+def _stream(recipe: Experiment, data: ImageSet, seed: int) -> Iterator[Tensor]:
     return batches(data, recipe.config["img_size"], recipe.batch_size, torch.Generator().manual_seed(seed), recipe.flip)
 
 
-def train(recipe: Recipe, data: ImageSet, seed: int) -> Trained:
+def train(recipe: Experiment, data: ImageSet, seed: int) -> Trained:
     """Time a fresh model against the reference, then pre-train it from the same seed."""
     torch.manual_seed(seed)
     turns = min(10, max(2, recipe.steps // 40))
@@ -193,7 +193,7 @@ def train(recipe: Recipe, data: ImageSet, seed: int) -> Trained:
     untrained = {name: value.clone() for name, value in model.state_dict().items()}
     start = time.perf_counter()
     stream = _stream(recipe, data, seed)
-    records = pretrain(model, stream, title=recipe.name, steps=recipe.steps, lr=recipe.lr, mask_ratio=recipe.mask_ratio)
+    records = train_loop(model, stream, title=recipe.name, steps=recipe.steps, lr=recipe.lr, mask_ratio=recipe.mask_ratio)
     model.eval()
     return Trained(recipe, data, model, untrained, comparison, records, time.perf_counter() - start)
 

@@ -46,7 +46,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def pretrain(
+def train_loop(
     model: nn.Module, images: Iterator[Tensor], *, title: str, steps: int, lr: float, mask_ratio: float
 ) -> list[dict[str, Any]]:
     """`steps` steps of AdamW (0.9, 0.95, weight decay 0.05) under a warm-up over a tenth of them and a half-cycle cosine.

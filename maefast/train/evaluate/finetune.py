@@ -17,8 +17,9 @@ from ..optim import adamw
 from . import supervised
 from .augment import NO_AUGMENTATION, Augment, Augmentation
 from .classifier import described
-from .commands import Log, Source, check_run, prepared
 from .layers import layer_decay_groups, reset_head, train_last_blocks
+from .log import Log, check_run
+from .source import Source, prepared
 from .supervised import Recipe
 
 HEAD_STD = 2e-5

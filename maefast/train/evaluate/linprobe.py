@@ -11,7 +11,7 @@ from .features import pooled
 from .lars import LARS
 from .supervised import Diverged, Recipe, count_correct, fit, in_memory
 
-HEAD_STD = 0.01
+PROBE_STD = 0.01
 BLRS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 HELD_OUT = 1 / 10
 
@@ -21,7 +21,7 @@ class LinearProbe(nn.Sequential):
 
     def __init__(self, width: int, classes: int):
         linear = nn.Linear(width, classes)
-        nn.init.trunc_normal_(linear.weight, std=HEAD_STD)
+        nn.init.trunc_normal_(linear.weight, std=PROBE_STD)
         nn.init.zeros_(linear.bias)
         super().__init__(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 

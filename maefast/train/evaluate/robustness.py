@@ -1,7 +1,6 @@
 """`maefast robustness`: a fine-tuned classifier on corrupted images and on folders of other images of its classes."""
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,14 +17,8 @@ from ..errors import UserError
 from ..files import replace_file
 from ..values import nearest
 from .classifier import Classifier, load_classifier
+from .corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from .features import check_fits
-
-CORRUPTIONS = (  # of ImageNet-C (Hendrycks, Dietterich 2019), by the names that imagecorruptions has
-    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost"),
-    *("fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-)
-SEVERITIES = (1, 2, 3, 4, 5)
-LEAST_SIDE = 32  # that the library takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,28 +141,6 @@ def _on_corrupted(classifier: Classifier, check: Check, images: Any, labels: Ten
         }
     scores = [score for row in result["corrupted"].values() for score in row.values()]
     return result | ({"mean_corrupted": sum(scores) / len(scores)} if scores else {})
-
-
-def corrupted(images: Tensor, kind: str, severity: int, seed: int) -> Tensor:
-    """Images (n, 1 or 3, H, W) uint8 with one of the CORRUPTIONS, severity 1 to 5.
-
-    Images of fewer than 32 rows or columns are padded for it by their edges. The seed is of NumPy's generator; the library's
-    impulse noise and glass blur draw from others, which cannot be seeded.
-    """
-    import numpy as np
-    from imagecorruptions import corrupt
-
-    height, width = images.shape[-2:]
-    room = [max(0, LEAST_SIDE - side) for side in (height, width)]
-    (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in room)
-    np.random.seed(random.Random(f"{seed} {kind} {severity}").getrandbits(32))  # the library draws from this generator
-    out = []
-    for image in images.permute(0, 2, 3, 1).numpy():
-        padded = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge")
-        changed = corrupt(np.ascontiguousarray(padded), severity=severity, corruption_name=kind)
-        seen = changed[top : top + height, left : left + width, : images.shape[1]]  # of grey images the library makes colours
-        out.append(torch.from_numpy(seen.copy()).permute(2, 0, 1))
-    return torch.stack(out).contiguous()
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -95,14 +95,15 @@ class Options:
         object.__setattr__(self, "norm_pix_loss", target == "norm")
 
 
-def from_arguments(given: Mapping[str, Any], config: Path | None) -> Options:
-    """Options from the flags that were given, and from a YAML file for the others. Raises UserError for a file that is wrong."""
-    return Options(**values_from(given, config))
+def from_arguments(given: Mapping[str, Any]) -> Options:
+    """Build Options from flags, and from the YAML file `config` among them for the others. Raises UserError for a wrong file."""
+    return Options(**with_config(given))
 
 
-def values_from(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
-    """The same, before what neither says is filled in."""
-    return {**({} if config is None else _read_config(config)), **given}
+def with_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags with the entries of the YAML file that `config` names, if any; flags win."""
+    config, values = given.get("config"), {name: value for name, value in given.items() if name != "config"}
+    return values if config is None else _read_config(config) | values
 
 
 def _read_config(path: Path) -> dict[str, Any]:

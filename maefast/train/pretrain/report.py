@@ -1,21 +1,14 @@
-"""What a run tells: a bar on a terminal and lines elsewhere, log.txt, TensorBoard, pictures."""
+"""What a run prints: a bar on a terminal and lines elsewhere."""
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from ..files import replace_file
-from ..pictures import Panel, make_panel, rows_of, save_reconstructions
-from .options import Options
 
 LINES_APART = 30.0  # seconds, where there is no terminal
 
@@ -78,49 +71,6 @@ class Report:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-class Log:
-    """log.txt, a JSON record for each epoch; records of epochs that will be done again are dropped first."""
-
-    def __init__(self, folder: Path, next_epoch: int):
-        self.path = folder / "log.txt"
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the process was killed while it wrote this one
-                continue
-            if record["epoch"] < next_epoch:
-                kept.append(line + "\n")
-        with replace_file(self.path) as temporary:
-            temporary.write_text("".join(kept))
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def tensorboard(folder: Path, next_epoch: int) -> Any:
-    """A SummaryWriter to `folder`, events of epochs that will be done again dropped; None where TensorBoard is not installed."""
-    if find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=next_epoch)
-
-
-def draw(model: nn.Module, images: Tensor, options: Options, epoch: int) -> Panel:
-    """images (n, C, H, W) uint8, masked alike after each epoch, and reconstructed."""
-    title = f"epoch {epoch}, {options.mask_ratio:.0%} of the patches removed"
-    return make_panel(title, model, images, options.mask_ratio, options.seed, options.sampler)
-
-
-def show(panel: Panel, folder: Path, epoch: int, board: Any) -> None:
-    """The panel as reconstructions/epoch-EEEE.png in `folder`, and to a SummaryWriter, if there is one."""
-    save_reconstructions([panel], folder / "reconstructions" / f"epoch-{epoch:04}.png")
-    if board is not None:
-        board.add_image("reconstructions", rows_of(panel), epoch)
 
 
 def conclude(summary: Mapping[str, Any]) -> None:

@@ -1,17 +1,19 @@
 """`maefast submit`: `maefast pretrain` as a SLURM job, through submitit."""
 
 import signal
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import options
+from .options import Options
 
 
 class Pretraining:
     """What each task of the job runs, and what submitit pickles again when it asks for the job to be started once more."""
 
-    def __init__(self, options: "options.Options"):
+    def __init__(self, options: Options):
         self.options = options
 
     def __call__(self) -> dict[str, Any]:
@@ -36,33 +38,43 @@ class Pretraining:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def submit(given: dict[str, Any]) -> str:
-    """Start the job that the arguments of the command ask for; returns its number.
+@dataclass(frozen=True)
+class Job:
+    """What a scheduler is asked for."""
 
-    Raises UserError where submitit or the cluster is missing, and for options that are wrong, before anything is written.
+    job_dir: Path  # for the logs of the job
+    ngpus: int = 8  # of a machine, and processes on it; 0: a CPU
+    nodes: int = 2
+    timeout: int = 4320  # minutes
+    partition: str | None = None
+    comment: str | None = None
+    cluster: str = "slurm"
+
+
+def submit(options: Options, job: Job) -> str:
+    """Start a job that pre-trains by `options`; returns its number.
+
+    Raises UserError where submitit or the cluster is missing, before anything is written.
     """
     try:
         import submitit
     except ImportError as error:
         raise UserError('submit needs submitit: pip install "maefast[slurm]"') from error
-    job = {name: given.pop(name) for name in ("ngpus", "nodes", "timeout", "job_dir", "partition", "comment", "cluster")}
-    folder, config = job["job_dir"], given.pop("config")
-    chosen = options.from_arguments({"output_dir": folder, "resume": "auto"} | given, config)
     try:
-        executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=job["cluster"], slurm_max_num_timeout=1000)
+        executor = submitit.AutoExecutor(folder=job.job_dir / "jobs", cluster=job.cluster, slurm_max_num_timeout=1000)
     except RuntimeError as error:
-        raise UserError(f"--cluster {job['cluster']} cannot be used here: {error}") from error
+        raise UserError(f"--cluster {job.cluster} cannot be used here: {error}") from error
     executor.update_parameters(
         name="maefast",
-        nodes=job["nodes"],
-        tasks_per_node=max(1, job["ngpus"]),
-        gpus_per_node=job["ngpus"],
-        timeout_min=job["timeout"],
+        nodes=job.nodes,
+        tasks_per_node=max(1, job.ngpus),
+        gpus_per_node=job.ngpus,
+        timeout_min=job.timeout,
         slurm_signal_delay_s=120,
-        **{f"slurm_{name}": job[name] for name in ("partition", "comment") if job[name] is not None},
+        **{f"slurm_{name}": value for name in ("partition", "comment") if (value := getattr(job, name)) is not None},
     )
-    submitted = executor.submit(Pretraining(chosen))
+    submitted = executor.submit(Pretraining(options))
     print(f"job {submitted.job_id}, logs in {submitted.paths.folder}", flush=True)
-    if job["cluster"] != "slurm":
+    if job.cluster != "slurm":
         submitted.result()
     return str(submitted.job_id)
