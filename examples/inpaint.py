@@ -1,6 +1,6 @@
 """Inpainting with a pre-trained MAE and a mask of one's own, against smooth interpolation. Under two minutes on two cores.
 
-    python examples/inpaint.py [--hole 16] [--pretrain-steps 400] [--seed 0] [--picture inpaint.png]
+    python examples/inpaint.py [--hole 16] [--pretrain_steps 400] [--seed 0] [--picture inpaint.png]
 
 Needs maefast[demo]. The hole is a square in the middle of each tile, made of whole patches. Nothing is fine-tuned: `mask=` says
 which patches are missing, and `reconstruct` fills them in. What stands in the hole is never read; here it is grey.

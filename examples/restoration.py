@@ -4,7 +4,6 @@ The pictures are tiles of scikit-learn's two photographs, 64 x 64 pixels. Of eac
 lies within it, what is trained on outside it.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maefast import MAE
+from maefast.cli.parser import Parser
 from maefast.train.demo import images
 from maefast.train.demo.loop import train_loop
 from maefast.train.optim import adamw
@@ -143,10 +143,10 @@ def save_strip(pictures: Pictures, path: Path) -> None:
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def parser(description: str, pretrain_steps: int, steps: int | None = None) -> argparse.ArgumentParser:
+def parser(description: str, pretrain_steps: int, steps: int | None = None) -> Parser:
     """With the flags that all three have, and --steps of those that fine-tune."""
-    flags = argparse.ArgumentParser(description=description)
-    flags.add_argument("--pretrain-steps", type=int, default=pretrain_steps)
+    flags = Parser(description=description)
+    flags.add_argument("--pretrain_steps", type=int, default=pretrain_steps)
     if steps is not None:
         flags.add_argument("--steps", type=int, default=steps, help="of fine-tuning, for each of the two")
     flags.add_argument("--seed", type=int, default=0)

@@ -215,7 +215,7 @@ def test_folder_with_classes_and_broken_files(tmp_path: Path, capsys: pytest.Cap
     save_folder(tmp_path / "data", ("dark", "light"), 12)
     (tmp_path / "data" / "dark" / "broken.jpg").write_bytes(b"\xff\xd8 and no more")
     (tmp_path / "data" / "text.png").write_text("no image")
-    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch-size", "4"]
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch_size", "4"]
     assert cli.main(["demo", *arguments]) == 0
     streams = capsys.readouterr()
     assert re.search(r"^skipped .*broken\.jpg: .", streams.out, re.MULTILINE)

@@ -67,21 +67,25 @@ def add_recipe(parser: argparse.ArgumentParser, **defaults: float | None) -> Non
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="for log.txt and checkpoint.pth")
 
 
+def add_switch(parser: argparse.ArgumentParser, name: str, help: str, default: Any = None) -> None:
+    """Add a flag --name and a flag --no_name."""
+    parser.add_argument(f"--{name}", dest=name, default=default, action="store_true", help=help)
+    parser.add_argument(f"--no_{name}", dest=name, default=default, action="store_false", help=f"not --{name}")
+
+
 def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """A flag for each of Options but `without`; absent from the namespace unless given, so that a configuration has its say."""
+    """Add a flag for each of Options but `without`; absent from the namespace unless given, for the file of --config to say."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="options in YAML, by the names of the flags; flags win")
     for entry in fields(Options):
         if entry.name in without:
             continue
-        parse, default = entry.metadata["parse"], entry.default
+        name, parse, default = entry.name, entry.metadata["parse"], entry.default
         shown = "" if default is None or default == "" or parse is None else f" ({default})"
         help = f"{entry.metadata['help']}{shown}".replace("%", "%%")
-        common: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS}
         if parse is None:
-            parser.add_argument(f"--{entry.name}", action="store_true", help=help, **common)
-            parser.add_argument(f"--no_{entry.name}", action="store_false", help=f"not --{entry.name}", **common)
+            add_switch(parser, name, help, argparse.SUPPRESS)
         else:
-            parser.add_argument(f"--{entry.name}", type=parse, metavar=entry.metadata["metavar"], help=help, **common)
+            parser.add_argument(f"--{name}", type=parse, metavar=entry.metadata["metavar"], default=argparse.SUPPRESS, help=help)
 
 
 def pick(cls: type[T], given: Mapping[str, Any], **others: Any) -> T:

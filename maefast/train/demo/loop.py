@@ -67,7 +67,7 @@ def train_loop(
                 group["lr"] = rate
             losses.append(training_step(model, optimizer, batch, mask_ratio, return_pred=False).item())
             if not math.isfinite(losses[-1]):
-                hint = "a smaller --batch-size lowers the learning rate"
+                hint = "a smaller --batch_size lowers the learning rate"
                 raise UserError(f"the loss of {title} is {losses[-1]} at step {step + 1}; {hint}")
             progress.update(step + 1, losses[-1])
             if (step + 1) % every == 0 or step + 1 == steps:
