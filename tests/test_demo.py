@@ -18,7 +18,8 @@ from maefast.reference import ReferenceMAE
 from maefast.train.baseline import normalised
 from maefast.train.demo import loop
 from maefast.train.demo.compare import Comparison, compare
-from maefast.train.demo.demo import DIGITS, demo, run_probe, train
+from maefast.train.demo.demo import demo, run_probe, train
+from maefast.train.demo.experiments import DIGITS
 from maefast.train.demo.images import batches, centre_crops, digits
 from maefast.train.demo.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
 from maefast.train.errors import UserError

@@ -1,4 +1,4 @@
-"""Where images come from: files, tar shards, arrays. Each is an ImageDataset; `dataset.open_images` chooses."""
+"""Where images come from: files, tar shards, arrays. Each is an ImageDataset; `open.open_images` chooses."""
 
 import gzip
 import json
