@@ -16,24 +16,13 @@ from torch import Tensor, nn
 from maefast import MAE
 from maefast.cli.parser import Parser
 from maefast.train.demo import images
+from maefast.train.demo.experiments import PHOTOGRAPHS
 from maefast.train.demo.loop import train_loop
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
 SIDE, BATCH = 64, 16
-MODEL = {
-    "img_size": SIDE,
-    "patch_size": 4,
-    "embed_dim": 64,
-    "depth": 3,
-    "num_heads": 2,
-    "decoder_embed_dim": 48,
-    "decoder_depth": 1,
-    "decoder_num_heads": 2,
-    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-}
+MODEL = PHOTOGRAPHS.config | {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SCORED, SHOWN = 128, 3  # held-out tiles: in a score, in a picture
 
 Pictures = dict[str, Tensor]  # what each method makes, (N, 3, SIDE, SIDE) fp32 in 0..255

@@ -122,8 +122,8 @@ def test_public_names_of_train_mean_one_thing():
     for path in TRAIN:
         for node in ast.parse(path.read_text()).body:
             names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-            if isinstance(node, ast.Assign):
-                names = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else ():
+                names += [name.id for name in ast.walk(target) if isinstance(name, ast.Name)]
             for name in names:
                 places[name].append(str(path.relative_to(PACKAGE)))
     assert {name: where for name, where in places.items() if len(where) > 1 and not name.startswith("_")} == {}

@@ -9,6 +9,7 @@ from ..data.crops import still
 from ..data.labelled import Labelled, augmented, read_batches
 from ..data.open import open_images
 from ..errors import UserError, require
+from ..files import writing
 from . import supervised
 from .features import check_fits, check_output, collect, features_of, write_features
 from .knn import knn_votes
@@ -87,8 +88,6 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
         panel = make_panel(f"{source.checkpoint.name}, mask ratio {mask_ratio:g}", model.eval(), pixels, mask_ratio, source.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    try:
+    with writing("OUT", out):
         save_reconstructions([panel], out)
-    except OSError as error:
-        raise UserError(f"OUT cannot be written; {out}: {error.strerror or error}") from error
     print(f"{out}: {len(ids)} images")

@@ -16,7 +16,7 @@ from ...reference import sincos_positions
 from ..data.crops import still
 from ..data.labelled import read_batches
 from ..errors import UserError, require
-from ..files import replace_file
+from ..files import replace_file, writing
 
 KINDS = ("cls", "mean", "all")
 FORMATS = (".npy", ".parquet")
@@ -105,11 +105,8 @@ def write_features(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: 
                 the metadata of its schema has `shape`
     """
     check_output(out)
-    try:
-        with replace_file(out) as temporary:
-            (_write_npy if out.suffix == ".npy" else _write_parquet)(batches, count, shape, temporary)
-    except OSError as error:
-        raise UserError(f"OUT cannot be written; {out}: {error.strerror or error}") from error
+    with writing("OUT", out), replace_file(out) as temporary:
+        (_write_npy if out.suffix == ".npy" else _write_parquet)(batches, count, shape, temporary)
 
 
 def _write_npy(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], path: Path) -> None:

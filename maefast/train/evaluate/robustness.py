@@ -14,7 +14,7 @@ from ..data.crops import still
 from ..data.labelled import read_batches
 from ..device import find_device
 from ..errors import UserError
-from ..files import replace_file
+from ..files import replace_file, writing
 from ..values import nearest
 from .classifier import Classifier, load_classifier
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupted
@@ -63,11 +63,8 @@ def robustness(path: Path, check: Check, out: Path | None = None) -> dict[str, A
         result |= {"folder": _score(classifier, batches, labels.unique()), "folder_images": len(images)}
     print(_table(result))
     if out is not None:
-        try:
-            with replace_file(out) as temporary:
-                temporary.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--out cannot be written; {out}: {error.strerror or error}") from error
+        with writing("--out", out), replace_file(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
