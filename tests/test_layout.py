@@ -2,7 +2,9 @@
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,8 +84,56 @@ def test_imports_go_one_way(path):
     for imported in imports(path):
         assert imported not in PROGRAMS
         theirs = top(imported)
-        inside = mine == theirs and mine in ("kernels", "ops", "checkpoint", "train")
+        inside = mine == theirs and mine in ("kernels", "ops", "checkpoint", "train", "cli")
         assert inside or LEVEL[theirs] < LEVEL[mine], f"{mine} must not import {'.'.join(imported)}"
+
+
+# A wing of train imports itself, the floor (what lies in train/ itself) and these wings; the floor imports no wing.
+WINGS: dict[str, set[str]] = {
+    "data": set(),
+    "pretrain": {"data"},
+    "evaluate": {"data"},
+    "ablation": {"data", "evaluate", "pretrain"},
+    "demo": {"data"},
+}
+TRAIN = sorted((PACKAGE / "train").rglob("*.py"))
+
+
+def wing(parts: tuple[str, ...]) -> str:
+    return parts[2] if len(parts) > 2 and parts[2] in WINGS else ""
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_wings_of_train(path):
+    mine = wing(module_name(path))
+    for imported in imports(path):
+        if imported[:2] == ("maefast", "train"):
+            assert wing(imported) in {"", mine, *WINGS.get(mine, ())}, (
+                f"{mine or 'the floor'} must not import {'.'.join(imported)}"
+            )
+
+
+def test_every_folder_of_train_is_a_wing():
+    assert {path.parent.name for path in TRAIN} == {"train", *WINGS}
+
+
+def test_no_circle_of_imports():
+    graph = {module_name(path): set(imports(path)) - {module_name(path)} for path in PACKAGE.rglob("*.py")}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_public_names_of_train_mean_one_thing():
+    places = defaultdict[str, list[str]](list)
+    for path in TRAIN:
+        for node in ast.parse(path.read_text()).body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            for target in (
+                node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else ()
+            ):
+                names += [name.id for name in ast.walk(target) if isinstance(name, ast.Name)]
+            for name in names:
+                places[name].append(str(path.relative_to(PACKAGE)))
+    assert {name: where for name, where in places.items() if len(where) > 1 and not name.startswith("_")} == {}
 
 
 def test_the_walk_over_imports_sees_them():

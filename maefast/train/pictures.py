@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .files import replace_file
-from .sampling import draw_noise
+from .masks import draw_noise
 
 GREY = 0.5  # of what is hidden
 
@@ -41,8 +41,8 @@ def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: 
     return Panel(title, *(row[:, :shown].cpu() for row in rows))
 
 
-def rows_of(panel: Panel) -> Tensor:
-    """The pictures of a panel as one of them: (C, 3 H, n W) uint8."""
+def as_one_picture(panel: Panel) -> Tensor:
+    """Return the pictures of a panel as one of them: (C, 3 H, n W) uint8."""
     rows = (panel.original, panel.masked, panel.reconstruction)
     return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
 
