@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,9 @@ class Block(nn.Module):
     drop, drop_path   rates of dropout and of stochastic depth on both branches, in training
     attn_backend      the `backend` of its attention
     """
+
+    norm1: Any  # an nn.LayerNorm where its parameters are read
+    norm2: Any
 
     def __init__(
         self,

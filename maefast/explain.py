@@ -77,7 +77,7 @@ def _kernel_of_sdpa(ask: AttentionAsk) -> str:
 
 def _stacks(model: nn.Module | None) -> Iterator[tuple[str, int, list[Block]]]:
     """Yield name, tokens and blocks of each stack."""
-    patches = model.patch_embed.num_patches if hasattr(model, "patch_embed") else 0
+    patches: int = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
     tokens = {"encoder": 1 + (patches // 4 if hasattr(model, "decoder_blocks") else patches), "decoder": 1 + patches}
     for name, stack in (("encoder", "blocks"), ("decoder", "decoder_blocks")):
         blocks = [block for block in getattr(model, stack, ()) if isinstance(block, Block)]

@@ -84,7 +84,7 @@ class ViTMAEForPreTraining(nn.Module):
         if noise is None:
             noise = ops.masking_noise(pixel_values.shape[0], L, pixel_values.device)
         loss, logits, mask = self.mae(pixel_values, self.config.mask_ratio, noise=noise)
-        ids_restore = ops.random_masking(noise, MAE._len_keep(self.config.mask_ratio, L))[1]
+        ids_restore = ops.random_masking(noise, ops.len_keep(L, self.config.mask_ratio))[1]
         output = ViTMAEForPreTrainingOutput(loss, logits, mask, ids_restore)
         return output if return_dict else output.to_tuple()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ...blocks import Linear
 from .. import checkpoints
 from ..data.crops import still
 from ..data.labelled import Labelled, augmented, reading
@@ -62,7 +62,7 @@ def finetune(
     check_run(recipe, train, output.folder)
     classes = train.images.classes
     encoder.num_classes = len(classes)
-    encoder.head = Linear(encoder.embed_dim, encoder.num_classes).to(source.device)
+    encoder.head = nn.Linear(encoder.embed_dim, encoder.num_classes).to(source.device)
     reset_head(encoder, HEAD_STD)
     if tuning.blocks is not None:
         try:
