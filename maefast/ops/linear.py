@@ -107,8 +107,11 @@ def input_gradient(dy: Tensor, weight: Tensor, native: Products) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products) -> Tensor:
-    """dy (..., out), x (..., in) -> (out, in) in dtype; of a native product of 16 bits in fp32 without being rounded to 16."""
+    """dy (..., out), x (..., in) -> (out, in) in dtype; sums of 16-bit products are stored in fp32 without being rounded to 16,
+    by native products and on a GPU."""
     dy, x = rows(dy), rows(x)
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
     if native.weight_gradient is not None and dy.shape[0] >= native.weight_gradient:
         wide = dtype if dtype in (x.dtype, torch.float32) else x.dtype
         return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False, wide).to(dtype)

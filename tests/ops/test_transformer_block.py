@@ -4,7 +4,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, lay_out, small_mae
+from support import (
+    LAYOUTS,
+    TRANSFORMER_BLOCK,
+    assert_once_differentiable,
+    assert_same_for_any_threads,
+    check_op,
+    lay_out,
+    small_mae,
+)
 from torch import Tensor
 
 import maefast
@@ -153,6 +161,22 @@ def test_deterministic(native):
 
     with maefast.backend("native"):  # torch's product takes the gradients for weights from few rows
         assert_same_for_any_threads(run)
+
+
+@pytest.mark.parametrize("autocast", [None, BF16], ids=["fp32", "autocast"])
+def test_what_is_kept_is_what_would_be_recomputed(native, monkeypatch, autocast):
+    """A GPU keeps the outputs of norms and GELU; the gradients have the same bits."""
+    inputs, dy = make(), torch.randn(4, 9, D)
+
+    def gradients() -> list[Tensor]:
+        with torch.autocast("cpu", BF16, enabled=autocast is not None):
+            out = block(**inputs)
+        return torch.autograd.grad(out, list(inputs.values()), dy)
+
+    expected = gradients()
+    monkeypatch.setattr(TRANSFORMER_BLOCK, "KEEPING", ("cpu",))
+    for name, mine, theirs in zip(inputs, gradients(), expected, strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_without_gradients_the_results_are_within_the_rule(native):
