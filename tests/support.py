@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
 from maefast import _library, cli, dispatch
 from maefast.reference import ReferenceMAE
+from maefast.testing.errors import assert_close_to_float64
 
 NATIVE = _library.HAS_NATIVE
 TRANSFORMER_BLOCK = sys.modules["maefast.ops.transformer_block"]  # whose name in maefast.ops is that of the op

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from torch import Tensor, nn
 
 from maefast.hf import ViTMAEForPreTraining
+from maefast.testing.errors import assert_close_to_float64
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

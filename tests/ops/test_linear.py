@@ -4,13 +4,13 @@ import pytest
 import support
 import torch
 import torch.nn.functional as F
-from errors import assert_close_to_float64
 from support import LAYOUTS, Calls, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out
 from torch import Tensor
 
 import maefast
 from maefast import dispatch, ops
 from maefast.ops.linear import Products, native_products, product, weight_gradient
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
