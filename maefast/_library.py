@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
-_NATIVE = _PACKAGE / "libmaefast.so"
+NATIVE = _PACKAGE / "libmaefast.so"
 
-HAS_NATIVE = _NATIVE.exists()
+HAS_NATIVE = NATIVE.exists()
 # Whether the native library has kernels for GPUs; set below, once it is loaded.
 HAS_CUDA = False
 NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
@@ -39,10 +39,10 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 if HAS_NATIVE:
     try:
-        torch.ops.load_library(str(_NATIVE))
+        torch.ops.load_library(str(NATIVE))
     except OSError as error:
         raise ImportError(
-            f"{_NATIVE.name} does not load beside torch {torch.__version__}: {error}. "
+            f"{NATIVE.name} does not load beside torch {torch.__version__}: {error}. "
             "Reinstall maefast with this torch installed, or set MAEFAST_NATIVE=0 at installation for pure Python."
         ) from error
     HAS_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("maefast::attention_fwd", "CUDA")

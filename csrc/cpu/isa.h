@@ -12,8 +12,8 @@ enum class Isa { scalar, avx2, avx512, avx512bf16 };
 Isa isa();
 
 // Forces one (by name), or the best again ("auto"). False, and nothing changes, when the name is unknown or the CPU lacks it.
-__attribute__((visibility("default"))) bool set_isa(const char* name);
-__attribute__((visibility("default"))) const char* isa_name();
+bool set_isa(const char* name);
+const char* isa_name();
 
 }  // namespace maefast::cpu
 
