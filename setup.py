@@ -1,4 +1,4 @@
-"""Drives CMake: builds libmaefast.so into the package. What to build is described in CMakeLists.txt alone.
+"""Drives CMake: builds libmaefast.so and libmaefast_cuda.so into the package. What to build is described in CMakeLists.txt alone.
 
 MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
 kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_SANITIZE=1 builds with the sanitizers, for
@@ -42,12 +42,6 @@ def wants_cuda(torch_cuda: str | None) -> bool:
     return asked != "0" and missing is None
 
 
-def remove_objects(package: Path) -> None:
-    """Remove what an earlier build made: this one may leave some of it out."""
-    for stale in package.glob("*.so"):
-        stale.unlink()
-
-
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
@@ -55,7 +49,6 @@ class CMakeBuild(build_ext):
             raise SystemExit("maefast is built against torch, and there is none: install torch>=2.10 first")
         source = Path(__file__).resolve().parent
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        remove_objects(output)
         sanitize = os.environ.get("MAEFAST_SANITIZE", "0") != "0"
         build = source / "build" / ("sanitize" if sanitize else "native")
         options = {
@@ -71,8 +64,12 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        remove_objects(Path("maefast"))
-        super().copy_extensions_to_source()
+        """Put the objects that CMake made in the place of those of an earlier build, which may have made others."""
+        package = Path(__file__).resolve().parent / "maefast"
+        for stale in package.glob("*.so"):
+            stale.unlink()
+        for made in Path(self.build_lib, "maefast").glob("*.so"):
+            shutil.copy2(made, package)
 
     def get_ext_filename(self, ext_name: str) -> str:
         return os.path.join(*ext_name.split(".")) + ".so"
@@ -85,6 +82,7 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    # CMake makes libmaefast_cuda.so beside it, where there is CUDA.
     ext_modules=[Extension("maefast.libmaefast", sources=[])] if NATIVE else [],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     # Not in pyproject.toml: gigabytes that an isolated build need not fetch where the environment around it has torch.

@@ -51,7 +51,7 @@ inline int64_t item_size(ScalarType dtype) {
 template <typename... Args>
 Tensor call_op(const char* name, const Args&... args) {
   StableIValue stack[]{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, ops
+from . import _torch, dispatch, ops
 from .ops.linear import Products, bias_gradient, input_gradient, native_products, product, weight_gradient
 from .reference import pair
 
@@ -329,8 +328,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a call of `module` does what kind.forward says, and no hook would notice that it is not called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and "forward" not in module.__dict__ and not hooks and not _has_any_global_hook()
+    return type(module) is kind and "forward" not in module.__dict__ and not _torch.is_hooked(module)
 
 
 class _Options(NamedTuple):

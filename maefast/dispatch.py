@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _apex, _flash_attn, _library, kernels, tuned
+from . import _apex, _flash_attn, _library, _torch, kernels, tuned
 from .gpu import capability as _capability
 from .gpu import shared_memory as _shared_memory
 
@@ -350,7 +350,7 @@ def inputs_of(op: str) -> tuple[str, ...]:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast has a say in matrix products of `x`; as in torch it leaves float64 alone."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return device in _torch.AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

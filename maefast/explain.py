@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from . import dispatch
+from . import _torch, dispatch
 
 
 def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -53,7 +53,7 @@ def _choice(op: str, inputs: dispatch.Inputs, head_width: int, asked: str = "aut
 def _kernel_of_sdpa(qkv: Tensor, head_width: int) -> str:
     """flash, cudnn, efficient or math: what torch runs for such queries, keys and values."""
     q, k, v = qkv.unflatten(2, (3, -1, head_width)).permute(2, 0, 3, 1, 4)
-    return SDPBackend(torch._fused_sdp_choice(q, k, v)).name.removesuffix("_ATTENTION").lower()
+    return SDPBackend(_torch.sdpa_backend(q, k, v)).name.removesuffix("_ATTENTION").lower()
 
 
 def _example(op: str, dtype: torch.dtype, device: str) -> tuple[dispatch.Inputs, int]:

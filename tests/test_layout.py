@@ -18,7 +18,8 @@ PACKAGE = ROOT / "maefast"
 
 # Bottom up; a module imports from layers below its own, and a package also from itself.
 LAYERS = (
-    {"_version", "_apex", "_files", "_flash_attn", "_library", "gpu", "positions", "reference"},
+    {"_version"},
+    {"_torch", "_apex", "_files", "_flash_attn", "_library", "gpu", "positions", "reference"},
     {"_C", "tuned"},
     {"kernels"},
     {"dispatch"},
@@ -83,12 +84,51 @@ def test_imports_go_one_way(path):
 
 def test_the_walk_over_imports_sees_them():
     assert set(imports(PACKAGE / "dispatch.py")) == {
-        ("maefast", name) for name in ("_apex", "_flash_attn", "_library", "gpu", "kernels", "tuned")
+        ("maefast", name) for name in ("_apex", "_flash_attn", "_library", "_torch", "gpu", "kernels", "tuned")
     }
     assert ("maefast", "ops") in set(imports(PACKAGE / "blocks.py"))
     assert ("maefast", "ops", "_checks") in set(imports(PACKAGE / "ops" / "unshuffle.py"))
     assert ("maefast", "dispatch") in set(imports(PACKAGE / "ops" / "unshuffle.py"))
     assert ("maefast", "reference") in set(imports(PACKAGE / "model.py"))
+
+
+def private_names_of_torch(source: str) -> list[str]:
+    """Names of torch that start with an underscore, and modules' private hooks, as a file uses or imports them."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr, flags=re.IGNORECASE):
+            if ast.unparse(node).startswith("torch.") or node.attr.endswith("_hooks"):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if re.match(r"torch\..*\b_", alias.name)]
+        elif isinstance(node, ast.ImportFrom) and re.match(r"torch\b", node.module or ""):
+            found += [f"{node.module}.{alias.name}" for alias in node.names if re.search(r"\._", f"{node.module}.{alias.name}")]
+    return found
+
+
+def test_the_search_for_private_names_finds_them():
+    source = """
+import torch, torch._dynamo
+from torch.nn.modules.module import _has_any_global_hook, Module
+from torch._subclasses import fake_tensor
+torch.ops.mkldnn._linear_pointwise(torch._C._get_x(), torch.rand(2), self._rand)
+module._forward_hooks, torch.__version__
+"""
+    assert sorted(private_names_of_torch(source)) == [
+        "module._forward_hooks",
+        "torch._C",
+        "torch._C._get_x",
+        "torch._dynamo",
+        "torch._subclasses.fake_tensor",
+        "torch.nn.modules.module._has_any_global_hook",
+        "torch.ops.mkldnn._linear_pointwise",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_of_torch_are_asked_for_in_one_file(path):
+    names = private_names_of_torch(path.read_text())
+    assert bool(names) == (path == PACKAGE / "_torch.py"), names
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -13,6 +13,7 @@ import pytest
 from support import NATIVE
 
 import maefast
+from maefast import _torch
 
 PACKAGE = Path(maefast.__file__).parent
 
@@ -90,13 +91,62 @@ def test_a_native_library_that_does_not_load_is_an_error(plain_package, tmp_path
     assert "ImportError: libmaefast.so does not load beside torch" in done.stderr
 
 
+@pytest.fixture
+def native_package(tmp_path) -> Path:
+    """A folder with the package and its native objects."""
+    if not NATIVE:
+        pytest.skip("maefast was installed without its native library")
+    shutil.copytree(PACKAGE, tmp_path / "maefast", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_a_native_library_of_another_release_is_refused(native_package):
+    (native_package / "maefast" / "_version.py").write_text('__version__ = "98.7.6"\n')
+    done = run_python("import maefast", native_package)
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: libmaefast.so is of maefast {maefast.__version__}, the Python files around it are of maefast 98.7.6: "
+        "reinstall maefast"
+    )
+
+
+def test_a_native_library_without_a_version_is_refused(native_package):
+    library = native_package / "maefast" / "libmaefast.so"
+    contents = library.read_bytes()
+    assert b"\0maefast_build_info\0" in contents
+    library.write_bytes(contents.replace(b"\0maefast_build_info\0", b"\0maefast_build_xxxx\0"))
+    done = run_python("import maefast", native_package)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: libmaefast.so is of another release, the Python files around it")
+
+
+def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package):
+    """Their library could not be loaded there, and everything works without it; beside a torch with CUDA it must load."""
+    (native_package / "maefast" / "libmaefast_cuda.so").write_bytes(b"not a library")
+    code = "import torch\ntorch.version.cuda = {}\nimport maefast\nprint(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
+    done = run_python(code.format(None), native_package)
+    assert (done.returncode, done.stdout) == (0, "torch.Size([2, 2])\n"), done.stderr
+    done = run_python(code.format("'13.0'"), native_package)
+    assert "ImportError: libmaefast_cuda.so does not load beside torch" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0", "nightly"])
+def test_an_old_torch_is_refused(version):
+    done = run_python(f"import torch\ntorch.__version__ = {version!r}\nimport maefast", PACKAGE.parent)
+    message = f"ImportError: maefast needs torch 2.10 or newer; the installed torch is {version}"
+    assert done.stderr.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git1234", "2.100.1", "3.0.0.dev20270101+cpu"])
+def test_versions_of_torch_that_are_new_enough(version):
+    _torch.check_version(version)
+
+
 @pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
 def test_build_facts():
     from maefast import _C
 
     info = _C.build_info()
-    assert info["cplusplus"] >= 202002
-    assert info["cpu_isas"] == ("scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar")
+    assert info["version"] == maefast.__version__
+    assert info["kernels"] == ("scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar")
     assert info["compiler"]
     assert _C.cpu_isa() in ("scalar", "avx2", "avx512", "avx512bf16")
 
