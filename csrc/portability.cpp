@@ -9,5 +9,7 @@ template std::string std::basic_stringbuf<char>::str() const&;  // GCC 11
 template std::string std::basic_stringbuf<char>::str() &&;
 
 // glibc 2.32; std::shared_ptr counts without atomics where it is not zero.
-extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 #endif
