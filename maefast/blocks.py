@@ -38,14 +38,13 @@ class RepeatedTokens(NamedTuple):
         rows = (x + F.embedding(token, pos_embed[0])).flatten(0, 1)
         return cls(torch.cat([rows, (mask_token + pos_embed[:, 1:])[0]]), ids_restore)
 
-    @property
-    def len_keep(self) -> int:
+    def len_keep(self) -> int:  # Dynamo of torch 2.10 sees through methods of a named tuple, not through properties
         N, L = self.ids_restore.shape
         return (self.rows.shape[0] - L) // N - 1
 
     def expanded(self, y: Tensor) -> Tensor:
         """Values of the rows, (N (1+K) + L, C) -> those of the tokens, (N, 1+L, C)."""
-        (N, L), K = self.ids_restore.shape, self.len_keep
+        (N, L), K = self.ids_restore.shape, self.len_keep()
         first = (1 + K) * torch.arange(N, device=y.device)[:, None]  # row of each sample
         mask_token = N * (1 + K) + torch.arange(L, device=y.device)
         row = torch.where(self.ids_restore < K, first + 1 + self.ids_restore, mask_token)
@@ -54,7 +53,7 @@ class RepeatedTokens(NamedTuple):
     def summed(self, dy: Tensor) -> Tensor:
         """Gradients of the tokens, (N, 1+L, C) -> those of the rows, (N (1+K) + L, C): sums in fp32 and a fixed order, rounded
         once."""
-        K = self.len_keep
+        K = self.len_keep()
         kept = take_tokens(dy, _unshuffled(self.ids_restore, K)).flatten(0, 1)
         removed = (self.ids_restore >= K).to(dy.dtype).t()[:, None]
         return torch.cat([kept, torch.bmm(removed, dy[:, 1:].transpose(0, 1))[:, 0]])

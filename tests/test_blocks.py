@@ -272,7 +272,7 @@ def test_a_forward_of_the_instance_is_called():
 def test_x_of_another_dtype_than_the_weights_is_refused(native):
     """By torch, as in the module path: nothing is cast in silence."""
     for block in (make_block(BF16), through_modules(make_block(BF16))):
-        with pytest.raises((RuntimeError, TypeError), match=r"dtype|must be"):
+        with pytest.raises(RuntimeError, match="dtype"):
             block(torch.randn(2, T, D))
 
 
@@ -585,7 +585,7 @@ def test_rows_of_repeated_tokens(N, L, K):
     x, ids_restore = torch.randn(N, 1 + K, 5), torch.rand(N, L).argsort(dim=1)
     tokens = (x, ids_restore, torch.randn(1, 1, 5), torch.randn(1, 1 + L, 5))
     repeated = blocks.RepeatedTokens.of(*tokens)
-    assert repeated.len_keep == K
+    assert repeated.len_keep() == K
     assert torch.equal(repeated.expanded(repeated.rows), maefast.ops.unshuffle(*tokens))
     y = torch.randn(N * (1 + K) + L, 3, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(N, 1 + L, 3, dtype=torch.float64)

@@ -287,5 +287,7 @@ def test_bad_values_raise_from_compiled_code(backend):
     imgs, ids = torch.rand(1, 1, 4, 4), torch.tensor([[1]])
     with maefast.backend(backend):
         assert torch.equal(compiled(imgs, ids, 2), ops.gather_patches(imgs, ids, 2))
-        with pytest.raises((ValueError, IndexError, RuntimeError), match=r"ids must be in|out of bounds|out of range"):
+        # Nothing looks at values in a graph of plain torch, which has errors of its own.
+        error = ValueError if backend == "native" else (IndexError, RuntimeError)
+        with pytest.raises(error, match="ids must be in" if backend == "native" else "out of bounds|out of range"):
             compiled(imgs, ids + 7, 2)
