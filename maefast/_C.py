@@ -7,8 +7,6 @@ from . import _library
 if not _library.HAS_NATIVE:
     raise ImportError("maefast was installed without its native library (MAEFAST_NATIVE=0)")
 
-ISAS = ("auto", "scalar", "avx2", "avx512", "avx512bf16")
-
 _library.native.maefast_cpu_isa.restype = ctypes.c_char_p
 _library.native.maefast_set_cpu_isa.argtypes, _library.native.maefast_set_cpu_isa.restype = (ctypes.c_char_p,), ctypes.c_bool
 
@@ -26,5 +24,6 @@ def cpu_isa() -> str:
 
 def set_cpu_isa(name: str) -> None:
     """Force an instruction set for the whole process; 'auto' restores the best one of this CPU."""
-    if name not in ISAS or not _library.native.maefast_set_cpu_isa(name.encode()):
-        raise ValueError(f"name must be 'auto', 'scalar', 'avx2', 'avx512' or 'avx512bf16', and run on this CPU; it is {name!r}")
+    known = ("auto", *build_info()["kernels"].split())
+    if name not in known or not _library.native.maefast_set_cpu_isa(name.encode()):
+        raise ValueError(f"name must be one of {', '.join(known)}, and run on this CPU; it is {name!r}")

@@ -21,8 +21,8 @@ _NATIVE_CUDA = _PACKAGE / "libmaefast_cuda.so"
 
 HAS_NATIVE = _NATIVE.exists()
 HAS_CUDA = HAS_NATIVE and _NATIVE_CUDA.exists() and torch.version.cuda is not None
-# Facts about the loaded objects by their file names: version, compiler, build_type and kernels, which are names of CPU instruction
-# sets or CMake's names of CUDA architectures.
+# Facts about the loaded objects by their file names: version, compiler, build_type and kernels. Those are the CPU instruction sets,
+# or the CUDA architectures as CMake names them.
 BUILD_INFO: dict[str, dict[str, str]] = {}
 NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
 
@@ -62,6 +62,14 @@ def _load(path: Path) -> ctypes.CDLL:
     if release != f"maefast {__version__}":
         raise ImportError(f"{path.name} is of {release}, the Python files around it are of maefast {__version__}: reinstall maefast")
     return library
+
+
+def describe() -> list[str]:
+    """Return one line for each native object that is loaded, or why it is not."""
+    loaded = [f"{name}: {info['compiler']}, kernels for {info['kernels']}" for name, info in BUILD_INFO.items()]
+    if HAS_NATIVE and not HAS_CUDA:
+        loaded.append(f"{_NATIVE_CUDA.name}: " + ("not loaded, this torch has no CUDA" if _NATIVE_CUDA.exists() else "not built"))
+    return loaded
 
 
 if HAS_NATIVE:

@@ -11,13 +11,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _apex, _flash_attn, _library, _torch, kernels, tuned
+from . import _apex, _flash_attn, _library, _torch, cpu, kernels, tuned
 from .gpu import capability as _capability
 from .gpu import shared_memory as _shared_memory
 
@@ -65,10 +64,7 @@ _TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort 
 _TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
 _TRITON_WIDTH = 8192  # of a row that the norms hold in registers
 _NO_APEX = _apex.why_not("normalization", "fused_layer_norm_cuda")
-_CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-_ON_INTEL = "GenuineIntel" in _CPUINFO
-_HAS_AVX512 = "avx512f" in _CPUINFO
-_MULTIPLIES_BF16 = "avx512_bf16" in _CPUINFO
+_ON_INTEL, _HAS_AVX512, _MULTIPLIES_BF16 = cpu.IS_INTEL, cpu.has_avx512(), cpu.multiplies_bf16()
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -87,7 +83,7 @@ def _why_not_taken(backend: str, op: str, name: str, tensor: Tensor) -> str | No
 
 def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
     if not _library.HAS_NATIVE:
-        return "maefast was installed without its native library (MAEFAST_NATIVE=0)"
+        return cpu.NO_NATIVE
     for name, tensor in inputs.items():
         if tensor.device.type == "cuda":
             return _why_not_cuda(op, inputs, head_width) or _why_not_shared(op, inputs, head_width)

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from . import _torch, dispatch
+from . import _library, _torch, cpu, dispatch
 
 
 def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-    """Prints a table: op, the backend chosen for tensors of `device` and `dtype`, why the others were not.
+    """Print the instruction set of the CPU kernels, what each native object holds, and a table: op, backend chosen for
+    tensors of `device` and `dtype`, why not the others.
 
     Beside `sdpa` stands the kernel that torch picks. With a `maefast.MAE`, attention in its encoder (at the default mask ratio)
     and in its decoder, the backend that it asks for, and the methods that are overridden and so the route that its forward takes.
     """
+    print(cpu.describe(), *_library.describe(), sep="\n")
     rows = [("op", "backend", "why not the others")]
     for op in dispatch.OPS:
         inputs, width = _example(op, dtype, device)

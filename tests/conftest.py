@@ -1,6 +1,7 @@
 """Fixtures: seeds, backends, instruction sets, poisoned memory."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +25,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"needs 8 GiB of free memory, there are {free / GIB:.1f}")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, counted by reason."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+        terminalreporter.line(f"{count:6}  {reason}")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -38,16 +49,16 @@ def native() -> None:
 
 @pytest.fixture(params=support.ISAS)
 def isa(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
-    """Runs the test on each instruction set of the native kernels, and gives the best one back."""
+    """Runs the test on each instruction set of the native kernels that this process may use."""
     from maefast import _C
 
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU has no {request.param}")
+    if request.param not in support.USABLE_ISAS:
+        pytest.skip(f"this CPU has no {request.param}, or MAEFAST_CPU_ISA forces a narrower instruction set")
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
     assert _C.cpu_isa() == request.param
     yield request.param
-    _C.set_cpu_isa("auto")
+    _C.set_cpu_isa(before)
 
 
 @pytest.fixture(params=support.BACKENDS)

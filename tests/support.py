@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +19,24 @@ from maefast import _library, cli
 from maefast.reference import ReferenceMAE
 
 NATIVE = _library.HAS_NATIVE
+if NATIVE:
+    from maefast import _C
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+
+
+# What the native kernels of this process may use: no wider than the CPU, nor than MAEFAST_CPU_ISA.
+USABLE_ISAS = ISAS[: ISAS.index(_C.cpu_isa()) + 1] if NATIVE else ()
+ON_INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `auto` takes maefast's own matrix product of `dtype` on this machine: DESIGN.md, section 4."""
+    least = {torch.float32: "avx512", torch.bfloat16: "avx512bf16"}.get(dtype)
+    return least in USABLE_ISAS and not ON_INTEL
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

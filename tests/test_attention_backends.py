@@ -272,7 +272,7 @@ def test_flash_attn_by_the_environment(native, tmp_path):
     env = os.environ | {"MAEFAST_BACKEND": "flash_attn", "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
     *table, modules = done.stdout.splitlines()
-    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in table}
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in table[1:]}
     reason = "flash-attn runs on a GPU, qkv is on cpu"
     assert rows["attention"][0] == "flash_attn"
     assert rows["attention"][1].startswith(f"flash_attn was requested and cannot run: {reason}")

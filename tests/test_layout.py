@@ -20,7 +20,8 @@ PACKAGE = ROOT / "maefast"
 LAYERS = (
     {"_version"},
     {"_torch", "_apex", "_files", "_flash_attn", "_library", "gpu", "positions", "reference"},
-    {"_C", "tuned"},
+    {"_C"},
+    {"cpu", "tuned"},
     {"kernels"},
     {"dispatch"},
     {"explain"},
@@ -84,7 +85,7 @@ def test_imports_go_one_way(path):
 
 def test_the_walk_over_imports_sees_them():
     assert set(imports(PACKAGE / "dispatch.py")) == {
-        ("maefast", name) for name in ("_apex", "_flash_attn", "_library", "_torch", "gpu", "kernels", "tuned")
+        ("maefast", name) for name in ("_apex", "_flash_attn", "_library", "_torch", "cpu", "gpu", "kernels", "tuned")
     }
     assert ("maefast", "ops") in set(imports(PACKAGE / "blocks.py"))
     assert ("maefast", "ops", "_checks") in set(imports(PACKAGE / "ops" / "unshuffle.py"))

@@ -60,7 +60,7 @@ def plain_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name != "MAEFAST_BACKEND"}
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAEFAST_BACKEND", "MAEFAST_CPU_ISA")}
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"]
     return subprocess.run(command, env=clean | env, cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
@@ -68,8 +68,9 @@ def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess
 def test_works_warns_once_and_explains(plain_package):
     done = run_python(STEP, plain_package)
     assert done.returncode == 0, done.stderr
-    no_kernel, _, *rows = done.stdout.splitlines()
+    no_kernel, no_isa, _, *rows = done.stdout.splitlines()
     assert no_kernel == "no kernel"
+    assert no_isa == "CPU kernels: none, maefast was installed without its native library (MAEFAST_NATIVE=0)"
     chosen = {op: "sdpa" if op == "attention" else "eager" for op in maefast.dispatch.OPS}
     assert dict(row.split()[:2] for row in rows) == chosen
     assert all("native: maefast was installed without its native library (MAEFAST_NATIVE=0)" in row for row in rows)
@@ -128,6 +129,17 @@ def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package)
     assert "ImportError: libmaefast_cuda.so does not load beside torch" in done.stderr
 
 
+def test_explain_names_the_native_objects(native_package):
+    code = "import maefast; maefast.explain()"
+    _, cpu, cuda, *_ = run_python(code, native_package).stdout.splitlines()
+    kernels = "scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar"
+    assert re.fullmatch(rf"libmaefast\.so: \S+ [\d.]+, kernels for {kernels}", cpu)
+    assert cuda == "libmaefast_cuda.so: not built"
+    (native_package / "maefast" / "libmaefast_cuda.so").write_bytes(b"not a library")
+    _, _, cuda, *_ = run_python(code, native_package).stdout.splitlines()
+    assert cuda == "libmaefast_cuda.so: not loaded, this torch has no CUDA"
+
+
 @pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0", "nightly"])
 def test_an_old_torch_is_refused(version):
     done = run_python(f"import torch\ntorch.__version__ = {version!r}\nimport maefast", PACKAGE.parent)
@@ -152,12 +164,12 @@ def test_build_facts():
 
 
 @pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
-@pytest.mark.parametrize("name", ["sse2", "", "AVX2", "avx5"])
+@pytest.mark.parametrize("name", ["sse2", "", "AVX2", "avx5", "scalar avx2", "scalar\0"])
 def test_unknown_instruction_set(name):
     from maefast import _C
 
     before = _C.cpu_isa()
-    with pytest.raises(ValueError, match=f"name must be 'auto', 'scalar', 'avx2', 'avx512' or 'avx512bf16'.*'{name}'"):
+    with pytest.raises(ValueError, match=f"name must be one of auto, scalar,.* and run on this CPU; it is {re.escape(repr(name))}"):
         _C.set_cpu_isa(name)
     assert _C.cpu_isa() == before
 

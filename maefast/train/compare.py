@@ -1,8 +1,8 @@
-"""The same training steps with maefast and with the plain reference, in turns."""
+"""The same training steps with maefast and with the plain reference, in rotation."""
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -17,30 +17,69 @@ from .data import normalised
 from .optim import adamw
 from .step import training_step
 
-STEPS_PER_TURN = 4
+STEPS_PER_ROUND = 4  # of each of the two
+FEWEST_ROUNDS = 6  # that a 95 % interval of a median needs
+SPREAD = 0.1  # of the ratio at which the rounds end, as the width of its interval over its median
+SECONDS = 30.0  # after which they end all the same
+COMPARED_ROUNDS = 10  # whose losses are compared: rounding lets two runs of any code drift apart
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return a 95 % confidence interval of the median of at least 6 independent values, whatever their distribution.
+
+    The k-th smallest of n values lies above the median with the probability that fewer than k of n tosses of a coin show heads.
+    """
+    n, k, ways, tail = len(values), 0, 1, 0
+    while 40 * (tail + ways) <= 2**n:  # at most 2.5 % on either side
+        tail, ways, k = tail + ways, ways * (n - k) // (k + 1), k + 1
+    if k == 0:
+        raise ValueError(f"values must be {FEWEST_ROUNDS} or more for a 95 % interval, there are {n}")
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[n - k]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Medians over the timed steps; a step goes from a uint8 batch to updated weights."""
+    """Seconds of a step, from a uint8 batch to updated weights: its mean in each timed round."""
 
     batch_size: int
-    steps: int  # timed, of each of the two
-    seconds: float  # of a maefast step
-    reference_seconds: float
-    loss_difference: float  # the largest, relative, over all steps
+    seconds: Sequence[float]  # of maefast
+    reference_seconds: Sequence[float]
+    loss_difference: float  # the largest, relative, over the first steps
+
+    @property
+    def ratios(self) -> list[float]:
+        return [reference / own for own, reference in zip(self.seconds, self.reference_seconds, strict=True)]
 
     @property
     def ratio(self) -> float:
-        """How many times faster maefast is; below 1 it is slower."""
-        return self.reference_seconds / self.seconds
+        """How many times faster maefast is, the median over the rounds; below 1 it is slower."""
+        return median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """A 95 % confidence interval of `ratio`."""
+        return median_interval(self.ratios)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the interval is narrower than SPREAD."""
+        low, high = self.interval
+        return high - low < SPREAD * self.ratio
+
+    @property
+    def speed(self) -> str:
+        low, high = self.interval
+        return f"{self.ratio:.2f} x, {low:.2f} to {high:.2f}"
 
     def __str__(self) -> str:
-        slower = "; maefast is SLOWER here" if self.ratio < 0.995 else ""
+        slower = "; maefast is SLOWER here" if self.interval[1] < 0.995 else ""
+        wide = "" if self.settled else "; a wide interval: few rounds, or a busy machine"
+        own, reference = (f"{median(seconds) * 1e3:.1f}" for seconds in (self.seconds, self.reference_seconds))
+        rounds = f"median and its 95 % interval over {len(self.seconds)} rounds of {STEPS_PER_ROUND} steps each"
         return (
-            f"{self.ratio:.2f} x the speed of the eager reference{slower} ({self.seconds * 1e3:.1f} against "
-            f"{self.reference_seconds * 1e3:.1f} ms a step of {self.batch_size} images, medians of {self.steps} steps each, "
-            f"in turns; losses within {self.loss_difference:.0e})"
+            f"speed against the eager reference {self.speed}{slower}{wide} ({own} against {reference} ms a step of "
+            f"{self.batch_size} images; {rounds}; losses within {self.loss_difference:.0e})"
         )
 
 
@@ -62,11 +101,13 @@ def reference_on(model: MAE) -> Callable[..., MAEOutput]:
 
 
 def compare(
-    config: dict[str, Any], images: Iterator[Tensor], *, turns: int, lr: float, mask_ratio: float, seed: int
+    config: dict[str, Any], images: Iterator[Tensor], *, rounds: int, lr: float, mask_ratio: float, seed: int
 ) -> Comparison:
-    """Train `MAE(**config)` and a ReferenceMAE from the same weights on the same batches and noise, turn by turn.
+    """Train `MAE(**config)` and a ReferenceMAE from the same weights on the same batches and noise, in rotation.
 
-    The reference gets float images, normalised in its own time: maefast does that inside its step. The first turn warms up and
+    rounds   the most that are timed; they end before where the ratio has settled or SECONDS have passed, after 6 at the earliest
+
+    The reference gets float images, normalised in its own time: maefast does that inside its step. The first round warms up and
     is not timed.
     """
     model = MAE(**config)
@@ -82,19 +123,20 @@ def compare(
         return training_step(reference, reference_optimizer, batch, mask_ratio, noise=noise)
 
     times: dict[Any, list[float]] = {own_step: [], reference_step: []}
-    difference, batch_size = 0.0, 0
-    for turn in range(turns + 1):
-        batches = [next(images) for _ in range(STEPS_PER_TURN)]
-        batch_size = len(batches[0])
-        noises = [torch.rand(batch_size, model.patch_embed.num_patches, generator=generator) for _ in batches]
+    difference, started = 0.0, time.perf_counter()
+    for done in range(max(rounds, FEWEST_ROUNDS) + 1):
+        batches = [next(images) for _ in range(STEPS_PER_ROUND)]
+        noises = [torch.rand(len(batch), model.patch_embed.num_patches, generator=generator) for batch in batches]
         losses = {}
-        for step in (own_step, reference_step) if turn % 2 else (reference_step, own_step):
-            losses[step] = list[float]()
-            for batch, noise in zip(batches, noises, strict=True):
-                start = time.perf_counter()
-                losses[step].append(step(batch, noise).item())
-                if turn:
-                    times[step].append(time.perf_counter() - start)
-        pairs = zip(losses[own_step], losses[reference_step], strict=True)
-        difference = max([difference, *(abs(own - ref) / max(abs(ref), 1e-12) for own, ref in pairs)])
-    return Comparison(batch_size, turns * STEPS_PER_TURN, median(times[own_step]), median(times[reference_step]), difference)
+        for step in (own_step, reference_step) if done % 2 else (reference_step, own_step):
+            start = time.perf_counter()
+            losses[step] = [step(batch, noise).item() for batch, noise in zip(batches, noises, strict=True)]
+            if done:
+                times[step].append((time.perf_counter() - start) / STEPS_PER_ROUND)
+        if done <= COMPARED_ROUNDS:
+            pairs = zip(losses[own_step], losses[reference_step], strict=True)
+            difference = max([difference, *(abs(own - ref) / max(abs(ref), 1e-12) for own, ref in pairs)])
+        comparison = Comparison(len(batches[0]), times[own_step], times[reference_step], difference)
+        if done >= FEWEST_ROUNDS and (comparison.settled or time.perf_counter() - started > SECONDS):
+            break
+    return comparison

@@ -183,9 +183,8 @@ def _stream(recipe: Recipe, data: ImageSet, seed: int) -> Iterator[Tensor]:
 def train(recipe: Recipe, data: ImageSet, seed: int) -> Trained:
     """Time a fresh model against the reference, then pre-train it from the same seed."""
     torch.manual_seed(seed)
-    turns = min(10, max(2, recipe.steps // 40))
     stream = _stream(recipe, data, seed)
-    comparison = compare(recipe.config, stream, turns=turns, lr=recipe.lr / 10, mask_ratio=recipe.mask_ratio, seed=seed)
+    comparison = compare(recipe.config, stream, rounds=recipe.steps, lr=recipe.lr / 10, mask_ratio=recipe.mask_ratio, seed=seed)
     print(f"{recipe.name}: {comparison}", flush=True)
 
     torch.manual_seed(seed)
@@ -251,6 +250,8 @@ def _summary(trained: list[Trained], held: bool | None, seconds: float, output: 
             "seconds": each.seconds,
             "images_per_second": each.images_per_second,
             "ratio_to_reference": each.comparison.ratio,
+            "ratio_interval": each.comparison.interval,
+            "ratio_rounds": len(each.comparison.ratios),
             "loss_difference": each.comparison.loss_difference,
         }
         for each in trained
@@ -269,7 +270,8 @@ def _summary(trained: list[Trained], held: bool | None, seconds: float, output: 
 def _print_summary(trained: list[Trained], summary: dict[str, Any]) -> None:
     for each in trained:
         first, last = each.records[0]["loss"], each.records[-1]["loss"]
-        speed = f"{each.images_per_second:.0f} images/s, {each.comparison.ratio:.2f} x the reference's speed"
-        print(f"{each.recipe.name}: {each.recipe.steps} steps in {each.seconds:.0f} s, {speed}, loss {first:.3f} -> {last:.3f}")
+        training = f"{each.recipe.steps} steps in {each.seconds:.0f} s, {each.images_per_second:.0f} images/s"
+        speed = f"speed against the eager reference {each.comparison.speed}"
+        print(f"{each.recipe.name}: {training}, loss {first:.3f} -> {last:.3f}; {speed}")
     names = ("reconstruction.png", "loss.png", "checkpoint.pt", "log.jsonl")
     print(f"{summary['seconds']:.0f} s in all; look at {', '.join(str(Path(summary['output']) / name) for name in names)}")
