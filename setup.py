@@ -81,9 +81,10 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# CMake makes libmaefast_cuda.so beside it, where there is CUDA.
+objects = [Extension("maefast.libmaefast", sources=[])] if NATIVE else []
 setup(
-    # CMake makes libmaefast_cuda.so beside it, where there is CUDA.
-    ext_modules=[Extension("maefast.libmaefast", sources=[])] if NATIVE else [],
+    ext_modules=objects,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     # Not in pyproject.toml: gigabytes that an isolated build need not fetch where the environment around it has torch.
     setup_requires=["torch>=2.10"] if NATIVE and torch_root() is None else [],

@@ -21,8 +21,8 @@ _NATIVE_CUDA = _PACKAGE / "libmaefast_cuda.so"
 
 HAS_NATIVE = _NATIVE.exists()
 HAS_CUDA = HAS_NATIVE and _NATIVE_CUDA.exists() and torch.version.cuda is not None
-# Facts about the loaded objects by their file names: version, compiler, build_type and kernels. Those are the CPU instruction sets,
-# or the CUDA architectures as CMake names them.
+# Facts about the loaded objects by their file names: version, compiler, build_type, and kernels: CPU instruction sets, or CUDA
+# architectures as CMake names them.
 BUILD_INFO: dict[str, dict[str, str]] = {}
 NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
 
@@ -60,7 +60,9 @@ def _load(path: Path) -> ctypes.CDLL:
         BUILD_INFO[path.name] = json.loads(library.maefast_build_info())
         release = f"maefast {BUILD_INFO[path.name]['version']}"
     if release != f"maefast {__version__}":
-        raise ImportError(f"{path.name} is of {release}, the Python files around it are of maefast {__version__}: reinstall maefast")
+        raise ImportError(
+            f"{path.name} is of {release}, the Python files around it are of maefast {__version__}: reinstall maefast"
+        )
     return library
 
 

@@ -1,12 +1,13 @@
 """Builds the source distribution and the wheels into dist/, and tries them with every Python from 3.10 to 3.13 that is found.
 
-    python scripts/wheels.py build             a wheel for CPUs, and one with CUDA kernels where torch and nvcc have CUDA
-    python scripts/wheels.py test torch==2.13.0 [PYTEST-ARGUMENT ...]
+    [PYTHONS="3.10 3.12"] python scripts/wheels.py build
+    [PYTHONS="3.10 3.12"] python scripts/wheels.py test torch==2.13.0 [PYTEST-ARGUMENT ...]
 
-One wheel serves every Python, since libmaefast.so knows none. `build` names it after the oldest glibc and libstdc++ that it loads
-beside, as auditwheel finds them, then installs it for each Python and loads the library there, with the libraries of the torch
-that it was built against. `test` installs the wheel beside a torch for each Python and runs tests, without a compiler on PATH. A
-Python for which pip cannot install that torch is named and left out.
+One wheel serves every Python, since libmaefast.so knows none. `build` makes one for CPUs, and one with CUDA kernels where torch
+and nvcc have CUDA. Each is named after the oldest glibc and libstdc++ that it loads beside, as auditwheel finds them. It is
+installed for each Python, and its library is loaded there with the libraries of the torch that it was built against. `test`
+installs the wheel for CPUs beside a torch for each Python and runs tests, without a compiler on PATH; each environment is removed
+after its tests. A Python for which pip cannot install that torch is named and left out.
 """
 
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 WORK = ROOT / "build" / "wheels"
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = os.environ.get("PYTHONS", "3.10 3.11 3.12 3.13").split()
 TESTS = ("tests/ops", "-k", "unshuffle or random_masking or masked_mse")
 
 LOAD = """
@@ -112,6 +113,7 @@ def test(torch: str, *arguments: str) -> None:
         alone = os.environ | {"PATH": str(python.parent)}
         run([python, "-c", STEP], cwd=tree, env=alone)
         run([python, "-m", "pytest", "-q", *(arguments or TESTS)], cwd=tree, env=alone)
+        shutil.rmtree(python.parent.parent)
 
 
 if __name__ == "__main__":

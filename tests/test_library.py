@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import NATIVE
 
 import maefast
@@ -122,7 +123,9 @@ def test_a_native_library_without_a_version_is_refused(native_package):
 def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package):
     """Their library could not be loaded there, and everything works without it; beside a torch with CUDA it must load."""
     (native_package / "maefast" / "libmaefast_cuda.so").write_bytes(b"not a library")
-    code = "import torch\ntorch.version.cuda = {}\nimport maefast\nprint(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
+    code = (
+        "import torch\ntorch.version.cuda = {}\nimport maefast\nprint(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
+    )
     done = run_python(code.format(None), native_package)
     assert (done.returncode, done.stdout) == (0, "torch.Size([2, 2])\n"), done.stderr
     done = run_python(code.format("'13.0'"), native_package)
@@ -169,7 +172,9 @@ def test_unknown_instruction_set(name):
     from maefast import _C
 
     before = _C.cpu_isa()
-    with pytest.raises(ValueError, match=f"name must be one of auto, scalar,.* and run on this CPU; it is {re.escape(repr(name))}"):
+    with pytest.raises(
+        ValueError, match=f"name must be one of auto, scalar,.* and run on this CPU; it is {re.escape(repr(name))}"
+    ):
         _C.set_cpu_isa(name)
     assert _C.cpu_isa() == before
 
@@ -193,6 +198,34 @@ def test_the_ops_need_no_python():
     names = undefined_symbols()
     assert not [name for name in names if name.startswith(("Py", "_Py"))]
     assert not [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
+
+
+@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+def test_the_library_holds_no_path_of_its_build():
+    contents = (PACKAGE / "libmaefast.so").read_bytes()
+    assert str(PACKAGE.parent).encode() not in contents
+    assert str(Path(torch.__file__).parent).encode() not in contents
+    dynamic = subprocess.run(["readelf", "-d", PACKAGE / "libmaefast.so"], capture_output=True, text=True, check=True).stdout
+    assert "NEEDED" in dynamic
+    assert not re.search("RPATH|RUNPATH", dynamic)
+
+
+@pytest.mark.skipif(
+    not NATIVE or "GNU 12." not in maefast._C.build_info()["compiler"] or "MAEFAST_SANITIZE" in os.environ,
+    reason="wheels are built with GCC 12",
+)
+def test_the_library_loads_beside_old_system_libraries():
+    """Of manylinux_2_28, as torch's own wheels. A symbol without a version is torch's, or may be missing."""
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+    command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for kind, symbol in (line.split() for line in symbols):
+        name, _, version = symbol.partition("@")
+        if version:
+            library, numbers = version.lstrip("@").split("_")
+            assert tuple(map(int, numbers.split("."))) <= newest[library], symbol
+        else:
+            assert kind == "w" or name.startswith(("aoti_torch_", "torch_")), symbol
 
 
 EDGES = """
