@@ -21,14 +21,9 @@ PACKAGE = ROOT / "maefast"
 # Bottom up; a module imports from layers below its own, and a package also from itself.
 LAYERS = (
     {"_version"},
-<<<<<<< HEAD
-    {"_torch", "_apex", "_files", "_flash_attn", "_library", "_C", "gpu", "init", "positions", "reference"},
-    {"autocast", "cpu", "testing", "tuned"},
-=======
-    {"_torch", "_apex", "_files", "_flash_attn", "_library", "gpu", "positions", "reference"},
+    {"_torch", "_apex", "_files", "_flash_attn", "_library", "gpu", "init", "positions", "reference"},
     {"_C"},
-    {"cpu", "tuned"},
->>>>>>> wheels
+    {"autocast", "cpu", "testing", "tuned"},
     {"kernels"},
     {"dispatch"},
     {"ops"},
@@ -144,11 +139,7 @@ def test_public_names_of_train_mean_one_thing():
 
 def test_the_walk_over_imports_sees_them():
     assert set(imports(PACKAGE / "dispatch.py")) == {
-<<<<<<< HEAD
         ("maefast", name) for name in ("_apex", "_flash_attn", "_library", "cpu", "gpu", "kernels")
-=======
-        ("maefast", name) for name in ("_apex", "_flash_attn", "_library", "_torch", "cpu", "gpu", "kernels", "tuned")
->>>>>>> wheels
     }
     assert ("maefast", "ops") in set(imports(PACKAGE / "blocks.py"))
     assert ("maefast", "ops", "_checks") in set(imports(PACKAGE / "ops" / "unshuffle.py"))
