@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .checkpoint import load
-from .checkpoint.files import WEIGHTS, Contents, write_safetensors
-from .checkpoint.layouts import official_names, transformers_names
+from .checkpoint.candidates import official_names
+from .checkpoint.files import WEIGHTS, write_safetensors
+from .checkpoint.layouts import transformers_names
 from .model import MAE
 
 
@@ -157,5 +158,5 @@ def _to_transformers_names(module: nn.Module, state_dict: dict[str, Tensor], pre
 def _to_own_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     theirs = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith((f"{prefix}vit.", f"{prefix}decoder."))}
     if theirs:
-        contents = Contents(Path("the state_dict"), {name.removeprefix(prefix): t for name, t in theirs.items()}, {}, {})
-        state_dict.update({f"{prefix}mae.{name}": tensor for name, tensor in official_names(contents)[1].items()})
+        named = official_names({name.removeprefix(prefix): t for name, t in theirs.items()}, Path("the state_dict"))
+        state_dict.update({f"{prefix}mae.{name}": tensor for name, tensor in named.items()})
