@@ -78,7 +78,10 @@ class Candidate:
         nested = self.decoder is not None and self.decoder != self.prefix and self.prefix.startswith(self.decoder)
         for name, tensor in self.state.items():
             inside, found = None, None
-            if name.startswith(self.prefix) and not name.startswith(self.others):
+            if name.startswith(self.others):
+                beside.append(name)
+                continue
+            if name.startswith(self.prefix):
                 inside = name.removeprefix(self.prefix)
                 found = self.layout.encoder.official(inside)
             if found is None and self.decoder is not None and name.startswith(self.decoder):
@@ -133,7 +136,7 @@ def _check(contents: Contents, candidate: Candidate) -> None:
     path = contents.path
     if empty := [name for name, tensor in candidate.official[0].items() if not tensor.numel()]:
         raise CheckpointError(
-            f"{path} holds empty tensors, {listed(empty)}; DeepSpeed's ZeRO-3 leaves them so: join its shards with zero_to_fp32.py"
+            f"{path} holds empty tensors, {listed(empty)}, as ZeRO-3 of DeepSpeed leaves them; join them with zero_to_fp32.py"
         )
     entry: Any = contents.entries
     for name in candidate.entry:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .architecture import is_decoder
+from .architecture import is_decoder, misfit
 from .files import CheckpointError
 from .load import (
     VARIANT,
@@ -14,8 +14,6 @@ from .load import (
     LoadReport,
     check_heads,
     check_model,
-    has_decoder,
-    misfit,
     put,
     read,
     refit,
@@ -24,21 +22,21 @@ from .load import (
 )
 from .positions import Grid
 
-OWN = ("head.", "fc_norm.", VARIANT)  # begins the names of what a model keeps where the checkpoint has none
-
 
 def init_from(model: nn.Module, path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None) -> LoadReport:
-    """Start an MAE or its encoder from a checkpoint of any known layout: the encoder, and the decoder where the file has one that
-    fits.
+    """Start an MAE from a checkpoint of any known layout: the encoder, and the decoder where the file has one that fits.
 
     key, stored_grid    as in `load`
 
     Positions of another grid are computed or resized as in `load`. With another number of channels the patch embedding and the
-    predictions are repeated, or averaged, so that an image whose channels are all alike gives the tokens that it gave before. A
-    head, a `fc_norm` and a decoder of other sizes are left out, and the model keeps its own; the report says so.
+    predictions are repeated or averaged, so that an image whose channels are all alike has the tokens that it had before. A head,
+    a `fc_norm` and a decoder of other sizes are left out, and the model keeps its own; the report says so.
     Raises as `load`; the model is then as it was, bit for bit.
     """
     check_model(model)
+    ours = model.state_dict()
+    if not any(map(is_decoder, ours)):
+        raise TypeError(f"model must be an MAE, with a decoder; it is a {type(model).__name__}, which load fills")
     checkpoint = read(path, key)
     left_out, warnings = _without_classifier(checkpoint)
     checkpoint = checkpoint.without(left_out)
@@ -46,25 +44,29 @@ def init_from(model: nn.Module, path: str | Path, *, key: str | None = None, sto
     checkpoint, adapted = _with_channels(model, checkpoint)
     tensors, positions = refit(model, checkpoint, grid)
     checkpoint = replace(checkpoint, tensors=tensors)
-    if has_decoder(model):
-        decoder, why = _unfit_decoder(model, checkpoint)
-        checkpoint, left_out, warnings = checkpoint.without(decoder), left_out + decoder, warnings + why
+    decoder, why = _unfit_decoder(model, checkpoint)
+    if why:
+        left_out, warnings, checkpoint = left_out + decoder, [*warnings, why], checkpoint.without(decoder)
         adapted, positions = ([c for c in changes if c.split()[0] not in decoder] for changes in (adapted, positions))
-    ours = model.state_dict()
-    variant = {name: tensor for name, tensor in checkpoint.variant.items() if name in ours}
-    checkpoint = replace(checkpoint, variant={n: t for n, t in checkpoint.variant.items() if n not in variant})
+    variant = {name: t for name, t in checkpoint.variant.items() if name in ours and t.shape == ours[name].shape}
+    checkpoint = replace(checkpoint, variant={name: t for name, t in checkpoint.variant.items() if name not in variant})
     theirs = checkpoint.tensors | variant
-    strange = [name for name in theirs if name not in ours and not is_decoder(name)]
-    missing = [name for name in ours if name not in theirs]
-    lacking = [name for name in missing if not (is_decoder(name) or name.startswith(OWN) or (_no_norm(left_out, name)))]
+    strange, missing = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
+    lacking = [name for name in missing if not _keeps_own(name, left_out)]
     if strange or lacking:
         raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {misfit(strange, lacking)}")
     check_heads(model, checkpoint)
-    put(model, checkpoint, {name: theirs[name] for name in ours if name in theirs})
-    unexpected = [*left_out, *(name for name in theirs if name not in ours)]
-    if has_decoder(model):
-        warnings += _about_decoder(model, checkpoint, left_out)
-    return checkpoint.report(missing, unexpected, positions, adapted, warnings)
+    put(model, checkpoint, theirs)
+    if checkpoint.has_decoder:
+        warnings += checkpoint.warn_of_variant() + warn_of_target(checkpoint, bool(model.norm_pix_loss))
+    elif not why:
+        warnings.append("the checkpoint holds no decoder; the model keeps its own")
+    return checkpoint.report(missing, left_out, positions, adapted, warnings)
+
+
+def _keeps_own(name: str, left_out: list[str]) -> bool:
+    """Whether a tensor that the checkpoint lacks may stay as it was drawn."""
+    return is_decoder(name) or name.startswith(VARIANT) or (name.startswith("norm.") and f"fc_{name}" in left_out)
 
 
 def _without_classifier(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
@@ -74,10 +76,6 @@ def _without_classifier(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     if pooled and "norm.weight" not in checkpoint.tensors:
         warnings.append("the checkpoint has fc_norm, for pooled tokens, in place of norm; the model keeps its own norm")
     return checkpoint.head + pooled, warnings
-
-
-def _no_norm(left_out: list[str], name: str) -> bool:
-    return name.startswith("norm.") and f"fc_{name}" in left_out
 
 
 def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -108,19 +106,19 @@ def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint
     return replace(checkpoint, tensors=theirs), adapted
 
 
-def _unfit_decoder(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """The names of a decoder that is not the model's, and a warning that says what does not fit; both empty where it fits."""
+def _unfit_decoder(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], str]:
+    """The names of the checkpoint's decoder, and a warning where it does not fit the model's."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if is_decoder(name)}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if is_decoder(name)}
     if not theirs:
-        return [], []
+        return [], ""
     strange, lacking = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
     why = misfit(strange, lacking) if strange or lacking else _other_shape(ours, theirs)
     try:
         check_heads(model, checkpoint, stacks=("decoder_blocks",))
     except CheckpointError as error:
         why = why or str(error)
-    return (list(theirs), [f"the decoder of the checkpoint is left out, and the model keeps its own: {why}"]) if why else ([], [])
+    return list(theirs), f"the decoder of the checkpoint is left out, and the model keeps its own: {why}" if why else ""
 
 
 def _other_shape(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
@@ -128,9 +126,3 @@ def _other_shape(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
         if tensor.shape != ours[name].shape:
             return f"{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(ours[name].shape)} in the model"
     return ""
-
-
-def _about_decoder(model: nn.Module, checkpoint: Checkpoint, left_out: list[str]) -> list[str]:
-    if checkpoint.has_decoder:
-        return checkpoint.warn_of_variant() + warn_of_target(checkpoint, bool(model.norm_pix_loss))
-    return [] if any(map(is_decoder, left_out)) else ["the checkpoint holds no decoder; the model keeps its own"]
