@@ -522,7 +522,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "positions of another grid in the decoder": (
         changed("decoder_pos_embed", lambda x: x[:, :5]),
-        r"decoder_pos_embed of .* must be \(1, 17, D\) for 16 patches; its shape is \(1, 5, 24\)|decoder_pos_embed of .* must be \(1, 17",
+        r"decoder_pos_embed of .* must be \(1, 17, D\) for 16 patches; its shape is \(1, 5, 24\)$",
     ),
     "positions of nothing": (changed("pos_embed", lambda x: x[:, :1]), "must have positions of patches"),
     "no class token": (lambda t: {n: x for n, x in t.items() if n != "cls_token"}, "it lacks cls_token$"),
@@ -656,7 +656,7 @@ def test_objects_beside_the_weights_are_not_made(model, tmp_path, base, argument
 
 def test_an_object_in_the_place_of_a_tensor(model, tmp_path):
     save_foreign(lambda kind: {"model": {**model.state_dict(), "norm.bias": kind()}}, "timm.Buffer", Log, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="it lacks norm.bias$"):
+    with pytest.raises(CheckpointError, match=r"it lacks norm.bias$"):
         checkpoint.load(trained(), tmp_path / "a.pth")
 
 
