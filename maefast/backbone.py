@@ -37,7 +37,7 @@ class Backbone(nn.Module):
             if values is not None:
                 device = torch.get_default_device()
                 self._place_statistic(name, torch.tensor(values, dtype=torch.float32, device="cpu"), device)
-        self.register_load_state_dict_post_hook(_follow_parameters)
+        self.register_load_state_dict_post_hook(follow_parameters)
 
     def _place_statistic(self, name: str, value: Tensor, device: torch.device) -> None:
         """Pixel statistics that lie on the meta device are held beside it: they are not in the state_dict that a model is filled
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         return torch.cat([cls_token, x], dim=1)
 
 
-def _follow_parameters(model: Backbone, _: Any) -> None:
+def follow_parameters(model: Backbone, *_: Any) -> None:
     """Pixel statistics go where load_state_dict(assign=True) has put the parameters."""
     for name in ("mean", "std"):
         value, device = getattr(model, name), model.pos_embed.device
