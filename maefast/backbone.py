@@ -1,11 +1,13 @@
 """Backbone: what MAE and the VisionTransformer share, from images to tokens with positions."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import dispatch
 from .blocks import PatchEmbed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,6 +59,8 @@ class Backbone(nn.Module):
         return self
 
     def _check_images(self, imgs: Tensor, any_size: bool = False) -> None:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            _check_graph(type(self).__name__)
         self.patch_embed.check(imgs, any_size)
         if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
             raise TypeError(f"imgs must be floating-point or uint8; it is {str(imgs.dtype).removeprefix('torch.')}")
@@ -77,6 +81,18 @@ class Backbone(nn.Module):
         """Patch tokens x (N, K, D), positions added -> (N, 1+K, D)."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token, x], dim=1)
+
+
+def _check_graph(model: str) -> None:
+    """Raise RuntimeError where torch writes a graph that has no place for maefast's own ops."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # torch.compile takes is_in_onnx_export for False
+    onnx = getattr(flags, "_is_onnx_exporting", False) or torch.onnx.is_in_onnx_export()
+    if (onnx or torch.jit.is_tracing()) and dispatch.requested() != "eager":
+        graph, call = ("an ONNX graph", "torch.onnx.export") if onnx else ("a traced graph", "torch.jit.trace")
+        raise RuntimeError(
+            f'{graph} has no place for the native ops of {model}: call {call} within maefast.backend("eager"), '
+            "or use torch.export, which takes them"
+        )
 
 
 def follow_parameters(model: Backbone, *_: Any) -> None:
