@@ -21,7 +21,9 @@ def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dt
     Beside `sdpa` stands the kernel that torch picks. A `maefast.MAE` or `VisionTransformer` adds attention in its encoder (at the
     default mask ratio) and in its decoder, the route of each block with the reason, and the route of its forward, which depends
     on the methods that are overridden.
+    Raises ValueError for a name that is no device, and RuntimeError for a device that is not here.
     """
+    _check_device(device)
     print(cpu.describe(), *_library.describe(), sep="\n")
     rows = [("op", "backend", "why not the others")]
     where = torch.device(device)
@@ -41,6 +43,19 @@ def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dt
         asked: str | None = getattr(model, "attn_backend", None)
         route = f"the official route, through the overridden {', '.join(overridden)}" if overridden else "the fused path"
         print(f"{type(model).__name__}.forward takes {route}" + (f"; its attn_backend is {asked}" if asked else ""))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be that of a tensor, such as "cpu" or "cuda"; it is {device!r}') from error
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = "the CPU alone" if accelerator is None else f"the CPU and {accelerator.type}"
+        raise RuntimeError(f"device {device} is not here: torch {torch.__version__} has {here} on this machine") from error
 
 
 def _choice(op: Op, ask: dispatch.Ask, asked: str = "auto") -> tuple[str, str]:

@@ -77,21 +77,35 @@ class MAE(Backbone):
     # -- checkpoints ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, stored_grid: tuple[int, int] | None = None, **overrides: Any) -> "MAE":
+    def from_pretrained(
+        cls, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None, **overrides: Any
+    ) -> "MAE":
         """A model with the architecture and the weights of a checkpoint, a file or folder in any layout of maefast.checkpoint.
 
         overrides      arguments of the constructor that the checkpoint does not tell, or that shall differ: img_size resizes the
                        positions; num_heads is required where neither a config, nor the training arguments, nor a width of the
                        factories tells it
+        key            which weights to take where the checkpoint holds several: an entry's name, a prefix, or both with a dot
         stored_grid    (rows, columns) of the stored positions, where they are trained, not square, and no config tells it
         What may be wrong although everything fitted, a decoder that is absent for one, is a UserWarning; maefast.checkpoint.load
         has it in its report. Raises FileNotFoundError, CheckpointError (a ValueError) that says what does not fit, and
         RuntimeError where safetensors is needed and not installed.
         """
-        model, report = checkpoint.from_pretrained(cls, path, stored_grid=stored_grid, **overrides)
+        model, report = checkpoint.from_pretrained(cls, path, key=key, stored_grid=stored_grid, **overrides)
         for warning in report.warnings:
             warnings.warn(f"{path}: {warning}", stacklevel=2)
         return model
+
+    def init_from(
+        self, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None
+    ) -> checkpoint.LoadReport:
+        """Start from the weights of a checkpoint in any layout of maefast.checkpoint, whose report is returned: the encoder, and
+        the decoder where the file has one of the same sizes. Images of another size or number of channels are provided for.
+
+        key, stored_grid    as in from_pretrained
+        Raises as from_pretrained; the model is then as it was.
+        """
+        return checkpoint.init_from(self, path, key=key, stored_grid=stored_grid)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors, with the official names, and config.json, with all arguments of the constructor, to `folder`;

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ...checkpoint import CheckpointError
 from ...checkpoint.architecture import Architecture, Facts, encoder_arguments, infer
-from ...checkpoint.files import read
+from ...checkpoint.candidates import read
 from ...encoder import VisionTransformer
 from ..errors import UserError
 
