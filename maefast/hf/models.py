@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper, checkpoint_wrapper
 
-from .. import ops
+from .. import _torch, ops
 from ..backbone import follow_parameters
 from ..blocks import Attention
 from ..checkpoint import load
@@ -158,20 +157,21 @@ class Adapter(nn.Module):
             raise ValueError(f"every_n_layers must be at least 1; it is {every_n_layers}")
         self.activation_checkpointing_disable()
         options = dict(activation_checkpointing_kwargs or {})
-        impl = CheckpointImpl.REENTRANT if options.pop("use_reentrant", False) else CheckpointImpl.NO_REENTRANT
+        kinds = _torch.checkpointing().CheckpointImpl
+        impl = kinds.REENTRANT if options.pop("use_reentrant", False) else kinds.NO_REENTRANT
         for stack in self._stacks:
             for i in range(0, len(stack), every_n_layers):
-                stack[i] = checkpoint_wrapper(stack[i], checkpoint_impl=impl, **options)
+                stack[i] = _torch.checkpointing().checkpoint_wrapper(stack[i], checkpoint_impl=impl, **options)
 
     def activation_checkpointing_disable(self) -> None:
         for stack in self._stacks:
             for i, block in enumerate(stack):
-                if isinstance(block, CheckpointWrapper):
+                if isinstance(block, _torch.checkpointing().CheckpointWrapper):
                     stack[i] = block._checkpoint_wrapped_module
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return any(isinstance(block, CheckpointWrapper) for stack in self._stacks for block in stack)
+        return any(isinstance(block, _torch.checkpointing().CheckpointWrapper) for stack in self._stacks for block in stack)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
