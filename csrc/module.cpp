@@ -17,9 +17,10 @@ PYBIND11_MODULE(_C, m) {
         info["build_type"] = MAEFAST_BUILD_TYPE;
         info["cplusplus"] = static_cast<long>(__cplusplus);
         info["cuda"] = MAEFAST_HAS_CUDA != 0;
+        info["cutlass"] = MAEFAST_HAS_CUTLASS != 0;
         return info;
       },
-      "Compiler, build type, C++ standard, and whether the CUDA kernels are in.");
+      "Compiler, build type, C++ standard, and whether the CUDA kernels and those from CUTLASS are in.");
   m.def("cpu_isa", &maefast::cpu::isa_name,
         "The instruction set that the CPU kernels use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'.");
   m.def(
