@@ -1,9 +1,9 @@
 """Drives CMake: builds libmaefast.so, libmaefast_cuda.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
 
 MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
-kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_CUTLASS=0 or 1 leaves out or demands the products
-for Hopper among them, which are otherwise built where the package nvidia-cutlass is installed. MAEFAST_SANITIZE=1 builds with the
-sanitizers, for `make test-sanitize`.
+kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_CUTLASS=0 or 1 leaves out or demands the
+products for Hopper among them, which are otherwise built where the package nvidia-cutlass is installed. MAEFAST_SANITIZE=1 builds
+with the sanitizers, for `make test-sanitize`.
 """
 
 import os
