@@ -1,12 +1,12 @@
 """Drives CMake: builds libmaefast.so and libmaefast_cuda.so into the package. What to build is described in CMakeLists.txt alone.
 
 MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
-kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_SANITIZE=1 builds with the sanitizers, for
-`make test-sanitize`.
+kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_CUTLASS=0 or 1 leaves out or demands the
+products for Hopper among them, which are otherwise built where the package nvidia-cutlass is installed. MAEFAST_SANITIZE=1 builds
+with the sanitizers, for `make test-sanitize`.
 """
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -42,6 +42,21 @@ def wants_cuda(torch_cuda: str | None) -> bool:
     return asked != "0" and missing is None
 
 
+def cutlass_options(with_cuda: bool) -> dict[str, str]:
+    """The options that CMakeLists.txt takes for CUTLASS: where its headers are, and whether it is demanded."""
+    asked = os.environ.get("MAEFAST_CUTLASS", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise SystemExit(f"MAEFAST_CUTLASS must be auto, 0 or 1; it is {asked!r}")
+    spec = find_spec("cutlass_library")  # the headers are in the wheel nvidia-cutlass
+    missing = None if spec else "the package nvidia-cutlass is not installed"
+    if not with_cuda:
+        missing = "the CUDA kernels are not built"
+    if asked == "1" and missing:
+        raise SystemExit(f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}")
+    include = Path(spec.origin).parent / "source" / "include" if spec and spec.origin else ""
+    return {"MAEFAST_CUTLASS": {"auto": "auto", "0": "OFF", "1": "ON"}[asked], "CUTLASS_INCLUDE": str(include)}
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
@@ -51,13 +66,15 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         sanitize = os.environ.get("MAEFAST_SANITIZE", "0") != "0"
         build = source / "build" / ("sanitize" if sanitize else "native")
+        with_cuda = wants_cuda(runpy.run_path(str(torch / "version.py"))["cuda"])
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
             "MAEFAST_OUTPUT_DIR": output,
-            "MAEFAST_CUDA": "ON" if wants_cuda(runpy.run_path(str(torch / "version.py"))["cuda"]) else "OFF",
+            "MAEFAST_CUDA": "ON" if with_cuda else "OFF",
             "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of the last build may have lain in an isolated environment
             "TORCH_ROOT": torch,
+            **cutlass_options(with_cuda),
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *arguments], check=True)

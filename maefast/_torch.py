@@ -43,6 +43,11 @@ def checkpointing() -> Any:
     return checkpoint_wrapper
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key, "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:
     """The torch.nn.attention.SDPBackend, as a number, that scaled_dot_product_attention runs on these inputs."""
     return torch._fused_sdp_choice(q, k, v)

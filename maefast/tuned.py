@@ -41,9 +41,22 @@ class Tile(NamedTuple):
     measured: str
 
 
+class Gemm(NamedTuple):
+    """On a GPU of this capability the kernels of csrc/cuda/gemm are faster than cuBLAS, and than it and a kernel for the rest."""
+
+    capability: str
+    kind: str  # as maefast/gemm.py names it
+    depth: tuple[int, int]  # first and last
+    features: tuple[int, int]
+    rows: int  # from so many on
+    speedup: float
+    measured: str
+
+
 class Table(NamedTuple):
     attention: tuple[Attention, ...]
     tiles: tuple[Tile, ...]
+    gemm: tuple[Gemm, ...]
 
 
 class NativeTile(NamedTuple):
@@ -75,7 +88,10 @@ def native_range(head_width: int, tokens: int) -> tuple[int, int]:
 
 def read(path: Path = TABLE) -> Table:
     content = json.loads(path.read_text())
-    return Table(tuple(Attention(**row) for row in content["attention"]), tuple(Tile(**row) for row in content["tiles"]))
+    gemm = (Gemm(**row | {name: tuple(row[name]) for name in ("depth", "features")}) for row in content["gemm"])
+    return Table(
+        tuple(Attention(**row) for row in content["attention"]), tuple(Tile(**row) for row in content["tiles"]), tuple(gemm)
+    )
 
 
 def write(table: Table, path: Path = TABLE) -> None:
@@ -85,7 +101,8 @@ def write(table: Table, path: Path = TABLE) -> None:
         ordered = sorted(rows, key=lambda row: (_numbers(row.capability), *row[1:3]))
         return "[" + ",".join(f"\n  {json.dumps(row._asdict())}" for row in ordered) + ("\n ]" if ordered else "]")
 
-    path.write_text(f'{{\n "attention": {lines(table.attention)},\n "tiles": {lines(table.tiles)}\n}}\n')
+    parts = (f' "{name}": {lines(rows)}' for name, rows in table._asdict().items())
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _numbers(capability: str) -> tuple[int, ...]:
@@ -107,6 +124,19 @@ def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int)
         if entry.capability == name and entry.head_width == head_width and entry.first <= tokens <= entry.last:
             return entry.backend
     return DEFAULT_ATTENTION
+
+
+def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth: int, features: int) -> bool:
+    """Whether the kernels of csrc/cuda/gemm were measured to be faster than cuBLAS on such a GPU at such a size."""
+    name = name_of(capability)
+    return any(
+        entry.kind == kind
+        and entry.depth[0] <= depth <= entry.depth[1]
+        and entry.features[0] <= features <= entry.features[1]
+        and entry.capability == name
+        and rows >= entry.rows
+        for entry in _committed.gemm
+    )
 
 
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:

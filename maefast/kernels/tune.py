@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, kernels, ops, tuned
+from .. import dispatch, gemm, kernels, ops, tuned
 from ..ops.attention import OP as ATTENTION
 from ..ops.attention import AttentionAsk
 from ..testing.errors import breach
 from ..testing.timing import Budget, CudaTimer, Run, rotate
 from ..tuned import Attention, Table, Tile
+from . import _products
 
 SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))  # T, h, d in ViT-B, -L and -H
 WIDTHS = (512, 768, 1024, 1280)
@@ -48,7 +49,7 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bias_gelu_bwd": _ROWS,
 }
 TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
-PARTS = ("attention", *sorted({kernel[:-4] for kernel in CANDIDATES}))
+PARTS = ("attention", "gemm", *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -265,7 +266,7 @@ def medians_on(device: torch.device) -> Rotate:
 def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: str, measured: str) -> Table:
     """`old` with what was measured for `parts` in place of this architecture's entries; those of a backend that could not be
     timed stay, and nothing takes their place."""
-    attention, tiles = list(old.attention), list(old.tiles)
+    attention, tiles, products = list(old.attention), list(old.tiles), list(old.gemm)
     if "attention" in parts:
         timed = [(T, d, time_attention((T, h, d), setting)) for T, h, d in SHAPES]
         backends = {backend for _, _, times in timed for backend in times}
@@ -274,17 +275,26 @@ def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: 
         for entry in attention_entries(timed, capability, measured):
             if not any(e.head_width == entry.head_width and e.first <= entry.last and entry.first <= e.last for e in kept):
                 attention.append(entry)
-    for op in (part for part in parts if part != "attention"):
+    if "gemm" in parts:
+        timed_products = [
+            (kind, size, _products.time_product(kind, size, setting.device, setting.half, setting.rotate, is_right))
+            for kind in gemm.KINDS
+            for size in _products.sizes(kind)
+        ]
+        kinds = {kind for kind, _, times in timed_products if times}
+        products = [e for e in old.gemm if e.capability != capability or e.kind not in kinds]
+        products += _products.entries(timed_products, GAIN, capability, measured)
+    for op in (part for part in parts if part not in ("attention", "gemm")):
         tiles = [e for e in tiles if e.capability != capability or e.kernel[:-4] != op]
         for kernel, width, times in time_tiles(op, setting):
             entry_of_tile = tile_entry(kernel, width, times, capability, measured)
             tiles += [] if entry_of_tile is None else [entry_of_tile]
-    return Table(tuple(attention), tuple(tiles))
+    return Table(tuple(attention), tuple(tiles), tuple(products))
 
 
 def changes(old: Table, new: Table) -> list[str]:
     """One line for each entry that is gone or has come."""
-    before, after = ([*table.attention, *table.tiles] for table in (old, new))
+    before, after = ([*table.attention, *table.tiles, *table.gemm] for table in (old, new))
     return [f"- {e}" for e in before if e not in after] + [f"+ {e}" for e in after if e not in before]
 
 
@@ -303,8 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"{parser.prog} needs a GPU, torch {torch.__version__} finds none", file=sys.stderr)
         return 2
-    if not kernels.HAS_TRITON and options.only != ("attention",):
-        print(f"{parser.prog} needs Triton for all but --only attention; it is not installed", file=sys.stderr)
+    if not kernels.HAS_TRITON and not set(options.only) <= {"attention", "gemm"}:
+        print(f"{parser.prog} needs Triton for all but --only attention,gemm; it is not installed", file=sys.stderr)
         return 2
     device, old = torch.device("cuda", torch.cuda.current_device()), tuned.read()
     setting, measured = Setting(medians_on(device), device), f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

@@ -26,6 +26,10 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFa
 const char* cudaGetErrorString(cudaError_t error);
 using cudaStream_t = void*;
 
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaGetLastError();
+
 namespace emulator {
 
 // Runs `thread` as every thread of every block, with fresh shared memory full of NaN for each block.
