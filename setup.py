@@ -7,6 +7,7 @@ with the sanitizers, for `make test-sanitize`.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys

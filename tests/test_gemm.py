@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import assert_close_to_float64
 from support import LAYOUTS, NATIVE, Calls, at_the_edge
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +21,7 @@ from maefast import gemm, ops, tuned
 from maefast.kernels import _products
 from maefast.kernels._products import Size, inputs, plain
 from maefast.ops.linear import Products, input_gradient, is_fused, native_products, product
+from maefast.testing.errors import assert_close_to_float64
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
