@@ -8,6 +8,7 @@ import torch
 from support import (
     LAYOUTS,
     TRANSFORMER_BLOCK,
+    Calls,
     assert_once_differentiable,
     assert_same_for_any_threads,
     check_op,
