@@ -5,6 +5,7 @@ entry takes what needs no measurement: SDPA for attention, a kernel's own rule f
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from . import gpu
 
 TABLE = Path(__file__).with_suffix(".json")
+_ATTENTION_TILES = Path(__file__).with_name("attention_tiles.inc")
 DEFAULT_ATTENTION = "sdpa"
 
 
@@ -53,12 +55,23 @@ class NativeTile(NamedTuple):
     shared_memory: int  # bytes that forward or backward, whichever takes more, asks for
 
 
-# The tables of csrc/cuda/attention.cu, for each head width.
-NATIVE_ATTENTION = {
-    32: (NativeTile(64, 32768), NativeTile(80, 46080), NativeTile(208, 113920), NativeTile(288, 161280)),
-    64: (NativeTile(56, 49152), NativeTile(64, 49152), NativeTile(80, 66560), NativeTile(208, 222976)),
-    80: (NativeTile(64, 57344), NativeTile(72, 76800), NativeTile(80, 76800)),
-}
+def _native_attention() -> dict[int, tuple[NativeTile, ...]]:
+    """The lines of attention_tiles.inc that forward and backward take, by head width."""
+    tables: dict[str, list[dict[str, int]]] = {"FORWARD": [], "BACKWARD": []}
+    for table, columns in re.findall(r"^(\w+)\((.*)\)$", _ATTENTION_TILES.read_text(), re.MULTILINE):
+        tables[table].append({name: int(value) for name, value in re.findall(r"\.(\w+) = *(\d+)", columns)})
+
+    def shared_memory(width: int, tokens: int) -> int:
+        fits = (next(r for r in rows if r["head_width"] == width and r["tokens"] >= tokens) for rows in tables.values())
+        return max(row["shared"] for row in fits)
+
+    ends: dict[int, set[int]] = {}
+    for row in (row for rows in tables.values() for row in rows):
+        ends.setdefault(row["head_width"], set()).add(row["tokens"])
+    return {width: tuple(NativeTile(last, shared_memory(width, last)) for last in sorted(lasts)) for width, lasts in ends.items()}
+
+
+NATIVE_ATTENTION = _native_attention()
 
 
 def native_tile(head_width: int, tokens: int) -> NativeTile | None:

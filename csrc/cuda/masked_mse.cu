@@ -283,8 +283,12 @@ Tensor masked_mse_fwd(const Tensor& pred, const Tensor& imgs, const Tensor& mask
     });
   }
   check_launch("masked_mse_fwd", error);
-  const MaskedMseSum sum{input.args.partial, static_cast<float*>(loss.mutable_data_ptr()), static_cast<int>(input.blocks),
-                         input.args.imgs.patch_values()};
+  const MaskedMseSum sum{
+      .partial = input.args.partial,
+      .loss = static_cast<float*>(loss.mutable_data_ptr()),
+      .blocks = static_cast<int>(input.blocks),
+      .P = input.args.imgs.patch_values(),
+  };
   check_launch("masked_mse_fwd",
                launch(masked_mse_sum_kernel, dim3(1), dim3(kSumThreads), 2 * kWarp * sizeof(float), on.stream, sum));
   return loss;
