@@ -55,11 +55,17 @@ class NativeTile(NamedTuple):
     shared_memory: int  # bytes that forward or backward, whichever takes more, asks for
 
 
-def _native_attention() -> dict[int, tuple[NativeTile, ...]]:
-    """The lines of attention_tiles.inc that forward and backward take, by head width."""
+def attention_tables() -> dict[str, list[dict[str, int]]]:
+    """The numbers in the lines of attention_tiles.inc, FORWARD and BACKWARD."""
     tables: dict[str, list[dict[str, int]]] = {"FORWARD": [], "BACKWARD": []}
     for table, columns in re.findall(r"^(\w+)\((.*)\)$", _ATTENTION_TILES.read_text(), re.MULTILINE):
         tables[table].append({name: int(value) for name, value in re.findall(r"\.(\w+) = *(\d+)", columns)})
+    return tables
+
+
+def _native_attention() -> dict[int, tuple[NativeTile, ...]]:
+    """The lines of attention_tiles.inc that forward and backward take, by head width."""
+    tables = attention_tables()
 
     def shared_memory(width: int, tokens: int) -> int:
         fits = (next(r for r in rows if r["head_width"] == width and r["tokens"] >= tokens) for rows in tables.values())
@@ -110,7 +116,8 @@ def name_of(capability: tuple[int, int]) -> str:
 
 
 _committed = read()
-_tiles = {(entry.capability, entry.kernel, entry.width): entry.tile for entry in _committed.tiles}
+_tiles = {(entry.kernel, entry.width, entry.capability): entry.tile for entry in _committed.tiles}
+_tuned = {key[:2] for key in _tiles}  # what the architecture matters for: asking for it takes longer than a launch has
 
 
 def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int) -> str:
@@ -124,7 +131,7 @@ def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int)
 
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:
     """What a launcher cuts rows of `width` by on `device`: its own rule, with what is in the table in its place."""
-    return rule | _tiles.get((architecture(device), kernel, width), {}) if _tiles else rule
+    return rule | _tiles.get((kernel, width, architecture(device)), {}) if (kernel, width) in _tuned else rule
 
 
 def architecture(device: torch.device) -> str:
@@ -135,13 +142,10 @@ def architecture(device: torch.device) -> str:
 @contextmanager
 def trying(kernel: str, width: int, device: torch.device, tile: dict[str, int]) -> Iterator[None]:
     """Within the block the launcher of `kernel` takes `tile`, whatever the table says; {} is its own rule."""
-    key = (architecture(device), kernel, width)
-    before = _tiles.get(key)
-    _tiles[key] = tile
+    global _tiles, _tuned
+    before = _tiles, _tuned
+    _tiles, _tuned = _tiles | {(kernel, width, architecture(device)): tile}, _tuned | {(kernel, width)}
     try:
         yield
     finally:
-        if before is None:
-            del _tiles[key]
-        else:
-            _tiles[key] = before
+        _tiles, _tuned = before

@@ -18,17 +18,6 @@
 namespace maefast::cuda {
 namespace {
 
-constexpr ForwardTile kForward[] = {
-#define FORWARD(...) {__VA_ARGS__},
-#define BACKWARD(...)
-#include "../../maefast/attention_tiles.inc"
-};
-constexpr BackwardTile kBackward[] = {
-#define FORWARD(...)
-#define BACKWARD(...) {__VA_ARGS__},
-#include "../../maefast/attention_tiles.inc"
-};
-
 // Kernels that take more than 48 KB of shared memory must be told so, once per device.
 cudaError_t allow_shared(const void* kernel, int bytes) {
   static std::mutex mutex;
@@ -42,14 +31,14 @@ cudaError_t allow_shared(const void* kernel, int bytes) {
   return error;
 }
 
-template <auto kTile, typename Args>
+template <typename Line, typename Args>
 cudaError_t launch_tile(void (*kernel)(Args), int64_t N, const Args& args, cudaStream_t stream) {
-  static_assert(kTile.is_consistent());
+  constexpr auto kTile = Line::kTile;
   if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), kTile.shared)) return error;
   return launch(kernel, dim3(N * args.h), dim3(kTile.threads_for(args.T)), kTile.shared, stream, args);
 }
 
-template <typename Element, ForwardTile kTile>
+template <typename Element, typename Line>
 cudaError_t start(const AttentionFwd& a, cudaStream_t stream) {
   const ForwardArgs args{
       .qkv = static_cast<const uint16_t*>(a.qkv),
@@ -59,10 +48,10 @@ cudaError_t start(const AttentionFwd& a, cudaStream_t stream) {
       .h = a.h,
       .scale = 1.0f / std::sqrt(static_cast<float>(a.d)),
   };
-  return launch_tile<kTile>(attention_fwd_kernel<Element, kTile>, a.N, args, stream);
+  return launch_tile<Line>(attention_fwd_kernel<Element, Line>, a.N, args, stream);
 }
 
-template <typename Element, BackwardTile kTile>
+template <typename Element, typename Line>
 cudaError_t start(const AttentionBwd& a, cudaStream_t stream) {
   const BackwardArgs args{
       .qkv = static_cast<const uint16_t*>(a.qkv),
@@ -74,41 +63,45 @@ cudaError_t start(const AttentionBwd& a, cudaStream_t stream) {
       .h = a.h,
       .scale = 1.0f / std::sqrt(static_cast<float>(a.d)),
   };
-  if constexpr (kTile.rowwise) {
-    return launch_tile<kTile>(attention_bwd_row_kernel<Element, kTile>, a.N, args, stream);
+  if constexpr (Line::kTile.rowwise) {
+    return launch_tile<Line>(attention_bwd_row_kernel<Element, Line>, a.N, args, stream);
   } else {
-    return launch_tile<kTile>(attention_bwd_long_kernel<Element, kTile>, a.N, args, stream);
+    return launch_tile<Line>(attention_bwd_long_kernel<Element, Line>, a.N, args, stream);
   }
 }
 
-// Starts the kernel of the line that `args` asks for.
-template <typename Element, const auto& kTable, typename Args, size_t... kLine>
-cudaError_t start_line(const Args& args, cudaStream_t stream, std::index_sequence<kLine...>) {
+// Starts the kernel of the line that `args` asks for, one of Line<0>, Line<1>, ...
+template <typename Element, template <int> typename Line, typename Args, int... kLines>
+cudaError_t start_line(const Args& args, cudaStream_t stream, std::integer_sequence<int, kLines...>) {
   cudaError_t error = cudaErrorInvalidValue;
   int before = args.tile;
   const auto takes = [&](const auto& tile) { return tile.head_width == args.d && args.T <= tile.tokens && before-- == 0; };
-  static_cast<void>(((takes(kTable[kLine]) && ((error = start<Element, kTable[kLine]>(args, stream)), true)) || ...));
+  static_cast<void>(((takes(Line<kLines>::kTile) && ((error = start<Element, Line<kLines>>(args, stream)), true)) || ...));
   return error;
 }
 
-template <const auto& kTable, typename Args>
+template <template <int> typename Line, int kCount, typename Args>
 cudaError_t run(const Args& args, cudaStream_t stream) {
   if (args.N * args.h * args.T == 0) return cudaSuccess;
-  constexpr auto kLines = std::make_index_sequence<std::size(kTable)>();
-  return args.bf16 ? start_line<Bf16, kTable>(args, stream, kLines) : start_line<F16, kTable>(args, stream, kLines);
+  constexpr auto kLines = std::make_integer_sequence<int, kCount>();
+  return args.bf16 ? start_line<Bf16, Line>(args, stream, kLines) : start_line<F16, Line>(args, stream, kLines);
 }
 
 }  // namespace
 
 int attention_tokens(int64_t d) {
   int tokens = 0;
-  for (const ForwardTile& tile : kForward)
+  for (const ForwardTile& tile : kForwardTiles)
     if (tile.head_width == d) tokens = std::max(tokens, tile.tokens);
   return tokens;
 }
 
-cudaError_t attention_fwd(const AttentionFwd& args, cudaStream_t stream) { return run<kForward>(args, stream); }
-cudaError_t attention_bwd(const AttentionBwd& args, cudaStream_t stream) { return run<kBackward>(args, stream); }
+cudaError_t attention_fwd(const AttentionFwd& args, cudaStream_t stream) {
+  return run<Forward, std::size(kForwardTiles)>(args, stream);
+}
+cudaError_t attention_bwd(const AttentionBwd& args, cudaStream_t stream) {
+  return run<Backward, std::size(kBackwardTiles)>(args, stream);
+}
 
 }  // namespace maefast::cuda
 

@@ -3,7 +3,7 @@
 // memory and each warp sums dQ of one of the blocks over all keys. The scores are computed once; delta comes from O.
 #pragma once
 
-#include "backward_tile.cuh"
+#include "attention_bwd.cuh"
 
 namespace maefast::cuda {
 
@@ -85,8 +85,9 @@ __device__ __forceinline__ void accumulate(float (&acc)[kBlocks][D / 8][4], cons
 }
 
 // grid N * h, 32 * ceil(T / warp_rows) threads
-template <typename Element, BackwardTile kTile>
-__global__ void __launch_bounds__(kTile.threads, kTile.per_sm) attention_bwd_long_kernel(BackwardArgs a) {
+template <typename Element, typename Line>
+__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_bwd_long_kernel(BackwardArgs a) {
+  constexpr BackwardTile kTile = Line::kTile;
   constexpr int D = kTile.head_width, kBlocks = kTile.warp_rows / kMmaRows, kRows = kTile.tile_rows,
                 kChunk = kTile.chunk / kMmaRows, kTileBytes = kTile.tile_bytes();
   // Q, K, V, dO, dS, what P and dS start from, and 16 rows for each warp's results

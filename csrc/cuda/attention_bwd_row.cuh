@@ -2,7 +2,7 @@
 // A warp holds the scores of its queries against all keys in registers, so delta = rowsum(P * dP) is at hand and O is not read.
 #pragma once
 
-#include "backward_tile.cuh"
+#include "attention_bwd.cuh"
 
 namespace maefast::cuda {
 
@@ -52,8 +52,9 @@ __device__ __forceinline__ void over_queries(float (&acc)[D / 8][4], uint32_t sc
 }
 
 // grid N * h
-template <typename Element, BackwardTile kTile>
-__global__ void __launch_bounds__(kTile.threads, kTile.per_sm) attention_bwd_row_kernel(BackwardArgs a) {
+template <typename Element, typename Line>
+__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_bwd_row_kernel(BackwardArgs a) {
+  constexpr BackwardTile kTile = Line::kTile;
   constexpr int D = kTile.head_width, kRows = kTile.tile_rows, kFragments = kTile.chunk / 8, kTileBytes = kTile.tile_bytes();
   // Q, K, V, dO, then P and dS as (queries, keys)
   const uint32_t q_tile = shared_address(shared<uint4>()), k_tile = q_tile + kTileBytes, v_tile = k_tile + kTileBytes,

@@ -2,22 +2,9 @@
 // Keys come in chunks with a running maximum and sum; a row that fits one chunk is never rescaled.
 #pragma once
 
-#include "tile.cuh"
+#include "attention_tiles.cuh"
 
 namespace maefast::cuda {
-
-// A line of attention_tiles.inc.
-struct ForwardTile {
-  int head_width, tokens, warp_rows, tile_rows, chunk, stages, threads, per_sm, shared;
-
-  __host__ __device__ constexpr int tile_bytes() const { return tile_rows * head_width * 2; }
-  __host__ __device__ constexpr int threads_for(int T) const { return (T + warp_rows - 1) / warp_rows * kWarp; }
-  __host__ __device__ constexpr bool whole_row() const { return chunk >= tokens; }
-  __host__ __device__ constexpr bool is_consistent() const {
-    return shared == stages * 3 * tile_bytes() && threads % kWarp == 0 && threads / kWarp * warp_rows >= tokens &&
-           tile_rows >= tokens && warp_rows % kMmaRows == 0 && chunk % 8 == 0 && (whole_row() || chunk == 32 || chunk == 64);
-  }
-};
 
 struct ForwardArgs {
   const uint16_t* qkv;  // [N, T, 3*h*D]
@@ -27,8 +14,9 @@ struct ForwardArgs {
   float scale;
 };
 
-template <typename Element, ForwardTile kTile>
-struct Forward {
+template <typename Element, typename Line>
+struct ForwardState {
+  static constexpr ForwardTile kTile = Line::kTile;
   static constexpr int D = kTile.head_width, kBlocks = kTile.warp_rows / kMmaRows, kTileBytes = kTile.tile_bytes();
 
   uint32_t q[kBlocks][D / 16][4];
@@ -39,7 +27,7 @@ struct Forward {
   Block<D, Order::kColMajor> k_block;
   Block<D, Order::kRowMajor> v_block;
 
-  __device__ __forceinline__ Forward(uint32_t smem, float scale_log2, int T)
+  __device__ __forceinline__ ForwardState(uint32_t smem, float scale_log2, int T)
       : scale_log2(scale_log2), T(T), k_block(smem + kTileBytes), v_block(smem + 2 * kTileBytes) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -171,10 +159,11 @@ struct Forward {
 };
 
 // grid N * h
-template <typename Element, ForwardTile kTile>
-__global__ void __launch_bounds__(kTile.threads, kTile.per_sm) attention_fwd_kernel(ForwardArgs a) {
-  using Forward = Forward<Element, kTile>;
-  constexpr int D = Forward::D, kBlocks = Forward::kBlocks;
+template <typename Element, typename Line>
+__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_fwd_kernel(ForwardArgs a) {
+  constexpr ForwardTile kTile = Line::kTile;
+  using State = ForwardState<Element, Line>;
+  constexpr int D = State::D, kBlocks = State::kBlocks;
   const uint32_t smem = shared_address(shared<uint4>());
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, row0 = warp * kTile.warp_rows;
   const int T = a.T, head = blockIdx.x % a.h, width = a.h * D;
@@ -189,7 +178,7 @@ __global__ void __launch_bounds__(kTile.threads, kTile.per_sm) attention_fwd_ker
   load_tiles<D, 1, kTile.tile_bytes()>(smem + 2 * kTile.tile_bytes(), src + 2 * width, 3 * width, width, T, rows);
   cp_async_commit_group();
   const float scale_log2 = a.scale * kLog2e;
-  Forward state(smem, scale_log2, T);
+  State state(smem, scale_log2, T);
   const Block<D, Order::kRowMajor> q_block(smem);
   cp_async_wait_group<1>();
   __syncthreads();

@@ -172,7 +172,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kBlocksPerSM) masked_mse_bw
   const float scale = *a.dloss * 2.0f / (*a.sum_mask * P);
   const auto out_row = [&](int64_t n, int row) { return static_cast<T*>(a.dpred) + (n * a.M + row) * P; };
   const auto clear = [&](T* row) {
-    for (int p = lane; p < P; p += kWarp) row[p] = from_float<T>(0.0f);
+    if (a.whole_units) {
+      for (int p = lane * kUnit; p < P; p += kWarp * kUnit) store<kUnit>(row + p, Pack<T, kUnit>{});
+    } else {
+      for (int p = lane; p < P; p += kWarp) row[p] = from_float<T>(0.0f);
+    }
   };
   for_patches(a, [&](int64_t n, int i, int row, float weight) {
     if (weight == 0.0f || row < 0) {

@@ -90,11 +90,12 @@ __global__ void __launch_bounds__(kColumns* kRows) unshuffle_bwd_kernel(Unshuffl
   for (int e = 0; e < kUnit; ++e) own[threadIdx.y * kWidth + e] = sums[e];
   __syncthreads();
   if (threadIdx.y != 0 || d >= a.D) return;
+  Pack<float, kUnit> total;
   for (int e = 0; e < kUnit; ++e) {
-    float sum = sums[e];
-    for (int y = 1; y < kRows; ++y) sum += own[y * kWidth + e];
-    a.partial[static_cast<int64_t>(blockIdx.x) * a.D + d + e] = sum;
+    total.value[e] = sums[e];
+    for (int y = 1; y < kRows; ++y) total.value[e] += own[y * kWidth + e];
   }
+  store<kUnit>(a.partial + static_cast<int64_t>(blockIdx.x) * a.D + d, total);
 }
 
 constexpr int kSumColumns = 8, kSumRows = 32;
