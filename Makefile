@@ -24,7 +24,7 @@ SANITIZED_TESTS ?= tests/ops tests/test_bad_input.py tests/test_library.py
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/_version.py
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/attention_tiles.inc maefast/_version.py
 
 .PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-sanitize gpu-check bench lint clean
 .DELETE_ON_ERROR:
