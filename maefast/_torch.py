@@ -1,6 +1,7 @@
 """What differs between releases of torch, and every private name of torch that maefast needs: asked for here alone."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,18 @@ def is_hooked(module: nn.Module) -> bool:
     """Whether a call of `module` runs a hook."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or _has_any_global_hook()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether module.compile() was called."""
+    return module._compiled_call_impl is not None
+
+
+def checkpointing() -> Any:
+    """The module of wrappers that recompute activations in the backward pass."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    return checkpoint_wrapper
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -1,14 +1,15 @@
 """Fixtures: seeds, backends, instruction sets, poisoned memory."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import support
 import torch
+from skips import pytest_terminal_summary  # noqa: F401
 
 import maefast
+from maefast import dispatch
 from maefast.train import step
 
 GIB = 1 << 30
@@ -25,19 +26,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"needs 8 GiB of free memory, there are {free / GIB:.1f}")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped, counted by reason."""
-    reports = terminalreporter.stats.get("skipped", [])
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
-    if reasons:
-        terminalreporter.section("skipped")
-    for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
-        terminalreporter.line(f"{count:6}  {reason}")
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _decisions() -> Iterator[None]:
+    """Decisions of a test that changes what the machine has are not those of the next."""
+    yield
+    dispatch.forget()
 
 
 @pytest.fixture

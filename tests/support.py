@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -10,17 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli
+from maefast import _library, cli, dispatch
 from maefast.reference import ReferenceMAE
+from maefast.testing.errors import assert_close_to_float64
 
 NATIVE = _library.HAS_NATIVE
+TRANSFORMER_BLOCK = sys.modules["maefast.ops.transformer_block"]  # whose name in maefast.ops is that of the op
 if NATIVE:
     from maefast import _C
+
+
+def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
+    """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
+    monkeypatch.setattr(owner, name, value)
+    dispatch.forget()
+
+
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 
