@@ -6,7 +6,7 @@
 #   make test-abi         a wheel built beside the oldest torch, tested beside every other
 #   make bench   the full benchmarks: JSON, table and chart under benchmarks/results/<machine>/
 #   make lint    ruff, clang-format, mypy
-#   make test-aot         every GPU kernel compiled ahead of time, two minutes: no spills; writes docs/kernels.md, needs nvcc
+#   make test-aot         every GPU kernel compiled ahead of time, five minutes: no spills; writes docs/kernels.md, needs nvcc
 #   make gpu-check        on a machine with a GPU: builds, tests, benchmarks, at most nine minutes, no network (scripts/gpu_check.sh)
 #   make test-sanitize    the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
@@ -74,7 +74,13 @@ test-abi:
 	  $(MAKE) test-torch TORCH=torch==$$version WHEEL=$$(echo build/torch-$(OLDEST)/dist/*.whl) TESTS="$(ABI_TESTS)" || exit 1; \
 	done
 
-test-aot: $(VENV)/.build
+# CUTLASS's headers; what else its wheel asks for they do not need.
+CUTLASS := nvidia-cutlass==4.2.0.0
+$(VENV)/.cutlass: $(VENV)/.environment
+	$(BIN)/python -m pip install --no-deps $(CUTLASS)
+	touch $@
+
+test-aot: $(VENV)/.build $(VENV)/.cutlass
 	$(BIN)/python scripts/aot_table.py
 
 # Not through $(VENV): what sets it up may need a network.

@@ -4,11 +4,13 @@ What the kernels themselves compute only a GPU of compute capability 9.0 can tel
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import aot_gemm
 import pytest
 import torch
 import torch.nn.functional as F
@@ -439,3 +441,41 @@ def test_sizes_that_are_timed():
     """Those of the committed table are among them."""
     for entry in tuned.read().gemm:
         assert (entry.depth[1], entry.features[1]) in {size[1:] for size in _products.sizes(entry.kind)}
+
+
+EPILOGUES = {"linear": "bias", "input_gradient": "none", "linear_gelu_fwd": "gelu", "linear_gelu_bwd": "gelu_slope"}
+
+
+def test_each_instantiation_is_a_file_and_is_built():
+    names = {f"{kind}_{dtype}" for kind in EPILOGUES for dtype in ("bf16", "f16")}
+    assert set(aot_gemm.sources()) == names
+    listed = re.findall(r"csrc/cuda/gemm/(\w+)\.cu", (ROOT / "CMakeLists.txt").read_text())
+    assert sorted(listed) == sorted({*names, "linear"})
+    for name, path in aot_gemm.sources().items():
+        kind, dtype = name.rsplit("_", 1)
+        made = re.findall(r"multiply<maefast::cuda::gemm::Epilogue::(\w+), maefast::cuda::DType::(\w+)>", path.read_text())
+        assert made == [(EPILOGUES[kind], dtype)]
+    assert {f"`{name}`" for name in names} <= set(re.findall("`[^`]+`", (ROOT / "docs" / "kernels.md").read_text()))
+
+
+GOOD = {"HGMMA.64": 16, "UTMALDG.3D": 2, "UTMASTG.3D": 8, "STSM.16.MT88.4": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        ("linear_bf16", {}, None),
+        ("linear_gelu_bwd_bf16", {"instructions": GOOD | {"STG.E": 4}}, None),
+        ("linear_bf16", {"instructions": GOOD | {"STG.E": 4}}, "linear_bf16 has STG.E"),
+        ("linear_gelu_bwd_bf16", {"instructions": GOOD | {"STG.E.U16": 4}}, "linear_gelu_bwd_bf16 has STG.E.U16"),
+        ("linear_bf16", {"instructions": GOOD | {"STSM.16.MT88.2": 4}}, "linear_bf16 has STSM.16.MT88.2"),
+        ("linear_bf16", {"instructions": GOOD | {"STL.64": 4}}, "linear_bf16 has STL.64"),
+        ("linear_bf16", {"instructions": {"HGMMA.64": 1, "UTMALDG.3D": 1}}, "nothing in linear_bf16 writes by TMA"),
+        ("linear_bf16", {"stack": 8}, "linear_bf16 keeps 8 bytes a thread in local memory"),
+        ("linear_bf16", {"registers": 170}, "linear_bf16 takes 170 registers, there are 168"),
+        ("linear_bf16", {"warnings": ("(C7510) Potential Performance Loss",)}, "linear_bf16: (C7510) Potential Performance Loss"),
+    ],
+)
+def test_what_the_machine_code_must_not_have(name, changes, problem):
+    kernel = aot_gemm.Kernel(name, 168, 0, (), GOOD)._replace(**changes)
+    assert aot_gemm.problems_of(kernel) == ([] if problem is None else [problem])
