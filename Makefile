@@ -4,6 +4,9 @@
 #   make test    the test suite
 #   make test-torch TORCH=torch==2.11.0   the test suite beside another torch, in an environment of its own under build/
 #   make test-abi         a wheel built beside the oldest torch, tested beside every other
+#   make wheels           the source distribution and the wheels, in dist/
+#   make test-wheels      the wheel beside torch with every Python from 3.10 to 3.13 that is found, without a compiler
+#   make test-aarch64     the sources cross-compiled, and tests of ops under qemu; needs what docs/install.md lists
 #   make bench   the full benchmarks: JSON, table and chart under benchmarks/results/<machine>/
 #   make lint    ruff, clang-format, mypy
 #   make test-aot         every GPU kernel compiled ahead of time, five minutes: no spills; writes docs/kernels.md, needs nvcc
@@ -23,7 +26,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/_version.py
 
-.PHONY: demo test test-torch test-abi test-aot test-sanitize gpu-check bench lint clean
+.PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-sanitize gpu-check bench lint clean
 .DELETE_ON_ERROR:
 
 # An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too.
@@ -74,6 +77,17 @@ test-abi:
 	  $(MAKE) test-torch TORCH=torch==$$version WHEEL=$$(echo build/torch-$(OLDEST)/dist/*.whl) TESTS="$(ABI_TESTS)" || exit 1; \
 	done
 
+# PATH is for cmake and ninja.
+wheels: $(VENV)/.environment
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/wheels.py build
+
+# Each Python takes a torch from pip, which may be a CUDA build of gigabytes.
+test-wheels: $(VENV)/.environment
+	$(BIN)/python scripts/wheels.py test $(TORCH) $(TESTS)
+
+test-aarch64: $(VENV)/.environment
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python scripts/aarch64.sh $(TESTS)
+
 # CUTLASS's headers; what else its wheel asks for they do not need.
 CUTLASS := nvidia-cutlass==4.2.0.0
 $(VENV)/.cutlass: $(VENV)/.environment
@@ -108,4 +122,4 @@ lint: $(VENV)/.environment
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build maefast/*.so *.egg-info
+	rm -rf $(VENV) build dist maefast/*.so *.egg-info

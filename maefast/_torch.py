@@ -1,6 +1,7 @@
 """What differs between releases of torch, and every private name of torch that maefast needs: asked for here alone."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,18 @@ def is_hooked(module: nn.Module) -> bool:
 def has_kernel(op: str, key: str) -> bool:
     """Whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key, "CPU" or "CUDA"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether module.compile() was called."""
+    return module._compiled_call_impl is not None
+
+
+def checkpointing() -> Any:
+    """The module of wrappers that recompute activations in the backward pass."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    return checkpoint_wrapper
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -2,8 +2,8 @@
 
     python scripts/aot_table.py [--jobs 2]
 
-Needs Triton, nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass. Exits with 1 where a kernel keeps something in local memory that SPILLS does not
-explain, where a Triton kernel rounds fp32 to TF32, or where tests/aot_gemm.py finds a problem in a product.
+Needs Triton, nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass. Exits with 1 where a kernel keeps something in local
+memory that SPILLS does not explain, where a Triton kernel rounds fp32 to TF32, or where tests/aot_gemm.py finds a problem.
 """
 
 import argparse
@@ -171,9 +171,8 @@ def main() -> None:
             *(f"- `{kernel}`, {most}: {why}." for kernel, (most, why) in SPILLS.items()),
         ]
     )
-    print(
-        f"{len(triton_table)} Triton, {len(cuda_table)} CUDA and {len(products)} CUTLASS kernels, {len(problems)} problems; {DOCUMENT.relative_to(ROOT)}"
-    )
+    kernels = f"{len(triton_table)} Triton, {len(cuda_table)} CUDA and {len(gemm_kernels)} CUTLASS kernels"
+    print(f"{kernels}, {len(problems)} problems; {DOCUMENT.relative_to(ROOT)}")
     if problems:
         sys.exit("\n".join(problems))
 

@@ -2,7 +2,7 @@
 
     python tests/aot_gemm.py [NAME...]
 
-Needs nvcc (on PATH or in CUDACXX) and CUTLASS's headers, from the package nvidia-cutlass; half a minute of a core for each kernel.
+Needs nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass; half a minute of a core for each kernel.
 Exits with 1 where one has a problem. scripts/aot_table.py does the same and writes docs/kernels.md.
 """
 

@@ -2,26 +2,51 @@
 
 import ctypes
 import mmap
+import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli
+from maefast import _library, cli, dispatch
 from maefast.reference import ReferenceMAE
+from maefast.testing.errors import assert_close_to_float64
 
 NATIVE = _library.HAS_NATIVE
+TRANSFORMER_BLOCK = sys.modules["maefast.ops.transformer_block"]  # whose name in maefast.ops is that of the op
+if NATIVE:
+    from maefast import _C
+
+
+def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
+    """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
+    monkeypatch.setattr(owner, name, value)
+    dispatch.forget()
+
+
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+
+
+# What the native kernels of this process may use: no wider than the CPU, nor than MAEFAST_CPU_ISA.
+USABLE_ISAS = ISAS[: ISAS.index(_C.cpu_isa()) + 1] if NATIVE else ()
+ON_INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `auto` takes maefast's own matrix product of `dtype` on this machine: DESIGN.md, section 4."""
+    least = {torch.float32: "avx512", torch.bfloat16: "avx512bf16"}.get(dtype)
+    return least in USABLE_ISAS and not ON_INTEL
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -175,10 +200,11 @@ def check_op(
 def poisoned_memory() -> Iterator[None]:
     """Within the block every fresh allocation of the process holds 0x7f7f7f7f: 3e38 as fp32 or bf16, out of range as an index.
 
-    Under AddressSanitizer, where mallopt does nothing, the options of `make test-sanitize` do the same.
+    Under AddressSanitizer, where mallopt does nothing, the options of `make test-sanitize` do the same. torch's wheels for
+    aarch64 allocate with mimalloc, which cannot do it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
-    if mallopt is None:
+    if mallopt is None or platform.machine() == "aarch64":
         yield
         return
     m_perturb, inverted = -6, 0x80

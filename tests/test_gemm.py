@@ -14,7 +14,6 @@ import aot_gemm
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import assert_close_to_float64
 from support import LAYOUTS, NATIVE, Calls, at_the_edge
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +22,8 @@ import maefast
 from maefast import gemm, ops, tuned
 from maefast.kernels import _products
 from maefast.kernels._products import Size, inputs, plain
-from maefast.ops.linear import Products, input_gradient, is_fused, native_products, product
+from maefast.ops.linear import LinearAsk, Products, input_gradient, is_fused, native_products, product
+from maefast.testing.errors import assert_close_to_float64
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
@@ -388,19 +388,19 @@ def test_committed_sizes():
 
 @pytest.mark.usefixtures("hopper")
 def test_which_linears_ask():
-    with FakeTensorMode():
-        given = dict(zip(("x", "weight"), on_gpu("linear", 40, 16, 24), strict=True))
-        assert native_products(given, BF16) == Products(False, False, None, True)
-        with maefast.backend("eager"):
-            assert native_products(given, BF16) == Products(False, False, None, False)
-        assert native_products({name: t.cpu() for name, t in given.items()}, BF16).on_gpu is False
+    """What was decided before the fixture is not remembered for a GPU: no other test asks for one."""
+    ask = LinearAsk(torch.device("cuda", 7), BF16, BF16, None, BF16)
+    assert native_products(ask) == Products(False, False, None, True)
+    with maefast.backend("eager"):
+        assert native_products(ask) == Products(False, False, None, False)
+    assert native_products(ask._replace(device=torch.device("cpu"))).on_gpu is False
 
 
 @pytest.mark.skipif(not NATIVE, reason="the CPU's kernel stands in for that of the GPU")
 @pytest.mark.parametrize("chosen", [set(), {"linear"}, {"input_gradient"}, {"linear", "input_gradient"}], ids=str)
 def test_linear_takes_what_is_chosen(chosen, monkeypatch):
     """Forward and input gradient, each by itself."""
-    monkeypatch.setattr(linear_module, "native_products", lambda given, dtype: Products(False, False, None, True))
+    monkeypatch.setattr(linear_module, "native_products", lambda ask: Products(False, False, None, True))
     monkeypatch.setattr(gemm, "is_faster", lambda kind, x, weight, dtype: kind in chosen and dtype == BF16)
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 16), (24, 16), (24,)))
     with Calls() as calls, torch.autocast("cpu", BF16):

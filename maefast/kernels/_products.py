@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import gemm, kernels
+from ..testing.timing import Run
 from ..tuned import Gemm
-from ._timing import Run
 
 _BLOCKS = ((201_728, 512), (51_200, 768), (25_600, 1024), (16_640, 1280))  # rows of a step, width: decoder; encoders B, L, H
 _CHECKED_ROWS = 392

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import assert_close_to_float64
 from torch import Tensor
 
 import maefast
 from maefast import _torch, gemm, ops, tuned
 from maefast.kernels._products import Size, inputs, plain
 from maefast.ops.linear import Products, input_gradient, product
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.skipif(
     not gemm.HAS_KERNELS or torch.cuda.get_device_capability() != (9, 0),
