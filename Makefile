@@ -9,7 +9,7 @@
 #   make test-aarch64     the sources cross-compiled, and tests of ops under qemu; needs what docs/install.md lists
 #   make bench   the full benchmarks: JSON, table and chart under benchmarks/results/<machine>/
 #   make lint    ruff, clang-format, mypy
-#   make test-aot         every GPU kernel compiled ahead of time, two minutes: no spills; writes docs/kernels.md, needs nvcc
+#   make test-aot         every GPU kernel compiled ahead of time, five minutes: no spills; writes docs/kernels.md, needs nvcc
 #   make gpu-check        on a machine with a GPU: builds, tests, benchmarks, at most nine minutes, no network (scripts/gpu_check.sh)
 #   make test-sanitize    the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
@@ -89,7 +89,13 @@ test-wheels: $(VENV)/.environment
 test-aarch64: $(VENV)/.environment
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python scripts/aarch64.sh $(TESTS)
 
-test-aot: $(VENV)/.build
+# CUTLASS's headers; what else its wheel asks for they do not need.
+CUTLASS := nvidia-cutlass==4.2.0.0
+$(VENV)/.cutlass: $(VENV)/.environment
+	$(BIN)/python -m pip install --no-deps $(CUTLASS)
+	touch $@
+
+test-aot: $(VENV)/.build $(VENV)/.cutlass
 	$(BIN)/python scripts/aot_table.py
 
 # Not through $(VENV): what sets it up may need a network.

@@ -31,6 +31,11 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or _has_any_global_hook()
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key, "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether module.compile() was called."""
     return module._compiled_call_impl is not None
@@ -41,11 +46,6 @@ def checkpointing() -> Any:
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
     return checkpoint_wrapper
-
-
-def has_kernel(op: str, key: str) -> bool:
-    """Whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key, "CPU" or "CUDA"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -4,11 +4,13 @@ What the kernels themselves compute only a GPU of compute capability 9.0 can tel
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import aot_gemm
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ import maefast
 from maefast import gemm, ops, tuned
 from maefast.kernels import _products
 from maefast.kernels._products import Size, inputs, plain
-from maefast.ops.linear import Products, input_gradient, is_fused, native_products, product
+from maefast.ops.linear import LinearAsk, Products, input_gradient, is_fused, native_products, product
 from maefast.testing.errors import assert_close_to_float64
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -386,19 +388,19 @@ def test_committed_sizes():
 
 @pytest.mark.usefixtures("hopper")
 def test_which_linears_ask():
-    with FakeTensorMode():
-        given = dict(zip(("x", "weight"), on_gpu("linear", 40, 16, 24), strict=True))
-        assert native_products(given, BF16) == Products(False, False, None, True)
-        with maefast.backend("eager"):
-            assert native_products(given, BF16) == Products(False, False, None, False)
-        assert native_products({name: t.cpu() for name, t in given.items()}, BF16).on_gpu is False
+    """What was decided before the fixture is not remembered for a GPU: no other test asks for one."""
+    ask = LinearAsk(torch.device("cuda", 7), BF16, BF16, None, BF16)
+    assert native_products(ask) == Products(False, False, None, True)
+    with maefast.backend("eager"):
+        assert native_products(ask) == Products(False, False, None, False)
+    assert native_products(ask._replace(device=torch.device("cpu"))).on_gpu is False
 
 
 @pytest.mark.skipif(not NATIVE, reason="the CPU's kernel stands in for that of the GPU")
 @pytest.mark.parametrize("chosen", [set(), {"linear"}, {"input_gradient"}, {"linear", "input_gradient"}], ids=str)
 def test_linear_takes_what_is_chosen(chosen, monkeypatch):
     """Forward and input gradient, each by itself."""
-    monkeypatch.setattr(linear_module, "native_products", lambda given, dtype: Products(False, False, None, True))
+    monkeypatch.setattr(linear_module, "native_products", lambda ask: Products(False, False, None, True))
     monkeypatch.setattr(gemm, "is_faster", lambda kind, x, weight, dtype: kind in chosen and dtype == BF16)
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 16), (24, 16), (24,)))
     with Calls() as calls, torch.autocast("cpu", BF16):
@@ -439,3 +441,41 @@ def test_sizes_that_are_timed():
     """Those of the committed table are among them."""
     for entry in tuned.read().gemm:
         assert (entry.depth[1], entry.features[1]) in {size[1:] for size in _products.sizes(entry.kind)}
+
+
+EPILOGUES = {"linear": "bias", "input_gradient": "none", "linear_gelu_fwd": "gelu", "linear_gelu_bwd": "gelu_slope"}
+
+
+def test_each_instantiation_is_a_file_and_is_built():
+    names = {f"{kind}_{dtype}" for kind in EPILOGUES for dtype in ("bf16", "f16")}
+    assert set(aot_gemm.sources()) == names
+    listed = re.findall(r"csrc/cuda/gemm/(\w+)\.cu", (ROOT / "CMakeLists.txt").read_text())
+    assert sorted(listed) == sorted({*names, "linear"})
+    for name, path in aot_gemm.sources().items():
+        kind, dtype = name.rsplit("_", 1)
+        made = re.findall(r"multiply<maefast::cuda::gemm::Epilogue::(\w+), maefast::cuda::DType::(\w+)>", path.read_text())
+        assert made == [(EPILOGUES[kind], dtype)]
+    assert {f"`{name}`" for name in names} <= set(re.findall("`[^`]+`", (ROOT / "docs" / "kernels.md").read_text()))
+
+
+GOOD = {"HGMMA.64": 16, "UTMALDG.3D": 2, "UTMASTG.3D": 8, "STSM.16.MT88.4": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        ("linear_bf16", {}, None),
+        ("linear_gelu_bwd_bf16", {"instructions": GOOD | {"STG.E": 4}}, None),
+        ("linear_bf16", {"instructions": GOOD | {"STG.E": 4}}, "linear_bf16 has STG.E"),
+        ("linear_gelu_bwd_bf16", {"instructions": GOOD | {"STG.E.U16": 4}}, "linear_gelu_bwd_bf16 has STG.E.U16"),
+        ("linear_bf16", {"instructions": GOOD | {"STSM.16.MT88.2": 4}}, "linear_bf16 has STSM.16.MT88.2"),
+        ("linear_bf16", {"instructions": GOOD | {"STL.64": 4}}, "linear_bf16 has STL.64"),
+        ("linear_bf16", {"instructions": {"HGMMA.64": 1, "UTMALDG.3D": 1}}, "nothing in linear_bf16 writes by TMA"),
+        ("linear_bf16", {"stack": 8}, "linear_bf16 keeps 8 bytes a thread in local memory"),
+        ("linear_bf16", {"registers": 170}, "linear_bf16 takes 170 registers, there are 168"),
+        ("linear_bf16", {"warnings": ("(C7510) Potential Performance Loss",)}, "linear_bf16: (C7510) Potential Performance Loss"),
+    ],
+)
+def test_what_the_machine_code_must_not_have(name, changes, problem):
+    kernel = aot_gemm.Kernel(name, 168, 0, (), GOOD)._replace(**changes)
+    assert aot_gemm.problems_of(kernel) == ([] if problem is None else [problem])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maefast
-from maefast import gemm, ops, tuned
+from maefast import _torch, gemm, ops, tuned
 from maefast.kernels._products import Size, inputs, plain
 from maefast.ops.linear import Products, input_gradient, product
 from maefast.testing.errors import assert_close_to_float64
@@ -20,7 +20,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda")
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 EACH_KIND = pytest.mark.parametrize("kind", gemm.KINDS)
-# One row, a whole tile, one more of each, one step of the sum, sums of odd length, an odd number of tiles in a cluster of two
+# One row, a whole tile, one more of each, a single step of the sum, odd numbers of steps and of tiles in a cluster of two
 SIZES = [
     Size(1, 8, 8),
     Size(128, 64, 128),
@@ -107,7 +107,7 @@ def test_on_another_stream(kind):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)
+        _torch.sleep_on_gpu(20_000_000)
         for mine, theirs in zip(late, case, strict=True):
             mine.copy_(theirs)
         got = CALLS[kind](*late)
