@@ -1,4 +1,4 @@
-"""Drives CMake: builds libmaefast.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
+"""Drives CMake: builds libmaefast.so, libmaefast_cuda.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
 
 MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
 kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_SANITIZE=1 builds with the sanitizers, for
@@ -6,13 +6,21 @@ kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFA
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version of the installed torch, None without CUDA; torch is not imported."""
+    spec = find_spec("torch")
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"] if spec and spec.origin else None
 
 
 def wants_cuda(torch_cuda: str | None) -> bool:
@@ -39,7 +47,7 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
             "MAEFAST_OUTPUT_DIR": output,
-            "MAEFAST_CUDA": "ON" if wants_cuda(torch.version.cuda) else "OFF",
+            "MAEFAST_CUDA": "ON" if wants_cuda(torch_cuda()) else "OFF",
             "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "TORCH_ROOT": Path(torch.__file__).resolve().parent,
@@ -53,9 +61,10 @@ class CMakeBuild(build_ext):
         return os.path.join(*ext_name.split(".")) + ".so"
 
 
-native = os.environ.get("MAEFAST_NATIVE", "1") != "0"
+objects = []  # every one is listed, so that setuptools installs it; CMake builds them in one go
+if os.environ.get("MAEFAST_NATIVE", "1") != "0":
+    objects = ["libmaefast", "_C", *(["libmaefast_cuda"] if wants_cuda(torch_cuda()) else [])]
 setup(
-    # Both objects are listed, so that setuptools installs both; CMake builds them in one go.
-    ext_modules=[Extension(name, sources=[]) for name in ("maefast.libmaefast", "maefast._C")] if native else [],
+    ext_modules=[Extension(f"maefast.{name}", sources=[]) for name in objects],
     cmdclass={"build_ext": CMakeBuild},
 )

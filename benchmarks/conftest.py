@@ -8,6 +8,7 @@ import pytest
 import torch
 from measure import Group, Options
 from rotation import ReplayClock
+from skips import pytest_terminal_summary  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

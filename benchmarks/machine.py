@@ -1,7 +1,9 @@
 """What this machine is, and what it can do: a short name without host or user, and probes of its copy and GEMM rates."""
 
+import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 COPY_BYTES = 2 * (256 << 20)  # the copy probe reads 256 MiB and writes as much: larger than any cache
 GEMM_N = {"cpu": 2048, "cuda": 8192}  # large enough for the best rate of the device
@@ -50,7 +53,8 @@ def machine_slug(device: torch.device) -> str:
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
     path = Path("/proc/cpuinfo")
-    return cpu_slug(path.read_text() if path.exists() else "", torch.get_num_threads())
+    forced = os.environ.get("MAEFAST_CPU_ISA", "auto")  # results of a narrower instruction set are not the machine's
+    return cpu_slug(path.read_text() if path.exists() else "", torch.get_num_threads()) + f"-{forced}" * (forced != "auto")
 
 
 def cpu_model() -> str:
@@ -110,10 +114,35 @@ def nominal_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((flops for part, flops in NOMINAL.items() if part in name), None)
 
 
+def _matmul(x: Tensor, w: Tensor) -> Tensor:
+    """On a CPU through oneDNN where torch has it: MKL's sgemm does not match its rate on AMD."""
+    if x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return F.linear(x, w)
+
+
+@cache
+def why_no_gemm(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why this machine has no rate of matrix products in `dtype` to compare with, or None."""
+    if device.type != "cpu":
+        return None
+    try:
+        _matmul(*torch.ones(2, 16, 16, dtype=dtype))
+    except RuntimeError:
+        return f"oneDNN has no product in {str(dtype).removeprefix('torch.')} on this CPU"
+    return None
+
+
 def gemm_probe(device: torch.device, dtype: torch.dtype) -> Callable[[int], Any]:
-    """A square matmul, gemm_flops: on a CPU through oneDNN where torch has it, which MKL's sgemm does not match on AMD."""
+    """A square matmul, gemm_flops."""
     size = GEMM_N[device.type]
     x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return lambda i: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return lambda i: F.linear(x, w)
+    return lambda i: _matmul(x, w)
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Return why torch.compile cannot make code for `device`, or None."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    return None

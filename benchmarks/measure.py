@@ -11,7 +11,7 @@ import torch
 from memory import peak_in_fresh_process
 from rotation import Budget, NotOursError, Run, rotate, timer_for
 
-COPY, GEMM = "machine-copy", "machine-gemm"  # probes that take part in every rotation
+COPY, GEMM = "machine-copy", "machine-gemm"  # probes that take part in a rotation
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ class Group:
     def __init__(self, workload: Any, module: str, options: Options):
         self.workload, self.options = workload, options
         bench = workload.bench()
-        reasons = {name: bench.why_not(name) for name in options.contenders(workload)}
+        why_not_compiled = machine.why_not_compiled(options.device)
+        reasons = {
+            name: bench.why_not(name) or (why_not_compiled if name.endswith("-compiled") else None)
+            for name in options.contenders(workload)
+        }
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
         runs = {name: bench.run(name) for name in options.contenders(workload) if name not in self.skipped}
         self.outside: dict[str, str] = {}
@@ -51,7 +55,10 @@ class Group:
         bench.forget()
         is_step = workload.images is not None
         self.peak = self._peaks_on_gpu(bench, runs) if is_step and options.device.type == "cuda" else {}
-        probes = {COPY: machine.copy_probe(options.device), GEMM: machine.gemm_probe(options.device, workload.dtype)}
+        self.why_no_gemm = machine.why_no_gemm(options.device, workload.dtype)
+        probes = {COPY: machine.copy_probe(options.device)}
+        if self.flops and self.why_no_gemm is None:
+            probes[GEMM] = machine.gemm_probe(options.device, workload.dtype)
         timer, warmup = timer_for(options.device), 1 if is_step else 2  # the gate has run each contender already
         self.samples = rotate(runs | probes, timer, options.budget(is_step), bench.sets, warmup)
         self.median = {name: statistics.median(samples) for name, samples in self.samples.items()}
@@ -106,9 +113,12 @@ class Group:
             info |= {"bytes": self.bytes, "gb_per_s": self.bytes / seconds / 1e9}
             info |= {"copy_gb_per_s": copy_rate / 1e9, "copy_fraction": self.bytes / seconds / copy_rate}
         if self.flops:
-            gemm_rate = machine.gemm_flops(self.options.device) / self.median[GEMM]
             info |= {"flops": self.flops, "tflop_per_s": self.flops / seconds / 1e12}
-            info |= {"gemm_tflop_per_s": gemm_rate / 1e12, "gemm_fraction": self.flops / seconds / gemm_rate}
+            if GEMM in self.median:
+                gemm_rate = machine.gemm_flops(self.options.device) / self.median[GEMM]
+                info |= {"gemm_tflop_per_s": gemm_rate / 1e12, "gemm_fraction": self.flops / seconds / gemm_rate}
+            else:
+                info["why_no_gemm"] = self.why_no_gemm
             if (nominal := machine.nominal_flops(self.options.device, self.workload.dtype)) is not None:
                 info["nominal_fraction"] = self.flops / seconds / nominal
         if self.workload.images:

@@ -29,7 +29,7 @@ class OpEntry:
     plain: Callable[..., Outputs]
     fused: Callable[..., Outputs]
     leaves: tuple[str, ...]  # get gradients where given: of each output `o` against the input `d<o>`, else of the first output
-    asks: Callable[[Inputs], dict[str, Inputs]]  # op -> the inputs that dispatch.can_run looks at
+    ops: tuple[str, ...]  # that `fused` calls
     bytes: Callable[[int, Inputs, Outputs], int]
     flops: Callable[[int], int]
     backends: tuple[str, ...] = (*OURS, "eager")
@@ -78,11 +78,18 @@ class OpBench:
                 inputs[leaf].requires_grad_()
 
     def why_not(self, contender: str) -> str | None:
+        """Try a call: what an op cannot run, it refuses."""
         backend = contender.removeprefix("maefast-")
         if backend in (contender, "auto"):
             return None
-        reasons = (dispatch.can_run(op, backend, inputs) for op, inputs in self.entry.asks(self.inputs[0]).items())
-        return next(filter(None, reasons), None)
+        for op in self.entry.ops:
+            if not dispatch.binds(backend, dispatch.OPS[op], self.workload.device):
+                return f"there is no {backend} kernel of {op} for {self.workload.device.type}"
+        try:
+            self.run(contender)(0)
+        except dispatch.CannotRunError as refusal:
+            return str(refusal)
+        return None
 
     def run(self, contender: str) -> Run:
         if contender == self.workload.eager_name:

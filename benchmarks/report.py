@@ -85,7 +85,8 @@ def table(benches: list[Bench]) -> list[str]:
 def machine_rate(info: dict[str, Any]) -> str:
     if "bytes" in info:
         return f"{info['bytes'] / 1e6:.1f} MB must be touched; a large copy ran at {info['copy_gb_per_s']:.1f} GB/s."
-    return f"{info['flops'] / 1e9:.1f} GFLOP; a matmul ran at {info['gemm_tflop_per_s']:.3g} TFLOP/s."
+    rate = info.get("why_no_gemm") or f"a matmul ran at {info['gemm_tflop_per_s']:.3g} TFLOP/s"
+    return f"{info['flops'] / 1e9:.1f} GFLOP; {rate}."
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """Loads libmaefast.so, or, without one, defines the schemas of the ops in Python; what every backend's ops share: schemas, fakes.
 
-Where a native library is present but does not load, importing maefast fails: nothing falls back silently.
+Where a native library is present but does not load, or is of another release, importing maefast fails: nothing falls back
+silently. libmaefast_cuda.so, the kernels on GPUs, is loaded where torch has CUDA.
 """
 
+import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import torch
 
+from ._version import __version__
+
 _PACKAGE = Path(__file__).resolve().parent
 _NATIVE = _PACKAGE / "libmaefast.so"
+_NATIVE_CUDA = _PACKAGE / "libmaefast_cuda.so"
 
 HAS_NATIVE = _NATIVE.exists()
-# Whether the native library has kernels for GPUs; set below, once it is loaded.
-HAS_CUDA = False
+HAS_CUDA = HAS_NATIVE and _NATIVE_CUDA.exists() and torch.version.cuda is not None
 NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
 
 # Ops whose body is Python on every device. A fragment, so that it may come before or after the native definitions.
@@ -37,15 +41,29 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return register
 
 
-if HAS_NATIVE:
+def _load(path: Path) -> None:
     try:
-        torch.ops.load_library(str(_NATIVE))
+        torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"{_NATIVE.name} does not load beside torch {torch.__version__}: {error}. "
+            f"{path.name} does not load beside torch {torch.__version__}: {error}. "
             "Reinstall maefast with this torch installed, or set MAEFAST_NATIVE=0 at installation for pure Python."
         ) from error
-    HAS_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("maefast::attention_fwd", "CUDA")
+    library = ctypes.CDLL(str(path))
+    release = "another release"
+    if hasattr(library, "maefast_version"):
+        library.maefast_version.restype = ctypes.c_char_p
+        release = f"maefast {library.maefast_version().decode()}"
+    if release != f"maefast {__version__}":
+        raise ImportError(
+            f"{path.name} is of {release}, the Python files around it are of maefast {__version__}: reinstall maefast"
+        )
+
+
+if HAS_NATIVE:
+    _load(_NATIVE)
+    if HAS_CUDA:
+        _load(_NATIVE_CUDA)
 else:
     for _schema in schemas():
         fragment.define(_schema)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 import support
 import torch
+from skips import pytest_terminal_summary  # noqa: F401
 
 import maefast
+from maefast import dispatch
 from maefast.train import step
 
 GIB = 1 << 30
@@ -29,6 +31,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _decisions() -> Iterator[None]:
+    """Decisions of a test that changes what the machine has are not those of the next."""
+    yield
+    dispatch.forget()
+
+
 @pytest.fixture
 def native() -> None:
     """The test needs the native library."""
@@ -38,16 +47,16 @@ def native() -> None:
 
 @pytest.fixture(params=support.ISAS)
 def isa(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
-    """Runs the test on each instruction set of the native kernels, and gives the best one back."""
+    """Runs the test on each instruction set of the native kernels that this process may use."""
     from maefast import _C
 
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU has no {request.param}")
+    if request.param not in support.USABLE_ISAS:
+        pytest.skip(f"this CPU has no {request.param}, or MAEFAST_CPU_ISA forces a narrower instruction set")
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
     assert _C.cpu_isa() == request.param
     yield request.param
-    _C.set_cpu_isa("auto")
+    _C.set_cpu_isa(before)
 
 
 @pytest.fixture(params=support.BACKENDS)

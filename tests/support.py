@@ -2,9 +2,11 @@
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +15,37 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli
+from maefast import _library, cli, dispatch
 from maefast.reference import ReferenceMAE
 
 NATIVE = _library.HAS_NATIVE
+TRANSFORMER_BLOCK = sys.modules["maefast.ops.transformer_block"]  # whose name in maefast.ops is that of the op
+if NATIVE:
+    from maefast import _C
+
+
+def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
+    """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
+    monkeypatch.setattr(owner, name, value)
+    dispatch.forget()
+
+
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+
+
+# What the native kernels of this process may use: no wider than the CPU, nor than MAEFAST_CPU_ISA.
+USABLE_ISAS = ISAS[: ISAS.index(_C.cpu_isa()) + 1] if NATIVE else ()
+ON_INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `auto` takes maefast's own matrix product of `dtype` on this machine: DESIGN.md, section 4."""
+    least = {torch.float32: "avx512", torch.bfloat16: "avx512bf16"}.get(dtype)
+    return least in USABLE_ISAS and not ON_INTEL
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -4,10 +4,12 @@ import dataclasses
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 
 import machine
+import measure
 import memory
 import pytest
 import report
@@ -31,6 +33,23 @@ def test_error_rule_allows_twice_the_error_of_eager_and_one_eps():
     assert_close_to_float64("one eps", (one + eps).bfloat16(), one.bfloat16(), one)
     with pytest.raises(AssertionError, match="two eps"):
         assert_close_to_float64("two eps", (one + 2 * eps).bfloat16(), one.bfloat16(), one)
+
+
+def test_error_rule_is_absolute_where_the_truth_is_zero():
+    """A rounded zero of float64 gives no scale: 1e-7 is no error of a thousand million."""
+    for zero in (0.0, 1e-17):
+        exact = torch.full((2, 8), zero, dtype=torch.float64)
+        eager, eps = torch.zeros(2, 8), torch.finfo(torch.float32).eps
+        assert_close_to_float64("inside", eager + 0.9 * eps, eager, exact)
+        with pytest.raises(AssertionError, match="outside: relative L2 error"):
+            assert_close_to_float64("outside", eager + 1.1 * eps, eager, exact)
+        one = eager.clone()
+        one[0, 0] = 1.1 * eps
+        with pytest.raises(AssertionError, match="outside: relative max error"):
+            assert_close_to_float64("outside", one, eager, exact)
+    small = torch.full((2,), 1e-12, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="small: relative L2 error 1 >"):
+        assert_close_to_float64("small", torch.zeros(2), small.float(), small)
 
 
 def test_error_rule_refuses_nan_and_other_shapes_and_takes_empty_tensors():
@@ -224,6 +243,67 @@ def test_report_shows_losses_like_wins_and_leaves_out_empty_columns():
     assert "| maefast-eager (*) | 4 ms | 10 us | 0.50 | 0.5 | 2 % |" in lines
     assert "2.0 MB must be touched; a large copy ran at 40.0 GB/s. Commit 0123abc." in lines
     assert lines[-1] == "- off by 3"
+
+
+PROBES = """
+import machine, torch
+print([machine.why_no_gemm(torch.device(device), dtype)
+       for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16))])
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN has other instruction sets here")
+def test_a_cpu_without_a_bf16_product_has_no_rate_of_one():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", PROBES], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[None, 'oneDNN has no product in bfloat16 on this CPU', None]\n", done.stderr
+
+
+class TinyBench:
+    """One contender that does nothing."""
+
+    sets, bytes, flops = 1, None, 2_000_000_000
+
+    def why_not(self, contender: str) -> str | None:
+        return None
+
+    def run(self, contender: str) -> rotation.Run:
+        return lambda i: None
+
+    def check(self, contender: str, run: rotation.Run) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+
+class TinyWorkload:
+    name, contenders, images, dtype = "any", ("any", "any-compiled"), None, torch.bfloat16
+    eager_name = compiled_name = "any"
+    bench = TinyBench
+
+
+def test_what_this_machine_cannot_measure_is_left_out_with_its_reason(monkeypatch):
+    """A rate without its probe, a compiled contender without a compiler: the others stay."""
+    monkeypatch.setattr(machine, "copy_probe", lambda device: lambda i: None)
+    monkeypatch.setattr(machine, "why_no_gemm", lambda device, dtype: "there is no product")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    group = measure.Group(TinyWorkload(), "any", measure.Options(full=False, device=CPU))
+    assert group.skipped == {"any-compiled": "torch.compile needs a C++ compiler, and there is no no-such-compiler"}
+    assert set(group.samples) == {"any", measure.COPY}
+    info = group.extra_info("any")
+    assert info["why_no_gemm"] == "there is no product"
+    assert not {"gemm_tflop_per_s", "gemm_fraction"} & info.keys()
+    assert report.machine_rate(info) == "2.0 GFLOP; there is no product."
+
+
+def test_a_forced_instruction_set_is_part_of_the_machine_s_name(monkeypatch):
+    monkeypatch.delenv("MAEFAST_CPU_ISA", raising=False)
+    name = machine.machine_slug(CPU)
+    monkeypatch.setenv("MAEFAST_CPU_ISA", "auto")
+    assert machine.machine_slug(CPU) == name
+    monkeypatch.setenv("MAEFAST_CPU_ISA", "avx2")
+    assert machine.machine_slug(CPU) == f"{name}-avx2"
 
 
 def test_report_of_several_runs_has_each_group_once():

@@ -3,9 +3,10 @@
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,26 @@ from PIL import Image
 
 from maefast import MAE, cli
 from maefast.reference import ReferenceMAE
-from maefast.train import UserError, loop
-from maefast.train.compare import Comparison, compare
-from maefast.train.data import batches, centre_crops, digits, normalised
-from maefast.train.demo import DIGITS, demo, run_probe, train
+from maefast.train.baseline import normalised
+from maefast.train.demo import loop
+from maefast.train.demo.compare import STEPS_PER_ROUND, Comparison, compare, median_interval
+from maefast.train.demo.demo import demo, run_probe, train
+from maefast.train.demo.experiments import DIGITS
+from maefast.train.demo.images import batches, centre_crops, digits
+from maefast.train.demo.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
+from maefast.train.errors import UserError
 from maefast.train.files import replace_file
 from maefast.train.pictures import make_panel
-from maefast.train.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
 
 FILES = ["checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _six_rounds() -> Iterator[None]:
+    """A comparison ends after its first six rounds, however busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maefast.train.compare.SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +100,9 @@ def test_agrees_with_the_reference(run: tuple[Path, dict[str, Any]]) -> None:
     _, summary = run
     for model in summary["summary"].values():
         assert model["loss_difference"] < 1e-4
-        assert model["ratio_to_reference"] > 0
+        low, high = model["ratio_interval"]
+        assert 0 < low <= model["ratio_to_reference"] <= high
+        assert model["ratio_rounds"] == 6
 
 
 def test_same_seed_same_losses_and_weights(run: tuple[Path, dict[str, Any]]) -> None:
@@ -158,9 +172,56 @@ def test_probe_of_many_features_is_logistic_regression_fitted_to_the_end() -> No
     assert row.mean == pytest.approx(plain.score(x[60:], labels[60:]), abs=1e-12)
 
 
-def test_comparison_is_honest_below_one() -> None:
-    assert "1.50 x the speed of the eager reference (" in str(Comparison(8, 4, 0.02, 0.03, 1e-7))
-    assert "0.50 x the speed of the eager reference; maefast is SLOWER here (" in str(Comparison(8, 4, 0.02, 0.01, 1e-7))
+def test_median_interval_by_hand() -> None:
+    """Of n tosses, 6 show no head once in 64, 8 at most one 9 times in 256, 9 at most one 10 times in 512."""
+    assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1.0, 6.0)
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]) == (1.0, 8.0)  # 9/256 is more than a fortieth
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]) == (2.0, 8.0)  # 10/512 is not
+    ranks = [float(rank) for rank in range(1, 101)]
+    assert median_interval(ranks) == (40.0, 61.0)  # as tables of the sign test have it
+    with pytest.raises(ValueError, match="6 or more for a 95 % interval, there are 5"):
+        median_interval(ranks[:5])
+
+
+def test_comparison_is_honest() -> None:
+    def text(*ratios: float) -> str:
+        return str(Comparison(8, [0.02] * len(ratios), [0.02 * ratio for ratio in ratios], 1e-7))
+
+    steady = "median and its 95 % interval over 6 rounds of 4 steps each; losses within 1e-07)"
+    assert text(1.5, 1.52, 1.5, 1.5, 1.48, 1.5) == (
+        "speed against the eager reference 1.50 x, 1.48 to 1.52 (20.0 against 30.0 ms a step of 8 images; " + steady
+    )
+    assert text(*[0.5] * 6).startswith("speed against the eager reference 0.50 x, 0.50 to 0.50; maefast is SLOWER here (")
+    wide = "speed against the eager reference 0.90 x, 0.90 to 1.10; a wide interval: few rounds, or a busy machine ("
+    assert text(0.9, 0.95, 0.9, 1.1, 0.9, 0.9).startswith(wide)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "seconds", "rounds"),
+    [
+        ([1.1], 0.1, 6),  # settled at once
+        ([0.4, 1.1, 1.1, 1.1], 0.1, 15),  # three of 15 are slow, and an interval starts at the 4th smallest
+        ([0.5, 2.0], 1e-4, 40),  # never settles: as many rounds as were asked for
+        ([0.5, 2.0], 0.4, 8),  # five rounds of 2.4 s, the warm-up among them, and four of 4.8 s
+    ],
+)
+def test_comparison_ends(monkeypatch: pytest.MonkeyPatch, speeds: list[float], seconds: float, rounds: int) -> None:
+    """On a clock that each step moves: maefast's by `seconds`, the reference's by a multiple that changes from round to round."""
+    now, calls = 0.0, 0
+
+    def step(model: Any, *args: Any, return_pred: bool = True, **kwargs: Any) -> torch.Tensor:
+        nonlocal now, calls
+        round_of_step, calls = calls // (2 * STEPS_PER_ROUND), calls + 1
+        now += seconds * (speeds[round_of_step % len(speeds)] if return_pred else 1.0)
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr("maefast.train.compare.SECONDS", 30.0)
+    monkeypatch.setattr("maefast.train.compare.training_step", step)
+    monkeypatch.setattr("maefast.train.compare.time", SimpleNamespace(perf_counter=lambda: now))
+    stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
+    comparison = compare(DIGITS.config, stream, rounds=40, lr=1e-4, mask_ratio=0.5, seed=0)
+    assert len(comparison.ratios) == rounds
+    assert comparison.ratios == pytest.approx([speeds[done % len(speeds)] for done in range(1, rounds + 1)])
 
 
 def test_comparison_sees_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +232,10 @@ def test_comparison_sees_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def difference() -> float:
         stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
-        return compare(DIGITS.config, stream, turns=1, lr=1e-4, mask_ratio=0.5, seed=0).loss_difference
+        return compare(DIGITS.config, stream, rounds=1, lr=1e-4, mask_ratio=0.5, seed=0).loss_difference
 
     assert difference() < 1e-4
-    monkeypatch.setattr("maefast.train.compare.MAE", Wrong)
+    monkeypatch.setattr("maefast.train.demo.compare.MAE", Wrong)
     assert difference() > 0.4
 
 
@@ -213,7 +274,7 @@ def test_folder_with_classes_and_broken_files(tmp_path: Path, capsys: pytest.Cap
     save_folder(tmp_path / "data", ("dark", "light"), 12)
     (tmp_path / "data" / "dark" / "broken.jpg").write_bytes(b"\xff\xd8 and no more")
     (tmp_path / "data" / "text.png").write_text("no image")
-    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch-size", "4"]
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch_size", "4"]
     assert cli.main(["demo", *arguments]) == 0
     streams = capsys.readouterr()
     assert re.search(r"^skipped .*broken\.jpg: .", streams.out, re.MULTILINE)
@@ -258,7 +319,7 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     torch.nn.init.constant_(model.decoder_pred.bias, float("nan"))
     images = iter([digits(seed=0).images[:2]] * 2)
     with pytest.raises(UserError, match="the loss of digits is nan at step 1"):
-        loop.pretrain(model, images, title="digits", steps=1, lr=1e-3, mask_ratio=0.5)
+        loop.train_loop(model, images, title="digits", steps=1, lr=1e-3, mask_ratio=0.5)
 
 
 class Terminal(io.StringIO):
@@ -270,7 +331,7 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     stream = batches(digits(seed=0), 8, 16, torch.Generator().manual_seed(0), flip=False)
-    loop.pretrain(MAE(**DIGITS.config), stream, title="digits", steps=20, lr=1e-3, mask_ratio=0.5)
+    loop.train_loop(MAE(**DIGITS.config), stream, title="digits", steps=20, lr=1e-3, mask_ratio=0.5)
     last = terminal.getvalue().rstrip().split("\r")[-1]
     assert re.search(r"digits: 100%.* 320/320 \[\d\d:\d\d<00:00, .* images/s, loss=\d\.\d{4}\]", last), last
     assert "step" not in last

@@ -12,6 +12,7 @@ import pytest
 from support import NATIVE
 
 import maefast
+from maefast import _torch
 
 PACKAGE = Path(maefast.__file__).parent
 
@@ -58,7 +59,7 @@ def plain_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name != "MAEFAST_BACKEND"}
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAEFAST_BACKEND", "MAEFAST_CPU_ISA")}
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"]
     return subprocess.run(command, env=clean | env, cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
@@ -66,8 +67,9 @@ def run_python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess
 def test_works_warns_once_and_explains(plain_package):
     done = run_python(STEP, plain_package)
     assert done.returncode == 0, done.stderr
-    no_kernel, _, *rows = done.stdout.splitlines()
+    no_kernel, no_isa, _, *rows = done.stdout.splitlines()
     assert no_kernel == "no kernel"
+    assert no_isa == "CPU kernels: none, maefast was installed without its native library (MAEFAST_NATIVE=0)"
     chosen = {op: "sdpa" if op == "attention" else "eager" for op in maefast.dispatch.OPS}
     assert dict(row.split()[:2] for row in rows) == chosen
     assert all("native: maefast was installed without its native library (MAEFAST_NATIVE=0)" in row for row in rows)
@@ -76,9 +78,9 @@ def test_works_warns_once_and_explains(plain_package):
 def test_asking_for_native_raises(plain_package):
     done = run_python("import maefast", plain_package, MAEFAST_BACKEND="native")
     assert done.returncode != 0
-    assert "RuntimeError: MAEFAST_BACKEND asks for native: maefast was installed without its native library" in done.stderr
+    assert "CannotRunError: MAEFAST_BACKEND asks for native: maefast was installed without its native library" in done.stderr
     done = run_python("import maefast\nwith maefast.backend('native'): pass", plain_package)
-    assert "RuntimeError: backend asks for native: maefast was installed without" in done.stderr
+    assert "CannotRunError: backend asks for native: maefast was installed without" in done.stderr
 
 
 def test_a_native_library_that_does_not_load_is_an_error(plain_package, tmp_path):
@@ -87,6 +89,57 @@ def test_a_native_library_that_does_not_load_is_an_error(plain_package, tmp_path
     done = run_python("import maefast", tmp_path)
     assert done.returncode != 0
     assert "ImportError: libmaefast.so does not load beside torch" in done.stderr
+
+
+@pytest.fixture
+def native_package(tmp_path) -> Path:
+    """A folder with the package and its native objects."""
+    if not NATIVE:
+        pytest.skip("maefast was installed without its native library")
+    shutil.copytree(PACKAGE, tmp_path / "maefast", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_a_native_library_of_another_release_is_refused(native_package):
+    (native_package / "maefast" / "_version.py").write_text('__version__ = "98.7.6"\n')
+    done = run_python("import maefast", native_package)
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: libmaefast.so is of maefast {maefast.__version__}, the Python files around it are of maefast 98.7.6: "
+        "reinstall maefast"
+    )
+
+
+def test_a_native_library_without_a_version_is_refused(native_package):
+    library = native_package / "maefast" / "libmaefast.so"
+    contents = library.read_bytes()
+    assert b"\0maefast_version\0" in contents
+    library.write_bytes(contents.replace(b"\0maefast_version\0", b"\0maefast_nothing\0"))
+    done = run_python("import maefast", native_package)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: libmaefast.so is of another release, the Python files around it")
+
+
+def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package):
+    """Their library could not be loaded there, and everything works without it; beside a torch with CUDA it must load."""
+    (native_package / "maefast" / "libmaefast_cuda.so").write_bytes(b"not a library")
+    code = (
+        "import torch\ntorch.version.cuda = {}\nimport maefast\nprint(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
+    )
+    done = run_python(code.format(None), native_package)
+    assert (done.returncode, done.stdout) == (0, "torch.Size([2, 2])\n"), done.stderr
+    done = run_python(code.format("'13.0'"), native_package)
+    assert "ImportError: libmaefast_cuda.so does not load beside torch" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0", "nightly"])
+def test_an_old_torch_is_refused(version):
+    done = run_python(f"import torch\ntorch.__version__ = {version!r}\nimport maefast", PACKAGE.parent)
+    message = f"ImportError: maefast needs torch 2.10 or newer; the installed torch is {version}"
+    assert done.stderr.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git1234", "2.100.1", "3.0.0.dev20270101+cpu"])
+def test_versions_of_torch_that_are_new_enough(version):
+    _torch.check_version(version)
 
 
 @pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..reference import pair
+from ..init import pair
 from .candidates import Weights
 from .files import CheckpointError, listed
 from .positions import Grid, grid_of

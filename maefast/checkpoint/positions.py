@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..init import sincos_positions
 from ..positions import resize_positions
-from ..reference import sincos_positions
 from .files import CheckpointError
 
 Grid = tuple[int, int]

@@ -9,16 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper, checkpoint_wrapper
 
-from .. import ops
+from .. import _torch, ops
 from ..backbone import follow_parameters
 from ..blocks import Attention
 from ..checkpoint import load
 from ..checkpoint.candidates import official_names
 from ..checkpoint.layouts import transformers_names
+from ..init import init_weights
 from ..model import MAE
-from ..reference import init_weights
 from .capture import DroppingAttention, add_dropout, captured
 from .loading import Source, neutral, read_config, require_transformers, wanted_device, wanted_dtype, write
 
@@ -158,20 +157,19 @@ class Adapter(nn.Module):
             raise ValueError(f"every_n_layers must be at least 1; it is {every_n_layers}")
         self.activation_checkpointing_disable()
         options = dict(activation_checkpointing_kwargs or {})
-        impl = CheckpointImpl.REENTRANT if options.pop("use_reentrant", False) else CheckpointImpl.NO_REENTRANT
+        use_reentrant = options.pop("use_reentrant", False)
         for stack in self._stacks:
             for i in range(0, len(stack), every_n_layers):
-                stack[i] = checkpoint_wrapper(stack[i], checkpoint_impl=impl, **options)
+                stack[i] = _torch.checkpointed(stack[i], use_reentrant, **options)
 
     def activation_checkpointing_disable(self) -> None:
         for stack in self._stacks:
             for i, block in enumerate(stack):
-                if isinstance(block, CheckpointWrapper):
-                    stack[i] = block._checkpoint_wrapped_module
+                stack[i] = _torch.without_checkpointing(block)
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return any(isinstance(block, CheckpointWrapper) for stack in self._stacks for block in stack)
+        return any(_torch.without_checkpointing(block) is not block for stack in self._stacks for block in stack)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
@@ -391,7 +389,7 @@ class ViTMAEModel(Adapter):
         mae = self._mae
         mae._check_images(pixel_values)
         wanted = self._flag(output_hidden_states, "output_hidden_states"), self._flag(output_attentions, "output_attentions")
-        len_keep = MAE._len_keep(self.config.mask_ratio, noise.shape[1])
+        len_keep = ops.len_keep(noise.shape[1], self.config.mask_ratio)
         with captured(self.layers, *wanted) as (states, weights):
             x, mask, ids_restore = mae._embed_kept(pixel_values, noise, len_keep)
             latent = mae._encode_tokens(x)
@@ -457,7 +455,7 @@ class ViTMAEForPreTraining(Adapter):
         self.mae.norm_pix_loss = bool(self.config.norm_pix_loss)
         with captured(self.mae.blocks, *wanted) as (states, weights):
             loss, logits, mask = self.mae(pixel_values, self.config.mask_ratio, noise=noise)
-        len_keep = MAE._len_keep(self.config.mask_ratio, noise.shape[1])
+        len_keep = ops.len_keep(noise.shape[1], self.config.mask_ratio)
         output = _outputs().ViTMAEForPreTrainingOutput(
             loss=loss,
             logits=logits,

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import _torch
+
 Run = Callable[[int], Any]  # of input set i
 
 
@@ -26,7 +28,7 @@ class Timer:
             for name in random.Random(r).sample(list(runs), len(runs)):
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 self.flush.zero_()
-                torch.cuda._sleep(1_000_000)
+                _torch.sleep_on_gpu(1_000_000)
                 start.record()
                 runs[name](r % sets)
                 end.record()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, kernels, ops, tuned
+from ..ops.attention import OP as ATTENTION
+from ..ops.attention import AttentionAsk
 from ..tuned import Attention, Table, Tile
 from ._timing import Run, Timer
 
@@ -42,7 +44,7 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bias_gelu_fwd": _ROWS,
     "bias_gelu_bwd": _ROWS,
 }
-TIMED = tuple(name for name in dispatch.ATTENTION_BACKENDS if name != "eager")
+TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
 PARTS = ("attention", *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
@@ -124,7 +126,8 @@ def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, f
     graphs = [graph(setting.batch) for _ in range(SETS)]
     runs: dict[str, Run] = {}
     for backend in TIMED:
-        reason = dispatch.can_run("attention", backend, checked.inputs, d)
+        ask = AttentionAsk(setting.device, setting.half, T, d, queries=False)
+        reason = dispatch.why_not(ATTENTION, backend, ask)
         if reason is None and not is_right(checked.on(backend).results(), eager, exact):
             reason = "its results are outside the error rule"
         if reason is not None:
