@@ -522,7 +522,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "positions of another grid in the decoder": (
         changed("decoder_pos_embed", lambda x: x[:, :5]),
-        r"decoder_pos_embed of .* must be \(1, 17, (D\) for 16 patches|24\) beside its other tensors); its shape is \(1, 5, 24\)$",
+        r"decoder_pos_embed of .* must be \(1, 17, (D\) for 16 patches|24\) beside its other tensors); its shape is \(1, 5",
     ),
     "positions of nothing": (changed("pos_embed", lambda x: x[:, :1]), "must have positions of patches"),
     "no class token": (lambda t: {n: x for n, x in t.items() if n != "cls_token"}, "it lacks cls_token$"),
