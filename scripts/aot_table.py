@@ -3,8 +3,8 @@
     python scripts/aot_table.py [--jobs 2]
 
 Needs Triton, nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass. Exits with 1 where a kernel keeps something in local
-memory that SPILLS does not explain, stores fewer than 8 bytes at a time where NARROW_STORES does not, rounds fp32 to TF32, or where
-tests/aot_gemm.py finds a problem.
+memory that SPILLS does not explain, stores fewer than 8 bytes at a time where NARROW_STORES does not, rounds fp32 to TF32, or
+where tests/aot_gemm.py finds a problem.
 """
 
 import argparse
