@@ -2,6 +2,11 @@
 #
 #   make demo    pre-train a small MAE on real images and show what it learned     STEPS=... to change the number of steps
 #   make test    the test suite
+#   make test-torch TORCH=torch==2.11.0   the test suite beside another torch, in an environment of its own under build/
+#   make test-abi         a wheel built beside the oldest torch, tested beside every other
+#   make wheels           the source distribution and the wheels, in dist/
+#   make test-wheels      the wheel beside torch with every Python from 3.10 to 3.13 that is found, without a compiler
+#   make test-aarch64     the sources cross-compiled, and tests of ops under qemu; needs what docs/install.md lists
 #   make bench   the full benchmarks: JSON, table and chart under benchmarks/results/<machine>/
 #   make lint    ruff, clang-format, mypy
 #   make test-aot         every GPU kernel compiled ahead of time, two minutes: no spills; writes docs/kernels.md, needs nvcc
@@ -12,14 +17,16 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0  # where torch does not bring its own
+TESTS ?=
 SANITIZED := build/sanitize/site
 SANITIZED_TESTS ?= tests/ops tests/test_bad_input.py tests/test_library.py
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/_version.py
 
-.PHONY: demo test test-aot test-sanitize gpu-check bench lint clean
+.PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-sanitize gpu-check bench lint clean
 .DELETE_ON_ERROR:
 
 # An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too.
@@ -31,6 +38,7 @@ $(VENV)/.environment: requirements-dev.txt
 	else \
 	  $(BIN)/python -m pip install $(TORCH); \
 	fi
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install $(TRITON)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 
@@ -43,7 +51,42 @@ demo: $(VENV)/.build
 
 # Two processes, each of one thread unless a test asks for more.
 test: $(VENV)/.build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# A copy of the sources, with an environment and a build of its own. WHEEL=... takes the package of that wheel instead of building.
+TREE = build/$(subst ==,-,$(TORCH))
+test-torch:
+	mkdir -p $(TREE)
+	find $(TREE) -mindepth 1 -maxdepth 1 ! -name .venv ! -name build ! -name dist -exec rm -r {} +
+	tar -c --exclude=./.git --exclude=./.venv --exclude=./build --exclude='*.so' . | tar -x -C $(TREE)
+	rm -f $(TREE)/.venv/.build
+	$(MAKE) -C $(TREE) .venv/.environment
+	$(if $(WHEEL),cd $(TREE) && $(BIN)/python -m pip install --no-deps --force-reinstall $(abspath $(WHEEL)) && rm -r maefast && \
+	  ln -s $$(cd / && $(abspath $(TREE))/$(BIN)/python -c 'import maefast; print(*maefast.__path__)') maefast && touch .venv/.build)
+	MAEFAST_CUDA=$${MAEFAST_CUDA:-0} $(MAKE) -C $(TREE) test
+
+OLDEST := 2.10.0
+TORCHES ?= 2.11.0 2.12.0 2.13.0 2.14.1
+ABI_TESTS ?= tests/ops tests/test_bad_input.py tests/test_blocks.py tests/test_compile.py tests/test_export.py tests/test_library.py \
+  tests/test_model.py tests/test_parity.py
+test-abi:
+	$(MAKE) test-torch TORCH=torch==$(OLDEST) TESTS=tests/test_library.py
+	cd build/torch-$(OLDEST) && rm -rf dist && MAEFAST_CUDA=0 PATH="$$PWD/$(BIN):$$PATH" \
+	  $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+	for version in $(TORCHES); do \
+	  $(MAKE) test-torch TORCH=torch==$$version WHEEL=$$(echo build/torch-$(OLDEST)/dist/*.whl) TESTS="$(ABI_TESTS)" || exit 1; \
+	done
+
+# PATH is for cmake and ninja.
+wheels: $(VENV)/.environment
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/wheels.py build
+
+# Each Python takes a torch from pip, which may be a CUDA build of gigabytes.
+test-wheels: $(VENV)/.environment
+	$(BIN)/python scripts/wheels.py test $(TORCH) $(TESTS)
+
+test-aarch64: $(VENV)/.environment
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python scripts/aarch64.sh $(TESTS)
 
 test-aot: $(VENV)/.build
 	$(BIN)/python scripts/aot_table.py
@@ -73,4 +116,4 @@ lint: $(VENV)/.environment
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build maefast/*.so *.egg-info
+	rm -rf $(VENV) build dist maefast/*.so *.egg-info

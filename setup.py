@@ -1,4 +1,4 @@
-"""Drives CMake: builds libmaefast.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
+"""Drives CMake: builds libmaefast.so and libmaefast_cuda.so into the package. What to build is described in CMakeLists.txt alone.
 
 MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
 kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_SANITIZE=1 builds with the sanitizers, for
@@ -6,13 +6,28 @@ kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFA
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+NATIVE = os.environ.get("MAEFAST_NATIVE", "1") != "0"
+
+
+def torch_root() -> Path | None:
+    """Folder of the torch to build against: installed here, or around the environment that pip isolates a build in."""
+    if (spec := find_spec("torch")) and spec.origin:
+        return Path(spec.origin).parent
+    # pip isolates by PYTHONPATH, which -I ignores.
+    probe = "from importlib.util import find_spec; print(getattr(find_spec('torch'), 'origin', ''))"
+    origin = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(origin).parent if origin else None
 
 
 def wants_cuda(torch_cuda: str | None) -> bool:
@@ -29,9 +44,9 @@ def wants_cuda(torch_cuda: str | None) -> bool:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-        import torch
-
+        torch = torch_root()
+        if torch is None:
+            raise SystemExit("maefast is built against torch, and there is none: install torch>=2.10 first")
         source = Path(__file__).resolve().parent
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         sanitize = os.environ.get("MAEFAST_SANITIZE", "0") != "0"
@@ -39,23 +54,38 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
             "MAEFAST_OUTPUT_DIR": output,
-            "MAEFAST_CUDA": "ON" if wants_cuda(torch.version.cuda) else "OFF",
+            "MAEFAST_CUDA": "ON" if wants_cuda(runpy.run_path(str(torch / "version.py"))["cuda"]) else "OFF",
             "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
-            "Python_EXECUTABLE": sys.executable,
-            "TORCH_ROOT": Path(torch.__file__).resolve().parent,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of the last build may have lain in an isolated environment
+            "TORCH_ROOT": torch,
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *arguments], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """Put the objects that CMake made in the place of those of an earlier build, which may have made others."""
+        package = Path(__file__).resolve().parent / "maefast"
+        for stale in package.glob("*.so"):
+            stale.unlink()
+        for made in Path(self.build_lib, "maefast").glob("*.so"):
+            shutil.copy2(made, package)
+
     def get_ext_filename(self, ext_name: str) -> str:
         return os.path.join(*ext_name.split(".")) + ".so"
 
 
-native = os.environ.get("MAEFAST_NATIVE", "1") != "0"
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        """Name the platform alone: libmaefast.so knows no Python, so that one wheel serves all."""
+        return "py3", "none", super().get_tag()[2]
+
+
+# CMake makes libmaefast_cuda.so beside it, where there is CUDA.
+objects = [Extension("maefast.libmaefast", sources=[])] if NATIVE else []
 setup(
-    # Both objects are listed, so that setuptools installs both; CMake builds them in one go.
-    ext_modules=[Extension(name, sources=[]) for name in ("maefast.libmaefast", "maefast._C")] if native else [],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=objects,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    # Not in pyproject.toml: gigabytes that an isolated build need not fetch where the environment around it has torch.
+    setup_requires=["torch>=2.10"] if NATIVE and torch_root() is None else [],
 )

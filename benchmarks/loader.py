@@ -31,8 +31,10 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from maefast.backbone import IMAGENET_MEAN, IMAGENET_STD
-from maefast.train.dataset import Box, ImageDataset, open_images
-from maefast.train.pack import pack
+from maefast.train.data.crops import Box
+from maefast.train.data.open import open_images
+from maefast.train.data.pack import pack
+from maefast.train.data.sources import ImageDataset
 
 PHOTOGRAPHS = {"500 x 375": (375, 500), "2560 x 1920": (1920, 2560)}  # ImageNet's average, and five megapixels
 SIDE = 224

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from errors import assert_close_to_float64
-from rotation import NotOursError, Run
+from rotation import NotOursError
 from torch import Tensor
 
 import maefast
 from maefast import dispatch
+from maefast.testing.errors import assert_close_to_float64
+from maefast.testing.timing import Run
 
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -29,7 +30,7 @@ class OpEntry:
     plain: Callable[..., Outputs]
     fused: Callable[..., Outputs]
     leaves: tuple[str, ...]  # get gradients where given: of each output `o` against the input `d<o>`, else of the first output
-    asks: Callable[[Inputs], dict[str, Inputs]]  # op -> the inputs that dispatch.can_run looks at
+    ops: tuple[str, ...]  # that `fused` calls
     bytes: Callable[[int, Inputs, Outputs], int]
     flops: Callable[[int], int]
     backends: tuple[str, ...] = (*OURS, "eager")
@@ -78,11 +79,18 @@ class OpBench:
                 inputs[leaf].requires_grad_()
 
     def why_not(self, contender: str) -> str | None:
+        """Try a call: what an op cannot run, it refuses."""
         backend = contender.removeprefix("maefast-")
         if backend in (contender, "auto"):
             return None
-        reasons = (dispatch.can_run(op, backend, inputs) for op, inputs in self.entry.asks(self.inputs[0]).items())
-        return next(filter(None, reasons), None)
+        for op in self.entry.ops:
+            if not dispatch.binds(backend, dispatch.OPS[op], self.workload.device):
+                return f"there is no {backend} kernel of {op} for {self.workload.device.type}"
+        try:
+            self.run(contender)(0)
+        except dispatch.CannotRunError as refusal:
+            return str(refusal)
+        return None
 
     def run(self, contender: str) -> Run:
         if contender == self.workload.eager_name:

@@ -74,17 +74,8 @@ def plain_masking(noise: Tensor, imgs: Tensor, mean: Tensor | None = None, std: 
 
 
 def fused_masking(noise: Tensor, imgs: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Outputs:
-    ids_keep, ids_restore, mask = ops.random_masking(noise, K)
-    patches = ops.gather_patches(imgs, ids_keep, PATCH, mean, std)
+    patches, ids_keep, ids_restore, mask = ops.mask_patches(imgs, noise, K, PATCH, mean, std)
     return {"patches": patches, "ids_keep": ids_keep, "ids_restore": ids_restore, "mask": mask}
-
-
-def asks_masking(inputs: Inputs) -> dict[str, Inputs]:
-    ids = inputs["noise"].argsort(dim=1)[:, :K]
-    return {
-        "random_masking": {"noise": inputs["noise"]},
-        "gather_patches": {"imgs": inputs["imgs"], "ids": ids} | {k: inputs[k] for k in ("mean", "std") if k in inputs},
-    }
 
 
 # unshuffle; "autocast": x in bf16, token and positions in fp32, as a training step under autocast has them
@@ -230,7 +221,7 @@ ENTRIES = (
         plain=plain_masking,
         fused=fused_masking,
         leaves=(),
-        asks=asks_masking,
+        ops=("random_masking", "gather_patches", "mask_patches"),
         bytes=lambda N, x, y: traffic.masking_bytes(N, L, K, P, x["imgs"].itemsize, y["patches"].itemsize),
         flops=lambda N: 0,
     ),
@@ -241,7 +232,7 @@ ENTRIES = (
         plain=plain_unshuffle,
         fused=fused_unshuffle,
         leaves=("x", "mask_token"),
-        asks=lambda x: {"unshuffle": {k: v for k, v in x.items() if k != "dy"}},
+        ops=("unshuffle",),
         bytes=lambda N, x, y: traffic.unshuffle_bytes(N, L, K, D, x["x"].itemsize, x["mask_token"].itemsize, y["y"].itemsize),
         flops=lambda N: traffic.unshuffle_flops(N, L, K, D),
     ),
@@ -252,7 +243,7 @@ ENTRIES = (
         plain=plain_masked_mse,
         fused=fused_masked_mse,
         leaves=("pred",),
-        asks=lambda x: {"masked_mse": x},
+        ops=("masked_mse",),
         bytes=lambda N, x, y: traffic.masked_mse_bytes(N, L, K, P, x["pred"].itemsize, x["imgs"].itemsize),
         flops=lambda N: traffic.masked_mse_flops(N, L, K, P),
     ),
@@ -263,7 +254,7 @@ ENTRIES = (
         plain=plain_layer_norm,
         fused=fused_layer_norm,
         leaves=("x", "weight", "bias"),
-        asks=lambda x: {"layer_norm": x},
+        ops=("layer_norm",),
         bytes=count_layer_norm,
         flops=lambda N: 0,
         backends=(*OURS, "apex", "eager"),
@@ -275,7 +266,7 @@ ENTRIES = (
         plain=plain_add_layer_norm,
         fused=fused_add_layer_norm,
         leaves=("x", "residual", "weight", "bias"),
-        asks=lambda x: {"add_layer_norm": x},
+        ops=("add_layer_norm",),
         bytes=count_add_layer_norm,
         flops=lambda N: 0,
     ),
@@ -286,7 +277,7 @@ ENTRIES = (
         plain=plain_gelu,
         fused=fused_gelu,
         leaves=("x", "bias"),
-        asks=lambda x: {"bias_gelu": x},
+        ops=("bias_gelu",),
         bytes=count_gelu,
         flops=lambda N: 0,
     ),

@@ -51,7 +51,7 @@ inline int64_t item_size(ScalarType dtype) {
 template <typename... Args>
 Tensor call_op(const char* name, const Args&... args) {
   StableIValue stack[]{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -67,6 +67,13 @@ inline Tensor empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing but time
   }
   return out;
+}
+
+// The column sum of t (N, T, D) in fp32, or an empty tensor where it is not wanted.
+inline Tensor column_sum(const Tensor& t, bool wanted) {
+  const int64_t none[] = {0}, rows[] = {0, 1};
+  if (!wanted) return torch::stable::new_empty(t, {none, 1}, ScalarType::Float);
+  return torch::stable::sum(t, IntHeaderOnlyArrayRef(rows, 2), false, ScalarType::Float);
 }
 
 // `t` itself where its last dimension is dense, else a contiguous copy.

@@ -1,6 +1,6 @@
 """Denoising with a fine-tuned MAE, against the noisy picture and a median filter. Under two minutes on two cores.
 
-    python examples/denoise.py [--sigma 25] [--steps 150] [--pretrain-steps 300] [--seed 0] [--picture denoise.png]
+    python examples/denoise.py [--sigma 25] [--steps 150] [--pretrain_steps 300] [--seed 0] [--picture denoise.png]
 
 Needs maefast[demo]. Noise is Gaussian, independent in each pixel and channel. Encoder and decoder of a MAE learn to predict what
 to add to the noisy picture; one was pre-trained on the clean tiles, the other starts from scratch, with the same budget.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from maefast.train.dataset import open_images
+from maefast.train.data.open import open_images
 
 
 def pixels(data: Path) -> None:

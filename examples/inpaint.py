@@ -1,6 +1,6 @@
 """Inpainting with a pre-trained MAE and a mask of one's own, against smooth interpolation. Under two minutes on two cores.
 
-    python examples/inpaint.py [--hole 16] [--pretrain-steps 400] [--seed 0] [--picture inpaint.png]
+    python examples/inpaint.py [--hole 16] [--pretrain_steps 400] [--seed 0] [--picture inpaint.png]
 
 Needs maefast[demo]. The hole is a square in the middle of each tile, made of whole patches. Nothing is fine-tuned: `mask=` says
 which patches are missing, and `reconstruct` fills them in. What stands in the hole is never read; here it is grey.
@@ -14,7 +14,7 @@ from restoration import MODEL, SIDE, Pictures, held_out, parser, pretrained, rep
 from torch import Tensor
 
 from maefast import MAE
-from maefast.train import data
+from maefast.train.demo import images
 
 PATCH = MODEL["patch_size"]
 
@@ -66,7 +66,7 @@ def inpainted(model: MAE, damaged: Tensor, hole: Tensor) -> Tensor:
 
 def run(hole: int, pretrain_steps: int, seed: int) -> tuple[Pictures, Tensor]:
     """The held-out tiles as each method makes them, and where the hole is."""
-    where, tiles = square_hole(hole), data.photographs(SIDE)
+    where, tiles = square_hole(hole), images.photographs(SIDE)
     clean = held_out(tiles)
     damaged = torch.where(where, torch.tensor(128.0), clean)
     mae, _ = pretrained(tiles, pretrain_steps, seed)

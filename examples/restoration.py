@@ -4,7 +4,6 @@ The pictures are tiles of scikit-learn's two photographs, 64 x 64 pixels. Of eac
 lies within it, what is trained on outside it.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,46 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maefast import MAE
-from maefast.train import data
-from maefast.train.loop import pretrain
+from maefast.cli.parser import Parser
+from maefast.train.demo import images
+from maefast.train.demo.experiments import PHOTOGRAPHS
+from maefast.train.demo.loop import train_loop
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
 SIDE, BATCH = 64, 16
-MODEL = {
-    "img_size": SIDE,
-    "patch_size": 4,
-    "embed_dim": 64,
-    "depth": 3,
-    "num_heads": 2,
-    "decoder_embed_dim": 48,
-    "decoder_depth": 1,
-    "decoder_num_heads": 2,
-    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-}
+MODEL = PHOTOGRAPHS.config | {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SCORED, SHOWN = 128, 3  # held-out tiles: in a score, in a picture
 
 Pictures = dict[str, Tensor]  # what each method makes, (N, 3, SIDE, SIDE) fp32 in 0..255
 Damage = Callable[[Tensor, torch.Generator], Tensor]  # clean (N, 3, SIDE, SIDE) fp32 in 0..255 -> damaged, of the same kind
 
 
-def stream(tiles: data.ImageSet, seed: int) -> Iterator[Tensor]:
+def stream(tiles: images.ImageSet, seed: int) -> Iterator[Tensor]:
     """Batches (BATCH, 3, SIDE, SIDE) uint8 of the tiles to train on, without end."""
-    return data.batches(tiles, SIDE, BATCH, torch.Generator().manual_seed(seed), flip=True)
+    return images.batches(tiles, SIDE, BATCH, torch.Generator().manual_seed(seed), flip=True)
 
 
-def pretrained(tiles: data.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
+def pretrained(tiles: images.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
     """A MAE after `steps` steps of pre-training at a mask ratio of 75 %, and what it started from."""
     torch.manual_seed(seed)
     model = MAE(**MODEL)
     untrained = copy.deepcopy(model)
-    pretrain(model, stream(tiles, seed), title="pre-training", steps=steps, lr=3e-3, mask_ratio=0.75)
+    train_loop(model, stream(tiles, seed), title="pre-training", steps=steps, lr=3e-3, mask_ratio=0.75)
     return model.eval(), untrained
 
 
-def held_out(tiles: data.ImageSet) -> Tensor:
+def held_out(tiles: images.ImageSet) -> Tensor:
     """SCORED of the held-out tiles, evenly spread: (SCORED, 3, SIDE, SIDE) fp32 in 0..255."""
     return tiles.images[tiles.held_out[torch.linspace(0, len(tiles.held_out) - 1, SCORED).long()]].float()
 
@@ -93,7 +82,7 @@ class Restorer(nn.Module):
         return (pixels + self.mae.unpatchify(self.mae.forward_decoder(tokens, in_order)) + 1) * 127.5
 
 
-def fine_tuned(mae: MAE, tiles: data.ImageSet, damage: Damage, steps: int, seed: int) -> Restorer:
+def fine_tuned(mae: MAE, tiles: images.ImageSet, damage: Damage, steps: int, seed: int) -> Restorer:
     """Encoder and decoder, trained to give back the clean pixels of damaged tiles."""
     restorer, peak = Restorer(mae).train(), 2e-3
     optimizer, generator = adamw(restorer, peak), torch.Generator().manual_seed(seed)
@@ -118,7 +107,7 @@ def restore(
 ) -> Pictures:
     """The held-out tiles as damaged, as each baseline makes them of that, as a fine-tuned MAE does that was pre-trained and one
     that was not, and clean."""
-    tiles = data.photographs(SIDE)
+    tiles = images.photographs(SIDE)
     clean = held_out(tiles)
     damaged = damage(clean, torch.Generator().manual_seed(seed + 1))
     pictures = {"damaged": damaged} | {name: method(damaged) for name, method in baselines.items()}
@@ -143,10 +132,10 @@ def save_strip(pictures: Pictures, path: Path) -> None:
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def parser(description: str, pretrain_steps: int, steps: int | None = None) -> argparse.ArgumentParser:
+def parser(description: str, pretrain_steps: int, steps: int | None = None) -> Parser:
     """With the flags that all three have, and --steps of those that fine-tune."""
-    flags = argparse.ArgumentParser(description=description)
-    flags.add_argument("--pretrain-steps", type=int, default=pretrain_steps)
+    flags = Parser(description=description)
+    flags.add_argument("--pretrain_steps", type=int, default=pretrain_steps)
     if steps is not None:
         flags.add_argument("--steps", type=int, default=steps, help="of fine-tuning, for each of the two")
     flags.add_argument("--seed", type=int, default=0)

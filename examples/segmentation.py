@@ -1,6 +1,6 @@
 """Segmentation from a few labelled pictures with a pre-trained encoder and an untrained one. Under a minute on two cores.
 
-    python examples/segmentation.py [--pretrain-steps 400] [--steps 200] [--labelled 64] [--seed 0]    # needs maefast[demo]
+    python examples/segmentation.py [--pretrain_steps 400] [--steps 200] [--labelled 64] [--seed 0]    # needs maefast[demo]
 
 The pictures are tiles of scikit-learn's two photographs, each with one of its handwritten digits painted over it, in a random
 colour, size, place and opacity. The label of a pixel is whether ink covers it, known exactly because the digit says where its ink
@@ -13,7 +13,6 @@ Ink is a local cue, which random features carry too: after 400 steps of pre-trai
 mean IoU of 0.64 to 0.65 against 0.59 to 0.62 on seeds 0, 1 and 2. Where shapes count `maefast demo` shows what is gained.
 """
 
-import argparse
 import copy
 from collections.abc import Iterator
 from functools import partial
@@ -24,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maefast import MAE, SimpleFeaturePyramid, VisionTransformer
-from maefast.train import data
-from maefast.train.loop import pretrain
+from maefast.cli.parser import Parser
+from maefast.train.demo import images
+from maefast.train.demo.loop import train_loop
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
@@ -45,7 +45,7 @@ class Scenes:
     """Digits painted on photographs, drawn without end from the part to train on or the part that is held out."""
 
     def __init__(self, seed: int):
-        self.digits, self.photographs = data.digits(seed), data.photographs(SIDE)
+        self.digits, self.photographs = images.digits(seed), images.photographs(SIDE)
 
     def draw(self, count: int, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """Pictures (count, 3, 64, 64) uint8 and labels (count, 64, 64) int64: 1 for ink, 0 for photograph."""
@@ -125,7 +125,7 @@ def run(pretrain_steps: int, steps: int, labelled: int, seed: int) -> dict[str, 
     mae = MAE(**ENCODER, **DECODER)
     weights = {"untrained": copy.deepcopy(mae.state_dict())}
     stream = scenes.unlabelled(64, generator)
-    pretrain(mae, stream, title="pre-training", steps=pretrain_steps, lr=2e-3, mask_ratio=0.75)
+    train_loop(mae, stream, title="pre-training", steps=pretrain_steps, lr=2e-3, mask_ratio=0.75)
     weights["pre-trained"] = mae.state_dict()
 
     share = (truth == 0).double().mean().item()
@@ -143,8 +143,8 @@ def run(pretrain_steps: int, steps: int, labelled: int, seed: int) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pretrain-steps", type=int, default=400)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pretrain_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200, help="of the head, on each encoder")
     parser.add_argument("--labelled", type=int, default=64, help="pictures with labels")
     parser.add_argument("--seed", type=int, default=0)

@@ -46,20 +46,19 @@ if RELEASE is not None:  # else the decorator, which imports the whole of torch.
     _why_not_loaded = torch.compiler.assume_constant_result(_why_not_loaded)
 
 
-def why_not(tensors: dict[str, Tensor], head_width: int, capability_of: Callable[[torch.device], tuple[int, int]]) -> str | None:
-    """A reason against qkv and q of heads of `head_width`; without tensors, against the installation."""
+def why_not(
+    device: torch.device, dtype: torch.dtype, head_width: int, capability_of: Callable[[torch.device], tuple[int, int]]
+) -> str | None:
+    """Return the reason against qkv of this device and dtype, in heads of `head_width`, or None."""
     if RELEASE is None:
         return "flash-attn is not installed"
-    for name, tensor in tensors.items():
-        if tensor.device.type != _DEVICE:
-            return f"flash-attn runs on a GPU, {name} is on {tensor.device}"
-        if tensor.dtype not in _DTYPES:
-            return f"flash-attn takes bfloat16, float16, {name} is {str(tensor.dtype).removeprefix('torch.')}"
-    if not tensors:
-        return None
+    if device.type != _DEVICE:
+        return f"flash-attn runs on a GPU, qkv is on {device}"
+    if dtype not in _DTYPES:
+        return f"flash-attn takes bfloat16, float16, qkv is {str(dtype).removeprefix('torch.')}"
     if head_width > _MAX_HEAD_WIDTH or head_width % 8:
         return f"flash-attn takes heads of up to {_MAX_HEAD_WIDTH}, a multiple of 8; they are {head_width} wide"
-    capability = capability_of(tensors["qkv"].device)
+    capability = capability_of(device)
     if RELEASE == 2 and capability < (8, 0):
         return f"flash-attn needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     if RELEASE == 4:

@@ -1,11 +1,14 @@
 """Backbone: what MAE and the VisionTransformer share, from images to tokens with positions."""
 
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import PatchEmbed
+from . import dispatch
+from .patch_embed import PatchEmbed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -30,20 +33,34 @@ class Backbone(nn.Module):
                 raise ValueError(f"{name} must have one value for each of the {in_chans} channels; it has {len(values)}")
         if std is not None and not all(value > 0 for value in std):
             raise ValueError(f"std must be positive; it is {tuple(std)}")
-        self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32), persistent=False)
+        self._held = dict[str, Tensor]()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, None, persistent=False)
+            if values is not None:
+                device = torch.get_default_device()
+                self._place_statistic(name, torch.tensor(values, dtype=torch.float32, device="cpu"), device)
+        self.register_load_state_dict_post_hook(follow_parameters)
+
+    def _place_statistic(self, name: str, value: Tensor, device: torch.device) -> None:
+        """Pixel statistics that lie on the meta device are held beside it: they are not in the state_dict that a model is filled
+        from."""
+        if value.is_meta:
+            value = self._held[name]
+        if device.type == "meta":
+            self._held[name] = value
+        setattr(self, name, value.to(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
-        # Pixel statistics stay fp32 whatever the model becomes: rounded to bf16 they would shift every uint8 image.
+        # Pixel statistics keep their values: to_empty would lose them, and rounded to bf16 they would shift every uint8 image.
         statistics = {name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, value in statistics.items():
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
+            self._place_statistic(name, value, getattr(self, name).device)
         return self
 
     def _check_images(self, imgs: Tensor, any_size: bool = False) -> None:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            _check_graph(type(self).__name__)
         self.patch_embed.check(imgs, any_size)
         if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
             raise TypeError(f"imgs must be floating-point or uint8; it is {str(imgs.dtype).removeprefix('torch.')}")
@@ -64,3 +81,23 @@ class Backbone(nn.Module):
         """Patch tokens x (N, K, D), positions added -> (N, 1+K, D)."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token, x], dim=1)
+
+
+def _check_graph(model: str) -> None:
+    """Raise RuntimeError where torch writes a graph that has no place for maefast's own ops."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # torch.compile takes is_in_onnx_export for False
+    onnx = getattr(flags, "_is_onnx_exporting", False) or torch.onnx.is_in_onnx_export()
+    if (onnx or torch.jit.is_tracing()) and dispatch.requested() != "eager":
+        graph, call = ("an ONNX graph", "torch.onnx.export") if onnx else ("a traced graph", "torch.jit.trace")
+        raise RuntimeError(
+            f'{graph} has no place for the native ops of {model}: call {call} within maefast.backend("eager"), '
+            "or use torch.export, which takes them"
+        )
+
+
+def follow_parameters(model: Backbone, *_: Any) -> None:
+    """Pixel statistics go where load_state_dict(assign=True) has put the parameters."""
+    for name in ("mean", "std"):
+        value, device = getattr(model, name), model.pos_embed.device
+        if value is not None and value.device != device:
+            model._place_statistic(name, value, device)

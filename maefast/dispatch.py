@@ -1,265 +1,128 @@
-"""Which implementation of an op runs: the fastest that can, or the one that was asked for.
+"""Choose the backend of an op: the fastest that can run, or the one that was asked for.
 
-`auto` walks BACKENDS from the fastest to the plainest and takes the first whose `can_run` gives no reason against it. A request,
-by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, never falls back: it raises with the reason. It
-binds every op of which that backend has a kernel on any device; the others choose by themselves. What a model's `attn_backend`
-asks for holds where no such request binds attention.
-A new backend is one entry in BACKENDS, the ops that it binds in _BOUND, and one function of reasons in _REASONS.
+An op says in its own file what its kernels take (`Kernel`) and in which order `auto` tries them (`Op`); this module walks.
+A request, by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, never falls back: it raises.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from . import _apex, _flash_attn, _library, cpu, kernels, tuned
-from .gpu import capability as _capability
-from .gpu import shared_memory as _shared_memory
+from . import _apex, _flash_attn, _library, cpu, gpu, kernels
 
-Inputs = Mapping[str, Tensor]
+Ask = Any  # a NamedTuple: `device`, the dtype of each tensor under its argument's name, and what else a choice depends on
+Dtypes = tuple[torch.dtype, ...]
 
-OPS = (
-    "random_masking",
-    "gather_patches",
-    "unshuffle",
-    "masked_mse",
-    "layer_norm",
-    "add_layer_norm",
-    "bias_gelu",
-    "attention",
-    "linear",
-)
-BACKENDS = ("native", "triton", "apex", "flash_attn", "sdpa", "eager")  # fastest first
-ATTENTION_BACKENDS = ("native", "flash_attn", "sdpa", "eager")  # that a model may ask for
+BACKENDS = ("native", "triton", "apex", "flash_attn", "sdpa", "eager")
+FLOATS: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
+IMAGES: Dtypes = (*FLOATS, torch.uint8)
+_DEVICES = {"cpu": "the CPU", "cuda": "a GPU"}
+_MOST_DECISIONS = 4096  # of one kind that are remembered
 
-_F32, _BF16, _F16, _U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
-_FLOATS = (_F32, _BF16, _F16)
-# What the kernels of an op take, on every backend that has one.
-_DTYPES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "random_masking": {"noise": (_F32,)},
-    "gather_patches": {"imgs": (*_FLOATS, _U8), "out": _FLOATS},
-    "unshuffle": {"x": _FLOATS, "mask_token": _FLOATS, "pos_embed": _FLOATS},
-    "masked_mse": {"pred": _FLOATS, "imgs": (*_FLOATS, _U8)},
-    "layer_norm": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
-    "add_layer_norm": dict.fromkeys(("x", "residual", "weight", "bias", "out"), _FLOATS),
-    "bias_gelu": dict.fromkeys(("x", "bias"), _FLOATS),
-    "attention": dict.fromkeys(("qkv", "q"), _FLOATS),
-    "linear": dict.fromkeys(("x", "weight", "bias", "out"), _FLOATS),
-}
-_TRITON_OPS = _DTYPES.keys() - {"attention", "linear"}
-# The ops that a request binds, where not all.
-_BOUND = {"triton": _TRITON_OPS, "apex": {"layer_norm"}, "flash_attn": {"attention"}, "sdpa": {"attention"}}
-_MAX_HEAD_WIDTH = 128  # of native attention on the CPU
-_CUDA_OPS = {"random_masking", "gather_patches", "unshuffle", "masked_mse", "attention"}  # that are native on a GPU, too
-_CUDA_RANKED = 2048  # patches that native random_masking ranks by counting on a GPU
-_CUDA_VALUES = 12272  # of a patch that native masked_mse holds in shared memory on a GPU
-# Per head width, what native attention holds on a GPU.
-_CUDA_TOKENS = {width: tiles[-1].last for width, tiles in tuned.NATIVE_ATTENTION.items()}
-_GPU_CAPABILITY = (8, 0)  # Ampere
-_TRITON_COUNTED = 1024  # patches that random_masking ranks by counting; a sort is faster for more
-_TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that masked_mse holds in registers
-_TRITON_WIDTH = 8192  # of a row that the norms hold in registers
+
+def _no_reason(ask: Ask) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the kernels of one backend take.
+
+    devices      types of device; empty for all
+    dtypes       of every tensor, or by argument; arguments that are not named may have any
+    capability   the least compute capability of a GPU
+    why_not      the reason why an ask cannot be run, in one sentence, or None
+    why_slow     the reason why `auto` passes over a kernel that could run, or None
+    """
+
+    backend: str
+    devices: tuple[str, ...]
+    dtypes: Dtypes | Mapping[str, Dtypes] = FLOATS
+    capability: tuple[int, int] = (8, 0)
+    why_not: Callable[[Ask], str | None] = _no_reason
+    why_slow: Callable[[Ask], str | None] = _no_reason
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """The kernels of an op, and the backends that `auto` tries on each type of device, the fastest first.
+
+    example   makes the ask of a usual call for a device and a dtype
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    auto: Mapping[str, tuple[str, ...]]
+    example: Callable[[torch.device, torch.dtype], Ask]
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+
+OPS: dict[str, Op] = {}
+
 _NO_APEX = _apex.why_not("normalization", "fused_layer_norm_cuda")
-_ON_INTEL, _HAS_AVX512, _MULTIPLIES_BF16 = cpu.IS_INTEL, cpu.has_avx512(), cpu.multiplies_bf16()
+_WHY_ABSENT: dict[str, Callable[[], str | None]] = {
+    "native": lambda: None if _library.HAS_NATIVE else cpu.NO_NATIVE,
+    "triton": lambda: None if kernels.HAS_TRITON else "Triton is not installed",
+    "apex": lambda: _NO_APEX,
+    "flash_attn": lambda: None if _flash_attn.RELEASE else "flash-attn is not installed",
+}
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+class CannotRunError(RuntimeError):
+    """A backend that was asked for cannot run an op, or is not installed."""
+
+
+def names_of(dtypes: Dtypes) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _why_not_taken(backend: str, op: str, name: str, tensor: Tensor) -> str | None:
-    """A reason that every kernel of `op` has against one of its inputs."""
-    dtypes = _DTYPES[op].get(name)
-    if dtypes is not None and tensor.dtype not in dtypes:
-        return f"{backend} {op} takes {_names(dtypes)}, {name} is {_names((tensor.dtype,))}"
-    if name == "imgs" and tensor.requires_grad and torch.is_grad_enabled():
-        return f"{backend} {op} has no gradient for imgs"
-    return None
-
-
-def _why_not_native(op: str, inputs: Inputs, head_width: int) -> str | None:
-    if not _library.HAS_NATIVE:
-        return cpu.NO_NATIVE
-    for name, tensor in inputs.items():
-        if tensor.device.type == "cuda":
-            return _why_not_cuda(op, inputs, head_width) or _why_not_shared(op, inputs, head_width)
-        if tensor.device.type != "cpu":
-            return f"the native kernels run on the CPU and on CUDA, {name} is on {tensor.device}"
-        if (reason := _why_not_taken("native", op, name, tensor)) is not None:
-            return reason
-    if op == "attention" and head_width > _MAX_HEAD_WIDTH:
-        return f"native attention takes heads of up to {_MAX_HEAD_WIDTH}, they are {head_width} wide"
-    return None
-
-
-def _why_not_cuda(op: str, inputs: Inputs, head_width: int) -> str | None:
-    if not _library.HAS_CUDA:
-        return "maefast was built without CUDA kernels"
-    if op not in _CUDA_OPS:
-        return f"there is no native kernel of {op} for GPUs"
-    for name, tensor in inputs.items():
-        if (capability := _capability(tensor.device)) < _GPU_CAPABILITY:
-            return f"native {op} needs compute capability 8.0, {name} is on a GPU of {capability[0]}.{capability[1]}"
-        if (reason := _why_not_taken("native", op, name, tensor)) is not None:
-            return reason
-    if op == "attention":
-        return _why_not_cuda_attention(inputs, head_width)
-    if "noise" in inputs and inputs["noise"].dim() == 2 and inputs["noise"].shape[1] > _CUDA_RANKED:
-        return f"native {op} on a GPU ranks up to {_CUDA_RANKED} patches, noise has {inputs['noise'].shape[1]}"
-    if "pred" in inputs and inputs["pred"].dim() == 3 and inputs["pred"].shape[2] > _CUDA_VALUES:
-        return f"native {op} on a GPU holds patches of up to {_CUDA_VALUES} values, pred has {inputs['pred'].shape[2]}"
-    if op == "unshuffle":
-        x, mask_token, pos_embed = (inputs[name].dtype for name in ("x", "mask_token", "pos_embed"))
-        if mask_token != pos_embed or mask_token not in (x, _F32):
-            dtypes = f"they are {_names((mask_token, pos_embed))} beside {_names((x,))}"
-            return f"native {op} on a GPU takes mask_token and pos_embed of one dtype, float32 or x's; {dtypes}"
-    return None
-
-
-def _why_not_cuda_attention(inputs: Inputs, head_width: int) -> str | None:
-    if "q" in inputs:
-        return "native attention on a GPU takes packed queries alone"
-    qkv = inputs["qkv"]
-    if qkv.dtype not in (_BF16, _F16):
-        return f"native attention on a GPU takes {_names((_BF16, _F16))}, qkv is {_names((qkv.dtype,))}"
-    most = _CUDA_TOKENS.get(head_width)
-    if most is None:
-        return f"native attention on a GPU takes heads {', '.join(map(str, _CUDA_TOKENS))} wide, they are {head_width} wide"
-    if qkv.shape[1] > most:
-        return f"native attention on a GPU takes up to {most} tokens of heads {head_width} wide, qkv has {qkv.shape[1]}"
-    return None
-
-
-def _why_not_shared(op: str, inputs: Inputs, head_width: int) -> str | None:
-    """A reason against a kernel that the GPU is large enough for in every other respect."""
-    if op != "attention" or (tile := tuned.native_tile(head_width, inputs["qkv"].shape[1])) is None:
+def why_not(op: Op, backend: str, ask: Ask) -> str | None:
+    """Return None where `backend` can run `op`, else the reason, in one sentence."""
+    if backend == "eager":
         return None
-    if (available := _shared_memory(inputs["qkv"].device)) >= tile.shared_memory:
+    if backend in _WHY_ABSENT and (reason := _WHY_ABSENT[backend]()) is not None:
+        return reason
+    mine = [kernel for kernel in op.kernels if kernel.backend == backend]
+    if not mine:
+        return f"there is no {backend} kernel of {op.name}"
+    dtypes = {name: value for name, value in ask._asdict().items() if isinstance(value, torch.dtype)}
+    first, device = next(iter(dtypes)), ask.device.type
+    kernel = next((kernel for kernel in mine if not kernel.devices or device in kernel.devices), None)
+    if kernel is None:
+        devices = " and on ".join(_DEVICES[name] for kernel in mine for name in kernel.devices)
+        return f"{backend} {op.name} runs on {devices}, {first} is on {ask.device}"
+    if device == "cuda":
+        if backend == "native" and not _library.HAS_CUDA:
+            return "maefast was built without CUDA kernels"
+        if (capability := gpu.capability(ask.device)) < kernel.capability:
+            needed, has = (".".join(map(str, version)) for version in (kernel.capability, capability))
+            return f"{backend} {op.name} needs compute capability {needed}, {first} is on a GPU of {has}"
+    for name, dtype in dtypes.items():
+        taken = kernel.dtypes if isinstance(kernel.dtypes, tuple) else kernel.dtypes.get(name, (dtype,))
+        if dtype not in taken:
+            return f"{backend} {op.name} takes {names_of(taken)}, {name} is {names_of((dtype,))}"
+    return kernel.why_not(ask)
+
+
+def why_passed_over(op: Op, backend: str, ask: Ask) -> str | None:
+    """Return the reason why `auto` leaves `backend` alone although it can run, or None."""
+    if backend == "eager":
         return None
-    tokens, needed = inputs["qkv"].shape[1], tile.shared_memory >> 10
-    return (
-        f"native attention of {tokens} tokens, heads {head_width} wide, needs {needed} KB of shared memory, "
-        f"the GPU has {available >> 10}"
-    )
+    if backend not in op.auto.get(ask.device.type, ()):
+        return f"no measurement shows that {backend} {op.name} is faster"
+    return next((kernel.why_slow(ask) for kernel in op.kernels if _serves(kernel, backend, ask.device.type)), None)
 
 
-def _why_not_triton(op: str, inputs: Inputs, head_width: int) -> str | None:
-    if not kernels.HAS_TRITON:
-        return "Triton is not installed"
-    if op not in _TRITON_OPS:
-        return f"there is no Triton kernel of {op}"
-    for name, tensor in inputs.items():
-        if tensor.device.type != "cuda" and not kernels.INTERPRETED:
-            return f"the Triton kernels run on a GPU, {name} is on {tensor.device}"
-        if tensor.device.type == "cuda" and (capability := _capability(tensor.device)) < _GPU_CAPABILITY:
-            return f"the Triton kernels need compute capability 8.0, {name} is on a GPU of {capability[0]}.{capability[1]}"
-        if (reason := _why_not_taken("triton", op, name, tensor)) is not None:
-            return reason
-        if name == "noise" and tensor.dim() == 2 and tensor.shape[1] > _TRITON_COUNTED:
-            return f"triton random_masking ranks up to {_TRITON_COUNTED} patches, noise has {tensor.shape[1]}"
-        if name == "pred" and tensor.dim() == 3 and (reason := _too_large(tensor.shape[2], inputs["imgs"].shape[1])) is not None:
-            return reason
-        if name == "x" and op in ("layer_norm", "add_layer_norm") and tensor.shape[-1] > _TRITON_WIDTH:
-            return f"triton {op} takes rows of up to {_TRITON_WIDTH} values, x has {tensor.shape[-1]}"
-    return None
-
-
-def _too_large(values: int, channels: int) -> str | None:
-    padded_channels, padded_pixels = 1, 1
-    while padded_channels < channels:
-        padded_channels *= 2
-    while padded_pixels * channels < values:
-        padded_pixels *= 2
-    if padded_channels * padded_pixels <= _TRITON_VALUES:
-        return None
-    return f"triton masked_mse holds patches of up to {_TRITON_VALUES} values, padded; pred has {values} in {channels} channels"
-
-
-def _why_not_flash_attn(op: str, inputs: Inputs, head_width: int) -> str | None:
-    if op != "attention":
-        return f"there is no {op} in flash-attn"
-    tensors = {name: inputs[name] for name in ("qkv", "q") if name in inputs}
-    return _flash_attn.why_not(tensors, head_width, _capability)
-
-
-def _why_not_sdpa(op: str, inputs: Inputs, head_width: int) -> str | None:
-    return None if op == "attention" else f"SDPA is attention, not {op}"
-
-
-def _why_not_apex(op: str, inputs: Inputs, head_width: int) -> str | None:
-    if op not in _BOUND["apex"]:
-        return f"there is no {op} in apex"
-    if _NO_APEX is not None:
-        return _NO_APEX
-    for name, tensor in inputs.items():
-        if tensor.device.type != "cuda":
-            return f"apex runs on a GPU, {name} is on {tensor.device}"
-        if (reason := _why_not_taken("apex", op, name, tensor)) is not None:
-            return reason
-        if name != "out" and tensor.dtype != inputs["x"].dtype:
-            return f"apex {op} takes tensors of one dtype, x is {_names((inputs['x'].dtype,))}, {name} {_names((tensor.dtype,))}"
-    return None
-
-
-def _why_not_eager(op: str, inputs: Inputs, head_width: int) -> str | None:
-    return None
-
-
-def _why_not_worth_it(op: str, backend: str, inputs: Inputs, head_width: int) -> str | None:
-    """A reason for `auto` to leave a backend alone though it can run (figures: benchmarks/results)."""
-    if op == "attention" and inputs["qkv"].device.type == "cuda":
-        return _why_not_fastest(backend, inputs, head_width)
-    if backend == "native" and _on_gpu(inputs) and op in _TRITON_OPS and kernels.HAS_TRITON:
-        return f"no measurement shows that native {op} is faster than triton's on a GPU"
-    if backend == "triton" and op in ("layer_norm", "add_layer_norm", "bias_gelu"):
-        return f"no measurement shows that triton {op} is faster"
-    if backend == "apex":
-        return f"no measurement shows that apex {op} is faster"
-    if op != "linear" or backend != "native":
-        return None
-    if _ON_INTEL:
-        return "torch's own products, MKL's and oneDNN's, are at home on Intel"
-    dtype = inputs["out"].dtype
-    if (dtype == _F32 and _HAS_AVX512) or (dtype == _BF16 and _MULTIPLIES_BF16):
-        return None
-    return f"torch's own product is as fast in {_names((dtype,))} on this CPU"
-
-
-def _why_not_fastest(backend: str, inputs: Inputs, head_width: int) -> str | None:
-    """What tuned.json has against attention on a GPU by anything but SDPA. Queries of their own have not been measured."""
-    capability, tokens = _capability(inputs["qkv"].device), inputs["qkv"].shape[1]
-    if backend == tuned.DEFAULT_ATTENTION:
-        return None
-    if "q" not in inputs and backend == tuned.fastest_attention(capability, head_width, tokens):
-        return None
-    where = f"{tokens} tokens, heads {head_width} wide, on sm_{capability[0]}{capability[1]}"
-    return f"no measurement shows that it is faster than SDPA for {where}"
-
-
-_REASONS: dict[str, Callable[[str, Inputs, int], str | None]] = {
-    "native": _why_not_native,
-    "triton": _why_not_triton,
-    "apex": _why_not_apex,
-    "flash_attn": _why_not_flash_attn,
-    "sdpa": _why_not_sdpa,
-    "eager": _why_not_eager,
-}
-
-
-def can_run(op: str, backend: str, inputs: Inputs, head_width: int = 0) -> str | None:
-    """None where `backend` can run `op` on `inputs` (argument name -> tensor), else the reason, in one sentence."""
-    return _REASONS[backend](op, inputs, head_width)
-
-
-_NOT_INSTALLED: dict[str, str] = {
-    name: reason
-    for name, op in (("native", OPS[0]), ("triton", OPS[0]), ("apex", "layer_norm"), ("flash_attn", "attention"))
-    if (reason := can_run(op, name, {})) is not None
-}
+def _serves(kernel: Kernel, backend: str, device: str) -> bool:
+    return kernel.backend == backend and (not kernel.devices or device in kernel.devices)
 
 
 def _checked(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str | None:
@@ -267,14 +130,15 @@ def _checked(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str |
         return None
     if name not in names:
         raise ValueError(f"{source} must be one of auto, {', '.join(names)}; it is {name!r}")
-    if (reason := _NOT_INSTALLED.get(name)) is not None:
-        raise RuntimeError(f"{source} asks for {name}: {reason}")
+    if name in _WHY_ABSENT and (reason := _WHY_ABSENT[name]()) is not None:
+        raise CannotRunError(f"{source} asks for {name}: {reason}")
     return name
 
 
-def check_attention_backend(name: str, source: str) -> None:
-    """Raises ValueError unless `name` is "auto" or in ATTENTION_BACKENDS, RuntimeError where the installation lacks it."""
-    _checked(name, source, ATTENTION_BACKENDS)
+def check_backend(op: Op, name: str, source: str) -> None:
+    """Raise ValueError unless `name` is "auto", "eager" or a backend of `op`, RuntimeError where it is not installed."""
+    mine = {kernel.backend for kernel in op.kernels} | {"eager"}
+    _checked(name, source, tuple(backend for backend in BACKENDS if backend in mine))
 
 
 _requested: str | None = _checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MAEFAST_BACKEND")
@@ -282,9 +146,9 @@ _requested: str | None = _checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MA
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block every op of the process runs on `name` ("auto" lets maefast choose again); compiled code notices.
+    """Run every op of the process on `name` within the block; "auto" lets maefast choose. Compiled code notices the switch.
 
-    Raises ValueError for an unknown name and RuntimeError where this installation has no such backend; an op that cannot run on
+    Raises ValueError for an unknown name and RuntimeError where this installation has no such backend. An op that cannot run on
     it raises RuntimeError with the reason.
     """
     global _requested
@@ -296,73 +160,80 @@ def backend(name: str) -> Iterator[None]:
 
 
 def requested() -> str | None:
-    """The backend that was asked for, for the whole process."""
+    """Return the backend that was asked for, for the whole process."""
     return _requested
 
 
-def binds(name: str, op: str, inputs: Inputs) -> bool:
-    """Whether a request for the backend `name` binds `op`: whether it has a kernel of it on any device; `native`, which is two
-    sets of kernels, on the device of `inputs`."""
-    if name == "native" and _on_gpu(inputs) and _library.HAS_CUDA:
-        return op in _CUDA_OPS
-    return op in _BOUND.get(name, OPS)
+def binds(name: str, op: Op, device: torch.device) -> bool:
+    """Return whether a request for the backend `name` applies to `op` on `device`.
+
+    It applies to each op of which the backend has a kernel: on this type of device, or on any where it has none for this type.
+    """
+    if name == "eager":
+        return True
+    served = any(_serves(kernel, name, device.type) for other in OPS.values() for kernel in other.kernels)
+    return any(_serves(kernel, name, device.type) if served else kernel.backend == name for kernel in op.kernels)
 
 
-def request_for(op: str, inputs: Inputs, asked: str = "auto") -> str | None:
-    """The backend that `op` must run on: that of a request for the whole process where it binds `op`, else the one that the
-    caller asked for, else None: `op` chooses by itself."""
-    if _requested is not None and binds(_requested, op, inputs):
+def request_for(op: Op, device: torch.device, asked: str = "auto") -> str | None:
+    """Return the backend that `op` must run on: the process's request where it binds `op`, else the caller's, else None."""
+    if _requested is not None and binds(_requested, op, device):
         return _requested
     return None if asked == "auto" else asked
 
 
-def _on_gpu(inputs: Inputs) -> bool:
-    return any(tensor.device.type == "cuda" for tensor in inputs.values())
+Decision = TypeVar("Decision")
+_remembered: list[dict[Any, Any]] = []
 
 
-def choose(op: str, inputs: Inputs, head_width: int = 0, asked: str = "auto") -> str:
-    """The backend that runs `op` on `inputs`; `asked`: by the caller, as request_for takes it."""
-    if (requested := request_for(op, inputs, asked)) is not None:
-        reason = can_run(op, requested, inputs, head_width)
-        if reason is not None:
-            raise RuntimeError(f"maefast.ops.{op} cannot run on the requested backend {requested!r}: {reason}")
-        return requested
-    for name in BACKENDS:
-        if _why_not_worth_it(op, name, inputs, head_width) is None and can_run(op, name, inputs, head_width) is None:
+def remembered(decide: Callable[..., Decision]) -> Callable[..., Decision]:
+    """Decorate a decision that follows from its arguments and the process's request: it is made once for each kind of them."""
+    decisions: dict[Any, Decision] = {}
+    _remembered.append(decisions)
+
+    @functools.wraps(decide)
+    def recall(*facts: Any) -> Decision:
+        if torch.compiler.is_compiling():
+            return decide(*facts)
+        key = (facts, _requested)
+        try:
+            decision = decisions.get(key)
+        except TypeError:  # a size that is traced as a symbol has no hash
+            return decide(*facts)
+        if decision is None:
+            if len(decisions) >= _MOST_DECISIONS:
+                decisions.clear()
+            decision = decisions[key] = decide(*facts)
+        return decision
+
+    return recall
+
+
+def forget() -> None:
+    """Make every decision anew from here on: for tests that change what a machine has."""
+    for decisions in _remembered:
+        decisions.clear()
+
+
+@remembered
+def choose(op: Op, ask: Ask, asked: str = "auto") -> str:
+    """Return the backend that runs `op`; `asked` is the caller's request, which one for the process overrides.
+
+    Raises RuntimeError with the reason where the requested backend cannot run.
+    """
+    if (name := request_for(op, ask.device, asked)) is not None:
+        if (reason := why_not(op, name, ask)) is not None:
+            raise CannotRunError(f"maefast.ops.{op.name} cannot run on the requested backend {name!r}: {reason}")
+        return name
+    for name in op.auto.get(ask.device.type, ()):
+        if why_passed_over(op, name, ask) is None and why_not(op, name, ask) is None:
             return name
-    raise AssertionError("eager runs everything")
+    return "eager"
 
 
 def ops_of(backend: str) -> Any:
-    """The namespace of torch.ops that holds the kernels of `backend`, `<op>_fwd` and `<op>_bwd`; eager has none."""
+    """Return the namespace of torch.ops that holds the kernels of `backend`, `<op>_fwd` and `<op>_bwd`; eager has none."""
     return torch.ops.maefast_triton if backend == "triton" else torch.ops.maefast
-
-
-def inputs_of(op: str) -> tuple[str, ...]:
-    """The names of the tensors that the choice of a backend looks at."""
-    return tuple(_DTYPES[op])
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast has a say in matrix products of `x`; as in torch it leaves float64 alone."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of `x` run in: autocast's where it is on, else its own."""
-    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
-
-
-def why_not_chosen(op: str, name: str, chosen: str, inputs: Inputs, head_width: int = 0, asked: str = "auto") -> str:
-    """Why `name` was passed over for the backend that `choose` gives."""
-    if (reason := can_run(op, name, inputs, head_width)) is not None:
-        return reason
-    if request_for(op, inputs, asked) is not None:
-        return f"{chosen} was requested"
-    if (name, chosen) == ("eager", "sdpa"):
-        return "the same call"
-    return _why_not_worth_it(op, name, inputs, head_width) or f"{chosen} is faster"
 
 
 if not _library.HAS_NATIVE:

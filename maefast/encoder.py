@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .blocks import Block, Linear, PatchEmbed
+from .blocks import Block, run_blocks
+from .patch_embed import PatchEmbed
+from .plain import project
 from .positions import resize_positions
 
 INIT_STD = 0.02  # of Linear weights, class token and positions, as in timm
@@ -64,7 +66,7 @@ class VisionTransformer(Backbone):
         block = partial(Block, embed_dim, num_heads, mlp_ratio, norm_layer, qkv_bias=qkv_bias, drop=drop_rate)
         self.blocks = nn.ModuleList(block(drop_path=drop_path_rate * i / max(1, depth - 1)) for i in range(depth))
         setattr(self, "fc_norm" if global_pool else "norm", norm_layer(embed_dim))
-        self.head = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
         self._set_pixel_statistics(in_chans, mean, std)
 
@@ -86,7 +88,7 @@ class VisionTransformer(Backbone):
 
     def forward(self, imgs: Tensor) -> Tensor:
         """imgs (N, C, H, W), floating-point or uint8, of the model's size -> logits (N, num_classes)."""
-        return self.head(self.forward_features(imgs))
+        return project(self.head, self.forward_features(imgs))
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """imgs (N, C, H, W), floating-point or uint8, of the model's size -> (N, D), what `head` reads.
@@ -94,9 +96,7 @@ class VisionTransformer(Backbone):
         Raises TypeError or ValueError for images that do not fit the model.
         """
         self._check_images(imgs)
-        x = self._tokens(imgs, self.pos_embed[:, 1:])
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, None, self._tokens(imgs, self.pos_embed[:, 1:]))
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x[:, 0])
 
     def encode(self, imgs: Tensor) -> Tensor:
@@ -107,10 +107,7 @@ class VisionTransformer(Backbone):
         if self.global_pool:
             raise ValueError("encode needs the model's norm, and global_pool must be False for that; it is True")
         self._check_images(imgs)
-        x = self._tokens(imgs, self.pos_embed[:, 1:])
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return run_blocks(self.blocks, self.norm, self._tokens(imgs, self.pos_embed[:, 1:]))
 
     def features(self, imgs: Tensor, blocks: Sequence[int] = (-1,)) -> list[Tensor]:
         """Feature maps for detection and segmentation, from images of any size.
@@ -130,11 +127,10 @@ class VisionTransformer(Backbone):
         wanted = [index % depth for index in blocks]
         grid = self.patch_embed.grid_of(imgs)
         x = self._tokens(imgs, resize_positions(self.pos_embed[:, 1:], self.patch_embed.grid_size, grid))
-        maps = dict[int, Tensor]()
-        for index, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            x = block(x)
-            if index in wanted:
-                maps[index] = x[:, 1:].transpose(1, 2).unflatten(2, grid)
+        maps, done = dict[int, Tensor](), 0
+        for index in sorted(set(wanted)):
+            x, done = run_blocks(self.blocks[done : index + 1], None, x), index + 1
+            maps[index] = x[:, 1:].transpose(1, 2).unflatten(2, grid)
         return [maps[index] for index in wanted]
 
     def _tokens(self, imgs: Tensor, positions: Tensor) -> Tensor:

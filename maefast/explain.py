@@ -1,75 +1,111 @@
 """explain(): what runs where, and why."""
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend
 
-from . import cpu, dispatch
+from . import _library, _torch, cpu, dispatch
+from .blocks import Block
+from .dispatch import OPS, Op
+from .ops.attention import OP as ATTENTION
+from .ops.attention import AttentionAsk
 
 
 def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-    """Print the instruction set of the CPU kernels, and a table: op, backend chosen for tensors of `device` and `dtype`, why not
-    the others.
+    """Print the instruction set of the CPU kernels, what each native object holds, and a table: op, backend chosen for
+    tensors of `device` and `dtype`, why not the others.
 
-    Beside `sdpa` stands the kernel that torch picks. With a `maefast.MAE`, attention in its encoder (at the default mask ratio)
-    and in its decoder, the backend that it asks for, and the methods that are overridden and so the route that its forward takes.
+    Beside `sdpa` stands the kernel that torch picks. A `maefast.MAE` or `VisionTransformer` adds attention in its encoder (at the
+    default mask ratio) and in its decoder, the route of each block with the reason, and the route of its forward, which depends
+    on the methods that are overridden.
+    Raises ValueError for a name that is no device, and RuntimeError for a device that is not here.
     """
-    print(cpu.describe())
+    _check_device(device)
+    print(cpu.describe(), *_library.describe(), sep="\n")
     rows = [("op", "backend", "why not the others")]
-    for op in dispatch.OPS:
-        inputs, width = _example(op, dtype, device)
-        rows.append((op, *_choice(op, inputs, width)))
-    asked: str | None = getattr(model, "attn_backend", None)
-    if model is not None and asked is not None:
-        for name, tokens, num_heads, width in _attentions(model):
-            qkv = torch.empty(1, tokens, 3 * num_heads * width, dtype=dtype, device=device)
-            rows.append((f"{name} attention", *_choice("attention", {"qkv": qkv}, width, asked)))
+    where = torch.device(device)
+    for op in OPS.values():
+        rows.append((op.name, *_choice(op, op.example(where, dtype))))
+    for name, tokens, blocks in _stacks(model):
+        attn = blocks[0].attn
+        ask = AttentionAsk(where, dtype, tokens, attn.qkv.in_features // attn.num_heads, queries=False)
+        rows.append((f"{name} attention", *_choice(ATTENTION, ask, attn.backend)))
+    for name, tokens, blocks in _stacks(model):
+        rows += _routes(name, tokens, blocks, where, dtype)
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for row in rows:
         print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
     if model is not None:
         overridden: tuple[str, ...] = getattr(model, "overridden_methods", tuple)()
+        asked: str | None = getattr(model, "attn_backend", None)
         route = f"the official route, through the overridden {', '.join(overridden)}" if overridden else "the fused path"
         print(f"{type(model).__name__}.forward takes {route}" + (f"; its attn_backend is {asked}" if asked else ""))
 
 
-def _choice(op: str, inputs: dispatch.Inputs, head_width: int, asked: str = "auto") -> tuple[str, str]:
-    """The backend, and why it is not one of the others."""
-    requested = dispatch.request_for(op, inputs, asked)
-    chosen = requested or dispatch.choose(op, inputs, head_width)
-    reason = dispatch.can_run(op, chosen, inputs, head_width)
+def _check_device(device: str) -> None:
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device must be that of a tensor, such as "cpu" or "cuda"; it is {device!r}') from error
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = "the CPU alone" if accelerator is None else f"the CPU and {accelerator.type}"
+        raise RuntimeError(f"device {device} is not here: torch {torch.__version__} has {here} on this machine") from error
+
+
+def _choice(op: Op, ask: dispatch.Ask, asked: str = "auto") -> tuple[str, str]:
+    """Return the backend, and why it is not one of the others."""
+    requested = dispatch.request_for(op, ask.device, asked)
+    chosen = requested or dispatch.choose(op, ask)
+    reason = dispatch.why_not(op, chosen, ask)
     why = [f"{chosen} was requested and cannot run: {reason}"] if reason else []
     if chosen == "sdpa" and reason is None:
-        why.append(f"torch picks its {_kernel_of_sdpa(inputs['qkv'], head_width)} kernel")
+        why.append(f"torch picks its {_kernel_of_sdpa(ask)} kernel")
     for name in dispatch.BACKENDS:
-        bound = dispatch.binds(name, op, inputs)
+        bound = dispatch.binds(name, op, ask.device)
         if name != chosen and (bound or name == dispatch.requested()):
             unbound = "" if bound else " was requested and does not bind this op"
-            why.append(f"{name}{unbound}: {dispatch.why_not_chosen(op, name, chosen, inputs, head_width, asked)}")
-    return chosen, "; ".join(why)
+            why.append(f"{name}{unbound}: {_why_not_chosen(op, name, chosen, ask, requested is not None)}")
+    return chosen, "; ".join(why) or f"there is no kernel of it for {ask.device.type}"
 
 
-def _kernel_of_sdpa(qkv: Tensor, head_width: int) -> str:
-    """flash, cudnn, efficient or math: what torch runs for such queries, keys and values."""
-    q, k, v = qkv.unflatten(2, (3, -1, head_width)).permute(2, 0, 3, 1, 4)
-    return SDPBackend(torch._fused_sdp_choice(q, k, v)).name.removesuffix("_ATTENTION").lower()
+def _why_not_chosen(op: Op, name: str, chosen: str, ask: dispatch.Ask, requested: bool) -> str:
+    if (reason := dispatch.why_not(op, name, ask)) is not None:
+        return reason
+    if requested:
+        return f"{chosen} was requested"
+    if (name, chosen) == ("eager", "sdpa"):
+        return "the same call"
+    return dispatch.why_passed_over(op, name, ask) or f"{chosen} is faster"
 
 
-def _example(op: str, dtype: torch.dtype, device: str) -> tuple[dispatch.Inputs, int]:
-    """Inputs of an op, and the width of a head; attention's are those of ViT-B/16's encoder."""
-    if op == "random_masking":
-        return {"noise": torch.empty(0, device=device)}, 0
-    if op == "attention":
-        return {"qkv": torch.empty(1, 50, 3 * 768, dtype=dtype, device=device)}, 64
-    return {name: torch.empty(0, dtype=dtype, device=device) for name in dispatch.inputs_of(op)}, 0
+def _kernel_of_sdpa(ask: AttentionAsk) -> str:
+    """Return flash, cudnn, efficient or math: what torch runs for such queries, keys and values."""
+    q, k, v = (torch.empty(1, 1, ask.tokens, ask.head_width, dtype=ask.qkv, device=ask.device) for _ in range(3))
+    return SDPBackend(_torch.sdpa_backend(q, k, v)).name.removesuffix("_ATTENTION").lower()
 
 
-def _attentions(model: Any) -> Iterator[tuple[str, int, int, int]]:
-    """Name, tokens, heads and their width of each stack of blocks."""
-    patches = model.patch_embed.num_patches
-    for name, stack, tokens in (("encoder", "blocks", 1 + patches // 4), ("decoder", "decoder_blocks", 1 + patches)):
-        for block in list(getattr(model, stack, ()))[:1]:
-            yield name, tokens, block.attn.num_heads, block.attn.qkv.in_features // block.attn.num_heads
+def _stacks(model: nn.Module | None) -> Iterator[tuple[str, int, list[Block]]]:
+    """Yield name, tokens and blocks of each stack."""
+    patches: int = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
+    tokens = {"encoder": 1 + (patches // 4 if hasattr(model, "decoder_blocks") else patches), "decoder": 1 + patches}
+    for name, stack in (("encoder", "blocks"), ("decoder", "decoder_blocks")):
+        blocks = [block for block in getattr(model, stack, ()) if isinstance(block, Block)]
+        if blocks:
+            yield name, tokens[name], blocks
+
+
+def _routes(
+    name: str, tokens: int, blocks: list[Block], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the blocks that take one route for one reason, the route and the reason."""
+    routes = [(index, block.route(device, dtype, tokens)) for index, block in enumerate(blocks)]
+    for (route, reason), group in groupby(routes, key=lambda entry: entry[1]):
+        indices = [index for index, _ in group]
+        numbers = f"block {indices[0]}" if len(indices) == 1 else f"blocks {indices[0]} to {indices[-1]}"
+        yield f"{name} {numbers}", route.name, f"{route.value}: {reason}"

@@ -1,6 +1,5 @@
 """MAE: the Masked Autoencoder (He et al. 2022) behind the official API, on the fused ops."""
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 
 from . import checkpoint, ops
 from .backbone import Backbone
-from .blocks import Block, Linear, PatchEmbed, RepeatedTokens, is_plain, take_tokens
-from .reference import VAR_EPS, MAEOutput, init_weights
-
-REPEATED_VALUES = 1 << 18  # of mask tokens in a batch, from which on those at one position are worth computing once
+from .blocks import Block, run_blocks
+from .init import MAEOutput, init_weights
+from .ops.masked_mse import VAR_EPS
+from .ops.transformer_block import take_tokens
+from .patch_embed import PatchEmbed
+from .plain import project
 
 # The methods of the official model that a forward goes through, and so the ones that an override takes off the fused path.
 ENCODER_METHODS = ("forward_encoder", "random_masking")
@@ -62,13 +63,13 @@ class MAE(Backbone):
         self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
 
-        self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = norm_layer(decoder_embed_dim)
         ph, pw = self.patch_embed.patch_size
-        self.decoder_pred = Linear(decoder_embed_dim, ph * pw * in_chans)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)
         init_weights(self)
 
         self._set_pixel_statistics(in_chans, mean, std)
@@ -76,21 +77,35 @@ class MAE(Backbone):
     # -- checkpoints ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, stored_grid: tuple[int, int] | None = None, **overrides: Any) -> "MAE":
+    def from_pretrained(
+        cls, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None, **overrides: Any
+    ) -> "MAE":
         """A model with the architecture and the weights of a checkpoint, a file or folder in any layout of maefast.checkpoint.
 
         overrides      arguments of the constructor that the checkpoint does not tell, or that shall differ: img_size resizes the
                        positions; num_heads is required where neither a config, nor the training arguments, nor a width of the
                        factories tells it
+        key            which weights to take where the checkpoint holds several: an entry's name, a prefix, or both with a dot
         stored_grid    (rows, columns) of the stored positions, where they are trained, not square, and no config tells it
         What may be wrong although everything fitted, a decoder that is absent for one, is a UserWarning; maefast.checkpoint.load
         has it in its report. Raises FileNotFoundError, CheckpointError (a ValueError) that says what does not fit, and
         RuntimeError where safetensors is needed and not installed.
         """
-        model, report = checkpoint.from_pretrained(cls, path, stored_grid=stored_grid, **overrides)
+        model, report = checkpoint.from_pretrained(cls, path, key=key, stored_grid=stored_grid, **overrides)
         for warning in report.warnings:
             warnings.warn(f"{path}: {warning}", stacklevel=2)
         return model
+
+    def init_from(
+        self, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None
+    ) -> checkpoint.LoadReport:
+        """Start from the weights of a checkpoint in any layout of maefast.checkpoint, whose report is returned: the encoder, and
+        the decoder where the file has one of the same sizes. Images of another size or number of channels are provided for.
+
+        key, stored_grid    as in from_pretrained
+        Raises as from_pretrained; the model is then as it was.
+        """
+        return checkpoint.init_from(self, path, key=key, stored_grid=stored_grid)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors, with the official names, and config.json, with all arguments of the constructor, to `folder`;
@@ -118,7 +133,7 @@ class MAE(Backbone):
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """Embedded tokens x (N, L, D) -> the kept ones (N, K, D), mask (N, L), 1 = removed, ids_restore (N, L)."""
         N, L, _ = x.shape
-        len_keep = self._len_keep(mask_ratio, L)
+        len_keep = ops.len_keep(L, mask_ratio)
         ids_keep, ids_restore, mask = ops.random_masking(ops.masking_noise(N, L, x.device), len_keep)
         return take_tokens(x, ids_keep), mask, ids_restore
 
@@ -129,14 +144,14 @@ class MAE(Backbone):
             x = self._embed(imgs) + self.pos_embed[:, 1:]
             x, mask, ids_restore = self.random_masking(x, mask_ratio)
         else:
-            len_keep = self._len_keep(mask_ratio, self.patch_embed.num_patches)
+            len_keep = ops.len_keep(self.patch_embed.num_patches, mask_ratio)
             noise = ops.masking_noise(imgs.shape[0], self.patch_embed.num_patches, imgs.device)
             x, mask, ids_restore = self._embed_kept(imgs, noise, len_keep)
         return self._encode_tokens(x), mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """latent (N, 1+K, D), ids_restore (N, L) -> pred (N, L, P), channel-fastest patch order."""
-        return self.decoder_pred(self.decoder_norm(self._decode_tokens(x, ids_restore)))[:, 1:]
+        return project(self.decoder_pred, self._decode(x, ids_restore))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """imgs (N, C, H, W), pred (N, L, P), mask (N, L), 1 = removed -> scalar loss, the mean over removed patches."""
@@ -184,7 +199,7 @@ class MAE(Backbone):
             if mask is not None:
                 noise, len_keep = self._noise_of_mask(mask)
             else:
-                len_keep = self._len_keep(mask_ratio, L)
+                len_keep = ops.len_keep(L, mask_ratio)
             if noise is None:
                 noise = ops.masking_noise(imgs.shape[0], L, imgs.device)
             x, mask, ids_restore = self._embed_kept(imgs, noise, len_keep)
@@ -221,14 +236,6 @@ class MAE(Backbone):
 
     # -- what forward is made of ------------------------------------------------------------------------
 
-    @staticmethod
-    def _len_keep(mask_ratio: float, L: int) -> int:
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be in [0, 1); it is {mask_ratio}")
-        # As an index: torch.compile takes a ratio that changes for a symbolic float, of which no size can be made, and so
-        # compiles one graph for each number of kept patches.
-        return operator.index(int(L * (1 - mask_ratio)))
-
     def _float_pixels(self, imgs: Tensor) -> Tensor:
         mean, std = self._statistics_for(imgs)
         if mean is None or std is None:
@@ -246,37 +253,19 @@ class MAE(Backbone):
         return x + F.embedding(ids_keep + 1, self.pos_embed[0]), mask, ids_restore
 
     def _encode_tokens(self, x: Tensor) -> Tensor:  # (N, K, D), positions added -> (N, 1+K, D)
-        x = self._with_class_token(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return run_blocks(self.blocks, self.norm, self._with_class_token(x))
 
-    def _decode_tokens(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """latent (N, 1+K, D) -> (N, 1+L, decoder D)."""
-        x = ops.unshuffle(self.decoder_embed(latent), ids_restore, self.mask_token, self.decoder_pos_embed)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return x
-
-    def _decode_removed(self, latent: Tensor, ids_restore: Tensor, ids: Tensor) -> Tensor:
-        """latent (N, 1+K, D) -> (N, M, decoder D), the tokens ids (N, M) of what _decode_tokens gives."""
-        tokens = (self.decoder_embed(latent), ids_restore, self.mask_token, self.decoder_pos_embed)
+    def _decode(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
+        """latent (N, 1+K, D) -> (N, 1+L, decoder D) after decoder_norm; with ids (N, M) these tokens, (N, M, decoder D)."""
+        tokens = (project(self.decoder_embed, latent), ids_restore, self.mask_token, self.decoder_pos_embed)
         x = ops.unshuffle(*tokens)
-        if not self.decoder_blocks:
-            return take_tokens(x, ids)
-        *blocks, last = self.decoder_blocks
-        for i, block in enumerate(blocks):
-            if i == 0 and _repeats_enough(x, latent) and is_plain(block, Block) and block.is_fused(x):
-                x = block(x, repeated=RepeatedTokens.of(*tokens))
-            else:
-                x = block(x)
-        return last(x, ids) if is_plain(last, Block) else take_tokens(last(x), ids)
+        return run_blocks(self.decoder_blocks, self.decoder_norm, x, ids=ids, unshuffled=None if ids is None else tokens)
 
     def _predict_removed(self, latent: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
-        """(N, M, P): predictions of the removed patches alone, in ascending patch index."""
+        """(N, M, P): predictions of the removed patches only, in ascending patch index."""
         removed = mask.shape[1] + 1 - latent.shape[1]
         ids_removed = ops.random_masking(1 - mask, removed)[0]  # ranks of 0 and 1: the removed ones first, in ascending order
-        return self.decoder_pred(self.decoder_norm(self._decode_removed(latent, ids_restore, 1 + ids_removed)))
+        return project(self.decoder_pred, self._decode(latent, ids_restore, 1 + ids_removed))
 
     # -- overrides and checks ---------------------------------------------------------------------------
 
@@ -318,7 +307,7 @@ class MAE(Backbone):
             if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
                 raise TypeError(f"mask must be bool or floating-point; it is {str(mask.dtype).removeprefix('torch.')}")
             return
-        len_keep = self._len_keep(mask_ratio, L)
+        len_keep = ops.len_keep(L, mask_ratio)
         if not 0 < len_keep < L:
             raise ValueError(
                 f"mask_ratio must keep at least one of the {L} patches and remove at least one; {mask_ratio} keeps {len_keep}"
@@ -338,13 +327,6 @@ class MAE(Backbone):
         if not 0 < M < L:
             raise ValueError(f"mask must keep at least one of the {L} patches and remove at least one; it removes {M}")
         return removed, L - M
-
-
-def _repeats_enough(x: Tensor, latent: Tensor) -> bool:
-    """Whether the mask tokens of x (N, 1+L, D) that other samples have too outweigh what it costs to sort them out."""
-    N, tokens, D = x.shape
-    kept = latent.shape[1]
-    return (N * (tokens - kept) - tokens) * D >= REPEATED_VALUES
 
 
 def _factory(name: str, doc: str, **sizes: Any) -> Callable[..., MAE]:

@@ -9,6 +9,7 @@ import torch
 from skips import pytest_terminal_summary  # noqa: F401
 
 import maefast
+from maefast import dispatch
 from maefast.train import step
 
 GIB = 1 << 30
@@ -28,6 +29,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _decisions() -> Iterator[None]:
+    """Decisions of a test that changes what the machine has are not those of the next."""
+    yield
+    dispatch.forget()
 
 
 @pytest.fixture

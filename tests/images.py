@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast.train import UserError
-from maefast.train.boxes import BoxOf, Size
-from maefast.train.dataset import ImageDataset
+from maefast.train.data.crops import BoxOf, Size
+from maefast.train.data.sources import ImageDataset
+from maefast.train.errors import UserError
 
 
 class MemoryImages(ImageDataset):

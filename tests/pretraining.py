@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from images import MemoryImages
 
-from maefast.train.options import Options
+from maefast.train.pretrain.options import Options
 
 SIZES = {"input_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 SIZES |= {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}

@@ -9,8 +9,8 @@ from pretraining import SIZES, pictures
 from support import refused
 
 from maefast import cli
-from maefast.train.ablate import _check, base_options
-from maefast.train.axes import AXES, rows_of
+from maefast.train.ablation.ablate import _check, base_options
+from maefast.train.ablation.axes import AXES, rows_of
 
 FLAGS = SIZES | {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "num_workers": 0}
 FLAGS |= {"probe_epochs": 1, "finetune_epochs": 1, "images": 16}

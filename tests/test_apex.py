@@ -4,14 +4,14 @@ Packages with its module layout, whose kernels are torch's, stand in for it."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import images_for, noise_for, small_mae
+from support import images_for, noise_for, set_fact, small_mae
 from test_dispatch import run_python
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maefast
 from maefast import _apex, dispatch, ops
@@ -147,8 +147,8 @@ def test_layer_norm_asks_for_nvidia_s(tmp_path):
     """The unrelated package is not even imported; NVIDIA's is taken, and says that it needs a GPU."""
     code = "import torch, maefast; maefast.ops.layer_norm(torch.ones(2, 3), torch.ones(3), torch.ones(3))"
     for files, expected in (
-        (UNRELATED, "RuntimeError: MAEFAST_BACKEND asks for apex: the apex that is installed is not NVIDIA's"),
-        (NVIDIA, "layer_norm cannot run on the requested backend 'apex': apex runs on a GPU, x is on cpu"),
+        (UNRELATED, "CannotRunError: MAEFAST_BACKEND asks for apex: the apex that is installed is not NVIDIA's"),
+        (NVIDIA, "layer_norm cannot run on the requested backend 'apex': apex layer_norm runs on a GPU, x is on cpu"),
     ):
         path = f"{write(tmp_path / str(len(files)), files)}:{Path(maefast.__file__).parent.parent}"
         done: subprocess.CompletedProcess[str] = run_python(code, MAEFAST_BACKEND="apex", PYTHONPATH=path)
@@ -157,33 +157,34 @@ def test_layer_norm_asks_for_nvidia_s(tmp_path):
 
 
 def test_what_apex_s_layer_norm_takes(monkeypatch):
-    monkeypatch.setattr(dispatch, "_NO_APEX", None)
+    set_fact(monkeypatch, dispatch, "_NO_APEX", None)
 
-    def why(op: str = "layer_norm", weight: torch.dtype = torch.float32, x: torch.dtype = torch.float32) -> str | None:
-        with FakeTensorMode():
-            inputs = {"x": torch.empty(2, 8, dtype=x, device="cuda"), "weight": torch.empty(8, dtype=weight, device="cuda")}
-            inputs["out"] = torch.empty(0, dtype=torch.bfloat16, device="cuda")
-            reason = dispatch.can_run(op, "apex", inputs)
-            assert dispatch.choose(op, inputs) != "apex", "auto leaves it alone: no measurement shows it faster"
-        return reason
+    def why(name: str = "layer_norm", **changed: torch.dtype) -> str | None:
+        op = dispatch.OPS[name]
+        ask = op.example(torch.device("cuda"), torch.float32)._replace(**changed)
+        assert dispatch.choose(op, ask) != "apex", "auto leaves it alone: no measurement shows it faster"
+        return dispatch.why_not(op, "apex", ask)
 
-    assert why() is None
-    assert why("bias_gelu") == "there is no bias_gelu in apex"
-    assert "one dtype, x is float32, weight bfloat16" in why(weight=torch.bfloat16)
+    assert why(out=torch.bfloat16) is None
+    assert why("bias_gelu") == "there is no apex kernel of bias_gelu"
+    assert "tensors of one dtype, they are" in why(weight=torch.bfloat16)
     assert "takes float32, bfloat16, float16, x is float64" in why(x=torch.float64)
 
 
 def test_blocks_run_apex_s_layer_norm_for_those_who_ask(install, monkeypatch):
     install(NVIDIA)
-    monkeypatch.setitem(dispatch._REASONS, "apex", lambda op, inputs, head_width: None)  # also on the CPU
-    monkeypatch.delitem(dispatch._NOT_INSTALLED, "apex")
+    set_fact(monkeypatch, dispatch, "_NO_APEX", None)
+    norm = dispatch.OPS["layer_norm"]
+    on_any_device = tuple(replace(kernel, devices=()) if kernel.backend == "apex" else kernel for kernel in norm.kernels)
+    monkeypatch.setitem(norm.__dict__, "kernels", on_any_device)
+    dispatch.forget()
     model = small_mae()
     with maefast.backend("apex"):
         loss = model(images_for(model), noise=noise_for(model)).loss
         y = ops.layer_norm(torch.ones(2, 4).cumsum(1), torch.ones(4), torch.zeros(4), dtype=torch.bfloat16)
     from apex.normalization.fused_layer_norm import calls
 
-    assert len(calls) == len(model.blocks) + len(model.decoder_blocks) + 1
+    assert len(calls) == 2 + 1, "the first norm of each stack, before which nothing is added, and this one"
     assert y.dtype == torch.bfloat16
     with maefast.backend("eager"):
         assert loss.item() == pytest.approx(model(images_for(model), noise=noise_for(model)).loss.item(), rel=1e-5)

@@ -12,9 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from flash_attn_standin import write_flash_attn
-from support import NATIVE, forward_backward, images_for, noise_for, padded, small_mae, small_reference, stacked, step, transposed
+from support import (
+    forward_backward,
+    images_for,
+    noise_for,
+    padded,
+    set_fact,
+    small_mae,
+    small_reference,
+    stacked,
+    step,
+    transposed,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maefast
 from maefast import _flash_attn, _library, dispatch, ops, tuned
 from maefast import gpu as gpu_facts
+from maefast.ops.attention import OP as ATTENTION
+from maefast.ops.attention import AttentionAsk
+from maefast.testing.errors import assert_close_to_float64
+
+CPU = torch.device("cpu")
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200" / "attention.json"
@@ -88,9 +103,9 @@ def test_a_request_for_the_process_comes_first(native):
         model(imgs, noise=noise)
     assert NATIVE_ATTENTION in seen.names
     with maefast.backend("sdpa"):
-        assert dispatch.request_for("attention", {}, "native") == "sdpa"
-        assert dispatch.request_for("linear", {}) is None
-    assert dispatch.request_for("attention", {}, "native") == "native"
+        assert dispatch.request_for(ATTENTION, CPU, "native") == "sdpa"
+        assert dispatch.request_for(dispatch.OPS["linear"], CPU) is None
+    assert dispatch.request_for(ATTENTION, CPU, "native") == "native"
 
 
 def test_the_choice_survives(native, fresh_dynamo):
@@ -131,12 +146,14 @@ def test_flash_attn_is_not_installed():
 
 def test_explain_of_a_model(native, capsys):
     maefast.explain(small_mae(attn_backend="sdpa"))
-    *_, encoder, decoder, route = capsys.readouterr().out.splitlines()
+    *_, encoder, decoder, blocks, block, route = capsys.readouterr().out.splitlines()
     assert re.match(r"encoder attention +sdpa +torch picks its flash kernel; native: sdpa was requested", encoder)
     assert re.match(r"decoder attention +sdpa +", decoder)
+    assert re.match(r"encoder blocks 0 to 1 +OPS +a chain of ops: its attention runs on sdpa$", blocks)
+    assert re.match(r"decoder block 0 +OPS +a chain of ops: its attention runs on sdpa$", block)
     assert route == "MAE.forward takes the fused path; its attn_backend is sdpa"
     maefast.explain(small_mae(attn_backend="native"), dtype=torch.float64)
-    *_, decoder, _ = capsys.readouterr().out.splitlines()
+    *_, decoder, _, _, _ = capsys.readouterr().out.splitlines()
     assert re.match(r"decoder attention +native +native was requested and cannot run: .*qkv is float64", decoder)
 
 
@@ -153,8 +170,7 @@ def flash_attn(request, tmp_path, monkeypatch) -> int:
     # As where the package is installed for good.
     monkeypatch.setattr(_flash_attn, "_why_not_loaded", torch.compiler.assume_constant_result(_flash_attn._why_not_loaded))
     monkeypatch.setattr(_flash_attn, "_DEVICE", "cpu")
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
-    monkeypatch.delitem(dispatch._NOT_INSTALLED, "flash_attn", raising=False)
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
     yield request.param
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         del sys.modules[name]
@@ -229,11 +245,12 @@ def test_a_step_on_flash_attn(native, flash_attn, options):
 
 def test_what_flash_attn_does_not_take(flash_attn, monkeypatch):
     def why(qkv: Tensor, width: int, capability: tuple[int, int] = (9, 0)) -> str:
-        monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
-        reason = dispatch.can_run("attention", "flash_attn", {"qkv": qkv}, width)
+        set_fact(monkeypatch, gpu_facts, "capability", lambda device: capability)
+        ask = AttentionAsk(qkv.device, qkv.dtype, qkv.shape[1], width, queries=False)
+        reason = dispatch.why_not(ATTENTION, "flash_attn", ask)
         if reason is not None:
             with pytest.raises(RuntimeError, match=re.escape(reason)):
-                dispatch.choose("attention", {"qkv": qkv}, width, "flash_attn")
+                dispatch.choose(ATTENTION, ask, "flash_attn")
         return str(reason)
 
     half = torch.empty(1, 4, 3 * 64, dtype=BF16)
@@ -277,7 +294,9 @@ def test_flash_attn_by_the_environment(native, tmp_path):
     assert rows["attention"][0] == "flash_attn"
     assert rows["attention"][1].startswith(f"flash_attn was requested and cannot run: {reason}")
     assert rows["unshuffle"][0] == "native"
-    assert "flash_attn was requested and does not bind this op: there is no unshuffle in flash-attn" in rows["unshuffle"][1]
+    assert (
+        "flash_attn was requested and does not bind this op: there is no flash_attn kernel of unshuffle" in rows["unshuffle"][1]
+    )
     assert modules == "[]"
     assert f"attention cannot run on the requested backend 'flash_attn': {reason}" in done.stderr
 
@@ -299,17 +318,16 @@ def test_what_is_asked_of_a_gpu_is_a_constant_in_compiled_code(fresh_dynamo, mon
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A build with CUDA kernels and a Hopper GPU, to all that dispatch can tell: makes tensors that exist in name only."""
-    monkeypatch.setattr(_library, "HAS_NATIVE", True)
-    monkeypatch.setattr(_library, "HAS_CUDA", True)
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(dispatch, "_shared_memory", lambda device: 227 << 10)
+    """A build with CUDA kernels and a Hopper GPU, to all that dispatch can tell; makes asks of attention there."""
+    for name in ("HAS_NATIVE", "HAS_CUDA"):
+        set_fact(monkeypatch, _library, name, True)
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
+    set_fact(monkeypatch, gpu_facts, "shared_memory", lambda device: 227 << 10)
 
-    def qkv(T: int, width: int, dtype: torch.dtype = BF16) -> dict[str, Tensor]:
-        with FakeTensorMode():
-            return {"qkv": torch.empty(2, T, 3 * 2 * width, dtype=dtype, device="cuda")}
+    def ask(T: int, width: int, dtype: torch.dtype = BF16, queries: bool = False) -> AttentionAsk:
+        return AttentionAsk(torch.device("cuda"), dtype, T, width, queries)
 
-    return qkv
+    return ask
 
 
 @pytest.mark.parametrize(
@@ -321,21 +339,24 @@ def gpu(monkeypatch):
     ],
 )
 def test_auto_goes_by_the_table(gpu, monkeypatch, T, width, expected):
+    def chosen(dtype: torch.dtype = BF16) -> str:
+        return dispatch.choose(ATTENTION, gpu(T, width, dtype))
+
     for dtype in (BF16, F16):
-        assert dispatch.choose("attention", gpu(T, width, dtype), width) == expected
-    assert dispatch.choose("attention", gpu(T, width, F32), width) == "sdpa"
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))
-    assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
-    monkeypatch.setattr(dispatch._flash_attn, "why_not", None)  # auto does not ask, and so does not import it
-    assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
-    why = dispatch.why_not_chosen("attention", "native", "sdpa", gpu(50, 64), 64)
+        assert chosen(dtype) == expected
+    assert chosen(F32) == "sdpa"
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (8, 0))
+    assert chosen() == "sdpa"
+    set_fact(monkeypatch, _flash_attn, "why_not", None)  # auto does not ask, and so does not import it
+    assert chosen() == "sdpa"
+    why = dispatch.why_passed_over(ATTENTION, "native", gpu(50, 64))
     assert why == "no measurement shows that it is faster than SDPA for 50 tokens, heads 64 wide, on sm_80"
 
 
 def test_auto_without_the_kernels_of_the_table(gpu, monkeypatch):
-    assert dispatch.choose("attention", gpu(50, 64) | {"q": gpu(50, 64)["qkv"]}, 64) == "sdpa"
-    monkeypatch.setattr(_library, "HAS_CUDA", False)
-    assert dispatch.choose("attention", gpu(50, 64), 64) == "sdpa"
+    assert dispatch.choose(ATTENTION, gpu(50, 64, queries=True)) == "sdpa"
+    set_fact(monkeypatch, _library, "HAS_CUDA", False)
+    assert dispatch.choose(ATTENTION, gpu(50, 64)) == "sdpa"
 
 
 def test_every_entry_of_the_table_was_measured():
@@ -358,27 +379,26 @@ def test_every_entry_of_the_table_was_measured():
 
 
 def test_what_native_attention_does_not_take_on_a_gpu(gpu, monkeypatch):
-    def why(inputs: dict[str, Tensor], width: int) -> str:
-        reason = dispatch.can_run("attention", "native", inputs, width)
+    def why(ask: AttentionAsk) -> str:
+        reason = dispatch.why_not(ATTENTION, "native", ask)
         with maefast.backend("native"), pytest.raises(RuntimeError, match=re.escape(str(reason))):
-            dispatch.choose("attention", inputs, width)
+            dispatch.choose(ATTENTION, ask)
         with pytest.raises(RuntimeError, match=re.escape(str(reason))):
-            dispatch.choose("attention", inputs, width, "native")
-        assert dispatch.choose("attention", inputs, width) == "sdpa"
+            dispatch.choose(ATTENTION, ask, "native")
+        assert dispatch.choose(ATTENTION, ask) == "sdpa"
         return reason
 
-    assert dispatch.can_run("attention", "native", gpu(208, 64), 64) is None
-    assert "takes bfloat16, float16, qkv is float32" in why(gpu(50, 64, F32), 64)
-    assert "heads 32, 64, 80 wide, they are 48 wide" in why(gpu(50, 48), 48)
-    assert "up to 208 tokens of heads 64 wide, qkv has 209" in why(gpu(209, 64), 64)
-    assert "packed queries alone" in why(gpu(50, 64) | {"q": gpu(50, 64)["qkv"]}, 64)
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
-    assert "needs compute capability 8.0, qkv is on a GPU of 7.5" in why(gpu(50, 64), 64)
-    monkeypatch.setattr(_library, "HAS_CUDA", False)
-    assert "built without CUDA kernels" in why(gpu(50, 64), 64)
-    assert "built without CUDA kernels" in dispatch.can_run("layer_norm", "native", {"x": gpu(50, 64)["qkv"]})
-    monkeypatch.setattr(_library, "HAS_NATIVE", False)
-    assert "without its native library" in why(gpu(50, 64), 64)
+    assert dispatch.why_not(ATTENTION, "native", gpu(208, 64)) is None
+    assert "takes bfloat16, float16, qkv is float32" in why(gpu(50, 64, F32))
+    assert "heads 32, 64, 80 wide, they are 48 wide" in why(gpu(50, 48))
+    assert "up to 208 tokens of heads 64 wide, qkv has 209" in why(gpu(209, 64))
+    assert "packed queries alone" in why(gpu(50, 64, queries=True))
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0, qkv is on a GPU of 7.5" in why(gpu(50, 64))
+    set_fact(monkeypatch, _library, "HAS_CUDA", False)
+    assert "built without CUDA kernels" in why(gpu(50, 64))
+    set_fact(monkeypatch, _library, "HAS_NATIVE", False)
+    assert "without its native library" in dispatch.why_not(ATTENTION, "native", gpu(50, 64))
 
 
 @pytest.mark.parametrize(
@@ -391,16 +411,16 @@ def test_what_native_attention_does_not_take_on_a_gpu(gpu, monkeypatch):
 def test_native_attention_asks_for_shared_memory(gpu, monkeypatch, T, width, needed, fits_99):
     """Parts such as an RTX 4090 have 99 KB a block, an A100 163, an H100 227."""
     for available, fits in ((99, fits_99), (163, needed <= 163), (227, True)):
-        monkeypatch.setattr(dispatch, "_shared_memory", lambda device, kib=available: kib << 10)
-        reason = dispatch.can_run("attention", "native", gpu(T, width), width)
+        set_fact(monkeypatch, gpu_facts, "shared_memory", lambda device, kib=available: kib << 10)
+        reason = dispatch.why_not(ATTENTION, "native", gpu(T, width))
         if fits:
             assert reason is None
             continue
         expected = f"{T} tokens, heads {width} wide, needs {needed} KB of shared memory, the GPU has {available}"
         assert reason == f"native attention of {expected}"
-        assert dispatch.choose("attention", gpu(T, width), width) == "sdpa"
+        assert dispatch.choose(ATTENTION, gpu(T, width)) == "sdpa"
         with pytest.raises(RuntimeError, match=expected):
-            dispatch.choose("attention", gpu(T, width), width, "native")
+            dispatch.choose(ATTENTION, gpu(T, width), "native")
 
 
 def test_tensors_on_different_devices(gpu):
@@ -414,7 +434,7 @@ def test_tensors_on_different_devices(gpu):
 
 
 def test_without_the_native_library_attention_is_sdpa(monkeypatch):
-    monkeypatch.setattr(_library, "HAS_NATIVE", False)
-    qkv = torch.rand(1, 4, 48)
-    assert dispatch.choose("attention", {"qkv": qkv}, 8) == "sdpa"
-    assert NATIVE or dispatch.choose("layer_norm", {"x": qkv}) == "eager"
+    set_fact(monkeypatch, _library, "HAS_NATIVE", False)
+    norm = dispatch.OPS["layer_norm"]
+    assert dispatch.choose(ATTENTION, ATTENTION.example(CPU, F32)) == "sdpa"
+    assert dispatch.choose(norm, norm.example(CPU, F32)) == "eager"

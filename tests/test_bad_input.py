@@ -307,8 +307,39 @@ RAW_CASES: dict[str, Case] = {
 @pytest.mark.parametrize("case", RAW_CASES.values(), ids=RAW_CASES)
 def test_native_ops_called_directly(native, case):
     call, message = case
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         call()
+
+
+class WithBadGradient(torch.autograd.Function):
+    """The identity; its backward calls a native op with ranks that are no permutation."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return torch.ops.maefast.unshuffle_bwd(dy, RESTORE * 0, 2, dy.dtype)[0]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: torch.ops.maefast.unshuffle_fwd(x, RESTORE * 0, TOKEN, POS),
+        lambda x: torch.ops.maefast.unshuffle_fwd.default(x, RESTORE * 0, TOKEN, POS),
+        lambda x: ops.unshuffle(x, RESTORE * 0, TOKEN, POS),
+        lambda x: ops.unshuffle(grads(x), RESTORE * 0, TOKEN, POS),
+        lambda x: WithBadGradient.apply(grads(torch.rand(2, 7, 4))).sum().backward(),
+        lambda x: torch.compile(ops.unshuffle, fullgraph=True, backend="aot_eager")(x, RESTORE * 0, TOKEN, POS),
+        lambda x: torch.compile(ops.unshuffle, fullgraph=True)(x, RESTORE * 0, TOKEN, POS),
+    ],
+    ids=["packet", "overload", "public", "autograd", "backward", "aot_eager", "inductor"],
+)
+def test_what_a_native_op_refuses_is_a_value_error_on_every_way_to_it(native, run):
+    """C++ throws std::invalid_argument, which bindings of torch turn into ValueError."""
+    with pytest.raises(ValueError, match="ids_restore must hold a permutation in each row, row 0 holds 0 twice"):
+        run(X)
 
 
 MODEL_TYPE_ERRORS: dict[str, ModelCase] = {

@@ -52,6 +52,7 @@ def test_official_training_checkpoint(model, official):
     assert (report.layout, report.has_decoder, report.norm_pix_loss) == ("official", True, True)
     assert str(report).splitlines() == [
         f"{official}: official layout, with decoder",
+        "taken from: model",
         "target: normalised pixels",
         "missing: nothing",
         "unexpected: nothing",

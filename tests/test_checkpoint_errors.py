@@ -74,12 +74,6 @@ def resnet(folder: Path) -> Path:
     return folder / "resnet.pth"
 
 
-def classifier(folder: Path) -> Path:
-    encoder = {name: t for name, t in healthy().items() if name != "mask_token" and not name.startswith("decoder_")}
-    torch.save({**encoder, "head.weight": torch.ones(10, 32), "head.bias": torch.ones(10)}, folder / "vit.pth")
-    return folder / "vit.pth"
-
-
 def folder_of(files: dict[str, bytes]) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         (folder / "model").mkdir()
@@ -112,7 +106,7 @@ def with_config(**entries: object) -> Callable[[Path], Path]:
 
 
 BAD = {
-    "cut, zip": (lambda folder: cut(save(folder / "a.pth", healthy()), 0.5), r"a.pth is damaged: PytorchStreamReader failed"),
+    "cut, zip": (lambda folder: cut(save(folder / "a.pth", healthy()), 0.5), r"a.pth is damaged: File is not a zip file"),
     "cut, safetensors": (lambda folder: cut(save_safetensors(folder / "a.safetensors"), 0.9), r"a.safetensors is damaged: "),
     "cut in the header": (lambda folder: cut(save_safetensors(folder / "a.safetensors"), 0.01), r"a.safetensors is damaged: "),
     "header overwritten": (lambda folder: overwritten(save_safetensors(folder / "a.safetensors"), 20, 40), r"is damaged: "),
@@ -123,7 +117,7 @@ BAD = {
     "no dict": (lambda folder: torch.save([1, 2], folder / "a.pth") or folder / "a.pth", r"must hold a dict of tensors.*a list"),
     "no tensors": (
         lambda folder: torch.save({"epoch": 3}, folder / "a.pth") or folder / "a.pth",
-        r"holds no state_dict, neither as model nor as state_dict nor by itself",
+        r"holds no state_dict: neither it nor any of its entries has a tensor by name",
     ),
     "numbered tensors": (
         lambda folder: torch.save({0: torch.ones(2)}, folder / "a.pth") or folder / "a.pth",
@@ -133,7 +127,6 @@ BAD = {
         resnet,
         r"holds no Masked Autoencoder: it has neither patch_embed.proj.weight .* but conv1.weight, .* \(8 in all\)",
     ),
-    "classifier": (classifier, r"head.weight, head.bias, for which there is no place, and it lacks .*decoder"),
     "block missing": (changed(blocks__1__norm2__bias=None), r"it lacks blocks.1.norm2.bias$"),
     "block too many": (changed(blocks__5__norm1__bias=torch.ones(32)), r"blocks.5.norm1.bias"),
     "half a decoder": (changed(decoder_embed__weight=None), r"lacks decoder_embed.weight$"),
@@ -305,12 +298,3 @@ def test_safetensors_is_not_installed(tmp_path, monkeypatch):
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a.pth does not exist"):
         MAE.from_pretrained(tmp_path / "a.pth")
-
-
-def test_a_classifier_lacks_the_decoder(tmp_path):
-    path = classifier(tmp_path)
-    message = r"vit.pth is no Masked Autoencoder: it has head.weight, head.bias, for which .*, and it lacks the decoder$"
-    with pytest.raises(CheckpointError, match=message):
-        MAE.from_pretrained(path, **HEADS)
-    with pytest.raises(CheckpointError, match=message):
-        checkpoint.convert(path, tmp_path / "out.pth", "official")

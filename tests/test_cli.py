@@ -1,7 +1,11 @@
 """The command line: bad arguments end in one line on stderr and exit code 2, with nothing written."""
 
+import argparse
+import json
+import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,11 +13,68 @@ import torch
 from support import refused, small_mae
 
 from maefast import __version__, cli
+from maefast.cli.parser import with_underscores
+from maefast.train.pretrain.options import Options
+
+# command -> argument or flag -> default
+COMMANDS = json.loads(Path(__file__).with_name("commands.json").read_text())
 
 
 @pytest.fixture(autouse=True)
 def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    (subparsers,) = (action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return subparsers.choices[command]
+
+
+def test_commands() -> None:
+    assert sorted(cli.COMMANDS) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags(command: str) -> None:
+    of_options = {field.name: field.default for field in fields(Options)}
+    found = dict[str, object]()
+    for action in parser_of(command)._actions:
+        default = of_options.get(action.dest) if action.default is argparse.SUPPRESS else action.default
+        found |= dict.fromkeys(action.option_strings or [action.dest], default)
+    del found["-h"], found["--help"]
+    cores = min(10, os.cpu_count() or 1)
+    wanted = {name: cores if default == "min(10, cores)" else default for name, default in COMMANDS[command].items()}
+    assert json.loads(json.dumps(found, default=str)) == wanted
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_flag_has_underscores_and_is_known_by_dashes_too(command: str) -> None:
+    flags = [name for name in COMMANDS[command] if name.startswith("--")]
+    assert flags
+    assert not [name for name in flags if "-" in name[2:]]
+    assert with_underscores(["--" + name[2:].replace("_", "-") for name in flags]) == flags
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "demo --batch-size 4 --mask-ratio=0.5",
+        "convert a b --to timm --no-norm-pix-loss --stored-grid 2 3",
+        "pretrain --data-path=a --no-pin-mem --mask_tokens-in-encoder",
+        "finetune a b --accum-it 2 --cls-token",
+        "submit --job-dir a --comment=b",
+        "knn a b --crop-pct 0.5",
+    ],
+)
+def test_dashes_and_underscores_in_a_flag_are_the_same(line: str) -> None:
+    underscores = line.replace("-", "_").replace("__", "--")
+    given, wanted = (vars(cli.build_parser().parse_args(words.split())) for words in (line, underscores))
+    assert given == wanted
+
+
+def test_values_keep_their_dashes() -> None:
+    words = ["submit", "--job-dir", "a-b", "--comment=--x-y", "--an-y b-c", "-1", "-a-b", "--", "--a-b"]
+    assert with_underscores(words) == ["submit", "--job_dir", *words[2:]]
 
 
 @pytest.mark.parametrize(
@@ -23,11 +84,11 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--steps", "-3"),
         ("--steps", "ten"),
         ("--steps", "1.5"),
-        ("--batch-size", "0"),
-        ("--mask-ratio", "0"),
-        ("--mask-ratio", "1"),
-        ("--mask-ratio", "nan"),
-        ("--mask-ratio", "much"),
+        ("--batch_size", "0"),
+        ("--mask_ratio", "0"),
+        ("--mask_ratio", "1"),
+        ("--mask_ratio", "nan"),
+        ("--mask_ratio", "much"),
         ("--seed", "-1"),
         ("--seed", str(2**63)),
     ],
@@ -40,8 +101,8 @@ def test_bad_value(capsys: pytest.CaptureFixture[str], tmp_path: Path, option: s
 
 
 def test_mask_ratio_that_keeps_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    line = refused(capsys, "demo", "--mask-ratio=0.97")
-    assert "--mask-ratio must keep one patch and remove one, or more of each; 0.97 keeps 0 of the 16 patches of digits" in line
+    line = refused(capsys, "demo", "--mask_ratio=0.97")
+    assert "--mask_ratio must keep one patch and remove one, or more of each; 0.97 keeps 0 of the 16 patches of digits" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,7 +157,7 @@ def test_output_without_permission(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_missing_extra(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maefast.train.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
+    monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
     line = refused(capsys, "demo")
     assert line == 'maefast demo: error: the demo needs scikit-learn, tqdm: pip install "maefast[demo]"\n'
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +167,7 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     def interrupt(**options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("maefast.train.demo.demo", interrupt)
+    monkeypatch.setattr("maefast.train.demo.demo.demo", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "maefast demo: interrupted\n"
 
@@ -133,10 +194,10 @@ def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
         (("text.pth", "out.pth", "--to=timm"), "text.pth is neither a file of torch.save nor of safetensors"),
         (("in.pth", "text.pth", "--to=timm"), "out must not exist yet; text.pth does"),
         (("in.pth", "far/out.pth", "--to=timm"), "out must be in a folder that exists; far does not"),
-        (("in.pth", "out", "--to=transformers", "--num-heads=4"), "decoder_num_heads must be given"),
+        (("in.pth", "out", "--to=transformers", "--num_heads=4"), "decoder_num_heads must be given"),
         (("in.pth", "out", "--to=keras"), "argument --to: invalid choice: 'keras'"),
         (("in.pth", "out.pth"), "the following arguments are required: --to"),
-        (("in.pth", "out", "--to=transformers", "--num-heads=0"), "argument --num-heads: must be a whole number, 1 or more"),
+        (("in.pth", "out", "--to=transformers", "--num_heads=0"), "argument --num_heads: must be a whole number, 1 or more"),
     ],
 )
 def test_convert_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str) -> None:

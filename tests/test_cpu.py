@@ -26,9 +26,9 @@ FACTS = """
 import subprocess, sys, torch, maefast
 from maefast import _C, dispatch
 print(_C.cpu_isa())
+linear = dispatch.OPS["linear"]
 for dtype in (torch.float32, torch.bfloat16):
-    x = torch.empty(2, 3, dtype=dtype)
-    print(dispatch.choose("linear", {"x": x, "out": x}))
+    print(dispatch.choose(linear, linear.example(torch.device("cpu"), dtype)))
 maefast.explain()
 """
 

@@ -49,7 +49,7 @@ for qkv, h, q, expected in (
 ):
     try:
         torch.ops.maefast.attention_fwd.default.redispatch(keys, q, qkv, h)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         assert expected in str(error), error
     else:
         raise AssertionError(f"{expected}: no error")

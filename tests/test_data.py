@@ -8,21 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from maefast.train import UserError
-from maefast.train.boxes import centre_square
-from maefast.train.data import (
-    ImageSet,
-    batches,
-    centre_crops,
-    digits,
-    enough_per_class,
-    image_folder,
-    normalised,
-    photographs,
-    split,
-)
-from maefast.train.dataset import find_images
-from maefast.train.decode import decode
+from maefast.train.baseline import normalised
+from maefast.train.data.crops import centre_square
+from maefast.train.data.decode import decode
+from maefast.train.data.open import find_images
+from maefast.train.data.splits import stratified_split
+from maefast.train.demo.images import ImageSet, batches, centre_crops, digits, enough_per_class, image_folder, photographs
+from maefast.train.errors import UserError
 from maefast.train.optim import adamw
 from maefast.train.schedule import warmup_cosine
 
@@ -157,14 +149,14 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 def test_split_takes_from_every_class() -> None:
     labels = torch.tensor([0] * 10 + [1] * 5 + [-1] * 20)
-    train, held_out = split(labels, 1 / 5, seed=3)
+    train, held_out = stratified_split(labels, 1 / 5, seed=3)
     assert sorted(train.tolist() + held_out.tolist()) == list(range(35))
     assert {label: (labels[held_out] == label).sum().item() for label in (0, 1, -1)} == {0: 2, 1: 1, -1: 4}
-    assert not torch.equal(held_out, split(labels, 1 / 5, seed=4)[1])
+    assert not torch.equal(held_out, stratified_split(labels, 1 / 5, seed=4)[1])
 
 
 def test_split_holds_out_one_of_two() -> None:
-    train, held_out = split(torch.tensor([0, 0]), 1 / 5, seed=0)
+    train, held_out = stratified_split(torch.tensor([0, 0]), 1 / 5, seed=0)
     assert len(train) == len(held_out) == 1
 
 

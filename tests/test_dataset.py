@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from maefast import cli
-from maefast.train import UserError
-from maefast.train.dataset import UnreadableImage, open_images
-from maefast.train.decode import stretched
-from maefast.train.sources import TarImages
+from maefast.train.data.decode import stretched
+from maefast.train.data.open import open_images
+from maefast.train.data.sources import TarImages
+from maefast.train.errors import UnreadableImage, UserError
 
 BOX = (30, 20, 150, 110)
 
@@ -299,7 +299,7 @@ def test_tiff_of_many_channels(tmp_path: Path) -> None:
 
 def test_without_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(solid(1))
-    monkeypatch.setattr("maefast.train.find_spec", lambda name: None if name == "tifffile" else name)
+    monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None if name == "tifffile" else name)
     with pytest.raises(UserError, match=r'reading these images needs tifffile: pip install "maefast\[train\]"'):
         open_images(tmp_path, channels=6)
 

@@ -16,13 +16,16 @@ from PIL import Image
 
 from maefast import MAE, cli
 from maefast.reference import ReferenceMAE
-from maefast.train import UserError, loop
-from maefast.train.compare import STEPS_PER_ROUND, Comparison, compare, median_interval
-from maefast.train.data import batches, centre_crops, digits, normalised
-from maefast.train.demo import DIGITS, demo, run_probe, train
+from maefast.train.baseline import normalised
+from maefast.train.demo import loop
+from maefast.train.demo.compare import STEPS_PER_ROUND, Comparison, compare, median_interval
+from maefast.train.demo.demo import demo, run_probe, train
+from maefast.train.demo.experiments import DIGITS
+from maefast.train.demo.images import batches, centre_crops, digits
+from maefast.train.demo.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
+from maefast.train.errors import UserError
 from maefast.train.files import replace_file
 from maefast.train.pictures import make_panel
-from maefast.train.probe import MARGIN, ProbeRow, few_label_probe, table, verdict
 
 FILES = ["checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"]
 
@@ -31,7 +34,7 @@ FILES = ["checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"]
 def _six_rounds() -> Iterator[None]:
     """A comparison ends after its first six rounds, however busy the machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maefast.train.compare.SECONDS", 0.0)
+        patch.setattr("maefast.train.demo.compare.SECONDS", 0.0)
         yield
 
 
@@ -212,9 +215,9 @@ def test_comparison_ends(monkeypatch: pytest.MonkeyPatch, speeds: list[float], s
         now += seconds * (speeds[round_of_step % len(speeds)] if return_pred else 1.0)
         return torch.tensor(1.0)
 
-    monkeypatch.setattr("maefast.train.compare.SECONDS", 30.0)
-    monkeypatch.setattr("maefast.train.compare.training_step", step)
-    monkeypatch.setattr("maefast.train.compare.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("maefast.train.demo.compare.SECONDS", 30.0)
+    monkeypatch.setattr("maefast.train.demo.compare.training_step", step)
+    monkeypatch.setattr("maefast.train.demo.compare.time", SimpleNamespace(perf_counter=lambda: now))
     stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
     comparison = compare(DIGITS.config, stream, rounds=40, lr=1e-4, mask_ratio=0.5, seed=0)
     assert len(comparison.ratios) == rounds
@@ -232,7 +235,7 @@ def test_comparison_sees_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         return compare(DIGITS.config, stream, rounds=1, lr=1e-4, mask_ratio=0.5, seed=0).loss_difference
 
     assert difference() < 1e-4
-    monkeypatch.setattr("maefast.train.compare.MAE", Wrong)
+    monkeypatch.setattr("maefast.train.demo.compare.MAE", Wrong)
     assert difference() > 0.4
 
 
@@ -271,7 +274,7 @@ def test_folder_with_classes_and_broken_files(tmp_path: Path, capsys: pytest.Cap
     save_folder(tmp_path / "data", ("dark", "light"), 12)
     (tmp_path / "data" / "dark" / "broken.jpg").write_bytes(b"\xff\xd8 and no more")
     (tmp_path / "data" / "text.png").write_text("no image")
-    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch-size", "4"]
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch_size", "4"]
     assert cli.main(["demo", *arguments]) == 0
     streams = capsys.readouterr()
     assert re.search(r"^skipped .*broken\.jpg: .", streams.out, re.MULTILINE)
@@ -316,7 +319,7 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     torch.nn.init.constant_(model.decoder_pred.bias, float("nan"))
     images = iter([digits(seed=0).images[:2]] * 2)
     with pytest.raises(UserError, match="the loss of digits is nan at step 1"):
-        loop.pretrain(model, images, title="digits", steps=1, lr=1e-3, mask_ratio=0.5)
+        loop.train_loop(model, images, title="digits", steps=1, lr=1e-3, mask_ratio=0.5)
 
 
 class Terminal(io.StringIO):
@@ -328,7 +331,7 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     stream = batches(digits(seed=0), 8, 16, torch.Generator().manual_seed(0), flip=False)
-    loop.pretrain(MAE(**DIGITS.config), stream, title="digits", steps=20, lr=1e-3, mask_ratio=0.5)
+    loop.train_loop(MAE(**DIGITS.config), stream, title="digits", steps=20, lr=1e-3, mask_ratio=0.5)
     last = terminal.getvalue().rstrip().split("\r")[-1]
     assert re.search(r"digits: 100%.* 320/320 \[\d\d:\d\d<00:00, .* images/s, loss=\d\.\d{4}\]", last), last
     assert "step" not in last

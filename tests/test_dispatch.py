@@ -4,17 +4,25 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
-from support import NATIVE, images_for, multiplies, noise_for, small_mae
+from support import NATIVE, images_for, multiplies, noise_for, set_fact, small_mae
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
 from maefast import _library, dispatch, kernels, ops
+from maefast import gpu as gpu_facts
+from maefast.ops.gather_patches import PatchesAsk
+from maefast.ops.masked_mse import MseAsk
+from maefast.ops.random_masking import MaskingAsk
+from maefast.ops.unshuffle import UnshuffleAsk
 
+CPU = torch.device("cpu")
+LINEAR = dispatch.OPS["linear"]
 AUTO = "native" if NATIVE else "eager"
 NAMES = "auto, native, triton, apex, flash_attn, sdpa, eager"
 
@@ -66,15 +74,18 @@ def test_eager_runs_no_native_op():
         assert ops_of_a_step(model, images_for(model), noise_for(model)) == set()
 
 
+MASKING, MSE = dispatch.OPS["random_masking"], dispatch.OPS["masked_mse"]
+NOISE = MaskingAsk(CPU, torch.float32, patches=5)
+
+
 def test_requests_nest_and_end():
-    x = torch.rand(2, 5).double()
     with maefast.backend("eager"):
         with maefast.backend("auto"):
-            assert dispatch.choose("masked_mse", {"pred": x}) == "eager"
+            assert dispatch.choose(MSE, MSE.example(CPU, torch.float64)) == "eager"
         with pytest.raises(ZeroDivisionError), maefast.backend("auto"):
             1 / 0  # noqa: B018
-        assert dispatch.choose("random_masking", {"noise": x.float()}) == "eager"
-    assert dispatch.choose("random_masking", {"noise": x.float()}) == AUTO
+        assert dispatch.choose(MASKING, NOISE) == "eager"
+    assert dispatch.choose(MASKING, NOISE) == AUTO
 
 
 @pytest.mark.parametrize("name", ["nativ", "", "cuda", "EAGER"])
@@ -84,7 +95,7 @@ def test_unknown_backend(name):
         maefast.backend(name),
     ):
         pass
-    assert dispatch.choose("random_masking", {"noise": torch.rand(1, 2)}) == AUTO
+    assert dispatch.choose(MASKING, NOISE) == AUTO
 
 
 def test_a_request_that_cannot_run_raises_with_the_reason(native):
@@ -104,17 +115,18 @@ def test_a_request_that_cannot_run_raises_with_the_reason(native):
     assert ops.gather_patches(imgs, ids, 2).dtype == torch.float64
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", dispatch.OPS.values(), ids=dispatch.OPS)
 def test_every_backend_answers_in_one_sentence(op):
-    assert dispatch.can_run(op, "eager", {}) is None
+    ask = op.example(torch.device("meta"), torch.float32)
+    assert dispatch.why_not(op, "eager", ask) is None
     for name, installed in (("native", NATIVE), ("triton", kernels.HAS_TRITON)):
-        reason = dispatch.can_run(op, name, {"pred": torch.empty(0, device="meta")})
+        reason = dispatch.why_not(op, name, ask)
         assert reason.count("\n") == 0
-        assert "meta" in reason or not installed or reason == f"there is no Triton kernel of {op}"
+        assert "meta" in reason or not installed or reason == f"there is no {name} kernel of {op.name}"
 
 
 def test_a_request_for_triton_on_the_cpu_raises_with_the_reason():
-    reason = "the Triton kernels run on a GPU, noise is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
+    reason = "triton random_masking runs on a GPU, noise is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
     with pytest.raises(RuntimeError, match=reason), maefast.backend("triton"):
         ops.random_masking(torch.rand(1, 4), 2)
 
@@ -122,36 +134,37 @@ def test_a_request_for_triton_on_the_cpu_raises_with_the_reason():
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 def test_a_request_binds_the_ops_that_have_a_kernel(capsys):
     """The others choose by themselves, and the table says so."""
-    inputs = {"qkv": torch.rand(1, 2, 6)}
+    attention = dispatch.OPS["attention"]
     with maefast.backend("triton"):
-        assert dispatch.choose("attention", inputs) == AUTO
+        assert dispatch.choose(attention, attention.example(CPU, torch.float32)) == AUTO
         table = explained(capsys)
-        assert ops.attention(inputs["qkv"], 1).shape == (1, 2, 2)
-    without = set(dispatch.OPS) - kernels.OPS
-    assert without
+        assert ops.attention(torch.rand(1, 2, 6), 1).shape == (1, 2, 2)
+    without = {name for name, op in dispatch.OPS.items() if all(kernel.backend != "triton" for kernel in op.kernels)}
+    assert without == set(dispatch.OPS) - kernels.OPS - {"transformer_block"}
     for op in dispatch.OPS:
         backend, why = table[op]
         if op in without:
             assert backend != "triton"
-            assert f"triton was requested and does not bind this op: there is no Triton kernel of {op}" in why
+            assert f"triton was requested and does not bind this op: there is no triton kernel of {op}" in why
         else:
             assert backend == "triton"
-            assert why.startswith("triton was requested and cannot run: the Triton kernels run on a GPU")
+            assert why.startswith(f"triton was requested and cannot run: triton {op} runs on a GPU")
 
 
 @pytest.mark.parametrize(("value", "expected"), [("auto", AUTO), ("eager", "eager"), *[("native", "native")] * NATIVE])
 def test_environment_variable(value, expected):
     code = (
-        "import torch, maefast; print(maefast.dispatch.choose('random_masking', {'noise': torch.rand(1, 2)})); maefast.explain()"
+        "import torch, maefast; op = maefast.dispatch.OPS['random_masking'];"
+        "print(maefast.dispatch.choose(op, op.example(torch.device('cpu'), torch.float32))); maefast.explain()"
     )
     done = run_python(code, MAEFAST_BACKEND=value)
     assert done.returncode == 0, done.stderr
-    chosen, _, *table = done.stdout.splitlines()
-    assert chosen == expected
-    backends = dict.fromkeys(dispatch.OPS, expected)
+    facts, table = done.stdout.split("why not the others\n")
+    assert facts.splitlines()[0] == expected
+    backends = dict.fromkeys(dispatch.OPS, expected) | {"mask_patches": "eager"}  # whose kernel is a GPU's
     if value == "auto" and not multiplies(torch.float32):
         backends["linear"] = "eager"
-    assert dict(line.split()[:2] for line in table[1:]) == backends
+    assert dict(line.split()[:2] for line in table.splitlines()) == backends
     assert (done.stderr == "") == NATIVE
 
 
@@ -163,16 +176,16 @@ def test_environment_variable_of_an_unknown_backend():
 
 def explained(capsys: pytest.CaptureFixture[str], **options: object) -> dict[str, tuple[str, str]]:
     maefast.explain(**options)
-    _, heading, *lines = capsys.readouterr().out.splitlines()
-    assert heading.split(maxsplit=2) == ["op", "backend", "why not the others"]
-    return {op: (backend, why) for op, backend, why in (line.split(maxsplit=2) for line in lines)}
+    facts, table = capsys.readouterr().out.split("why not the others\n")
+    assert facts.splitlines()[-1].split() == ["op", "backend"]
+    return {op: (backend, why) for op, backend, why in (line.split(maxsplit=2) for line in table.splitlines())}
 
 
 def test_explain(native, capsys):
     table = explained(capsys)
-    assert tuple(table) == dispatch.OPS
+    assert table.keys() == dispatch.OPS.keys()
     for op, first in {"random_masking": "noise", "gather_patches": "imgs", "unshuffle": "x", "masked_mse": "pred"}.items():
-        triton = f"the Triton kernels run on a GPU, {first} is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
+        triton = f"triton {op} runs on a GPU, {first} is on cpu" if kernels.HAS_TRITON else "Triton is not installed"
         assert table[op] == ("native", f"triton: {triton}; eager: native is faster")
     table = explained(capsys, dtype=torch.float64)
     assert table["masked_mse"][0] == "eager"
@@ -182,7 +195,7 @@ def test_explain(native, capsys):
         assert (backend, why.split("; ")[0]) == ("eager", "native: eager was requested")
     table = explained(capsys, device="meta")
     assert table["gather_patches"][0] == "eager"
-    assert "run on the CPU" in table["gather_patches"][1]
+    assert "native gather_patches runs on the CPU and on a GPU, imgs is on meta" in table["gather_patches"][1]
 
 
 def test_explain_reports_a_request_that_cannot_run(native, capsys):
@@ -195,54 +208,127 @@ def test_explain_reports_a_request_that_cannot_run(native, capsys):
 @pytest.fixture
 def gpu(monkeypatch) -> None:
     """A build with CUDA kernels and a Hopper GPU, to all that dispatch can tell."""
-    monkeypatch.setattr(_library, "HAS_NATIVE", True)
-    monkeypatch.setattr(_library, "HAS_CUDA", True)
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    for name in ("HAS_NATIVE", "HAS_CUDA"):
+        set_fact(monkeypatch, _library, name, True)
+    set_fact(monkeypatch, kernels, "HAS_TRITON", True)
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
 
 
-def fake(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    with FakeTensorMode():
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
-
-GPU_INPUTS = {
-    "random_masking": {"noise": fake(2, 196)},
-    "gather_patches": {"imgs": fake(2, 3, 224, 224, dtype=torch.uint8), "out": fake(0, dtype=torch.bfloat16)},
-    "unshuffle": {"x": fake(2, 50, 512, dtype=torch.bfloat16), "mask_token": fake(1, 1, 512), "pos_embed": fake(1, 197, 512)},
-    "masked_mse": {"pred": fake(2, 147, 768), "imgs": fake(2, 3, 224, 224), "mask": fake(2, 196)},
+CUDA = torch.device("cuda")
+F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
+GPU_ASKS = {
+    "random_masking": MaskingAsk(CUDA, F32, patches=196),
+    "gather_patches": PatchesAsk(CUDA, U8, BF16, differentiated=False),
+    "unshuffle": UnshuffleAsk(CUDA, BF16, F32, F32),
+    "masked_mse": MseAsk(CUDA, F32, F32, differentiated=False, channels=3, values=768),
 }
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("op", GPU_INPUTS)
-def test_native_kernels_of_the_mae_ops_on_a_gpu(op, monkeypatch):
+@pytest.mark.parametrize("name", GPU_ASKS)
+def test_native_kernels_of_the_mae_ops_on_a_gpu(name, monkeypatch):
     """`auto` prefers Triton's, which have been measured; where there is no Triton they beat eager's many passes."""
-    inputs = GPU_INPUTS[op]
-    assert dispatch.can_run(op, "native", inputs) is None
-    monkeypatch.setattr(kernels, "HAS_TRITON", True)
-    assert dispatch.choose(op, inputs) == "triton"
+    op, ask = dispatch.OPS[name], GPU_ASKS[name]
+    assert dispatch.why_not(op, "native", ask) is None
+    assert dispatch.choose(op, ask) == "triton"
     with maefast.backend("native"):
-        assert dispatch.choose(op, inputs) == "native"
-    monkeypatch.setattr(kernels, "HAS_TRITON", False)
-    assert dispatch.choose(op, inputs) == "native"
+        assert dispatch.choose(op, ask) == "native"
+    set_fact(monkeypatch, kernels, "HAS_TRITON", False)
+    assert dispatch.choose(op, ask) == "native"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        *[("random_masking", {"patches": patches}) for patches in (1025, 2048)],
+        *[("masked_mse", {"values": values}) for values in (4097, 4098, 12272)],
+    ],
+    ids=str,
+)
+def test_sizes_that_triton_does_not_take_are_native(name, changed):
+    op, ask = dispatch.OPS[name], GPU_ASKS[name]._replace(**changed)
+    assert "up to" in dispatch.why_not(op, "triton", ask)
+    assert dispatch.choose(op, ask) == "native"
+    too_large = ask._replace(**{key: 8 * value for key, value in changed.items()})
+    assert dispatch.choose(op, too_large) == "eager"
 
 
 @pytest.mark.usefixtures("gpu")
 def test_what_native_kernels_of_the_mae_ops_do_not_take_on_a_gpu(monkeypatch):
-    def why(op: str, **changed: Tensor) -> str:
-        reason = dispatch.can_run(op, "native", GPU_INPUTS[op] | changed)
+    def why(name: str, **changed: object) -> str:
+        op, ask = dispatch.OPS[name], GPU_ASKS[name]._replace(**changed)
+        reason = dispatch.why_not(op, "native", ask)
         with maefast.backend("native"), pytest.raises(RuntimeError, match=re.escape(str(reason))):
-            dispatch.choose(op, GPU_INPUTS[op] | changed)
+            dispatch.choose(op, ask)
         return reason
 
-    assert "ranks up to 2048 patches, noise has 2049" in why("random_masking", noise=fake(2, 2049))
-    assert "takes float32, bfloat16, float16, uint8, imgs is float64" in why("gather_patches", imgs=fake(0, dtype=torch.float64))
-    assert "they are float16, float32 beside bfloat16" in why("unshuffle", mask_token=fake(1, 1, 512, dtype=torch.float16))
-    assert "holds patches of up to 12272 values, pred has 12288" in why("masked_mse", pred=fake(1, 2, 12288))
-    assert "no gradient for imgs" in why("masked_mse", imgs=fake(2, 3, 224, 224).requires_grad_())
-    norm = dict.fromkeys(("x", "weight", "bias", "out"), fake(2, 8))
-    assert "there is no native kernel of layer_norm for GPUs" in dispatch.can_run("layer_norm", "native", norm)
+    assert "ranks up to 2048 patches, noise has 2049" in why("random_masking", patches=2049)
+    assert "takes float32, bfloat16, float16, uint8, imgs is float64" in why("gather_patches", imgs=F64)
+    assert "they are float16, float32 beside bfloat16" in why("unshuffle", mask_token=F16)
+    assert "holds patches of up to 12272 values, pred has 12288" in why("masked_mse", values=12288)
+    assert "no gradient for imgs" in why("masked_mse", differentiated=True)
+    norm = dispatch.OPS["layer_norm"]
+    ask = norm.example(CUDA, F32)
+    assert dispatch.why_not(norm, "native", ask) == "native layer_norm runs on the CPU, x is on cuda"
     with maefast.backend("native"):
-        assert dispatch.choose("layer_norm", norm) == "eager", "a request binds what is native on the device"
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+        assert dispatch.choose(norm, ask) == "triton", "a request binds what is native on the device"
+    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (7, 5))
     assert "needs compute capability 8.0, noise is on a GPU of 7.5" in why("random_masking")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_masking_and_reading_patches_are_one_launch_where_both_are_native(monkeypatch):
+    op = dispatch.OPS["mask_patches"]
+    ask = op.example(CUDA, F32)
+    assert dispatch.choose(op, ask) == "eager"
+    assert "faster than two of triton's" in dispatch.why_passed_over(op, "native", ask)
+    with maefast.backend("native"):
+        assert dispatch.choose(op, ask) == "native"
+        with pytest.raises(RuntimeError, match="native mask_patches on a GPU ranks up to 2048 patches, noise has 2049"):
+            dispatch.choose(op, ask._replace(patches=2049))
+    set_fact(monkeypatch, kernels, "HAS_TRITON", False)
+    assert dispatch.choose(op, ask) == "native"
+
+
+class NullAsk(NamedTuple):
+    device: torch.device
+    x: torch.dtype
+
+
+@pytest.fixture
+def null() -> Iterator[dispatch.Op]:
+    """An op that gives its input back, with a kernel on the CPU: all that a new op needs of dispatch stands here."""
+    yield dispatch.Op("null", (dispatch.Kernel("native", ("cpu",), (F32,)),), {"cpu": ("native",)}, NullAsk)
+    del dispatch.OPS["null"]
+
+
+def test_a_new_op_needs_no_other_file(native, null, capsys):
+    def run(x: Tensor) -> str:
+        return dispatch.choose(null, NullAsk(x.device, x.dtype))
+
+    assert run(torch.ones(2)) == "native"
+    assert run(torch.ones(2).double()) == "eager"
+    with maefast.backend("eager"):
+        assert run(torch.ones(2)) == "eager"
+    with maefast.backend("native"), pytest.raises(RuntimeError, match=r"null cannot run .*'native': native null takes float32"):
+        run(torch.ones(2).double())
+    with maefast.backend("sdpa"):
+        assert run(torch.ones(2)) == "native", "sdpa has no kernel of it"
+    assert explained(capsys)["null"] == ("native", "eager: native is faster")
+    with pytest.raises(ValueError, match="backend must be one of auto, native, eager; it is 'sdpa'"):
+        dispatch.check_backend(null, "sdpa", "backend")
+
+
+def test_a_decision_is_made_once(null, monkeypatch):
+    made = []
+    monkeypatch.setattr(dispatch, "why_not", lambda *arguments: made.append(arguments))
+    ask = NullAsk(CPU, F32)
+    for _ in range(3):
+        assert dispatch.choose(null, ask) == "native"
+    assert len(made) == 1
+    with maefast.backend("native"):
+        dispatch.choose(null, ask)
+    assert len(made) == 2, "a request is another decision"
+    dispatch.choose(null, ask)
+    assert len(made) == 2

@@ -8,13 +8,13 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from errors import assert_close_to_float64
 from official import models_vit as plain_models
 from support import NATIVE, SIZES, Results, images_for, small_mae, stacked, widened
 from torch import Tensor, nn
 
 import maefast
 from maefast import VisionTransformer, blocks, models_vit
+from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 SMALL = {"img_size": (64, 48), "patch_size": (8, 16), "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -182,13 +182,16 @@ def test_drop_path_rises_linearly():
 
 
 def test_blocks_are_fused_where_nothing_is_dropped():
-    x = torch.randn(2, 25, 32)
+    def route(block: blocks.Block) -> blocks.Route:
+        return block.route(torch.device("cpu"), torch.float32, tokens=25)[0]
+
+    fused = blocks.Route.FUSED if NATIVE else blocks.Route.MODULES
     for options in ({"drop_path_rate": 0.4}, {"drop_rate": 0.4}):
         model = small_vit(**options)
-        assert model.blocks[0].is_fused(x) == (NATIVE and "drop_rate" not in options)
-        assert not model.blocks[2].is_fused(x)
+        assert route(model.blocks[0]) == (fused if "drop_path_rate" in options else blocks.Route.MODULES)
+        assert route(model.blocks[2]) == (blocks.Route.OPS if "drop_path_rate" in options else blocks.Route.MODULES)
         model.eval()
-        assert all(block.is_fused(x) == NATIVE for block in model.blocks)
+        assert all(route(block) == fused for block in model.blocks)
         imgs = images_for(model)
         assert torch.equal(model(imgs), small_vit()(imgs))
 

@@ -10,8 +10,10 @@ from images import Stripes
 from support import images_for, small_mae
 
 from maefast import VisionTransformer
-from maefast.train import UserError, boxes, features, finetune, knn, linprobe, supervised, views
-from maefast.train.lars import LARS
+from maefast.train.data import crops, labelled
+from maefast.train.errors import UserError
+from maefast.train.evaluate import features, knn, layers, linprobe, supervised
+from maefast.train.evaluate.lars import LARS
 
 
 @pytest.fixture
@@ -36,8 +38,8 @@ def test_encoder_of_a_checkpoint(checkpoint):
 def test_views_of_a_batch():
     """One for all images, and one for each; a task of threads has fewer images than a batch."""
     data, size = Stripes(70), (64, 64)
-    whole = boxes.still(size)
-    (imgs, labels), (last, _) = views.read_batches(
+    whole = crops.still(size)
+    (imgs, labels), (last, _) = labelled.read_batches(
         data, [torch.arange(69), torch.tensor([0])], size, lambda index: whole._replace(flip=index == 1)
     )
     expected = data.pictures[:69].clone()
@@ -45,8 +47,8 @@ def test_views_of_a_batch():
     assert torch.equal(imgs, expected)
     assert labels.tolist() == data.labels[:69].tolist()
     assert torch.equal(last[0], data.pictures[0])
-    assert boxes.still((224, 224)).box(256, 300) == (38, 16, 262, 240)  # 224 of 256 pixels
-    ((alike, _),) = views.read_batches(data, [torch.arange(70)], size, whole._replace(flip=True))
+    assert crops.still((224, 224)).box(256, 300) == (38, 16, 262, 240)  # 224 of 256 pixels
+    ((alike, _),) = labelled.read_batches(data, [torch.arange(70)], size, whole._replace(flip=True))
     assert torch.equal(alike, data.pictures.flip(-1))
 
 
@@ -100,7 +102,7 @@ def test_a_broken_image_stops_the_reading():
     data._read = lambda index, size, box: (_ for _ in ()).throw(UserError("7.png is broken")) if index == 7 else torch.zeros(1)
     seen = []
     with pytest.raises(UserError, match=r"7\.png"):
-        seen.extend(views.read_batches(data, torch.arange(9).split(2), (64, 64), boxes.still((1, 1))))
+        seen.extend(labelled.read_batches(data, torch.arange(9).split(2), (64, 64), crops.still((1, 1))))
     assert [len(labels) for _, labels in seen] == [2, 2, 2]
 
 
@@ -166,7 +168,7 @@ def test_layer_decay_by_name():
     """Head and norm learn at the full rate, the last block at a half, the embeddings at a half to the fourth."""
     encoder = tiny_encoder()
     names = {parameter: name for name, parameter in encoder.named_parameters()}
-    groups = finetune.layer_decay_groups(encoder, 0.3, 0.5)
+    groups = layers.layer_decay_groups(encoder, 0.3, 0.5)
     found = {names[p]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert found.keys() == set(names.values())
     expected = {
@@ -197,7 +199,7 @@ def test_layer_decay_by_name():
 )
 def test_last_blocks(blocks, learning):
     encoder = tiny_encoder(global_pool=True, drop_path_rate=0.3)
-    finetune.train_last_blocks(encoder, blocks)
+    layers.train_last_blocks(encoder, blocks)
     for name, parameter in encoder.named_parameters():
         assert parameter.requires_grad == name.startswith(learning), name
     kept = [0.0, 0.15, 0.3][3 - int(blocks) :]
@@ -207,7 +209,7 @@ def test_last_blocks(blocks, learning):
 @pytest.mark.parametrize("blocks", [-1, 0.7, 1.5, 4])
 def test_last_blocks_refuse(blocks):
     with pytest.raises(ValueError, match=r"blocks must be 0\.5 or a whole number from 0 to 3"):
-        finetune.train_last_blocks(tiny_encoder(), blocks)
+        layers.train_last_blocks(tiny_encoder(), blocks)
 
 
 def test_probe_standardises():

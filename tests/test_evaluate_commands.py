@@ -10,7 +10,8 @@ from images import Stripes
 from support import small_mae
 
 from maefast import VisionTransformer, checkpoint, cli
-from maefast.train import boxes, evaluate, features, supervised
+from maefast.train.data import crops, labelled
+from maefast.train.evaluate import commands, features, linprobe, supervised
 
 SHORT = ("--epochs=6", "--warmup_epochs=1", "--batch_size=8")
 
@@ -20,7 +21,8 @@ def parts(tmp_path, monkeypatch):
     """The parts of the data set that is found at any path; beside it, mae/, a checkpoint."""
     parts = {"train": Stripes(32), "val": Stripes(10, seed=1), None: Stripes(6)}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "open_data", lambda path, split, channels: parts[split])
+    for module in (commands, labelled):
+        monkeypatch.setattr(module, "open_images", lambda path, split, channels: parts[split])
     small_mae(img_size=64, patch_size=16).save_pretrained("mae")
     return parts
 
@@ -56,7 +58,7 @@ def test_knn(capsys, parts):
 
 def test_label_fraction_takes_as_much_of_each_class(parts):
     parts["train"].labels[:24] = 0
-    _, taken, _ = evaluate.Labelled("data", label_fraction=0.25).opened(3, seed=0)
+    _, taken, _ = labelled.Labelled("data", label_fraction=0.25).opened(3, seed=0)
     labels = parts["train"].labels
     assert torch.bincount(labels[taken]).tolist() == [round(n / 4) for n in torch.bincount(labels).tolist()]
 
@@ -66,7 +68,7 @@ def test_linprobe(capsys, tmp_path, parts):
     printed = run(capsys, "linprobe", "mae", "data", *SHORT, "--blr=100", "--output_dir=out")
     assert printed == "top-1 1.0000 (10 of 10 images)\n"
     assert [record["epoch"] for record in logged(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
-    probe = evaluate.LinearProbe(32, 2)
+    probe = linprobe.LinearProbe(32, 2)
     probe.load_state_dict(torch.load("out/checkpoint.pth", weights_only=True)["probe"])
     encoder = features.load_encoder("mae")
     logits = probe.eval()(features.pooled(encoder, parts["val"].pictures, "cls"))
@@ -76,7 +78,7 @@ def test_linprobe(capsys, tmp_path, parts):
 def test_linprobe_computes_the_same_once_and_per_step(capsys, tmp_path, monkeypatch):
     """With views that do not vary, the probe on the encoder learns what the probe on its features does."""
     run(capsys, "linprobe", "mae", "data", *SHORT, "--output_dir=once")
-    monkeypatch.setattr(evaluate, "drawn", lambda draw, size, *_: boxes.still(size))
+    monkeypatch.setattr(labelled, "drawn", lambda draw, size, *_: crops.still(size))
     run(capsys, "linprobe", "mae", "data", *SHORT, "--augment=rrc", "--output_dir=steps")
     once, steps = (torch.load(f"{name}/checkpoint.pth", weights_only=True)["probe"] for name in ("once", "steps"))
     for name, tensor in once.items():
@@ -222,6 +224,6 @@ def test_reconstruct_needs_a_decoder(capsys, tmp_path):
 
 @pytest.mark.parametrize(("out", "message"), [("out.parquet", ".parquet needs pyarrow"), ("out.npy", ".npy needs numpy")])
 def test_missing_packages(capsys, tmp_path, monkeypatch, out, message):
-    monkeypatch.setattr("maefast.train.find_spec", lambda name: None)
+    monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None)
     assert f'{message}: pip install "maefast[eval]"' in refused(capsys, tmp_path, "extract", "mae", "data", out)
     assert "reconstruct needs matplotlib" in refused(capsys, tmp_path, *COMMANDS["reconstruct"])

@@ -84,7 +84,7 @@ def test_a_hole_is_filled(example):
 def test_fine_tuning_restores(example, tmp_path):
     """A Restorer adds nothing before it is trained, and takes noise away after a few steps; the strip shows each column."""
     restoration, denoise = example("restoration"), example("denoise")
-    tiles = restoration["data"].photographs(restoration["SIDE"])
+    tiles = restoration["images"].photographs(restoration["SIDE"])
     clean, noise = restoration["held_out"](tiles)[:6], denoise["noise"](40.0)
     noisy = noise(clean, torch.Generator().manual_seed(7))
     torch.manual_seed(0)

@@ -21,9 +21,12 @@ from support import refused, threads
 
 import maefast
 from maefast import cli
-from maefast.train import UserError, boxes, feed, setup, state
-from maefast.train.options import Options
-from maefast.train.pretrain import LAG, pretrain
+from maefast.train import checkpoints
+from maefast.train.data import crops, order, pretraining
+from maefast.train.errors import UserError
+from maefast.train.pretrain import build
+from maefast.train.pretrain.options import Options
+from maefast.train.pretrain.trainer import LAG, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return state.read(state.checkpoints(folder)[-1])["model"]
+    return checkpoints.read(checkpoints.find(folder)[-1])["model"]
 
 
 # -- runs that survive --------------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, uninter
     output = tmp_path / "killed"
     process = get_context("fork").Process(target=in_a_process_of_its_own, args=(output, workers))
     process.start()
-    while len(state.checkpoints(output)) < 3:
+    while len(checkpoints.find(output)) < 3:
         assert process.is_alive()
         time.sleep(0.001)
     os.killpg(process.pid, number)
@@ -121,7 +124,7 @@ def test_checkpoints_are_official_and_loaded_by_maefast(folder: Path) -> None:
     output = folder / "kept"
     assert pretrain(options(output, epochs=4, keep=2, norm_pix_loss=True), ArrayImages(pictures()))["finished"]
     assert sorted(path.name for path in output.glob("*.pth")) == ["checkpoint-2.pth", "checkpoint-3.pth"]
-    entries = state.read(output / "checkpoint-3.pth")
+    entries = checkpoints.read(output / "checkpoint-3.pth")
     assert {"model", "optimizer", "epoch", "scaler", "args"} <= entries.keys()
     assert entries["epoch"] == 3
     assert entries["args"].norm_pix_loss is True
@@ -137,7 +140,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         UserError, match=r"at step \d of epoch 1, with a learning rate of 6.29e\+29; the last good .* is .*-0.pth"
     ):
         pretrain(options(tmp_path, epochs=3, lr=1e30, resume="auto"), ArrayImages(pictures()))
-    assert [path.name for path in state.checkpoints(tmp_path)] == ["checkpoint-0.pth"]
+    assert [path.name for path in checkpoints.find(tmp_path)] == ["checkpoint-0.pth"]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
 
 
@@ -180,30 +183,32 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
 # -- images to batches --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("augment", feed.AUGMENTATIONS)
+@pytest.mark.parametrize("augment", pretraining.AUGMENTATIONS)
 def test_batches_depend_on_neither_workers_nor_where_they_begin(augment: str) -> None:
-    images = feed.Augmented(ArrayImages(pictures()), (16, 16), augment, True, seed=7)
-    whole = [batch for batch, _ in feed.batches(images, feed.Keys(COUNT, 8, 4, 7, range(2)), 0, False)]
-    rest = [batch for batch, _ in feed.batches(images, feed.Keys(COUNT, 8, 4, 7, range(1, 2), skip=1), 2, False)]
+    images = pretraining.Augmented(ArrayImages(pictures()), (16, 16), augment, True, seed=7)
+    whole = [batch for batch, _ in pretraining.load_batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(2)), 0, False)]
+    rest = [
+        batch for batch, _ in pretraining.load_batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(1, 2), skip=1), 2, False)
+    ]
     assert len(whole) == 8
     assert len(rest) == 3
     assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
-    assert sorted(feed.epoch_order(COUNT, 7, 0)) == list(range(COUNT))
-    assert feed.epoch_order(COUNT, 7, 0) != feed.epoch_order(COUNT, 7, 1) != feed.epoch_order(COUNT, 8, 1)
+    assert sorted(order.epoch_order(COUNT, 7, 0)) == list(range(COUNT))
+    assert order.epoch_order(COUNT, 7, 0) != order.epoch_order(COUNT, 7, 1) != order.epoch_order(COUNT, 8, 1)
 
 
 def test_crops() -> None:
     draw = random.Random(0)
-    assert boxes.centred(20, 30, (16, 16)) == (5, 0, 25, 20)
-    assert boxes.centred(20, 30, (10, 30)) == (0, 5, 30, 15)
-    assert boxes.centred(100, 80, (1, 1), 0.5) == (20, 30, 60, 70)
-    assert boxes.centred(699, 699, (349, 349)) == (0, 0, 699, 699)  # 699 / 349 * 349 is more than 699
-    drawn = [boxes.resized_crop(20, 30, (16, 16), draw) for _ in range(500)]
+    assert crops.centred(20, 30, (16, 16)) == (5, 0, 25, 20)
+    assert crops.centred(20, 30, (10, 30)) == (0, 5, 30, 15)
+    assert crops.centred(100, 80, (1, 1), 0.5) == (20, 30, 60, 70)
+    assert crops.centred(699, 699, (349, 349)) == (0, 0, 699, 699)  # 699 / 349 * 349 is more than 699
+    drawn = [crops.resized_crop(20, 30, (16, 16), draw) for _ in range(500)]
     areas = [(right - left) * (bottom - top) / 600 for left, top, right, bottom in drawn]
     assert all(0 <= left < right <= 30 and 0 <= top < bottom <= 20 for left, top, right, bottom in drawn)
     assert 0.15 < min(areas) < 0.3
     assert 0.8 < max(areas) <= 1
-    fixed = [boxes.fixed_crop(20, 30, (16, 16), draw) for _ in range(100)]
+    fixed = [crops.fixed_crop(20, 30, (16, 16), draw) for _ in range(100)]
     assert all(abs(right - left - 17.5) < 1e-9 and abs(bottom - top - 17.5) < 1e-9 for left, top, right, bottom in fixed)
     assert min(left for left, *_ in fixed) < 2
     assert max(right for _, _, right, _ in fixed) > 28
@@ -253,7 +258,7 @@ def test_the_papers_axes_go_on_exactly(tmp_path: Path) -> None:
     resume = str(tmp_path / "whole" / "checkpoint-1-2.pth")
     data = ArrayImages(pictures())
     first, data.read = data.read, lambda index, size, box: first(index, size, box) if index else first(1, size, box)
-    used = set(feed.epoch_order(COUNT, 0, 1)[16:32])
+    used = set(order.epoch_order(COUNT, 0, 1)[16:32])
     assert 0 not in used  # so that the batches are the same
     changes = {"epochs": 2, "mask_ratio": 0.5, "resume": resume, **AXES}
     pretrain(options(tmp_path / "rest", **changes), data)
@@ -271,19 +276,19 @@ def test_the_papers_axes_go_on_exactly(tmp_path: Path) -> None:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
     """White images make the loss NaN: here in the last step of the second epoch and the first of the third."""
-    build = setup.build_model
+    build_model = build.build_model
 
     def build_poisoned(*args: object) -> torch.nn.Module:
-        model = build(*args)
+        model = build_model(*args)
         model.register_forward_hook(
             lambda _, inputs, out: out._replace(loss=out.loss * torch.nan) if (inputs[0] == 255).all((1, 2, 3)).any() else None
         )
         return model
 
-    monkeypatch.setattr("maefast.train.resumable.build_model", build_poisoned)
+    monkeypatch.setattr("maefast.train.pretrain.trainer.build_model", build_poisoned)
     data = ArrayImages(pictures())
-    index = feed.epoch_order(COUNT, 0, 0)[-1]  # the one that the first epoch leaves out
-    assert [feed.epoch_order(COUNT, 0, epoch).index(index) // 8 for epoch in range(3)] == [4, 3, 0]
+    index = order.epoch_order(COUNT, 0, 0)[-1]  # the one that the first epoch leaves out
+    assert [order.epoch_order(COUNT, 0, epoch).index(index) // 8 for epoch in range(3)] == [4, 3, 0]
     data.pictures[index] = 255
     return data
 
@@ -304,7 +309,7 @@ def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFix
     assert re.search(r"the loss is nan at step 3 of epoch 1: the weights of .*checkpoint-1-2.pth.*rewind 1 of 2", out)
     assert re.search(r"the loss is nan at step 0 of epoch 2: the weights of .*checkpoint-1.pth.*rewind 2 of 2", out)
     assert "rewound 2 times " in out
-    before, after = (state.read(tmp_path / "whole" / f"checkpoint-{at}.pth") for at in ("1-2", "1"))
+    before, after = (checkpoints.read(tmp_path / "whole" / f"checkpoint-{at}.pth") for at in ("1-2", "1"))
     assert all(torch.equal(before["model"][name], tensor) for name, tensor in after["model"].items())
     truth = weights(tmp_path / "whole")
     assert not torch.equal(after["model"]["cls_token"], truth["cls_token"])
@@ -352,7 +357,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     images = events.Images("reconstructions")
     assert [(event.step, event.height, event.width) for event in images] == [(0, 48, 32), (1, 48, 32)]
     shown = torch.tensor(np.asarray(Image.open(io.BytesIO(images[1].encoded_image_string)))).permute(2, 0, 1)
-    centre = partial(boxes.centred, size=(16, 16))
+    centre = partial(crops.centred, size=(16, 16))
     originals = [ArrayImages(pictures()).read(index, (16, 16), centre) for index in (0, COUNT - 1)]
     assert torch.equal(shown[:, :16], torch.cat(originals, dim=2))
 
@@ -461,7 +466,7 @@ def test_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text("epochs: 1\nblr: 2.5e-3\nnorm_pix_loss: true\namp: off\nmean: [0.1, 0.2, 0.3]\nstd: [1, 1, 1]\nseed: 5\n")
     arguments = flags(folder / "images.npy", folder / "configured")
     assert cli.main([*arguments, f"--config={config}", "--seed=6"]) == 0
-    args = state.read(folder / "configured" / "checkpoint-1.pth")["args"]
+    args = checkpoints.read(folder / "configured" / "checkpoint-1.pth")["args"]
     assert (args.epochs, args.norm_pix_loss, args.amp, args.seed) == (2, True, "off", 6)  # the flags say epochs, blr and seed
     assert args.mean == (0.1, 0.2, 0.3)
     wrong = {

@@ -18,9 +18,10 @@ from pretraining import ArrayImages, flags, options, pictures, records
 from support import threads
 
 from maefast import cli
-from maefast.train import UserError, distributed, resumable, state
-from maefast.train.options import Options
-from maefast.train.pretrain import pretrain
+from maefast.train import checkpoints, launch
+from maefast.train.errors import UserError
+from maefast.train.pretrain import trainer
+from maefast.train.pretrain.trainer import pretrain
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -93,7 +94,7 @@ def same_to_rounding(got: Path, truth: Path) -> None:
     assert len(set(wanted.tolist())) == 3
     torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=0)
     assert [record["train_lr"] for record in records(got)] == [record["train_lr"] for record in records(truth)]
-    (a, b) = (state.read(state.checkpoints(folder)[-1]) for folder in (got, truth))
+    (a, b) = (checkpoints.read(checkpoints.find(folder)[-1]) for folder in (got, truth))
     assert torch.equal(a["run"]["masks"], b["run"]["masks"])
     assert a["model"].keys() == b["model"].keys()
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
@@ -101,7 +102,7 @@ def same_to_rounding(got: Path, truth: Path) -> None:
 
 def identical(got: Path, truth: Path) -> None:
     assert [r["train_loss"] for r in records(got)] == [r["train_loss"] for r in records(truth)]
-    a, b = (state.read(state.checkpoints(folder)[-1])["model"] for folder in (got, truth))
+    a, b = (checkpoints.read(checkpoints.find(folder)[-1])["model"] for folder in (got, truth))
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
@@ -117,7 +118,7 @@ def test_shards_are_one_process_and_their_checkpoints_are_whole(tmp_path: Path, 
     )
     assert sharded.codes() == [0, 0], sharded.printed(0)
     same_to_rounding(tmp_path / "run", one)
-    got, wanted = (state.read(folder / "checkpoint-2.pth")["optimizer"]["state"] for folder in (tmp_path / "run", one))
+    got, wanted = (checkpoints.read(folder / "checkpoint-2.pth")["optimizer"]["state"] for folder in (tmp_path / "run", one))
     for index, moments in wanted.items():
         assert got[index]["exp_avg"].shape == moments["exp_avg"].shape
 
@@ -126,13 +127,13 @@ def test_a_killed_group_goes_on(tmp_path: Path, one: Path, two: Path) -> None:
     """Bit for bit with as many processes; in the same order with another number and the same joint batch."""
     output = tmp_path / "run"
     killed = Processes(tmp_path / "killed", lambda rank: run(output, SlowImages(pictures()), batch_size=4, accum_iter=2))
-    while len(state.checkpoints(output)) < 3:
+    while len(checkpoints.find(output)) < 3:
         assert killed.each[0].is_alive()
         time.sleep(0.001)
     for process in killed.each:
         os.kill(process.pid, signal.SIGKILL)
     assert killed.codes() == [-signal.SIGKILL] * 2
-    newest = str(state.checkpoints(output)[-1])
+    newest = str(checkpoints.find(output)[-1])
     with threads(1):
         assert run(tmp_path / "alone", batch_size=16, resume=newest)["finished"]
     assert records(tmp_path / "alone")[-1]["train_loss"] == pytest.approx(records(one)[-1]["train_loss"], rel=1e-4)
@@ -173,17 +174,17 @@ def test_what_is_wrong_is_said_once_and_ends_all(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"process 1 of 2: --data_path must hold images that can be read"):
             run(tmp_path / "unreadable", data)
         if rank:
-            build = resumable.build_model
+            build = trainer.build_model
 
             def broken(*args: object) -> torch.nn.Module:
                 model = build(*args)
                 model.register_forward_hook(lambda _, inputs, out: out._replace(loss=out.loss * torch.nan))
                 return model
 
-            resumable.build_model = broken
+            trainer.build_model = broken
         with pytest.raises(UserError, match=r"the loss is nan at step 0 of epoch 0, with a learning rate of"):
             run(tmp_path / "nan")
-        assert not state.checkpoints(tmp_path / "nan")
+        assert not checkpoints.find(tmp_path / "nan")
 
     failed = Processes(tmp_path / "failed", fail)
     assert failed.codes() == [0, 0], failed.printed(0) + failed.printed(1)
@@ -218,14 +219,14 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert distributed.find_launch(Options(**given)) == (wanted and distributed.Launch(*wanted))
+    assert launch.find_launch(**given) == (wanted and launch.Launch(*wanted))
     with pytest.raises(UserError, match=r"--world_size must be the number of processes that were started, \d; it is 3"):
-        distributed.find_launch(Options(**(given | {"world_size": 3})))
+        launch.find_launch(**(given | {"world_size": 3}))
 
 
 def test_first_host() -> None:
     lists = {"n1": "n1", "n1,n2": "n1", "gpu[3,5]": "gpu3", "r[0-1]n[02-3]x,y": "r0n02x"}
-    assert {nodes: distributed.first_host(nodes) for nodes in lists} == lists
+    assert {nodes: launch.first_host(nodes) for nodes in lists} == lists
 
 
 def test_submit(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from errors import assert_close_to_float64
-from support import Results, images_for, noise_for, small_mae, small_reference, stacked, step, widened
+from support import TRANSFORMER_BLOCK, Results, images_for, noise_for, small_mae, small_reference, stacked, step, widened
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -16,9 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-import maefast
 from maefast import MAE
-from maefast.blocks import Block, take_tokens
+from maefast.blocks import Block
+from maefast.ops.transformer_block import take_tokens
+from maefast.testing.errors import assert_close_to_float64
 
 KINDS = ("forward_pre", "forward", "full_backward_pre", "full_backward")  # of hooks
 OPTIONS = pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
@@ -27,7 +27,7 @@ OPTIONS = pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=[
 @pytest.fixture(autouse=True)
 def _repeated_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models take every path that large ones take."""
-    monkeypatch.setattr(maefast.model, "REPEATED_VALUES", 0)
+    monkeypatch.setattr(TRANSFORMER_BLOCK, "REPEATED_VALUES", 0)
 
 
 def make(seed: int = 0) -> MAE:

@@ -148,15 +148,11 @@ def test_without_a_gpu(tmp_path, capsys):
 def test_a_run_on_a_gpu_in_name_only(tmp_path, monkeypatch, capsys):
     """The command from end to end, but for the timing."""
 
-    class Timer:
-        def __init__(self, device: torch.device):
-            self.rotate = None
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
     monkeypatch.setattr(tuned, "architecture", lambda device: "8.0")
-    monkeypatch.setattr(tune, "Timer", Timer)
+    monkeypatch.setattr(tune, "medians_on", lambda device: None)
     times = {"native": 1.0, "sdpa": 1.5}
     monkeypatch.setattr(tune, "time_attention", lambda shape, setting: times if shape[2] == 80 else {"sdpa": 1.0})
     before = tuned.TABLE.read_text()

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from images import Stripes
 from support import refused, small_mae, threads
 
 from maefast import cli
-from maefast.train import UserError, augment, classifier, evaluate, linprobe, robustness, state, supervised, tuning
+from maefast.train import checkpoints
+from maefast.train.data import labelled
+from maefast.train.errors import UserError
+from maefast.train.evaluate import augment, classifier, corruptions, linprobe, log, robustness, supervised
 
 FLAGS = ("--epochs=4", "--warmup_epochs=1", "--batch_size=4", "--accum_iter=2", "--clip_grad=1", "--lr=0.005", "--augment=rrc")
 FLAGS += ("--mixup=0.8", "--cutmix=1", "--drop_path=0.2", "--ema=0.5")
@@ -30,7 +34,7 @@ def parts(root):
     parts = {"train": Stripes(32), "val": Stripes(10, seed=1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(evaluate, "open_data", lambda path, split, channels: parts[split])
+        patch.setattr(labelled, "open_images", lambda path, split, channels: parts[split])
         small_mae(img_size=64, patch_size=16).save_pretrained("mae")
         yield parts
 
@@ -41,13 +45,13 @@ def finetune(folder, *more):
 
 def slow_run(folder):
     torch.set_num_threads(1)
-    add = evaluate.Log.add
+    add = log.Log.add
 
     def slowly(self, *scores):
         time.sleep(0.05)
         add(self, *scores)
 
-    evaluate.Log.add = slowly
+    log.Log.add = slowly
     finetune(folder, "--resume=auto")
 
 
@@ -56,7 +60,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(root, capsys):
         assert finetune("whole") == 0
         process = get_context("fork").Process(target=slow_run, args=("killed",))
         process.start()
-        while len(state.checkpoints(root / "killed")) < 1:
+        while len(checkpoints.find(root / "killed")) < 1:
             assert process.is_alive()
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
@@ -70,7 +74,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(root, capsys):
     assert [record["epoch"] for record in records if "top1" in record] == [3, 4]
     whole, killed = (torch.load(f"{name}/checkpoint.pth", weights_only=True)["model"] for name in ("whole", "killed"))
     assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
-    assert [path.name for path in state.checkpoints(root / "killed")] == ["checkpoint-3.pth"]
+    assert [path.name for path in checkpoints.find(root / "killed")] == ["checkpoint-3.pth"]
     capsys.readouterr()
     assert finetune("killed", "--resume=auto", "--layer_decay=0.5") == 2
     assert "checkpoint-3.pth layer_decay is 0.75, here it is 0.5" in capsys.readouterr().err
@@ -143,7 +147,7 @@ def test_rand_augment_and_erasing(channels):
 
 
 def test_augmentation_errors(capsys, monkeypatch):
-    monkeypatch.setattr("maefast.train.find_spec", lambda name: None)
+    monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None)
     assert finetune("out", "--reprob=0.25") == 2
     assert '--aa and --reprob need kornia: pip install "maefast[augment]"' in capsys.readouterr().err
     assert cli.main(["finetune", "mae", "data", "--resume=auto"]) == 2
@@ -191,10 +195,10 @@ def test_corruptions(tuned, parts, capsys):
     assert result["clean"] == 1.0
     assert result["corrupted"].keys() == {"contrast", "gaussian_noise"}
     imgs = parts["val"].pictures[:3, :1, :28, :28]
-    mild, strong = (robustness.corrupted(imgs, "contrast", severity, 0) for severity in (1, 5))
+    mild, strong = (corruptions.corrupted(imgs, "contrast", severity, 0) for severity in (1, 5))
     assert mild.shape == imgs.shape
     assert strong.float().std() < mild.float().std() < imgs.float().std()
-    noisy = [robustness.corrupted(imgs, "gaussian_noise", 3, seed) for seed in (0, 0, 1)]
+    noisy = [corruptions.corrupted(imgs, "gaussian_noise", 3, seed) for seed in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
 
@@ -214,4 +218,4 @@ def test_robustness_refuses(tuned, capsys, arguments, message):
     assert message in refused(capsys, "robustness", tuned, *arguments, "--out=refused.json")
     assert not os.path.exists("refused.json")
     with pytest.raises(UserError, match="CHECKPOINT must be a classifier"):
-        robustness.robustness(tuning.Path("mae"), robustness.Check(data=tuning.Path("split"), kinds=()))
+        robustness.robustness(Path("mae"), robustness.Check(data=Path("split"), kinds=()))

@@ -8,8 +8,9 @@ from checkpoints import SQUARE, assert_same_weights
 from support import images_for, noise_for, small_mae
 
 from maefast import MAE, checkpoint, ops
-from maefast.train import evaluate, features, feed
-from maefast.train.sampling import check_sampler, draw_noise
+from maefast.train.data import pretraining
+from maefast.train.evaluate import features, source
+from maefast.train.masks import check_sampler, draw_noise
 from maefast.train.variants import (
     MaskTokensAndPca,
     MaskTokensInEncoder,
@@ -84,12 +85,14 @@ class Constant(random.Random):
 
 def test_colour_jitter():
     grey = torch.tensor([[[100, 60], [100, 60]]], dtype=torch.uint8)
-    assert feed.colour_jitter(grey, Constant()).tolist() == [[[131, 69], [131, 69]]]  # 125 and 75, then 100 + 1.25 (x - 100)
+    assert pretraining.colour_jitter(grey, Constant()).tolist() == [
+        [[131, 69], [131, 69]]
+    ]  # 125 and 75, then 100 + 1.25 (x - 100)
     colour = torch.tensor([[[200]], [[80]], [[40]]], dtype=torch.uint8)
     # Brightness: 250, 100, 50, of luma 139.15; contrast, about itself: 277.7 -> 255, 90.2, 27.7; saturation, about 132.3.
-    assert feed.colour_jitter(colour, Constant()).flatten().tolist() == [255, 79, 2]
+    assert pretraining.colour_jitter(colour, Constant()).flatten().tolist() == [255, 79, 2]
     many = torch.randint(256, (5, 8, 8), dtype=torch.uint8, generator=seeded())
-    assert len({feed.colour_jitter(many, random.Random(i)).sum().item() for i in range(8)}) == 8
+    assert len({pretraining.colour_jitter(many, random.Random(i)).sum().item() for i in range(8)}) == 8
 
 
 # -- models ---------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def test_checkpoints_of_variants(tmp_path):
     with pytest.warns(UserWarning, match=r"is of a variant of MAE, with variant_mask_token, variant_pca_mean, .*, and so is"):
         plain = MAE.from_pretrained(path)
     assert torch.equal(plain.encode(imgs), model.encode(imgs))
-    again = evaluate.load_mae(evaluate.Source(path))
+    again = source.load_mae(source.Source(path))
     assert type(again) is MaskTokensAndPca
     assert_same_weights(again, model)
     report = checkpoint.convert(path, tmp_path / "plain.pth", "official")

@@ -239,8 +239,9 @@ std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q_in, cons
   return {out, empty_cpu({0}, ScalarType::Float)};
 }
 
-std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q_in, const Tensor& kv_in,
-                                         const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t num_heads) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q_in, const Tensor& kv_in,
+                                                 const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t num_heads,
+                                                 bool with_dkv_sum) {
   const Sizes sizes = checked_sizes(q_in, kv_in, num_heads);
   const Tensor kv = dense_rows(kv_in), q = q_in ? dense_rows(*q_in) : kv;
   const int64_t D = sizes.heads * sizes.width, first = q_in ? 0 : D;
@@ -266,7 +267,7 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optio
   };
   if (sizes.queries == 0) torch::stable::zero_(dkv);
   run(MAEFAST_KERNEL(attention_bwd_kernel), args, sizes.queries ? sizes.samples * sizes.heads : 0, bytes_of_task(sizes));
-  return {dq, dkv};
+  return {dq, dkv, column_sum(dkv, with_dkv_sum)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {

@@ -16,7 +16,7 @@ struct BiasGeluBwd {
   Rows dy, x;
   const float* bias;
   void *dx, *y;    // [rows, D], in the dtype of x; y is null where it is not asked for
-  float* partial;  // [chunks, D]: dbias of one chunk of rows, where there is a bias
+  float* partial;  // [chunks, D]: the column sum of dx of one chunk of rows, or null
   int64_t rows, D, chunk;
 };
 
@@ -44,8 +44,8 @@ template <typename X, typename DY, bool kBias>
 void backward(const BiasGeluBwd& args, int64_t begin, int64_t end) {
   const int64_t D = args.D;
   for (int64_t unit = begin; unit < end; ++unit) {
-    float* dbias = args.partial + unit * D;
-    if (kBias) std::memset(dbias, 0, D * sizeof(float));
+    float* dbias = args.partial == nullptr ? nullptr : args.partial + unit * D;
+    if (dbias) std::memset(dbias, 0, D * sizeof(float));
     const int64_t first = unit * args.chunk, last = first + args.chunk < args.rows ? first + args.chunk : args.rows;
     for (int64_t row = first; row < last; ++row) {
       const X* x = row_of<X>(args.x, row);
@@ -61,7 +61,7 @@ void backward(const BiasGeluBwd& args, int64_t begin, int64_t end) {
         const Tail at = tail_of<kNarrowTail<X, kBias>>(v);
         const Vec dx_i = part.load(dy + i) * gelu_slope(v, at);
         part.store(dx + i, dx_i);
-        if constexpr (kBias) part.store(dbias + i, part.load(dbias + i) + dx_i);
+        if (dbias) part.store(dbias + i, part.load(dbias + i) + dx_i);
         if (args.y) part.store(y + i, gelu(v, at));
       });
     }
@@ -114,19 +114,27 @@ Tensor bias_gelu_fwd(const Tensor& x_in, const std::optional<Tensor>& bias_in) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> bias_gelu_bwd(const Tensor& dy_in, const Tensor& x_in, const std::optional<Tensor>& bias_in,
-                                                 bool with_y) {
+                                                 bool with_y, bool with_dx_sum) {
   check_same_shape("dy", dy_in, x_in);
   const RowsInput dy("dy", dy_in), x("x", x_in);
   const FloatInput bias("bias", bias_in, x.D);
   Tensor dx = empty_cpu(x_in.sizes(), x_in.scalar_type());
   Tensor y = with_y ? empty_cpu(x_in.sizes(), x_in.scalar_type()) : empty_cpu({0}, x_in.scalar_type());
-  RowSums sums(x.count, bias_in ? x.D : 0);
+  const int64_t summed = bias_in || with_dx_sum ? x.D : 0;  // columns
+  RowSums sums(x.count, summed);
   const BiasGeluBwd args{
-      dy.rows, x.rows, bias.data,  dx.mutable_data_ptr(), with_y ? y.mutable_data_ptr() : nullptr, sums.partial(),
-      x.count, x.D,    sums.chunk,
+      dy.rows,
+      x.rows,
+      bias.data,
+      dx.mutable_data_ptr(),
+      with_y ? y.mutable_data_ptr() : nullptr,
+      summed ? sums.partial() : nullptr,
+      x.count,
+      x.D,
+      sums.chunk,
   };
   run(MAEFAST_KERNEL(bias_gelu_bwd_kernel), args, sums.chunks, sums.chunk * x.D * 16);
-  return {dx, bias_in ? sums.total(0, x.D) : empty_cpu({0}, ScalarType::Float), y};
+  return {dx, sums.total(0, summed), y};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {

@@ -14,7 +14,8 @@ struct LayerNormBwd {
   const float *weight, *bias, *center, *rstd;
   void *dx, *y, *dx_cast;  // [rows, D], dx in the dtype of x; y and dx_cast are null where they are not asked for
   DType y_dtype, cast_dtype;
-  float* partial;  // [chunks, 2, D]: dweight and dbias of one chunk of rows
+  float* partial;  // [chunks, 2 or 3, D]: dweight, dbias and, where with_dx_sum, the column sum of dx of one chunk of rows
+  bool with_dx_sum;
   int64_t rows, D, chunk;
 };
 
@@ -34,8 +35,9 @@ inline void store_as(Part part, void* out, DType dtype, int64_t i, Vec v) {
 }
 
 template <typename X, typename DY>
-inline void backward_row(const LayerNormBwd& args, int64_t row, float* dweight, float* dbias) {
+inline void backward_row(const LayerNormBwd& args, int64_t row, float* partial) {
   const int64_t D = args.D;
+  float *dweight = partial, *dbias = partial + D, *dx_sum = args.with_dx_sum ? partial + 2 * D : nullptr;
   const float width = static_cast<float>(D), rstd = args.rstd[row];
   const X* x = row_of<X>(args.x, row);
   const DY* dy = row_of<DY>(args.dy, row);
@@ -59,6 +61,7 @@ inline void backward_row(const LayerNormBwd& args, int64_t row, float* dweight, 
     part.store(dbias + i, part.load(dbias + i) + dy_i);
     Vec dx_i = (dy_i * weight - mean_g - xhat * mean_gx) * scale;
     if (args.dresidual.data) dx_i += load_as(part, args.dresidual, row, i);
+    if (dx_sum) part.store(dx_sum + i, part.load(dx_sum + i) + dx_i);
     part.store(dx + i, dx_i);
     if (args.dx_cast) store_as(part, args.dx_cast, args.cast_dtype, row * D + i, dx_i);
     if (args.y) store_as(part, args.y, args.y_dtype, row * D + i, xhat * weight + part.load(args.bias + i));
@@ -68,10 +71,11 @@ inline void backward_row(const LayerNormBwd& args, int64_t row, float* dweight, 
 template <typename X, typename DY>
 void backward(const LayerNormBwd& args, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    float *dweight = args.partial + unit * 2 * args.D, *dbias = dweight + args.D;
-    std::memset(dweight, 0, 2 * args.D * sizeof(float));
+    const int64_t width = (args.with_dx_sum ? 3 : 2) * args.D;
+    float* partial = args.partial + unit * width;
+    std::memset(partial, 0, width * sizeof(float));
     const int64_t first = unit * args.chunk, last = first + args.chunk < args.rows ? first + args.chunk : args.rows;
-    for (int64_t row = first; row < last; ++row) backward_row<X, DY>(args, row, dweight, dbias);
+    for (int64_t row = first; row < last; ++row) backward_row<X, DY>(args, row, partial);
   }
 }
 
@@ -125,11 +129,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, const Tens
   return {y, center, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy_in, const std::optional<Tensor>& dresidual_in,
-                                                                  const Tensor& x_in, const Tensor& weight_in,
-                                                                  const Tensor& bias_in, const Tensor& center_in,
-                                                                  const Tensor& rstd_in, std::optional<ScalarType> y_dtype,
-                                                                  std::optional<ScalarType> cast_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(
+    const Tensor& dy_in, const std::optional<Tensor>& dresidual_in, const Tensor& x_in, const Tensor& weight_in,
+    const Tensor& bias_in, const Tensor& center_in, const Tensor& rstd_in, std::optional<ScalarType> y_dtype,
+    std::optional<ScalarType> cast_dtype, bool with_dx_sum) {
   const RowsInput x("x", x_in), dy("dy", dy_in);
   check_same_shape("dy", dy_in, x_in);
   std::optional<RowsInput> dresidual;
@@ -146,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& 
     return dtype ? empty_cpu(x_in.sizes(), *dtype) : empty_cpu({0}, x_in.scalar_type());
   };
   Tensor dx = output(x_in.scalar_type()), y = output(y_dtype), dx_cast = output(cast_dtype);
-  RowSums sums(x.count, 2 * D);
+  RowSums sums(x.count, (with_dx_sum ? 3 : 2) * D);
   const LayerNormBwd args{
       dy.rows,
       dresidual ? dresidual->rows : Rows{nullptr, DType::f32, 0},
@@ -161,12 +164,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& 
       y_type,
       cast_type,
       sums.partial(),
+      with_dx_sum,
       x.count,
       D,
       sums.chunk,
   };
   run(MAEFAST_KERNEL(layer_norm_bwd_kernel), args, sums.chunks, sums.chunk * D * 12);
-  return {dx, sums.total(0, D), sums.total(D, D), y, dx_cast};
+  return {dx, sums.total(0, D), sums.total(D, D), y, dx_cast, sums.total(2 * D, with_dx_sum ? D : 0)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {

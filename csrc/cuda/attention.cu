@@ -169,9 +169,9 @@ std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q, const T
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q, const Tensor& qkv_in,
-                                         const std::optional<Tensor>& out_in, const std::optional<Tensor>& lse_in,
-                                         int64_t num_heads) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q, const Tensor& qkv_in,
+                                                 const std::optional<Tensor>& out_in, const std::optional<Tensor>& lse_in,
+                                                 int64_t num_heads, bool with_dkv_sum) {
   const Sizes s = checked_sizes(q, qkv_in, num_heads);
   const int64_t width = int64_t{s.h} * s.d;
   check(out_in && lse_in, "out and lse of the forward pass must be given");
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optio
                           s.d,
                           s.bf16};
   check_launch("attention_bwd", attention_bwd(args, launch.stream));
-  return {dq, dqkv};
+  return {dq, dqkv, column_sum(dqkv, with_dkv_sum)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CUDA, m) {

@@ -2,6 +2,7 @@
 
 from .convert import LAYOUTS, convert
 from .files import CheckpointError, MissingPackageError
+from .init import init_from
 from .load import LoadReport, from_pretrained, load, save_pretrained
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "MissingPackageError",
     "convert",
     "from_pretrained",
+    "init_from",
     "load",
     "save_pretrained",
 ]

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..reference import pair
-from .files import CheckpointError, Contents, listed
+from ..init import pair
+from .candidates import Weights
+from .files import CheckpointError, listed
 from .positions import Grid, grid_of
 
 Shape = tuple[int, ...]
@@ -144,10 +145,14 @@ def is_decoder(name: str) -> bool:
     return name == "mask_token" or name.startswith("decoder_")
 
 
-def facts_of(contents: Contents, tensors: Mapping[str, Tensor], layout: str) -> Facts:
+def is_head(name: str) -> bool:
+    return name.startswith("head.")
+
+
+def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
     """What config.json or the training script's arguments tell; eps by layout where neither does."""
-    config = contents.config
-    default = Facts(layer_norm_eps=OFFICIAL_EPS if layout == "official" else TRANSFORMERS_EPS)
+    config = weights.config
+    default = Facts(layer_norm_eps=TRANSFORMERS_EPS if weights.layout == "transformers" else OFFICIAL_EPS)
     try:
         if "embed_dim" in config:  # the constructor's arguments: maefast's own
             own = {field.name: config.get(field.name) for field in fields(Facts)}
@@ -162,8 +167,8 @@ def facts_of(contents: Contents, tensors: Mapping[str, Tensor], layout: str) -> 
             _, *size = config["pretrained_cfg"]["input_size"]
             return replace(default, img_size=pair(tuple(size), "input_size"))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the config of {contents.path} is not that of a Masked Autoencoder: {error!r}") from error
-    args = contents.args
+        raise CheckpointError(f"the config of {weights.path} is not that of a Masked Autoencoder: {error!r}") from error
+    args = weights.args
     if OFFICIAL_MODELS.fullmatch(str(args.get("model"))):
         default = replace(default, num_heads=_width_heads(tensors, "cls_token", HEADS),
                           decoder_num_heads=_width_heads(tensors, "mask_token", DECODER_HEADS))  # fmt: skip

@@ -24,6 +24,7 @@ def convert(
     out: str | Path,
     to: str,
     *,
+    key: str | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     norm_pix_loss: bool | None = None,
@@ -33,6 +34,7 @@ def convert(
 
     to                              "official": a file `{"model": state_dict}`; "transformers": a folder with config.json and
                                     model.safetensors; "timm": the encoder alone, as .safetensors or a pickled state_dict
+    key                             which weights to take where the checkpoint holds several, as in `load`
     num_heads, decoder_num_heads    for transformers' config, where the checkpoint does not tell and the width does not imply them
     norm_pix_loss                   likewise; False by default
     stored_grid                     likewise: (rows, columns) of the stored positions
@@ -42,7 +44,7 @@ def convert(
     """
     out = Path(out)
     _check_output(out, to)
-    checkpoint = read(source)
+    checkpoint = read(source, key)
     facts = checkpoint.facts
     facts = replace(
         facts,
@@ -53,10 +55,14 @@ def convert(
     checkpoint = replace(checkpoint, facts=facts)
     about = (checkpoint.tensors, facts, checkpoint.path)
     architecture = infer(*about, find_grid(*about, stored_grid))
+    left_out, warnings = checkpoint.head, checkpoint.warn_of_head("what is written has none")
+    checkpoint = checkpoint.without(left_out)
     tensors = architecture.checked(checkpoint.tensors, checkpoint.path)
-    left_out = [name for name in tensors if to == "timm" and is_decoder(name)]
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    warnings = [] if to == "timm" else checkpoint.warn_of_variant()
+    if to == "timm":
+        left_out += [name for name in tensors if is_decoder(name)]
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_decoder(name)}
+    else:
+        warnings += checkpoint.warn_of_variant()
     if to == "transformers":
         _write_transformers(tensors, architecture, facts.mask_ratio, checkpoint, out)
         if facts.norm_pix_loss is None and checkpoint.has_decoder:

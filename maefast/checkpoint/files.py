@@ -4,8 +4,10 @@ import argparse
 import json
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,18 @@ from torch import Tensor
 from .._files import replace_file
 
 WEIGHTS, THEIR_WEIGHTS, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
+DEEPSPEED_WEIGHTS, DEEPSPEED_LATEST = "mp_rank_00_model_states.pt", "latest"
 PICKLED = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
-STATE_DICTS = ("model", "state_dict")  # the entries of a training checkpoint that hold the weights
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's
+READ_SUFFIXES = (*SUFFIXES, ".ckpt")
+LARGEST_JSON = 64 << 20
+
+# Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a log of mmengine, a loss scaler
+# of DeepSpeed. An inert object takes the place of each, and nothing of the package is imported or run.
+BYSTANDERS = (
+    "accelerate", "deepspeed", "easydict", "lightly", "lightning", "lightning_fabric", "lightning_utilities", "ml_collections",
+    "mmcv", "mmengine", "mmpretrain", "mmselfsup", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "timm", "transformers",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -33,55 +43,74 @@ class MissingPackageError(RuntimeError):
 class Contents:
     """What a file or folder holds.
 
-    tensors    by the names of the file, mapped from disk where the format allows it
-    config     of config.json, or the entry `config` of the file
-    args       the training script's arguments, where the file has them
-    ignored    the other entries, by their names
+    entries    as they were saved, tensors mapped from disk where the format allows it
+    config     config.json of the folder; empty where there is none
+    size       bytes of the files
     """
 
     path: Path
-    tensors: dict[str, Tensor]
+    entries: Mapping[Any, Any]
     config: Mapping[str, Any]
-    args: Mapping[str, Any]
-    ignored: Mapping[str, Any] = field(default_factory=dict)
+    size: int
 
 
 def read(path: str | Path) -> Contents:
-    """The contents of a `.pth`, `.pt`, `.bin` or `.safetensors` file, or of a folder of them with or without config.json.
+    """The contents of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, or of a folder with one of them or its shards.
 
     The kind of a file is told by its first bytes. Nothing that a file holds is run: a pickle may hold tensors, numbers, strings,
-    containers and argparse.Namespace alone.
+    containers and argparse.Namespace alone, and objects of BYSTANDERS, which are not made.
     Raises FileNotFoundError, CheckpointError for a file that is damaged, refused or of another kind, MissingPackageError.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    contents = _read_folder(path) if path.is_dir() else _read_file(path)
-    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in contents.tensors.items()}
-    return Contents(path, tensors, contents.config, contents.args, contents.ignored)
+    return _read_folder(path) if path.is_dir() else _read_file(path)
 
 
 def _read_folder(folder: Path) -> Contents:
     config = _read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     index = _only(folder, sorted(folder.glob("*.index.json")))
     if index is None:
-        named = next((folder / name for name in (WEIGHTS, THEIR_WEIGHTS) if (folder / name).exists()), None)
-        weights = named or _only(folder, sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES))
-        if weights is None:
-            raise CheckpointError(f"{folder} holds no weights: no file in it ends in {', '.join(SUFFIXES)}")
-        contents = _read_file(weights)
-        return Contents(folder, contents.tensors, config or contents.config, contents.args, contents.ignored)
+        return replace(_read_file(_weights_of(folder)), path=folder, config=config)
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
         raise CheckpointError(f"{index} has no weight_map of tensors to files of its folder")
-    tensors: dict[str, Tensor] = {}
+    entries: dict[Any, Any] = {}
+    size = 0
     for name in sorted(set(shards.values())):
         if not (folder / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is not in its folder")
-        tensors |= _read_file(folder / name).tensors
-    if absent := sorted(shards.keys() - tensors.keys()):
+        shard = _read_file(folder / name)
+        entries |= shard.entries
+        size += shard.size
+    if absent := sorted(shards.keys() - entries.keys()):
         raise CheckpointError(f"{index} promises {listed(absent)}, which its files do not hold")
-    return Contents(folder, tensors, config, {})
+    return Contents(folder, entries, config, size)
+
+
+def _weights_of(folder: Path) -> Path:
+    """The file of a folder that holds the weights."""
+    if (folder / DEEPSPEED_LATEST).is_file():
+        tag = (folder / DEEPSPEED_LATEST).read_bytes()[:256].decode(errors="replace").strip()
+        if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
+            raise CheckpointError(f"{folder / DEEPSPEED_LATEST} must name a folder beside it; it holds {tag!r}")
+        folder = folder / tag
+    for name in (WEIGHTS, THEIR_WEIGHTS, DEEPSPEED_WEIGHTS):
+        if (folder / name).exists():
+            return folder / name
+    if sharded := sorted(folder.glob("zero_pp_rank_*_model_states.pt")):
+        raise CheckpointError(
+            f"{folder} holds {sharded[0].name}: DeepSpeed's ZeRO-3 shards the weights; join them with its zero_to_fp32.py"
+        )
+    if (folder / ".metadata").exists() and any(folder.glob("*.distcp")):
+        raise CheckpointError(
+            f"{folder} holds shards of torch.distributed.checkpoint; join them into one file with "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        )
+    weights = _only(folder, sorted(file for file in folder.iterdir() if file.suffix in READ_SUFFIXES))
+    if weights is None:
+        raise CheckpointError(f"{folder} holds no weights: no file in it ends in {', '.join(READ_SUFFIXES)}")
+    return weights
 
 
 def _only(folder: Path, files: list[Path]) -> Path | None:
@@ -91,25 +120,31 @@ def _only(folder: Path, files: list[Path]) -> Path | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path} must be at most {LARGEST_JSON >> 20} MiB of JSON; it has {path.stat().st_size >> 20} MiB")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object; it holds a {type(content).__name__}")
     return content
 
 
 def _read_file(path: Path) -> Contents:
+    if not path.is_file():
+        raise CheckpointError(f"{path} must be a file of weights; it is of another kind")
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith(b"PK"):
-        return _read_pickled(path, mapped=True)
-    if head.startswith(b"\x80"):  # torch.save's format before 1.6
-        return _read_pickled(path, mapped=False)
-    if head[8:] == b"{":
-        return Contents(path, _read_safetensors(path), {}, {})
-    raise CheckpointError(f"{path} is neither a file of torch.save nor of safetensors, or it is damaged")
+        entries = _read_zip(path)
+    elif head.startswith(b"\x80"):  # torch.save's format before 1.6
+        entries = _read_pickled(path, mapped=False)
+    elif head[8:] == b"{":
+        entries = _read_safetensors(path)
+    else:
+        raise CheckpointError(f"{path} is neither a file of torch.save nor of safetensors, or it is damaged")
+    return Contents(path, entries, {}, path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -129,38 +164,65 @@ def _safetensors(path: Path) -> Any:
     return safetensors.torch
 
 
-def _read_pickled(path: Path, mapped: bool) -> Contents:
+def _read_zip(path: Path) -> dict[Any, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
-        raise CheckpointError(
-            f"{path} holds a {refused[1]}, which could run code when it is read, and is refused: "
-            "save the state_dict alone with torch.save, where the file is your own"
-        ) from error
-    except Exception as error:  # whatever the bytes lead the unpickler to
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:  # whatever the bytes lead the parser to
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+    names = {record.filename.rpartition("/")[2] for record in records}
+    if "constants.pkl" in names:
+        raise CheckpointError(f"{path} is a TorchScript archive, which holds code; save the state_dict alone with torch.save")
+    if "data.pkl" not in names:
+        raise CheckpointError(f"{path} is a zip archive that torch.save did not write: it has no data.pkl")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # they would be mapped as they lie there
+        raise CheckpointError(f"{path} is a compressed zip archive; torch.save writes it without compression")
+    return _read_pickled(path, mapped=True)
+
+
+class _Bystander:
+    """Stands where a pickle has an object of another package."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_pickled(path: Path, mapped: bool) -> dict[Any, Any]:
+    stand_ins: dict[str, type] = {}
+    while True:
+        allowed: list[Any] = [argparse.Namespace, *((stand_in, name) for name, stand_in in stand_ins.items())]
+        try:
+            with torch.serialization.safe_globals(allowed):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            break
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            name = refused[1] if refused else ""
+            if name.split(".")[0] not in BYSTANDERS or name in stand_ins:
+                raise _refusal(path, name, error) from error
+            stand_ins[name] = OrderedDict if name.endswith("Dict") else _Bystander
+        except Exception as error:  # whatever the bytes lead the unpickler to
+            raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a dict of tensors; it holds a {type(loaded).__name__}")
-    chosen = next((name for name in STATE_DICTS if _is_state_dict(loaded.get(name))), None)
-    if chosen is None:
-        if not _is_state_dict(loaded):
-            raise CheckpointError(f"{path} holds no state_dict, neither as {' nor as '.join(STATE_DICTS)} nor by itself")
-        return Contents(path, loaded, {}, {})
-    args = loaded.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    config, args = (entry if isinstance(entry, dict) else {} for entry in (loaded.get("config"), args))
-    ignored = {name: entry for name, entry in loaded.items() if name not in (chosen, "config", "args")}
-    return Contents(path, loaded[chosen], config, args, ignored)
+    return loaded
 
 
-def _is_state_dict(entry: object) -> bool:
-    if not isinstance(entry, dict) or not entry:
-        return False
-    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entry.items())
+def _refusal(path: Path, name: str, error: Exception) -> CheckpointError:
+    if re.search(r"\b(DTensor|ShardedTensor)", str(error)):
+        return CheckpointError(
+            f"{path} holds sharded tensors; save a full state_dict, as torch.distributed.checkpoint.state_dict's "
+            "get_model_state_dict with full_state_dict=True gives it"
+        )
+    if not name:
+        return CheckpointError(f"{path} is damaged: {_first_line(error)}")
+    return CheckpointError(
+        f"{path} holds a {name}, which could run code when it is read, and is refused: "
+        "save the state_dict alone with torch.save, where the file is your own"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -174,8 +236,16 @@ def write_pickled(entries: Mapping[str, Any], path: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Overlapping tensors, which the format does not have, become copies."""
     safetensors = _safetensors(path)
-    dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    dense: dict[str, Tensor] = {}
+    ends: dict[int, int] = {}  # of the bytes that are written, by their start
+    for name, tensor in tensors.items():
+        flat = tensor.detach().contiguous()
+        start, end = flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.itemsize
+        overlaps = any(start < other_end and other < end for other, other_end in ends.items())
+        dense[name] = flat.clone() if overlaps else flat
+        ends[start] = max(end, ends.get(start, 0))
     with replace_file(path) as temporary:
         safetensors.save_file(dense, temporary, metadata={"format": "pt"})
 

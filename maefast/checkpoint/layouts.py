@@ -1,85 +1,206 @@
-"""The names that tensors have: official (also timm's and maefast's own) and transformers', in both directions, bit for bit."""
+"""The names that tensors have in each layout, and their official names, which are also timm's and maefast's own; bit for bit."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .files import CheckpointError, Contents, listed
+from .files import CheckpointError, listed
 
-TRANSFORMERS_KEY = "embeddings.patch_embeddings.projection.weight"
-OFFICIAL_KEY = "patch_embed.proj.weight"
+QKV = "attn.qkv"
+
+
+@dataclass(frozen=True)
+class Names:
+    """A table from the names of a layout to official ones.
+
+    blocks     what stands before a block's number -> blocks or decoder_blocks
+    modules    module of a block -> official module
+    parts      module of a block -> the third of attn.qkv that it is
+    outside    module or parameter outside of the blocks -> official one
+    """
+
+    blocks: Mapping[str, str]
+    modules: Mapping[str, str]
+    outside: Mapping[str, str]
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def _block(self) -> re.Pattern[str]:
+        return re.compile(rf"({'|'.join(map(re.escape, self.blocks))})([0-9]+)\.(.+)(?:\.|(?<=in_proj)_)(weight|bias)")
+
+    def official(self, name: str) -> tuple[str, int | None] | None:
+        """The official name of a tensor and which third of it q, k or v is; None for a name that the layout does not have."""
+        if found := self._block.fullmatch(name):
+            before, index, module, kind = found.groups()
+            block = f"{self.blocks[before]}.{index}"
+            if module in self.parts:
+                return f"{block}.{QKV}.{kind}", self.parts[module]
+            return (f"{block}.{self.modules[module]}.{kind}", None) if module in self.modules else None
+        module, kind = _split(name)
+        return (self.outside[module] + kind, None) if module in self.outside else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a layout has the patch embedding, by which its encoder is found, and the names of its encoder and decoder, each
+    relative to the prefix that they share."""
+
+    name: str
+    anchor: str
+    encoder: Names
+    decoder: Names
+
+
+_OFFICIAL_MODULES = {name: name for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
+_DECODER = {name: name for name in ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")}
+_OFFICIAL_DECODER = Names({"decoder_blocks.": "decoder_blocks"}, _OFFICIAL_MODULES, _DECODER)
+_OFFICIAL = Layout(
+    "official",
+    "patch_embed.proj.weight",
+    Names(
+        {"blocks.": "blocks"},
+        _OFFICIAL_MODULES,
+        {name: name for name in ("cls_token", "pos_embed", "patch_embed.proj", "norm", "fc_norm", "head")},
+    ),
+    _OFFICIAL_DECODER,
+)
 
 # transformers' published spelling first, then those of version 5: in its modules, and for the decoder in the files it saves.
-_BLOCKS = {"blocks": ("vit.encoder.layer", "vit.layers"),
-           "decoder_blocks": ("decoder.decoder_layers", "decoder.decoder_encoder.layer")}  # fmt: skip
-_PARTS = (("attention.attention.query", "attention.q_proj"),
-          ("attention.attention.key", "attention.k_proj"),
-          ("attention.attention.value", "attention.v_proj"))  # fmt: skip
-_MODULES = {
+_THEIR_BLOCKS = {"blocks": ("encoder.layer", "layers"), "decoder_blocks": ("decoder_layers", "decoder_encoder.layer")}
+_THEIR_PARTS = (("attention.attention.query", "attention.q_proj"),
+                ("attention.attention.key", "attention.k_proj"),
+                ("attention.attention.value", "attention.v_proj"))  # fmt: skip
+_THEIR_MODULES = {
     "attn.proj": ("attention.output.dense", "attention.o_proj"),
     "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
     "mlp.fc2": ("output.dense", "mlp.fc2"),
     "norm1": ("layernorm_before",),
     "norm2": ("layernorm_after",),
 }
-_OUTSIDE = {
-    "cls_token": "vit.embeddings.cls_token",
-    "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-    "norm": "vit.layernorm",
-} | {name: f"decoder.{name}" for name in ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")}
-
-_BLOCK_OF = {theirs: ours for ours, spellings in _BLOCKS.items() for theirs in spellings}
-_PART_OF = {theirs: part for part, spellings in enumerate(_PARTS) for theirs in spellings}
-_MODULE_OF = {theirs: ours for ours, spellings in _MODULES.items() for theirs in spellings}
-_OUTSIDE_OF = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-_THEIR_BLOCK = re.compile(rf"({'|'.join(map(re.escape, _BLOCK_OF))})\.(\d+)\.(.+)\.(weight|bias)")
-_OUR_BLOCK = re.compile(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)")
-_ENCODER_ALONE = ("embeddings.", "encoder.", "layers.", "layernorm.")  # ViTMAEModel's files, without the prefix vit
+_THEIR_ENCODER = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
 
 
-def official_names(contents: Contents) -> tuple[str, dict[str, Tensor]]:
-    """The layout, "official" or "transformers", and the tensors by their official names; q, k and v are joined.
-
-    A name that transformers' layout does not have stays as it is. Raises CheckpointError for another architecture.
-    """
-    tensors = contents.tensors
-    if OFFICIAL_KEY in tensors:
-        return "official", tensors
-    if not any(name in tensors for name in (TRANSFORMERS_KEY, f"vit.{TRANSFORMERS_KEY}")):
-        raise CheckpointError(
-            f"{contents.path} holds no Masked Autoencoder: it has neither {OFFICIAL_KEY} (official, timm) nor "
-            f"vit.{TRANSFORMERS_KEY} (transformers), but {listed(list(tensors))}"
-        )
-    named: dict[str, Tensor] = {}
-    thirds: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        ours, part = _official_name(f"vit.{name}" if name.startswith(_ENCODER_ALONE) else name)
-        taken = named if part is None else thirds[ours]
-        if (ours if part is None else part) in taken:
-            raise CheckpointError(f"{contents.path} holds {ours} twice, under two of transformers' spellings")
-        if part is None:
-            named[ours] = tensor
-        else:
-            thirds[ours][part] = tensor
-    for name, parts in thirds.items():
-        named[name] = _joined(contents, name, parts)
-    return "transformers", named
+def _theirs(blocks: str, outside: Mapping[str, str]) -> Names:
+    return Names(
+        {f"{theirs}.": blocks for theirs in _THEIR_BLOCKS[blocks]},
+        {theirs: ours for ours, spellings in _THEIR_MODULES.items() for theirs in spellings},
+        outside,
+        {theirs: part for part, spellings in enumerate(_THEIR_PARTS) for theirs in spellings},
+    )
 
 
-def _official_name(name: str) -> tuple[str, int | None]:
-    """The official name of one of transformers', and which third of it q, k or v is."""
-    if found := _THEIR_BLOCK.fullmatch(name):
-        blocks, index, module, kind = found.groups()
-        if module in _PART_OF:
-            return f"{_BLOCK_OF[blocks]}.{index}.attn.qkv.{kind}", _PART_OF[module]
-        if module in _MODULE_OF:
-            return f"{_BLOCK_OF[blocks]}.{index}.{_MODULE_OF[module]}.{kind}", None
-    module, kind = _split(name)
-    return (_OUTSIDE_OF[module] + kind, None) if module in _OUTSIDE_OF else (name, None)
+_TRANSFORMERS = Layout(
+    "transformers",
+    "embeddings.patch_embeddings.projection.weight",
+    _theirs("blocks", _THEIR_ENCODER),
+    _theirs("decoder_blocks", _DECODER),
+)
+
+_MM_MODULES = {
+    "ln1": "norm1",
+    "attn.qkv": QKV,
+    "attn.proj": "attn.proj",
+    "ln2": "norm2",
+    "ffn.layers.0.0": "mlp.fc1",
+    "ffn.layers.1": "mlp.fc2",
+}
+_MMPRETRAIN = Layout(  # mmselfsup's, too
+    "mmpretrain",
+    "patch_embed.projection.weight",
+    Names(
+        {"layers.": "blocks"},
+        _MM_MODULES,
+        {
+            "cls_token": "cls_token",
+            "pos_embed": "pos_embed",
+            "patch_embed.projection": "patch_embed.proj",
+            "ln1": "norm",
+            "ln2": "fc_norm",
+        },
+    ),
+    Names({"decoder_blocks.": "decoder_blocks"}, _MM_MODULES, _DECODER | {"ln1": "decoder_norm"}),
+)
+
+_TORCHVISION_MODULES = {
+    "ln_1": "norm1",
+    "self_attention.in_proj": QKV,
+    "self_attention.out_proj": "attn.proj",
+    "ln_2": "norm2",
+    "mlp.0": "mlp.fc1",
+    "mlp.linear_1": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+    "mlp.linear_2": "mlp.fc2",
+}
+_TORCHVISION = Layout(  # and lightly's decoder beside it
+    "torchvision",
+    "conv_proj.weight",
+    Names(
+        {"encoder.layers.encoder_layer_": "blocks"},
+        _TORCHVISION_MODULES,
+        {
+            "class_token": "cls_token",
+            "encoder.pos_embedding": "pos_embed",
+            "conv_proj": "patch_embed.proj",
+            "encoder.ln": "norm",
+            "heads": "head",
+            "heads.head": "head",
+        },
+    ),
+    Names(
+        {"layers.encoder_layer_": "decoder_blocks"},
+        _TORCHVISION_MODULES,
+        {
+            "mask_token": "mask_token",
+            "pos_embedding": "decoder_pos_embed",
+            "decoder_embed": "decoder_embed",
+            "ln": "decoder_norm",
+            "prediction_head": "decoder_pred",
+        },
+    ),
+)
+
+KNOWN = (_OFFICIAL, _TRANSFORMERS, _MMPRETRAIN, _TORCHVISION)
+DECODER_ANCHOR = "decoder_embed.weight"  # of each of them
+
+
+class OfficialNames:
+    """Tensors gathered under their official names; q, k and v are joined."""
+
+    def __init__(self, path: Path, layout: Layout):
+        self.path, self.layout = path, layout
+        self.named: dict[str, Tensor] = {}
+        self._thirds: dict[str, dict[int, Tensor]] = defaultdict(dict)
+
+    def add(self, name: str, part: int | None, tensor: Tensor) -> None:
+        """Raises CheckpointError for a name that is taken."""
+        taken: dict[str, Tensor] | dict[int, Tensor] = self.named if part is None else self._thirds[name]
+        if (name if part is None else part) in taken:
+            raise CheckpointError(f"{self.path} holds {name} twice, under two of the spellings of {self.layout.name}")
+        taken[name if part is None else part] = tensor  # type: ignore[index]
+
+    def joined(self) -> dict[str, Tensor]:
+        """Raises CheckpointError unless q, k and v are complete and fit each other."""
+        for name, parts in self._thirds.items():
+            found = [parts[part] for part in sorted(parts)]
+            if len(found) < len(_THEIR_PARTS) or len({(part.shape, part.dtype) for part in found}) > 1:
+                spellings = [_THEIR_PARTS[part][0].split(".")[-1] for part in sorted(parts)]
+                shapes = [f"{spelling} {tuple(tensor.shape)}" for spelling, tensor in zip(spellings, found, strict=True)]
+                raise CheckpointError(
+                    f"{self.path} must hold query, key and value of one shape and dtype for {name}; it has {listed(shapes)}"
+                )
+            self.named[name] = torch.cat(found)
+        return self.named
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -88,14 +209,9 @@ def _split(name: str) -> tuple[str, str]:
     return (module, f".{kind}") if kind in ("weight", "bias") else (name, "")
 
 
-def _joined(contents: Contents, name: str, parts: Mapping[int, Tensor]) -> Tensor:
-    found = [parts[part] for part in sorted(parts)]
-    if len(found) < len(_PARTS) or len({(part.shape, part.dtype) for part in found}) > 1:
-        shapes = listed([f"{_PARTS[part][0].split('.')[-1]} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items())])
-        raise CheckpointError(
-            f"{contents.path} must hold query, key and value of one shape and dtype for {name}; it has {shapes}"
-        )
-    return torch.cat(found)
+_OUR_BLOCK = re.compile(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)")
+_THEIR_PREFIX = {"blocks": "vit.", "decoder_blocks": "decoder."}
+_THEIR_OUTSIDE = {ours: f"vit.{theirs}" for theirs, ours in _THEIR_ENCODER.items()} | {n: f"decoder.{n}" for n in _DECODER}
 
 
 def transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,11 +223,12 @@ def _transformers_names(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Te
     for name, tensor in tensors.items():
         if found := _OUR_BLOCK.fullmatch(name):
             blocks, index, module, kind = found.groups()
-            block = f"{_BLOCKS[blocks][0]}.{index}"
-            if module == "attn.qkv":
-                yield from ((f"{block}.{part[0]}.{kind}", third) for part, third in zip(_PARTS, tensor.chunk(3), strict=True))
+            block = f"{_THEIR_PREFIX[blocks]}{_THEIR_BLOCKS[blocks][0]}.{index}"
+            if module == QKV:
+                thirds = zip(_THEIR_PARTS, tensor.chunk(3), strict=True)
+                yield from ((f"{block}.{spellings[0]}.{kind}", third) for spellings, third in thirds)
             else:
-                yield f"{block}.{_MODULES[module][0]}.{kind}", tensor
+                yield f"{block}.{_THEIR_MODULES[module][0]}.{kind}", tensor
         else:
             module, kind = _split(name)
-            yield _OUTSIDE[module] + kind, tensor
+            yield _THEIR_OUTSIDE[module] + kind, tensor

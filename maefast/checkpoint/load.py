@@ -1,46 +1,53 @@
 """Checkpoints into models, and models into maefast's own layout."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from . import files
-from .architecture import OUR_MODEL_TYPE, Facts, facts_of, find_grid, infer, is_decoder, misfit, of_model
+from . import candidates, files
+from .architecture import OUR_MODEL_TYPE, Facts, facts_of, find_grid, infer, is_decoder, is_head, misfit, of_model
 from .files import CheckpointError, listed
-from .layouts import official_names
 from .positions import Grid, refitted
 
 M = TypeVar("M", bound=nn.Module)
 
 VARIANT = "variant_"  # begins the names of what a variant of MAE (maefast.train.variants) has beyond it
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WEIGHT = re.compile(r"(?!head\.).*\.(weight|bias)|cls_token|pos_embed|mask_token|decoder_pos_embed")
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What became of a checkpoint; print it.
 
-    layout          "official" (also timm's and maefast's own names) or "transformers"
+    layout          "official" (also timm's and maefast's own names), "transformers", "mmpretrain" or "torchvision"
+    source          where in the checkpoint the weights were: the entry, and the prefixes of their names
     missing         tensors that the model, or the layout written, has and the checkpoint has not
     unexpected      tensors of the checkpoint that the model, or the layout written, has no place for
     has_decoder     whether the checkpoint holds the decoder
     norm_pix_loss   whether its target was normalised pixels; None where the checkpoint does not tell
     positions       what was done to positions stored for another grid, a sentence each
-    ignored         entries of a training checkpoint that are no weights: the optimizer's state, the epoch; and what a variant of
-                    MAE has beyond it
+    adapted         what was done to other tensors so that they fit, a sentence each
+    ignored         what a checkpoint holds beside the model: the optimizer's state, the epoch, counters of normalisation and of
+                    averages, other modules, what a variant of MAE has beyond it
     warnings        what may be wrong although everything fitted
     """
 
     path: Path
     layout: str
+    source: str
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     has_decoder: bool
     norm_pix_loss: bool | None
     positions: tuple[str, ...]
+    adapted: tuple[str, ...]
     ignored: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -48,23 +55,32 @@ class LoadReport:
         target = {True: "normalised pixels", False: "raw pixels", None: "the file does not tell"}[self.norm_pix_loss]
         lines = [
             f"{self.path}: {self.layout} layout, {'with' if self.has_decoder else 'without'} decoder",
+            f"taken from: {self.source}",
             f"target: {target}",
             f"missing: {listed(list(self.missing)) or 'nothing'}",
             f"unexpected: {listed(list(self.unexpected)) or 'nothing'}",
         ]
         lines += [f"positions: {change}" for change in self.positions]
-        lines += [f"ignored: {', '.join(self.ignored)}"] if self.ignored else []
+        lines += [f"adapted: {change}" for change in self.adapted]
+        lines += [f"ignored: {listed(list(self.ignored), most=12)}"] if self.ignored else []
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint by its official names."""
+    """A checkpoint by its official names.
+
+    tensors     of an MAE or its encoder, and its head
+    variant     what it has beyond them
+    counters    integers
+    """
 
     path: Path
     layout: str
+    source: str
     tensors: dict[str, Tensor]
-    variant: dict[str, Tensor]  # what it has beyond an MAE's
+    variant: dict[str, Tensor]
+    counters: dict[str, Tensor]
     facts: Facts
     ignored: tuple[str, ...]
 
@@ -72,16 +88,38 @@ class Checkpoint:
     def has_decoder(self) -> bool:
         return any(map(is_decoder, self.tensors))
 
+    @property
+    def head(self) -> list[str]:
+        return [name for name in (*self.tensors, *self.counters) if is_head(name)]
+
+    def without(self, names: Iterable[str]) -> "Checkpoint":
+        """The same checkpoint with less in it."""
+        names = set(names)
+        kept = ({name: t for name, t in part.items() if name not in names} for part in (self.tensors, self.counters))
+        tensors, counters = kept
+        return replace(self, tensors=tensors, counters=counters)
+
     def report(
         self,
         missing: Iterable[str] = (),
         unexpected: Iterable[str] = (),
         positions: Iterable[str] = (),
+        adapted: Iterable[str] = (),
         warnings: Iterable[str] = (),
     ) -> LoadReport:
-        norm_pix_loss = self.facts.norm_pix_loss
-        facts = (self.path, self.layout, tuple(missing), tuple(unexpected), self.has_decoder, norm_pix_loss)
-        return LoadReport(*facts, tuple(positions), (*self.ignored, *self.variant), tuple(warnings))
+        return LoadReport(
+            path=self.path,
+            layout=self.layout,
+            source=self.source,
+            missing=tuple(missing),
+            unexpected=tuple(unexpected),
+            has_decoder=self.has_decoder,
+            norm_pix_loss=self.facts.norm_pix_loss,
+            positions=tuple(positions),
+            adapted=tuple(adapted),
+            ignored=(*self.ignored, *self.variant, *self.counters),
+            warnings=tuple(warnings),
+        )
 
     def warn_of_variant(self) -> list[str]:
         """What to say where its decoder is put to use."""
@@ -89,41 +127,69 @@ class Checkpoint:
             return []
         return [f"the checkpoint is of a variant of MAE, with {listed(list(self.variant))}, and so is its decoder"]
 
-
-def read(path: str | Path) -> Checkpoint:
-    """A checkpoint of any known layout. Raises as files.read, and CheckpointError for another architecture."""
-    contents = files.read(path)
-    layout, tensors = official_names(contents)
-    if strange := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise CheckpointError(
-            f"{contents.path} must hold floating-point tensors; it has {listed(strange)} of {tensors[strange[0]].dtype}"
-        )
-    variant = {name: tensor for name, tensor in tensors.items() if name.startswith(VARIANT)}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in variant}
-    return Checkpoint(contents.path, layout, tensors, variant, facts_of(contents, tensors, layout), tuple(contents.ignored))
+    def warn_of_head(self, wanted: str) -> list[str]:
+        """What to say where its head is left out."""
+        return [f"the head of the checkpoint, {_shape_of(self.head, self.tensors)}, is left out: {wanted}"] if self.head else []
 
 
-def load(model: nn.Module, path: str | Path, *, stored_grid: Grid | None = None) -> LoadReport:
+def read(path: str | Path, key: str | None = None) -> Checkpoint:
+    """A checkpoint of any known layout. Raises as candidates.read, and CheckpointError for weights that are no floats."""
+    weights = candidates.read(path, key)
+    tensors, counters, variant = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in weights.tensors.items():
+        if name.startswith(VARIANT):
+            variant[name] = tensor
+        elif tensor.dtype in FLOATS:
+            tensors[name] = tensor
+        elif _WEIGHT.fullmatch(name) or tensor.is_floating_point() or tensor.is_complex():
+            raise CheckpointError(f"{weights.path} must hold floating-point tensors; it has {name} of {tensor.dtype}")
+        else:
+            counters[name] = tensor
+    return Checkpoint(
+        path=weights.path,
+        layout=weights.layout,
+        source=weights.source,
+        tensors=tensors,
+        variant=variant,
+        counters=counters,
+        facts=facts_of(weights, tensors),
+        ignored=(*weights.ignored, *weights.beside),
+    )
+
+
+def load(model: nn.Module, path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None) -> LoadReport:
     """Load a checkpoint of any known layout into a model with official names, an MAE or its encoder.
 
+    key            which weights to take where the checkpoint holds several, such as an average beside them: the name of the
+                   entry, the prefix of the names, or both, joined by dots
     stored_grid    (rows, columns) of the stored positions, where the checkpoint tells something else or nothing: by default
                    config.json's, else the grid whose sin-cos they are, else the model's if it has as many patches, else a square
 
     Positions of another grid are computed anew where they are sin-cos, and resized where they were trained. A checkpoint may lack
     the decoder, and a model may have a `head` or `fc_norm` that the checkpoint lacks; the report names them. A model without
-    decoder leaves the checkpoint's where it is. Everything else must fit.
+    decoder leaves the checkpoint's where it is. A head that is not the model's is left out, with a warning. Counters, which are
+    integers, are loaded where the model has them. Everything else must fit. A model on the meta device gets its tensors from the
+    checkpoint, which must have all of them.
     Raises TypeError for another kind of model, FileNotFoundError, CheckpointError (a ValueError), and RuntimeError where
     safetensors is needed and not installed; the model is then as it was, bit for bit.
     """
+    check_model(model)
+    checkpoint = read(path, key)
+    return _load(model, checkpoint, stored_positions(model, checkpoint, stored_grid))
+
+
+def check_model(model: nn.Module) -> None:
     if not hasattr(getattr(model, "patch_embed", None), "grid_size"):
         raise TypeError(f"model must be an MAE or its encoder; it is a {type(model).__name__}")
-    checkpoint = read(path)
-    grid = find_grid(checkpoint.tensors, checkpoint.facts, checkpoint.path, stored_grid, model.patch_embed.grid_size)  # type: ignore[arg-type, union-attr]
-    return _load(model, checkpoint, grid)
+
+
+def stored_positions(model: Any, checkpoint: Checkpoint, stored_grid: Grid | None) -> Grid:
+    """The grid of a checkpoint's positions, where nothing else tells it the model's."""
+    return find_grid(checkpoint.tensors, checkpoint.facts, checkpoint.path, stored_grid, model.patch_embed.grid_size)
 
 
 def from_pretrained(
-    cls: Callable[..., M], path: str | Path, *, stored_grid: Grid | None = None, **overrides: Any
+    cls: Callable[..., M], path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None, **overrides: Any
 ) -> tuple[M, LoadReport]:
     """A model of class `cls`, which has MAE's constructor, with the architecture and the weights of a checkpoint.
 
@@ -132,11 +198,11 @@ def from_pretrained(
     Raises as `load`, and CheckpointError where num_heads or decoder_num_heads is neither told, nor implied by the width, nor
     given.
     """
-    checkpoint = read(path)
+    checkpoint = read(path, key)
     about = (checkpoint.tensors, checkpoint.facts, checkpoint.path)
     grid = find_grid(*about, stored_grid)
     architecture = infer(*about, grid)
-    architecture.checked(checkpoint.tensors, checkpoint.path)
+    architecture.checked(checkpoint.without(checkpoint.head).tensors, checkpoint.path)
     architecture.require_heads(checkpoint.path, given=overrides.keys())
     model = cls(**architecture.arguments() | overrides)
     return model, _load(model, checkpoint, grid, target_given="norm_pix_loss" in overrides)
@@ -156,25 +222,80 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
 def _load(model: nn.Module, checkpoint: Checkpoint, grid: Grid, target_given: bool = False) -> LoadReport:
     ours = model.state_dict()
+    checkpoint, left_out, warnings = without_other_head(model, checkpoint)
+    counters = {name: tensor for name, tensor in checkpoint.counters.items() if name in ours}
     known = {name: tensor for name, tensor in checkpoint.variant.items() if name in ours}
-    checkpoint = replace(checkpoint, variant={name: t for name, t in checkpoint.variant.items() if name not in known})
-    theirs = checkpoint.tensors | known
+    variant = {name: tensor for name, tensor in checkpoint.variant.items() if name not in known}
+    checkpoint = replace(checkpoint.without(counters), variant=variant)
+    theirs = checkpoint.tensors | counters | known
     missing, unexpected = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
     _check_names(model, checkpoint, missing, unexpected)
-    _check_heads(model, checkpoint)
-    positions = []
-    for name in {"pos_embed", "decoder_pos_embed"} & ours.keys() & theirs.keys():
-        theirs[name], change = refitted(theirs[name], grid, model.patch_embed.grid_size)  # type: ignore[arg-type, union-attr]
-        positions += [f"{name} {change}"] if change else []
-    weights = {name: theirs[name] for name in ours if name in theirs}
+    check_heads(model, checkpoint)
+    theirs, positions = refit(model, replace(checkpoint, tensors=theirs), grid)
+    put(model, checkpoint, {name: theirs[name] for name in ours if name in theirs})
+    warnings += _warnings(model, checkpoint, target_given)
+    return checkpoint.report(missing, [*unexpected, *left_out], positions, warnings=warnings)
+
+
+def without_other_head(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str], list[str]]:
+    """The checkpoint without a head that is not the model's, the names that this leaves out, and warnings of it."""
+    ours = {name: tensor for name, tensor in model.state_dict().items() if is_head(name)}
+    everything = checkpoint.tensors | checkpoint.counters
+    theirs = {name: everything[name] for name in checkpoint.head}
+    same = ours.keys() == theirs.keys() and all(ours[name].shape == tensor.shape for name, tensor in theirs.items())
+    if same or not theirs:
+        return checkpoint, [], []
+    wanted = f"{type(model).__name__} has {_shape_of(list(ours), ours) if ours else 'none'}"
+    warn = bool(ours) or has_decoder(model)  # an encoder that was made without a head has no use for one
+    return checkpoint.without(theirs), list(theirs), checkpoint.warn_of_head(wanted) if warn else []
+
+
+def _shape_of(names: list[str], tensors: Mapping[str, Tensor]) -> str:
+    """The last matrix of a head, by which it is known."""
+    matrices = [name for name in names if name in tensors and tensors[name].dim() == 2]
+    return f"{matrices[-1]} {tuple(tensors[matrices[-1]].shape)}" if matrices else listed(names)
+
+
+def has_decoder(model: nn.Module) -> bool:
+    return any(map(is_decoder, model.state_dict()))
+
+
+def refit(model: Any, checkpoint: Checkpoint, grid: Grid) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a checkpoint with the positions of the model's grid, and what was done to them."""
+    fitted, changes = dict(checkpoint.tensors), list[str]()
+    for name in sorted({"pos_embed", "decoder_pos_embed"} & fitted.keys() & model.state_dict().keys()):
+        L = grid[0] * grid[1]
+        if fitted[name].dim() != 3 or fitted[name].shape[:2] != (1, 1 + L):
+            found = tuple(fitted[name].shape)
+            raise CheckpointError(f"{name} of {checkpoint.path} must be (1, {1 + L}, D) for {L} patches; its shape is {found}")
+        fitted[name], change = refitted(fitted[name], grid, model.patch_embed.grid_size)
+        changes += [f"{name} {change}"] if change else []
+    return fitted, changes
+
+
+def put(model: nn.Module, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights, all of which the model has, into it. Raises CheckpointError, before any is copied, where one does not
+    fit."""
+    ours = model.state_dict()
     for name, tensor in weights.items():
         if tensor.shape != ours[name].shape:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit {type(model).__name__}: {name} is {tuple(tensor.shape)} in the checkpoint and "
                 f"{tuple(ours[name].shape)} in the model"
             )
-    model.load_state_dict(weights, strict=False)
-    return checkpoint.report(missing, unexpected, sorted(positions), _warnings(model, checkpoint, target_given))
+        if tensor.is_floating_point() != ours[name].is_floating_point():
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {type(model).__name__}: {name} is {tensor.dtype} in the checkpoint and "
+                f"{ours[name].dtype} in the model"
+            )
+    on_meta = [name for name, tensor in ours.items() if tensor.is_meta]
+    if lacking := [name for name in on_meta if name not in weights]:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {listed(lacking)}, which {type(model).__name__} has on the meta device, without values"
+        )
+    if on_meta:  # to_empty would make memory that the copies below fill once more
+        weights = {name: tensor.to(ours[name].dtype, copy=True) for name, tensor in weights.items()}
+    model.load_state_dict(weights, strict=False, assign=bool(on_meta))
 
 
 def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> None:
@@ -186,37 +307,40 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], u
         return name.startswith(("head.", "fc_norm.")) or (is_decoder(name) and not checkpoint.has_decoder)
 
     def may_stay(name: str) -> bool:
-        return not decoder and (is_decoder(name) or name.startswith("head.") or (fc_norm and name.startswith("norm.")))
+        return not decoder and (is_decoder(name) or (fc_norm and name.startswith("norm.")))
 
     strange, lacking = [name for name in unexpected if not may_stay(name)], [name for name in missing if not may_miss(name)]
     if strange or lacking:
-        raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {misfit(strange, missing)}")
+        raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {misfit(strange, lacking)}")
 
 
-def _check_heads(model: Any, checkpoint: Checkpoint) -> None:
+def check_heads(model: Any, checkpoint: Checkpoint, stacks: Iterable[str] = ("blocks", "decoder_blocks")) -> None:
     """Raise where the checkpoint tells other heads: the shapes would fit, and the model compute something else."""
     for name, blocks in (("num_heads", "blocks"), ("decoder_num_heads", "decoder_blocks")):
         told, theirs = getattr(checkpoint.facts, name), f"{blocks}.0.attn.qkv.weight"
-        if told is None or theirs not in checkpoint.tensors or not len(getattr(model, blocks, ())):
+        if blocks not in stacks or told is None or theirs not in checkpoint.tensors or not len(getattr(model, blocks, ())):
             continue
         if (heads := getattr(model, blocks)[0].attn.num_heads) != told:
             raise CheckpointError(f"{name} is {told} in {checkpoint.path} and {heads} in {type(model).__name__}")
 
 
 def _warnings(model: nn.Module, checkpoint: Checkpoint, target_given: bool) -> list[str]:
-    wanted, target = getattr(model, "norm_pix_loss", None), checkpoint.facts.norm_pix_loss
+    wanted = getattr(model, "norm_pix_loss", None)
     if wanted is None:  # an encoder: it has no target
         return []
     if not checkpoint.has_decoder:
         return ["the checkpoint holds no decoder; the model keeps its own"]
-    warnings = checkpoint.warn_of_variant()
-    if target_given:
-        return warnings
+    return checkpoint.warn_of_variant() + ([] if target_given else warn_of_target(checkpoint, wanted))
+
+
+def warn_of_target(checkpoint: Checkpoint, wanted: bool) -> list[str]:
+    """What to say where its decoder may have been trained on another target."""
+    target = checkpoint.facts.norm_pix_loss
     if target is None:
-        return [*warnings, unknown_target(f"norm_pix_loss is {wanted}")]
+        return [unknown_target(f"norm_pix_loss is {wanted}")]
     if target != wanted:
-        return [*warnings, f"norm_pix_loss is {wanted}, and the checkpoint was trained with norm_pix_loss={target}"]
-    return warnings
+        return [f"norm_pix_loss is {wanted}, and the checkpoint was trained with norm_pix_loss={target}"]
+    return []
 
 
 def unknown_target(taken: str) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..init import sincos_positions
 from ..positions import resize_positions
-from ..reference import sincos_positions
 from .files import CheckpointError
 
 Grid = tuple[int, int]
@@ -17,13 +17,16 @@ def is_sincos(pos_embed: Tensor, grid: Grid) -> bool:
     """Whether (1, 1+L, D) are the sin-cos positions of that grid, up to the rounding of their dtype and of float32 angles."""
     D = pos_embed.shape[-1]
     tolerance = max(1e-4, torch.finfo(pos_embed.dtype).eps)
-    return D % 4 == 0 and torch.allclose(pos_embed.float(), sincos_positions(D, grid), rtol=0, atol=tolerance)
+    with torch.device(pos_embed.device):  # whatever the default is
+        return D % 4 == 0 and torch.allclose(pos_embed.float(), sincos_positions(D, grid), rtol=0, atol=tolerance)
 
 
 def grid_of(pos_embed: Tensor, told: Grid | None, models: Grid | None, path: Path) -> Grid:
     """The grid of stored positions (1, 1+L, D): the one told, else the one whose sin-cos they are, else the model's own where it
     has L patches, else a square."""
     L = pos_embed.shape[1] - 1
+    if L < 1:
+        raise CheckpointError(f"{path} must have positions of patches; the shape of pos_embed is {tuple(pos_embed.shape)}")
     if told is not None:
         if told[0] * told[1] != L:
             raise CheckpointError(f"{path} has positions of {L} patches, and not of {told[0]} x {told[1]} as is said of it")
@@ -45,6 +48,7 @@ def refitted(pos_embed: Tensor, stored: Grid, grid: Grid) -> tuple[Tensor, str |
         return pos_embed, None
     change = f"for {grid[0]} x {grid[1]} patches; the file has {stored[0]} x {stored[1]}"
     if is_sincos(pos_embed, stored):
-        return sincos_positions(pos_embed.shape[-1], grid), f"computed as sin-cos {change}"
+        with torch.device(pos_embed.device):
+            return sincos_positions(pos_embed.shape[-1], grid), f"computed as sin-cos {change}"
     resized = resize_positions(pos_embed[:, 1:].float(), stored, grid)
     return torch.cat([pos_embed[:, :1].float(), resized], dim=1), f"resized (bicubic) {change}"

@@ -18,6 +18,7 @@ from .._library import schemas
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: when the kernels are defined
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)  # whose tensors the kernels take
 
 
 def _op_of(name: str) -> str:

@@ -26,6 +26,11 @@ def dense_statistics(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | 
     return (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
 
 
+def strides_of(imgs: Tensor) -> dict[str, int]:
+    """The strides of images (N, C, H, W) under the names that the kernels give them."""
+    return dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), imgs.stride(), strict=True))
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """`tensor` (..., D) as (rows, D) with dense rows, a copy only where its strides allow no view."""
     return dense_rows(tensor.reshape(-1, tensor.shape[-1]))
@@ -44,25 +49,42 @@ def rows_per_chunk(rows: int, least: int = 16) -> int:
 
 
 @triton.jit
-def _column_sum_kernel(partial, total, second, chunks, D, split, ROWS: tl.constexpr, COLS: tl.constexpr):
-    d = tl.program_id(0) * COLS + tl.arange(0, COLS)
+def _column_sum_kernel(
+    partial_ptr, first_ptr, second_ptr, third_ptr, chunks, D, partial_stride, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    d, which = tl.program_id(0) * COLS + tl.arange(0, COLS), tl.program_id(1)
     sums = tl.zeros([ROWS, COLS], tl.float32)
     for first in range(0, chunks, ROWS):
         chunk = first + tl.arange(0, ROWS)
-        at = chunk.to(tl.int64)[:, None] * D + d[None, :]
-        sums += tl.load(partial + at, mask=(chunk < chunks)[:, None] & (d < D)[None, :], other=0.0)
+        at = chunk.to(tl.int64)[:, None] * partial_stride + (which * D + d)[None, :]
+        sums += tl.load(partial_ptr + at, mask=(chunk < chunks)[:, None] & (d < D)[None, :], other=0.0)
     column = tl.sum(sums, axis=0)
-    tl.store(total + d, column, mask=d < split)
-    if second is not None:
-        tl.store(second + d - split, column, mask=(d >= split) & (d < D))
+    tl.store(first_ptr + d, column, mask=(d < D) & (which == 0))
+    if second_ptr is not None:
+        tl.store(second_ptr + d, column, mask=(d < D) & (which == 1))
+    if third_ptr is not None:
+        tl.store(third_ptr + d, column, mask=(d < D) & (which == 2))
 
 
-def sum_columns(partial: Tensor, total: Tensor, second: Tensor | None = None) -> None:
-    """The second stage of a sum over rows, always in the same order: partial (chunks, D), fp32, into `total`, or its first
-    columns there and the rest into `second`."""
-    chunks, D = partial.shape
-    grid = (triton.cdiv(D, 16),)
-    _column_sum_kernel[grid](partial, total, second, chunks, D, total.numel(), ROWS=512, COLS=16, num_warps=8)
+def sum_columns(partial: Tensor, *totals: Tensor) -> None:
+    """Add the chunks of partial (chunks, k D), fp32, into k <= 3 totals of D values: the second stage of a sum over rows.
+
+    The order of the additions depends on the number of chunks alone.
+    """
+    D = totals[0].numel()
+    first, second, third = (*totals, None, None)[:3]
+    _column_sum_kernel[(triton.cdiv(D, 16), len(totals))](
+        partial_ptr=partial,
+        first_ptr=first,
+        second_ptr=second,
+        third_ptr=third,
+        chunks=partial.shape[0],
+        D=D,
+        partial_stride=partial.shape[1],
+        ROWS=512,
+        COLS=16,
+        num_warps=8,
+    )
 
 
 @triton.jit

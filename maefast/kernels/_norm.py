@@ -8,7 +8,7 @@ from ..tuned import tile_for
 
 
 @triton.jit
-def store_normalised(value, d, row, weight, bias, y, mean, rstd, D, eps):
+def store_normalised(value, d, row, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, D, eps):
     """The two statistics of a row `value` [BLOCK], zero beyond D, and the row normalised.
 
     The mean is rounded to fp32; the residue, what is left of the mean of value - mean, keeps rows exact whose mean is far larger
@@ -19,12 +19,12 @@ def store_normalised(value, d, row, weight, bias, y, mean, rstd, D, eps):
     residue = tl.sum(difference) / D
     variance = tl.maximum(tl.sum(difference * difference) / D - residue * residue, 0.0, propagate_nan=tl.PropagateNan.ALL)
     scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    tl.store(mean + row, average)
-    tl.store(rstd + row, scale)
-    gain = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    shift = tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + row, average)
+    tl.store(rstd_ptr + row, scale)
+    gain = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    shift = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     out = (difference - residue) * scale * gain + shift
-    tl.store(y + row * D + d, out.to(y.dtype.element_ty), mask=d < D)
+    tl.store(y_ptr + row * D + d, out.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
 def config(kernel: str, D: int, device: torch.device, values: int = 1024) -> dict[str, int]:

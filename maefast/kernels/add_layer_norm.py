@@ -11,14 +11,37 @@ from ._norm import config, store_normalised
 
 @triton.jit
 def _add_layer_norm_fwd_kernel(
-    x, residual, weight, bias, y, total, mean, rstd, D, eps, x_stride, residual_stride, BLOCK: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    mean_ptr,
+    rstd_ptr,
+    D,
+    eps,
+    x_stride,
+    residual_stride,
+    BLOCK: tl.constexpr,
 ):
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    value = tl.load(x + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    value += tl.load(residual + row * residual_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    stored = value.to(total.dtype.element_ty)
-    tl.store(total + row * D + d, stored, mask=d < D)
-    store_normalised(stored.to(tl.float32), d, row, weight, bias, y, mean, rstd, D, eps)
+    value = tl.load(x_ptr + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    value += tl.load(residual_ptr + row * residual_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    stored = value.to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + row * D + d, stored, mask=d < D)
+    store_normalised(
+        stored.to(tl.float32),
+        d,
+        row,
+        weight_ptr=weight_ptr,
+        bias_ptr=bias_ptr,
+        y_ptr=y_ptr,
+        mean_ptr=mean_ptr,
+        rstd_ptr=rstd_ptr,
+        D=D,
+        eps=eps,
+    )
 
 
 def add_layer_norm_fwd(
@@ -32,7 +55,18 @@ def add_layer_norm_fwd(
     if x.numel():
         with launching_on(x):
             _add_layer_norm_fwd_kernel[(x_rows.shape[0],)](
-                x_rows, residual_rows, weight.contiguous(), bias.contiguous(), y, total, mean, rstd, D, eps, x_rows.stride(0),
-                residual_rows.stride(0), **config("add_layer_norm_fwd", D, x.device),
-            )  # fmt: skip
+                x_ptr=x_rows,
+                residual_ptr=residual_rows,
+                weight_ptr=weight.contiguous(),
+                bias_ptr=bias.contiguous(),
+                y_ptr=y,
+                total_ptr=total,
+                mean_ptr=mean,
+                rstd_ptr=rstd,
+                D=D,
+                eps=eps,
+                x_stride=x_rows.stride(0),
+                residual_stride=residual_rows.stride(0),
+                **config("add_layer_norm_fwd", D, x.device),
+            )
     return y, total, mean, rstd

@@ -48,44 +48,56 @@ def _gelu_slope(v, z, bell, ratio):
 
 
 @triton.jit
-def _biased(x, bias, at, d, inside, D):
-    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        v += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+def _biased(x_ptr, bias_ptr, at, d, inside, D):
+    v = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        v += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     return v
 
 
 @triton.jit
-def _bias_gelu_fwd_kernel(x, bias, y, rows, D, x_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _bias_gelu_fwd_kernel(x_ptr, bias_ptr, y_ptr, rows, D, x_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (d < D)[None, :]
-    v = _biased(x, bias, (row * x_stride)[:, None] + d[None, :], d, inside, D)
+    v = _biased(x_ptr, bias_ptr, (row * x_stride)[:, None] + d[None, :], d, inside, D)
     z, bell, ratio = _tail(v)
-    tl.store(y + (row * D)[:, None] + d[None, :], _gelu(v, z, bell, ratio).to(y.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + (row * D)[:, None] + d[None, :], _gelu(v, z, bell, ratio).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _bias_gelu_bwd_kernel(
-    dy, x, bias, dx, y, partial, rows, D, dy_stride, x_stride, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    y_ptr,
+    partial_ptr,
+    rows,
+    D,
+    dy_stride,
+    x_stride,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], tl.float32)
     for step in range(0, CHUNK, ROWS):
         row = tl.program_id(0).to(tl.int64) * CHUNK + step + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (d < D)[None, :]
-        v = _biased(x, bias, (row * x_stride)[:, None] + d[None, :], d, inside, D)
-        dout = tl.load(dy + (row * dy_stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = _biased(x_ptr, bias_ptr, (row * x_stride)[:, None] + d[None, :], d, inside, D)
+        dout = tl.load(dy_ptr + (row * dy_stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
         z, bell, ratio = _tail(v)
         out = dout * _gelu_slope(v, z, bell, ratio)
         at = (row * D)[:, None] + d[None, :]
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
-        if y is not None:
-            tl.store(y + at, _gelu(v, z, bell, ratio).to(y.dtype.element_ty), mask=inside)
-        if partial is not None:
+        tl.store(dx_ptr + at, out.to(dx_ptr.dtype.element_ty), mask=inside)
+        if y_ptr is not None:
+            tl.store(y_ptr + at, _gelu(v, z, bell, ratio).to(y_ptr.dtype.element_ty), mask=inside)
+        if partial_ptr is not None:
             total += out
-    if partial is not None:
-        tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
 def config(kernel: str, D: int, device: torch.device) -> dict[str, int]:
@@ -100,27 +112,45 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
         grid = (triton.cdiv(rows.shape[0], tile["ROWS"]), triton.cdiv(D, tile["COLS"]))
         with launching_on(x):
             _bias_gelu_fwd_kernel[grid](
-                rows, None if bias is None else bias.contiguous(), y, rows.shape[0], D, rows.stride(0), **tile
+                x_ptr=rows,
+                bias_ptr=None if bias is None else bias.contiguous(),
+                y_ptr=y,
+                rows=rows.shape[0],
+                D=D,
+                x_stride=rows.stride(0),
+                **tile,
             )
     return y
 
 
-def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool) -> tuple[Tensor, Tensor, Tensor]:
-    D = x.shape[-1]
+def bias_gelu_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool, with_dx_sum: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    D, summed = x.shape[-1], with_dx_sum or bias is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape if with_y else 0, dtype=x.dtype, device=x.device)
-    dbias = torch.zeros(0 if bias is None else D, dtype=torch.float32, device=x.device)
+    dbias = torch.zeros(D if summed else 0, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return dx, dbias, y
     x, dy, tile = as_rows(x), as_rows(dy), config("bias_gelu_bwd", D, x.device)
     chunk = rows_per_chunk(x.shape[0])
     chunks = triton.cdiv(x.shape[0], chunk)
-    partial = None if bias is None else torch.empty(chunks, D, dtype=torch.float32, device=x.device)
+    partial = torch.empty(chunks, D, dtype=torch.float32, device=x.device) if summed else None
     with launching_on(x):
         _bias_gelu_bwd_kernel[(chunks, triton.cdiv(D, tile["COLS"]))](
-            dy, x, None if bias is None else bias.contiguous(), dx, y if with_y else None, partial, x.shape[0], D,
-            dy.stride(0), x.stride(0), chunk, **tile,
-        )  # fmt: skip
+            dy_ptr=dy,
+            x_ptr=x,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            dx_ptr=dx,
+            y_ptr=y if with_y else None,
+            partial_ptr=partial,
+            rows=x.shape[0],
+            D=D,
+            dy_stride=dy.stride(0),
+            x_stride=x.stride(0),
+            CHUNK=chunk,
+            **tile,
+        )
         if partial is not None:
             sum_columns(partial, dbias)
     return dx, dbias, y

@@ -6,16 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuned import tile_for
-from ._common import column_block, dense_statistics, launching_on, normalised
+from ._common import column_block, dense_statistics, launching_on, normalised, strides_of
 
 
 @triton.jit
 def _gather_patches_fwd_kernel(
-    imgs,
-    ids,
-    mean,
-    std,
-    out,
+    imgs_ptr,
+    ids_ptr,
+    mean_ptr,
+    std_ptr,
+    out_ptr,
     rows,
     K,
     grid_h,
@@ -32,7 +32,7 @@ def _gather_patches_fwd_kernel(
 ):
     P: tl.constexpr = C * PH * PW
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    patch = tl.load(ids + row, mask=row < rows, other=-1)
+    patch = tl.load(ids_ptr + row, mask=row < rows, other=-1)
     readable = (patch >= 0) & (patch < grid_h * grid_w)
     patch = patch.to(tl.int32)
     patch_y, patch_x = (patch // grid_w).to(tl.int64), (patch % grid_w).to(tl.int64)
@@ -42,15 +42,15 @@ def _gather_patches_fwd_kernel(
     c, y, x = value // (PH * PW), value // PW % PH, value % PW
     offset = c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w  # [COLS]
 
-    pixel = tl.load(imgs + first[:, None] + offset[None, :], mask=readable[:, None] & (value < P)[None, :], other=0)
-    if imgs.dtype.element_ty == tl.uint8:
-        if mean is None:
+    pixel = tl.load(imgs_ptr + first[:, None] + offset[None, :], mask=readable[:, None] & (value < P)[None, :], other=0)
+    if imgs_ptr.dtype.element_ty == tl.uint8:
+        if mean_ptr is None:
             pixel = normalised(pixel, 0.0, 1.0)
         else:
-            rstd = tl.div_rn(1.0, tl.load(std + c, mask=value < P, other=1.0))
-            pixel = normalised(pixel, tl.load(mean + c, mask=value < P, other=0.0)[None, :], rstd[None, :])
+            rstd = tl.div_rn(1.0, tl.load(std_ptr + c, mask=value < P, other=1.0))
+            pixel = normalised(pixel, tl.load(mean_ptr + c, mask=value < P, other=0.0)[None, :], rstd[None, :])
     at = row.to(tl.int64)[:, None] * P + value[None, :]
-    tl.store(out + at, pixel.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (value < P)[None, :])
+    tl.store(out_ptr + at, pixel.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (value < P)[None, :])
 
 
 def config(P: int, device: torch.device) -> dict[str, int]:
@@ -72,6 +72,19 @@ def gather_patches_fwd(
         grid = (triton.cdiv(N * K, tile["ROWS"]), triton.cdiv(P, tile["COLS"]))
         with launching_on(imgs):
             _gather_patches_fwd_kernel[grid](
-                imgs, ids, mean, std, out, N * K, K, H // patch_h, W // patch_w, *imgs.stride(), C, patch_h, patch_w, **tile
+                imgs_ptr=imgs,
+                ids_ptr=ids,
+                mean_ptr=mean,
+                std_ptr=std,
+                out_ptr=out,
+                rows=N * K,
+                K=K,
+                grid_h=H // patch_h,
+                grid_w=W // patch_w,
+                **strides_of(imgs),
+                C=C,
+                PH=patch_h,
+                PW=patch_w,
+                **tile,
             )
     return out

@@ -10,27 +10,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuned import tile_for
-from ._common import dense_rows, dense_statistics, launching_on, normalised
+from ._common import dense_rows, dense_statistics, launching_on, normalised, strides_of
 
 VAR_EPS = tl.constexpr(1e-6)  # inside the root
 
 
 @triton.jit
-def _removed_before(weights, patch, BLOCK: tl.constexpr):
+def _removed_before(weights_ptr, patch, BLOCK: tl.constexpr):
     """The number of weights[:patch] that are not zero: the row of this patch in a pred of removed patches."""
     count = tl.zeros([BLOCK], tl.int32)
     for first in range(0, patch, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        count += (tl.load(weights + i, mask=i < patch, other=0.0) != 0).to(tl.int32)
+        count += (tl.load(weights_ptr + i, mask=i < patch, other=0.0) != 0).to(tl.int32)
     return tl.sum(count)
 
 
 @triton.jit
-def _error(pred, imgs, pred_at, imgs_at, inside, mean, rstd, P: tl.constexpr, NORM: tl.constexpr):
+def _error(pred_ptr, imgs_ptr, pred_at, imgs_at, inside, mean, rstd, P: tl.constexpr, NORM: tl.constexpr):
     """pred - target of one patch [BC, BPIX]; zero outside. Statistics in two passes over the registers."""
-    value = tl.load(imgs + imgs_at, mask=inside, other=0)
-    guess = tl.load(pred + pred_at, mask=inside, other=0.0).to(tl.float32)
-    if imgs.dtype.element_ty == tl.uint8:
+    value = tl.load(imgs_ptr + imgs_at, mask=inside, other=0)
+    guess = tl.load(pred_ptr + pred_at, mask=inside, other=0.0).to(tl.float32)
+    if imgs_ptr.dtype.element_ty == tl.uint8:
         value = normalised(value, mean, rstd)
     target = tl.where(inside, value.to(tl.float32), 0.0)
     if NORM:
@@ -42,21 +42,21 @@ def _error(pred, imgs, pred_at, imgs_at, inside, mean, rstd, P: tl.constexpr, NO
 
 
 @triton.jit
-def _statistics(mean, std, c, C: tl.constexpr):
-    if mean is None:
+def _statistics(mean_ptr, std_ptr, c, C: tl.constexpr):
+    if mean_ptr is None:
         return 0.0, 1.0
     else:  # noqa: RET505  a Triton function with two returns needs both branches
-        return tl.load(mean + c, mask=c < C, other=0.0), tl.div_rn(1.0, tl.load(std + c, mask=c < C, other=1.0))
+        return tl.load(mean_ptr + c, mask=c < C, other=0.0), tl.div_rn(1.0, tl.load(std_ptr + c, mask=c < C, other=1.0))
 
 
 @triton.jit
 def _masked_mse_fwd_kernel(
-    pred,
-    imgs,
-    mask,
-    mean,
-    std,
-    partial,
+    pred_ptr,
+    imgs_ptr,
+    mask_ptr,
+    mean_ptr,
+    std_ptr,
+    partial_ptr,
     L,
     M,
     groups,
@@ -78,13 +78,13 @@ def _masked_mse_fwd_kernel(
 ):
     n = (tl.program_id(0) // groups).to(tl.int64)
     first = tl.program_id(0) % groups * GROUP
-    weights = mask + n * L
+    weights = mask_ptr + n * L
     c, pixel = tl.arange(0, BC)[:, None], tl.arange(0, BPIX)[None, :]
     inside = (c < C) & (pixel < PH * PW)
     y, x = (pixel // PW).to(tl.int64), (pixel % PW).to(tl.int64)
     imgs_at = c.to(tl.int64) * stride_c + y * stride_h + x * stride_w
     pred_at = pixel * C + c
-    average, rstd = _statistics(mean, std, c, C)
+    average, rstd = _statistics(mean_ptr, std_ptr, c, C)
     row = first
     if COMPACT:
         row = _removed_before(weights, first, 256)
@@ -94,34 +94,44 @@ def _masked_mse_fwd_kernel(
         weight += w
         if (w != 0) & (row < M):
             corner = n * stride_n + (i // grid_w).to(tl.int64) * (PH * stride_h) + (i % grid_w).to(tl.int64) * (PW * stride_w)
-            pred_row = pred + n * pred_stride_n + row.to(tl.int64) * pred_stride_l
-            error = _error(pred_row, imgs + corner, pred_at, imgs_at, inside, average, rstd, C * PH * PW, NORM)
+            pred_row = pred_ptr + n * pred_stride_n + row.to(tl.int64) * pred_stride_l
+            error = _error(
+                pred_row,
+                imgs_ptr + corner,
+                pred_at,
+                imgs_at,
+                inside,
+                mean=average,
+                rstd=rstd,
+                P=C * PH * PW,
+                NORM=NORM,
+            )
             total += w * tl.sum(error * error)
         row += (w != 0).to(tl.int32) if COMPACT else 1
-    tl.store(partial + tl.program_id(0), total)
-    tl.store(partial + tl.num_programs(0) + tl.program_id(0), weight)
+    tl.store(partial_ptr + tl.program_id(0), total)
+    tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), weight)
 
 
 @triton.jit
-def _masked_mse_sum_kernel(partial, loss, programs, P, BLOCK: tl.constexpr):
+def _masked_mse_sum_kernel(partial_ptr, loss_ptr, programs, P, BLOCK: tl.constexpr):
     total, weight = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(0, programs, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        total += tl.load(partial + i, mask=i < programs, other=0.0)
-        weight += tl.load(partial + programs + i, mask=i < programs, other=0.0)
-    tl.store(loss, tl.div_rn(tl.sum(total), tl.sum(weight) * P))
+        total += tl.load(partial_ptr + i, mask=i < programs, other=0.0)
+        weight += tl.load(partial_ptr + programs + i, mask=i < programs, other=0.0)
+    tl.store(loss_ptr, tl.div_rn(tl.sum(total), tl.sum(weight) * P))
 
 
 @triton.jit
 def _masked_mse_bwd_kernel(
-    dloss,
-    sum_mask,
-    pred,
-    imgs,
-    mask,
-    mean,
-    std,
-    dpred,
+    dloss_ptr,
+    sum_mask_ptr,
+    pred_ptr,
+    imgs_ptr,
+    mask_ptr,
+    mean_ptr,
+    std_ptr,
+    dpred_ptr,
     L,
     M,
     groups,
@@ -144,33 +154,33 @@ def _masked_mse_bwd_kernel(
     P: tl.constexpr = C * PH * PW
     n = (tl.program_id(0) // groups).to(tl.int64)
     first = tl.program_id(0) % groups * GROUP
-    weights = mask + n * L
+    weights = mask_ptr + n * L
     c, pixel = tl.arange(0, BC)[:, None], tl.arange(0, BPIX)[None, :]
     inside = (c < C) & (pixel < PH * PW)
     y, x = (pixel // PW).to(tl.int64), (pixel % PW).to(tl.int64)
     imgs_at = c.to(tl.int64) * stride_c + y * stride_h + x * stride_w
     pred_at = pixel * C + c
     flat = tl.arange(0, BC * BPIX)
-    zeros = tl.zeros([BC * BPIX], dpred.dtype.element_ty)
-    average, rstd = _statistics(mean, std, c, C)
-    scale = tl.div_rn(tl.load(dloss) * 2.0, tl.load(sum_mask) * P)
+    zeros = tl.zeros([BC * BPIX], dpred_ptr.dtype.element_ty)
+    average, rstd = _statistics(mean_ptr, std_ptr, c, C)
+    scale = tl.div_rn(tl.load(dloss_ptr) * 2.0, tl.load(sum_mask_ptr) * P)
     row = first
     if COMPACT:
         row = _removed_before(weights, first, 256)
     for i in range(first, tl.minimum(first + GROUP, L)):
         w = tl.load(weights + i)
-        dpred_row = dpred + (n * M + row) * P
+        dpred_row = dpred_ptr + (n * M + row) * P
         if (w != 0) & (row < M):
             corner = n * stride_n + (i // grid_w).to(tl.int64) * (PH * stride_h) + (i % grid_w).to(tl.int64) * (PW * stride_w)
-            pred_row = pred + n * pred_stride_n + row.to(tl.int64) * pred_stride_l
-            error = _error(pred_row, imgs + corner, pred_at, imgs_at, inside, average, rstd, P, NORM)
-            tl.store(dpred_row + pred_at, (error * (scale * w)).to(dpred.dtype.element_ty), mask=inside)
+            pred_row = pred_ptr + n * pred_stride_n + row.to(tl.int64) * pred_stride_l
+            error = _error(pred_row, imgs_ptr + corner, pred_at, imgs_at, inside, mean=average, rstd=rstd, P=P, NORM=NORM)
+            tl.store(dpred_row + pred_at, (error * (scale * w)).to(dpred_ptr.dtype.element_ty), mask=inside)
         elif not COMPACT:
             tl.store(dpred_row + flat, zeros, mask=flat < P)
         row += (w != 0).to(tl.int32) if COMPACT else 1
     if COMPACT and first + GROUP >= L:  # a mask that removes fewer than M leaves rows that belong to no patch
         for unused in range(row, M):
-            tl.store(dpred + (n * M + unused) * P + flat, zeros, mask=flat < P)
+            tl.store(dpred_ptr + (n * M + unused) * P + flat, zeros, mask=flat < P)
 
 
 def config(kernel: str, N: int, L: int, C: int, pixels: int, device: torch.device) -> dict[str, int]:
@@ -203,10 +213,27 @@ def masked_mse_fwd(
     loss = torch.empty((), dtype=torch.float32, device=pred.device)
     with launching_on(pred):
         _masked_mse_fwd_kernel[(N * groups,)](
-            pred, imgs, mask, mean, std, partial, L, M, groups, imgs.shape[3] // patch_w, pred.stride(0), pred.stride(1),
-            *imgs.stride(), C, patch_h, patch_w, norm_pix, M < L, **tile,
-        )  # fmt: skip
-        _masked_mse_sum_kernel[(1,)](partial, loss, N * groups, P, BLOCK=4096, num_warps=16)
+            pred_ptr=pred,
+            imgs_ptr=imgs,
+            mask_ptr=mask,
+            mean_ptr=mean,
+            std_ptr=std,
+            partial_ptr=partial,
+            L=L,
+            M=M,
+            groups=groups,
+            grid_w=imgs.shape[3] // patch_w,
+            pred_stride_n=pred.stride(0),
+            pred_stride_l=pred.stride(1),
+            **strides_of(imgs),
+            C=C,
+            PH=patch_h,
+            PW=patch_w,
+            NORM=norm_pix,
+            COMPACT=M < L,
+            **tile,
+        )
+        _masked_mse_sum_kernel[(1,)](partial_ptr=partial, loss_ptr=loss, programs=N * groups, P=P, BLOCK=4096, num_warps=16)
     return loss
 
 
@@ -231,7 +258,26 @@ def masked_mse_bwd(
     groups = triton.cdiv(L, tile["GROUP"])
     with launching_on(pred):
         _masked_mse_bwd_kernel[(N * groups,)](
-            dloss, mask.sum(), pred, imgs, mask, mean, std, dpred, L, M, groups, imgs.shape[3] // patch_w, pred.stride(0),
-            pred.stride(1), *imgs.stride(), C, patch_h, patch_w, norm_pix, M < L, **tile,
-        )  # fmt: skip
+            dloss_ptr=dloss,
+            sum_mask_ptr=mask.sum(),
+            pred_ptr=pred,
+            imgs_ptr=imgs,
+            mask_ptr=mask,
+            mean_ptr=mean,
+            std_ptr=std,
+            dpred_ptr=dpred,
+            L=L,
+            M=M,
+            groups=groups,
+            grid_w=imgs.shape[3] // patch_w,
+            pred_stride_n=pred.stride(0),
+            pred_stride_l=pred.stride(1),
+            **strides_of(imgs),
+            C=C,
+            PH=patch_h,
+            PW=patch_w,
+            NORM=norm_pix,
+            COMPACT=M < L,
+            **tile,
+        )
     return dpred

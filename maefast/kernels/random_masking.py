@@ -20,28 +20,28 @@ def _order_key(noise):
 
 
 @triton.jit
-def _keys(noise, index, L):
-    return tl.where(index < L, _order_key(tl.load(noise + index, mask=index < L, other=0.0)), 0x7FFFFFFF)
+def _keys(noise_ptr, index, L):
+    return tl.where(index < L, _order_key(tl.load(noise_ptr + index, mask=index < L, other=0.0)), 0x7FFFFFFF)
 
 
 @triton.jit
-def _random_masking_fwd_kernel(noise, ids_keep, ids_restore, mask, L, K, tiles, TILE: tl.constexpr):
+def _random_masking_fwd_kernel(noise_ptr, ids_keep_ptr, ids_restore_ptr, mask_ptr, L, K, tiles, TILE: tl.constexpr):
     n = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    noise += n * L
+    noise_ptr += n * L
     lane = tl.arange(0, TILE)
     i = tile * TILE + lane
-    key = _keys(noise, i, L)
+    key = _keys(noise_ptr, i, L)
     count = tl.zeros([TILE, TILE], tl.int32)
     # A patch of an earlier tile that ties comes first, so it counts where its key is below key + 1; keys stop short of overflow.
     for other in range(tiles):
         bound = tl.where(other < tile, key + 1, key)
-        count += (_keys(noise, other * TILE + lane, L)[None, :] < bound[:, None]).to(tl.int32)
+        count += (_keys(noise_ptr, other * TILE + lane, L)[None, :] < bound[:, None]).to(tl.int32)
     count += ((key[None, :] == key[:, None]) & (lane[None, :] < lane[:, None])).to(tl.int32)
     rank = tl.sum(count, axis=1)
-    tl.store(ids_restore + n * L + i, rank.to(tl.int64), mask=i < L)
-    tl.store(mask + n * L + i, (rank >= K).to(tl.float32), mask=i < L)
-    tl.store(ids_keep + n * K + rank, i.to(tl.int64), mask=(i < L) & (rank < K))
+    tl.store(ids_restore_ptr + n * L + i, rank.to(tl.int64), mask=i < L)
+    tl.store(mask_ptr + n * L + i, (rank >= K).to(tl.float32), mask=i < L)
+    tl.store(ids_keep_ptr + n * K + rank, i.to(tl.int64), mask=(i < L) & (rank < K))
 
 
 def random_masking_fwd(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,5 +53,15 @@ def random_masking_fwd(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Te
     if noise.numel():
         tiles = triton.cdiv(L, TILE)
         with launching_on(noise):
-            _random_masking_fwd_kernel[(N * tiles,)](noise, ids_keep, ids_restore, mask, L, len_keep, tiles, TILE, num_warps=1)
+            _random_masking_fwd_kernel[(N * tiles,)](
+                noise_ptr=noise,
+                ids_keep_ptr=ids_keep,
+                ids_restore_ptr=ids_restore,
+                mask_ptr=mask,
+                L=L,
+                K=len_keep,
+                tiles=tiles,
+                TILE=TILE,
+                num_warps=1,
+            )
     return ids_keep, ids_restore, mask

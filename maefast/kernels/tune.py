@@ -7,6 +7,7 @@ A few minutes. Whatever is timed is first held against float64. An entry stays w
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, kernels, ops, tuned
+from ..ops.attention import OP as ATTENTION
+from ..ops.attention import AttentionAsk
+from ..testing.errors import breach
+from ..testing.timing import Budget, CudaTimer, Run, rotate
 from ..tuned import Attention, Table, Tile
-from ._timing import Run, Timer
 
 SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))  # T, h, d in ViT-B, -L and -H
 WIDTHS = (512, 768, 1024, 1280)
@@ -25,6 +29,7 @@ PATCHES = {768: 16, 588: 14}  # P of three channels -> the side of a patch
 IMAGE, TOKENS, EPS = 224, 50, 1e-6
 GAIN = 1.05  # what a choice must gain over the default: less is noise
 SETS = 2  # of inputs, that rotate
+ROUNDS = 15
 CHECKED = 8  # samples that are held against float64
 
 _WARPS = tuple({"num_warps": warps} for warps in (1, 2, 4, 8))
@@ -42,7 +47,7 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bias_gelu_fwd": _ROWS,
     "bias_gelu_bwd": _ROWS,
 }
-TIMED = tuple(name for name in dispatch.ATTENTION_BACKENDS if name != "eager")
+TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
 PARTS = ("attention", *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
@@ -94,18 +99,7 @@ class Graph:
 
 
 def is_right(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
-    """The error rule (DESIGN.md, section 5): relative L2 error and largest error at most twice eager's, and the dtype's eps."""
-
-    def errors(values: Tensor, truth: Tensor) -> tuple[float, float]:
-        difference = values.double() - truth
-        norms = (difference.norm(), truth.norm()), (difference.abs().max(), truth.abs().max())
-        return norms[0][0].item() / max(norms[0][1].item(), 1e-30), norms[1][0].item() / max(norms[1][1].item(), 1e-30)
-
-    for mine, plain, truth in zip(got, eager, exact, strict=True):
-        for error, bar in zip(errors(mine, truth), errors(plain, truth), strict=True):
-            if not error <= 2 * bar + torch.finfo(mine.dtype).eps:
-                return False
-    return True
+    return all(breach(*results) is None for results in zip(got, eager, exact, strict=True))
 
 
 # attention
@@ -124,7 +118,8 @@ def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, f
     graphs = [graph(setting.batch) for _ in range(SETS)]
     runs: dict[str, Run] = {}
     for backend in TIMED:
-        reason = dispatch.can_run("attention", backend, checked.inputs, d)
+        ask = AttentionAsk(setting.device, setting.half, T, d, queries=False)
+        reason = dispatch.why_not(ATTENTION, backend, ask)
         if reason is None and not is_right(checked.on(backend).results(), eager, exact):
             reason = "its results are outside the error rule"
         if reason is not None:
@@ -253,6 +248,17 @@ def tile_entry(kernel: str, width: int, times: Mapping[str, float], capability: 
     return Tile(capability, kernel, width, tile, math.floor(gain * 100) / 100, measured)
 
 
+def medians_on(device: torch.device) -> Rotate:
+    """Return a rotation that gives medians in seconds."""
+    timer = CudaTimer(device)
+
+    def medians(runs: Mapping[str, Run], sets: int) -> dict[str, float]:
+        samples = rotate(runs, timer, Budget(seconds=0, least=ROUNDS, most=ROUNDS), sets)
+        return {name: statistics.median(values) for name, values in samples.items()}
+
+    return medians
+
+
 # the table
 
 
@@ -301,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog} needs Triton for all but --only attention; it is not installed", file=sys.stderr)
         return 2
     device, old = torch.device("cuda", torch.cuda.current_device()), tuned.read()
-    setting, measured = Setting(Timer(device).rotate, device), f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    setting, measured = Setting(medians_on(device), device), f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     new = tuned_table(options.only, old, setting, tuned.architecture(device), measured)
     tuned.write(new, options.output)
     print("\n".join(changes(old, new)) or "nothing changed")

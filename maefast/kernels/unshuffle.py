@@ -12,29 +12,41 @@ from ._common import column_block, dense_rows, launching_on, rows_per_chunk, sum
 
 @triton.jit
 def _unshuffle_fwd_kernel(
-    x, ids_restore, mask_token, pos_embed, out, N, L, K, D, stride_n, stride_t, ROWS: tl.constexpr, COLS: tl.constexpr
+    x_ptr,
+    ids_restore_ptr,
+    mask_token_ptr,
+    pos_embed_ptr,
+    out_ptr,
+    N,
+    L,
+    K,
+    D,
+    stride_n,
+    stride_t,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     token = tl.program_id(0) % (L + 1)
     n = (tl.program_id(0) // (L + 1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     # The class token is token 0 of x, so its rank is -1; any other rank out of range is that of a mask token.
-    rank = tl.load(ids_restore + n * L + token - 1, mask=n < tl.where(token > 0, N, 0), other=-1)
+    rank = tl.load(ids_restore_ptr + n * L + token - 1, mask=n < tl.where(token > 0, N, 0), other=-1)
     kept = (rank < K) & (rank >= tl.where(token > 0, 0, -1))
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (n < N)[:, None] & (d < D)[None, :]
-    value = tl.load(x + (n * stride_n + (1 + rank) * stride_t)[:, None] + d[None, :], mask=inside & kept[:, None], other=0.0)
-    filler = tl.load(mask_token + d, mask=d < D, other=0.0).to(tl.float32)
-    position = tl.load(pos_embed + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.load(x_ptr + (n * stride_n + (1 + rank) * stride_t)[:, None] + d[None, :], mask=inside & kept[:, None], other=0.0)
+    filler = tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    position = tl.load(pos_embed_ptr + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
     value = tl.where(kept[:, None], value.to(tl.float32), filler[None, :]) + position[None, :]
     at = (n * (L + 1) + token) * D
-    tl.store(out + at[:, None] + d[None, :], value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at[:, None] + d[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _unshuffle_bwd_kernel(
-    dy,
-    ids_restore,
-    dx,
-    partial,
+    dy_ptr,
+    ids_restore_ptr,
+    dx_ptr,
+    partial_ptr,
     rows,
     L,
     K,
@@ -50,14 +62,14 @@ def _unshuffle_bwd_kernel(
     for step in range(0, CHUNK, ROWS):
         row = tl.program_id(0) * CHUNK + step + tl.arange(0, ROWS)
         n, token = (row // (L + 1)).to(tl.int64), row % (L + 1)
-        rank = tl.load(ids_restore + n * L + token - 1, mask=(row < rows) & (token > 0), other=-1)
+        rank = tl.load(ids_restore_ptr + n * L + token - 1, mask=(row < rows) & (token > 0), other=-1)
         kept = (rank < K) & ((rank >= 0) | (token == 0))
         inside = (row < rows)[:, None] & (d < D)[None, :]
-        value = tl.load(dy + (n * stride_n + token.to(tl.int64) * stride_t)[:, None] + d[None, :], mask=inside, other=0.0)
+        value = tl.load(dy_ptr + (n * stride_n + token.to(tl.int64) * stride_t)[:, None] + d[None, :], mask=inside, other=0.0)
         at = (n * (1 + K) + 1 + rank) * D
-        tl.store(dx + at[:, None] + d[None, :], value.to(dx.dtype.element_ty), mask=inside & kept[:, None])
+        tl.store(dx_ptr + at[:, None] + d[None, :], value.to(dx_ptr.dtype.element_ty), mask=inside & kept[:, None])
         total += tl.where(kept[:, None], 0.0, value.to(tl.float32))
-    tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
 def config(kernel: str, D: int, device: torch.device) -> dict[str, int]:
@@ -80,7 +92,18 @@ def unshuffle_fwd(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed:
         grid = ((1 + L) * triton.cdiv(N, tile["ROWS"]), triton.cdiv(D, tile["COLS"]))
         with launching_on(x):
             _unshuffle_fwd_kernel[grid](
-                x, ids_restore, mask_token, pos_embed, out, N, L, x.shape[1] - 1, D, x.stride(0), x.stride(1), **tile
+                x_ptr=x,
+                ids_restore_ptr=ids_restore,
+                mask_token_ptr=mask_token,
+                pos_embed_ptr=pos_embed,
+                out_ptr=out,
+                N=N,
+                L=L,
+                K=x.shape[1] - 1,
+                D=D,
+                stride_n=x.stride(0),
+                stride_t=x.stride(1),
+                **tile,
             )
     return out
 
@@ -98,7 +121,18 @@ def unshuffle_bwd(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.d
     partial = torch.empty(chunks, D, dtype=torch.float32, device=dy.device)
     with launching_on(dy):
         _unshuffle_bwd_kernel[(chunks, triton.cdiv(D, tile["COLS"]))](
-            dy, ids_restore, dx, partial, rows, tokens - 1, len_keep, D, dy.stride(0), dy.stride(1), chunk, **tile
+            dy_ptr=dy,
+            ids_restore_ptr=ids_restore,
+            dx_ptr=dx,
+            partial_ptr=partial,
+            rows=rows,
+            L=tokens - 1,
+            K=len_keep,
+            D=D,
+            stride_n=dy.stride(0),
+            stride_t=dy.stride(1),
+            CHUNK=chunk,
+            **tile,
         )
         sum_columns(partial, dmask_token)
     return dx, dmask_token

@@ -10,9 +10,18 @@ def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
+def needs_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def why_no_gradient(op: str, name: str) -> str:
+    """Return the reason against every kernel of `op` where the argument `name` needs a gradient."""
+    return f"the kernels of {op} have no gradient for {name}"
+
+
 def check_no_grad(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        if tensor is not None and needs_gradient(tensor):
             raise ValueError(f"{name} has no gradient in this op, but requires one: pass {name}.detach()")
 
 

@@ -1,15 +1,41 @@
 """Add + layer norm: a branch added to the residual stream, and the sum normalised for the next branch, in one pass."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
+from .. import dispatch, kernels
 from .._library import register_fake
+from ..dispatch import Kernel, Op
 from ._checks import check_floating, check_out_dtype, check_rows, check_same_device, shape_of
+
+MAX_WIDTH = 8192  # of a row that Triton's kernel holds in registers
+
+
+class AddNormAsk(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device: torch.device
+    x: torch.dtype
+    residual: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype
+    out: torch.dtype
+    width: int
+
+
+def _why_not_triton(ask: AddNormAsk) -> str | None:
+    if ask.width > MAX_WIDTH:
+        return f"triton add_layer_norm takes rows of up to {MAX_WIDTH} values, x has {ask.width}"
+    return None
+
+
+KERNELS = (Kernel("native", ("cpu",)), Kernel("triton", kernels.DEVICES, why_not=_why_not_triton))
+AUTO = {"cpu": ("native",), "cuda": ("triton",)}
+OP = Op("add_layer_norm", KERNELS, AUTO, lambda device, dtype: AddNormAsk(device, dtype, dtype, dtype, dtype, dtype, width=768))
 
 
 def add_layer_norm(
@@ -32,8 +58,8 @@ def add_layer_norm(
     if residual.shape != x.shape:
         raise ValueError(f"residual must have the shape of x, {shape_of(x)}; its shape is {shape_of(residual)}")
     dtype = check_out_dtype(dtype, torch.promote_types(x.dtype, residual.dtype))
-    inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias, "out": x.new_empty(0, dtype=dtype)}
-    backend = dispatch.choose("add_layer_norm", inputs)
+    ask = AddNormAsk(x.device, x.dtype, residual.dtype, weight.dtype, bias.dtype, dtype, x.shape[-1])
+    backend = dispatch.choose(OP, ask)
     if backend != "eager":
         return _AddLayerNorm.apply(backend, x, residual, weight, bias, eps, dtype)
     return add_layer_norm_ref(x, residual, weight, bias, eps, dtype)
@@ -69,7 +95,7 @@ class _AddLayerNorm(torch.autograd.Function):
             return None, dx, dresidual, None, None, None, None
         # at most one of the two has another dtype than the sum; fp16 and bf16, where both have, take a cast of their own
         cast = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype != total.dtype), None)
-        dsum, dweight, dbias, _, dsum_cast = dispatch.ops_of(ctx.backend).layer_norm_bwd(
+        dsum, dweight, dbias, _, dsum_cast, _ = dispatch.ops_of(ctx.backend).layer_norm_bwd(
             dy, dtotal, total, weight, bias, center, rstd, None, cast
         )
         grads = {total.dtype: dsum, cast: dsum_cast}

@@ -1,14 +1,79 @@
 """Attention: softmax(q k^T / sqrt(d)) v for every head, from the packed projections of a Vision Transformer."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _flash_attn, dispatch
+from .. import _flash_attn, dispatch, gpu, tuned
+from ..autocast import compute_dtype
+from ..dispatch import FLOATS, Kernel, Op
 from ._checks import check_floating, check_same_device, shape_of
+
+MAX_HEAD_WIDTH = 128  # of the CPU kernel
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class AttentionAsk(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device: torch.device
+    qkv: torch.dtype
+    tokens: int  # T, of keys and values
+    head_width: int
+    queries: bool  # whether queries of their own are given
+
+
+def _why_not_cpu(ask: AttentionAsk) -> str | None:
+    if ask.head_width > MAX_HEAD_WIDTH:
+        return f"native attention takes heads of up to {MAX_HEAD_WIDTH}, they are {ask.head_width} wide"
+    return None
+
+
+def _why_not_cuda(ask: AttentionAsk) -> str | None:
+    where = "native attention on a GPU"
+    if ask.queries:
+        return f"{where} takes packed queries alone"
+    tiles = tuned.NATIVE_ATTENTION.get(ask.head_width)
+    if tiles is None:
+        return f"{where} takes heads {', '.join(map(str, tuned.NATIVE_ATTENTION))} wide, they are {ask.head_width} wide"
+    tile = tuned.native_tile(ask.head_width, ask.tokens)
+    if tile is None:
+        return f"{where} takes up to {tiles[-1].last} tokens of heads {ask.head_width} wide, qkv has {ask.tokens}"
+    if (available := gpu.shared_memory(ask.device)) < tile.shared_memory:
+        size, needed = f"{ask.tokens} tokens, heads {ask.head_width} wide", tile.shared_memory >> 10
+        return f"native attention of {size}, needs {needed} KB of shared memory, the GPU has {available >> 10}"
+    return None
+
+
+def _why_slow_cuda(ask: AttentionAsk) -> str | None:
+    """Return what the committed table of measurements has against the CUDA kernel. It has none with queries of their own."""
+    capability = gpu.capability(ask.device)
+    if not ask.queries and tuned.fastest_attention(capability, ask.head_width, ask.tokens) == "native":
+        return None
+    where = f"{ask.tokens} tokens, heads {ask.head_width} wide, on sm_{capability[0]}{capability[1]}"
+    return f"no measurement shows that it is faster than SDPA for {where}"
+
+
+def _why_not_flash_attn(ask: AttentionAsk) -> str | None:
+    return _flash_attn.why_not(ask.device, ask.qkv, ask.head_width, gpu.capability)
+
+
+KERNELS = (
+    Kernel("native", ("cpu",), FLOATS, why_not=_why_not_cpu),
+    Kernel("native", ("cuda",), HALVES, why_not=_why_not_cuda, why_slow=_why_slow_cuda),
+    Kernel("flash_attn", (), {}, capability=(0, 0), why_not=_why_not_flash_attn),
+    Kernel("sdpa", (), {}, capability=(0, 0)),
+)
+AUTO = {"cpu": ("native", "sdpa"), "cuda": ("native", "sdpa")}
+OP = Op(
+    "attention",
+    KERNELS,
+    AUTO,
+    lambda device, dtype: AttentionAsk(device, dtype, tokens=50, head_width=64, queries=False),
+)
 
 
 def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -22,7 +87,7 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: 
     Scores are scaled by 1 / sqrt(d). Gradients for qkv and q, native ones deterministic and independent of the number of threads.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit, RuntimeError where what was asked for cannot run.
     """
-    dispatch.check_attention_backend(backend, "backend")
+    dispatch.check_backend(OP, backend, "backend")
     check_floating(qkv=qkv)
     parts, name = (3, "(N, T, 3 h d)") if q is None else (2, "(N, T, 2 h d) beside q")
     if num_heads < 1:
@@ -39,13 +104,13 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: 
             raise TypeError(f"q must have the dtype of qkv, {qkv.dtype}; it is {q.dtype}")
         if T == 0:
             raise ValueError(f"qkv must hold at least one token; its shape is {shape_of(qkv)}")
-    dtype = dispatch.compute_dtype(qkv)
+    dtype = compute_dtype(qkv)
     qkv, q = qkv.to(dtype), None if q is None else q.to(dtype)
-    inputs = {"qkv": qkv} if q is None else {"qkv": qkv, "q": q}
-    chosen = dispatch.choose("attention", inputs, qkv.shape[2] // (parts * num_heads), backend)
+    ask = AttentionAsk(qkv.device, dtype, qkv.shape[1], qkv.shape[2] // (parts * num_heads), q is not None)
+    chosen = dispatch.choose(OP, ask, backend)
     if chosen == "native":
         return _Attention.apply(q, qkv, num_heads)
-    if chosen == "flash_attn" and all(tensor.numel() for tensor in inputs.values()):
+    if chosen == "flash_attn" and qkv.numel() and (q is None or q.numel()):
         return _flash_attn.attention(qkv, num_heads, q)
     return attention_ref(qkv, num_heads, q)
 
@@ -73,7 +138,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
-        dq, dkv = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, ctx.num_heads)
+        dq, dkv, _ = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, ctx.num_heads)
         return None if q is None else dq, dkv, None
 
 
@@ -87,7 +152,13 @@ def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[T
 
 @torch.library.register_fake("maefast::attention_bwd")
 def _attention_bwd_fake(
-    dout: Tensor, q: Tensor | None, kv: Tensor, out: Tensor | None, lse: Tensor | None, num_heads: int
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor,
+    q: Tensor | None,
+    kv: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    num_heads: int,
+    with_dkv_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     dq = kv.new_empty(0, *dout.shape[1:]) if q is None else kv.new_empty(q.shape)
-    return dq, kv.new_empty(kv.shape)
+    return dq, kv.new_empty(kv.shape), kv.new_empty(kv.shape[2] if with_dkv_sum else 0, dtype=torch.float32)

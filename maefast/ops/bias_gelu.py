@@ -1,15 +1,29 @@
 """Bias + GELU: the activation of the MLP and the bias before it, with the bias's gradient in the same pass."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
+from .. import dispatch, kernels
 from .._library import register_fake
+from ..dispatch import Kernel, Op
 from ._checks import check_rows
+
+
+class GeluAsk(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device: torch.device
+    x: torch.dtype
+    bias: torch.dtype | None
+
+
+KERNELS = (Kernel("native", ("cpu",)), Kernel("triton", kernels.DEVICES))
+AUTO = {"cpu": ("native",), "cuda": ("triton",)}
+OP = Op("bias_gelu", KERNELS, AUTO, lambda device, dtype: GeluAsk(device, dtype, dtype))
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,8 +37,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
     check_rows(x, bias=bias)
-    inputs = {"x": x} if bias is None else {"x": x, "bias": bias}
-    backend = dispatch.choose("bias_gelu", inputs)
+    backend = dispatch.choose(OP, GeluAsk(x.device, x.dtype, None if bias is None else bias.dtype))
     if backend != "eager":
         return _BiasGelu.apply(backend, x, bias)
     return bias_gelu_ref(x, bias)
@@ -57,6 +70,8 @@ def _bias_gelu_fwd_fake(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @register_fake("bias_gelu_bwd")
-def _bias_gelu_bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
+def _bias_gelu_bwd_fake(
+    dy: Tensor, x: Tensor, bias: Tensor | None, with_y: bool, with_dx_sum: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(x.shape[-1] if with_dx_sum or bias is not None else 0, dtype=torch.float32)
     return x.new_empty(x.shape), dbias, x.new_empty(x.shape if with_y else 0)

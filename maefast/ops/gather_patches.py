@@ -1,19 +1,47 @@
 """Gather patches: the kept patches of each image, straight from the pixels, ready for the patch embedding's GEMM."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, kernels
 from .._library import register_fake
+from ..dispatch import FLOATS, IMAGES, Kernel, Op
 from ._checks import (
     check_dtype,
     check_images,
     check_patch_size,
     check_same_device,
+    needs_gradient,
     shape_of,
     to_float_pixels,
     values_are_known,
+    why_no_gradient,
 )
+
+
+class PatchesAsk(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device: torch.device
+    imgs: torch.dtype
+    out: torch.dtype
+    differentiated: bool  # whether imgs needs a gradient
+
+
+def _why_not(ask: PatchesAsk) -> str | None:
+    return why_no_gradient("gather_patches", "imgs") if ask.differentiated else None
+
+
+_DTYPES = {"imgs": IMAGES, "out": FLOATS}
+KERNELS = (
+    Kernel("native", ("cpu",), _DTYPES, why_not=_why_not),
+    Kernel("native", ("cuda",), _DTYPES, why_not=_why_not),
+    Kernel("triton", kernels.DEVICES, _DTYPES, why_not=_why_not),
+)
+AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}
+OP = Op("gather_patches", KERNELS, AUTO, lambda device, dtype: PatchesAsk(device, dtype, dtype, differentiated=False))
 
 
 def gather_patches(
@@ -43,7 +71,7 @@ def gather_patches(
         dtype = torch.float32 if imgs.dtype == torch.uint8 else imgs.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating-point; it is {str(dtype).removeprefix('torch.')}")
-    backend = dispatch.choose("gather_patches", {"imgs": imgs, "ids": ids, "out": imgs.new_empty(0, dtype=dtype)})
+    backend = dispatch.choose(OP, PatchesAsk(imgs.device, imgs.dtype, dtype, needs_gradient(imgs)))
     if backend != "eager":
         return dispatch.ops_of(backend).gather_patches_fwd(imgs, ids, ph, pw, mean, std, dtype)
     return gather_patches_ref(imgs, ids, (ph, pw), mean, std, dtype)
@@ -72,21 +100,3 @@ def _gather_patches_fwd_fake(
     imgs: Tensor, ids: Tensor, patch_h: int, patch_w: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return imgs.new_empty(*ids.shape, imgs.shape[1] * patch_h * patch_w, dtype=dtype)
-
-
-@torch.library.register_fake("maefast::mask_patches_fwd")
-def _mask_patches_fwd_fake(
-    imgs: Tensor,
-    noise: Tensor,
-    len_keep: int,
-    patch_h: int,
-    patch_w: int,
-    mean: Tensor | None,
-    std: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """random_masking and gather_patches of what it keeps in one launch; native, on GPUs alone."""
-    N, L = noise.shape
-    patches = imgs.new_empty(N, len_keep, imgs.shape[1] * patch_h * patch_w, dtype=dtype)
-    ids_keep, ids_restore = (noise.new_empty(N, size, dtype=torch.int64) for size in (len_keep, L))
-    return patches, ids_keep, ids_restore, noise.new_empty(N, L)

@@ -1,15 +1,49 @@
 """Layer norm: each row normalised by its own mean and variance, written in the dtype that the next layer reads."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
+from .. import dispatch, kernels
 from .._library import register_fake
+from ..dispatch import Kernel, Op
 from ._checks import check_out_dtype, check_rows
+
+MAX_WIDTH = 8192  # of a row that Triton's kernels hold in registers
+
+
+class NormAsk(NamedTuple):
+    """What the choice of a norm's kernel depends on."""
+
+    device: torch.device
+    x: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype
+    out: torch.dtype
+    width: int
+
+
+def _why_not_triton(ask: NormAsk) -> str | None:
+    if ask.width > MAX_WIDTH:
+        return f"triton layer_norm takes rows of up to {MAX_WIDTH} values, x has {ask.width}"
+    return None
+
+
+def _why_not_apex(ask: NormAsk) -> str | None:
+    dtypes = {ask.x, ask.weight, ask.bias}
+    return None if len(dtypes) == 1 else f"apex layer_norm takes tensors of one dtype, they are {dispatch.names_of((*dtypes,))}"
+
+
+KERNELS = (
+    Kernel("native", ("cpu",)),
+    Kernel("triton", kernels.DEVICES, why_not=_why_not_triton),
+    Kernel("apex", ("cuda",), capability=(0, 0), why_not=_why_not_apex),
+)
+AUTO = {"cpu": ("native",), "cuda": ("triton",)}
+OP = Op("layer_norm", KERNELS, AUTO, lambda device, dtype: NormAsk(device, dtype, dtype, dtype, dtype, width=768))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
@@ -24,8 +58,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype
     """
     check_rows(x, weight=weight, bias=bias)
     dtype = check_out_dtype(dtype, x.dtype)
-    inputs = {"x": x, "weight": weight, "bias": bias, "out": x.new_empty(0, dtype=dtype)}
-    backend = dispatch.choose("layer_norm", inputs)
+    backend = dispatch.choose(OP, NormAsk(x.device, x.dtype, weight.dtype, bias.dtype, dtype, x.shape[-1]))
     if backend == "apex":
         return _by_apex(x, weight, bias, eps, dtype)
     if backend != "eager":
@@ -58,7 +91,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, center, rstd = ctx.saved_tensors
         kernels = dispatch.ops_of(ctx.backend)
-        dx, dweight, dbias, _, _ = kernels.layer_norm_bwd(dy, None, x, weight, bias, center, rstd, None, None)
+        dx, dweight, dbias, *_ = kernels.layer_norm_bwd(dy, None, x, weight, bias, center, rstd, None, None)
         _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         return (
             None,
@@ -90,9 +123,11 @@ def _layer_norm_bwd_fake(
     rstd: Tensor,
     y_dtype: torch.dtype | None,
     cast_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_dx_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like_x(dtype: torch.dtype | None) -> Tensor:
         return x.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype)
 
-    dweight = x.new_empty(x.shape[-1], dtype=torch.float32)
-    return like_x(x.dtype), dweight, torch.empty_like(dweight), like_x(y_dtype), like_x(cast_dtype)
+    dweight, dbias = (x.new_empty(x.shape[-1], dtype=torch.float32) for _ in range(2))
+    dx_sum = x.new_empty(x.shape[-1] if with_dx_sum else 0, dtype=torch.float32)
+    return like_x(x.dtype), dweight, dbias, like_x(y_dtype), like_x(cast_dtype), dx_sum

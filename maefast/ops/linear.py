@@ -11,10 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
+from .. import cpu, dispatch
+from ..autocast import compute_dtype, is_autocast
+from ..dispatch import Kernel, Op
 from ._checks import check_dtype, check_floating, check_same_device, shape_of
 
 _MANY_ROWS = 256  # from here on the gradient of a weight costs more arithmetic than memory
+
+
+class LinearAsk(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device: torch.device
+    x: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype | None
+    out: torch.dtype  # that the products run in
+
+
+def _why_slow(ask: LinearAsk) -> str | None:
+    """Return why torch's own products are as fast (figures: benchmarks/results, group linear)."""
+    if cpu.IS_INTEL:
+        return "torch's own products, MKL's and oneDNN's, are at home on Intel"
+    if (ask.out == torch.float32 and cpu.has_avx512()) or (ask.out == torch.bfloat16 and cpu.multiplies_bf16()):
+        return None
+    return f"torch's own product is as fast in {dispatch.names_of((ask.out,))} on this CPU"
+
+
+KERNELS = (Kernel("native", ("cpu",), why_slow=_why_slow),)
+AUTO = {"cpu": ("native",)}
+OP = Op("linear", KERNELS, AUTO, lambda device, dtype: LinearAsk(device, dtype, dtype, dtype, dtype))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,11 +60,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x must be (..., in) for a weight (out, in) of {shape_of(weight)}; its shape is {shape_of(x)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (out,) = ({weight.shape[0]},); its shape is {shape_of(bias)}")
-    if not dispatch.is_autocast(x):
+    if not is_autocast(x.device, x.dtype):
         for name, parameter in given.items():
             check_dtype(name, parameter, (x.dtype,))
-    dtype = dispatch.compute_dtype(x)
-    native = native_products(given, dtype)
+    dtype = compute_dtype(x)
+    native = native_products(LinearAsk(x.device, x.dtype, weight.dtype, None if bias is None else bias.dtype, dtype))
     return _Linear.apply(x, weight, bias, dtype, native) if native.forward else linear_ref(x, weight, bias)
 
 
@@ -55,16 +81,16 @@ class Products(NamedTuple):
     weight_gradient: int | None
 
 
-def native_products(given: dispatch.Inputs, dtype: torch.dtype) -> Products:
-    """For inputs that are multiplied in `dtype`. Where maefast may choose, torch keeps what it is faster at: in bf16 the
-    gradient for the input, and the gradient for the weight where few rows are summed.
+@dispatch.remembered
+def native_products(ask: LinearAsk) -> Products:
+    """Return which products are maefast's. Where it may choose, torch keeps what it is faster at: in bf16 the gradient for the
+    input, and the gradient for the weight where few rows are summed.
     """
-    x = given["x"]
-    if dispatch.choose("linear", {**given, "out": x.new_empty(0, dtype=dtype)}) != "native":
+    if dispatch.choose(OP, ask) != "native":
         return Products(False, False, None)
-    if dispatch.request_for("linear", given) is not None:
+    if dispatch.request_for(OP, ask.device) is not None:
         return Products(True, True, 0)
-    return Products(True, dtype != torch.bfloat16, _MANY_ROWS)
+    return Products(True, ask.out != torch.bfloat16, _MANY_ROWS)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, gelu: bool = False) -> Tensor:
@@ -81,8 +107,11 @@ def input_gradient(dy: Tensor, weight: Tensor, native: Products) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products) -> Tensor:
-    """dy (..., out), x (..., in) -> (out, in) in dtype; of a native product of 16 bits in fp32 without being rounded to 16."""
+    """dy (..., out), x (..., in) -> (out, in) in dtype; sums of 16-bit products are stored in fp32 without being rounded to 16,
+    by native products and on a GPU."""
     dy, x = rows(dy), rows(x)
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
     if native.weight_gradient is not None and dy.shape[0] >= native.weight_gradient:
         wide = dtype if dtype in (x.dtype, torch.float32) else x.dtype
         return torch.ops.maefast.linear_fwd(dy.t(), x.t(), None, False, wide).to(dtype)

@@ -1,12 +1,13 @@
 """Masked MSE: the error of the predicted patches against the pixels of the image, over the removed patches."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, kernels
 from .._library import register_fake
+from ..dispatch import FLOATS, IMAGES, Kernel, Op
 from ._checks import (
     check_dtype,
     check_floating,
@@ -14,12 +15,64 @@ from ._checks import (
     check_no_grad,
     check_patch_size,
     check_same_device,
+    needs_gradient,
     shape_of,
     to_float_pixels,
     values_are_known,
+    why_no_gradient,
 )
 
 VAR_EPS = 1e-6  # inside the root
+CUDA_VALUES = 12272  # of a patch that the CUDA kernel holds in shared memory
+TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that Triton's kernel holds in registers
+
+
+class MseAsk(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device: torch.device
+    pred: torch.dtype
+    imgs: torch.dtype
+    differentiated: bool  # whether imgs needs a gradient
+    channels: int
+    values: int  # P, of a patch
+
+
+def _why_not(ask: MseAsk) -> str | None:
+    return why_no_gradient("masked_mse", "imgs") if ask.differentiated else None
+
+
+def _why_not_cuda(ask: MseAsk) -> str | None:
+    if ask.values > CUDA_VALUES:
+        return f"native masked_mse on a GPU holds patches of up to {CUDA_VALUES} values, pred has {ask.values}"
+    return _why_not(ask)
+
+
+def _why_not_triton(ask: MseAsk) -> str | None:
+    padded_channels, padded_pixels = 1, 1
+    while padded_channels < ask.channels:
+        padded_channels *= 2
+    while padded_pixels * ask.channels < ask.values:
+        padded_pixels *= 2
+    if padded_channels * padded_pixels > TRITON_VALUES:
+        sizes = f"pred has {ask.values} in {ask.channels} channels"
+        return f"triton masked_mse holds patches of up to {TRITON_VALUES} values, padded; {sizes}"
+    return _why_not(ask)
+
+
+_DTYPES = {"pred": FLOATS, "imgs": IMAGES}
+KERNELS = (
+    Kernel("native", ("cpu",), _DTYPES, why_not=_why_not),
+    Kernel("native", ("cuda",), _DTYPES, why_not=_why_not_cuda),
+    Kernel("triton", kernels.DEVICES, _DTYPES, why_not=_why_not_triton),
+)
+AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}
+OP = Op(
+    "masked_mse",
+    KERNELS,
+    AUTO,
+    lambda device, dtype: MseAsk(device, dtype, dtype, differentiated=False, channels=3, values=768),
+)
 
 
 def masked_mse(
@@ -56,7 +109,7 @@ def masked_mse(
         raise ValueError(f"pred must be ({N}, M, {P}) with 1 <= M <= L = {L}; its shape is {shape_of(pred)}")
     if norm_pix and P < 2:
         raise ValueError("norm_pix needs patches of at least two values; these have one")
-    backend = dispatch.choose("masked_mse", {"pred": pred, "imgs": imgs, "mask": mask})
+    backend = dispatch.choose(OP, MseAsk(imgs.device, pred.dtype, imgs.dtype, needs_gradient(imgs), C, P))
     if backend != "eager":
         return _MaskedMse.apply(backend, pred, imgs, mask, ph, pw, norm_pix, mean, std)
     return masked_mse_ref(pred, imgs, mask, (ph, pw), norm_pix, mean, std)

@@ -1,14 +1,40 @@
 """Unshuffle: encoded tokens back in image order, mask tokens in the gaps, positions added."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch
+from .. import dispatch, kernels
 from .._library import register_fake
+from ..dispatch import Kernel, Op
 from ._checks import check_dtype, check_floating, check_same_device, shape_of, values_are_known
+
+
+class UnshuffleAsk(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device: torch.device
+    x: torch.dtype
+    mask_token: torch.dtype
+    pos_embed: torch.dtype
+
+
+def _why_not_cuda(ask: UnshuffleAsk) -> str | None:
+    if ask.mask_token == ask.pos_embed and ask.mask_token in (ask.x, torch.float32):
+        return None
+    dtypes = f"they are {dispatch.names_of((ask.mask_token, ask.pos_embed))} beside {dispatch.names_of((ask.x,))}"
+    return f"native unshuffle on a GPU takes mask_token and pos_embed of one dtype, float32 or x's; {dtypes}"
+
+
+KERNELS = (
+    Kernel("native", ("cpu",)),
+    Kernel("native", ("cuda",), why_not=_why_not_cuda),
+    Kernel("triton", kernels.DEVICES),
+)
+AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}
+OP = Op("unshuffle", KERNELS, AUTO, lambda device, dtype: UnshuffleAsk(device, dtype, dtype, dtype))
 
 
 def unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
@@ -36,8 +62,7 @@ def unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Ten
         raise ValueError(f"mask_token must be (1, 1, {D}); its shape is {shape_of(mask_token)}")
     if pos_embed.shape != (1, 1 + L, D):
         raise ValueError(f"pos_embed must be (1, {1 + L}, {D}); its shape is {shape_of(pos_embed)}")
-    inputs = {"x": x, "ids_restore": ids_restore, "mask_token": mask_token, "pos_embed": pos_embed}
-    backend = dispatch.choose("unshuffle", inputs)
+    backend = dispatch.choose(OP, UnshuffleAsk(x.device, x.dtype, mask_token.dtype, pos_embed.dtype))
     if backend != "eager":
         return _Unshuffle.apply(backend, x, ids_restore, mask_token, pos_embed)
     return unshuffle_ref(x, ids_restore, mask_token, pos_embed)

@@ -1,12 +1,14 @@
 """Output files: checked before the work, never half-written."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .._files import replace_file
-from . import UserError
+from .errors import UserError
 
-__all__ = ["check_writable", "replace_file"]
+__all__ = ["check_writable", "replace_file", "writing"]
 
 
 def check_writable(folder: Path, option: str = "--output") -> None:
@@ -21,3 +23,12 @@ def check_writable(folder: Path, option: str = "--output") -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{option} must be a folder that can be written; {folder} cannot be: {reason}") from error
+
+
+@contextmanager
+def writing(argument: str, path: Path) -> Iterator[None]:
+    """Raise UserError, naming `argument`, where the block cannot write `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{argument} cannot be written; {path}: {error.strerror or error}") from error

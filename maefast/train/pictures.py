@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from .files import replace_file
-from .sampling import draw_noise
+from .masks import draw_noise
 
 GREY = 0.5  # of what is hidden
 
@@ -28,7 +29,7 @@ class Panel:
 def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int, sampler: str = "random") -> Panel:
     """The panel of `model` (a maefast.MAE) for images (n, C, H, W) uint8, with masks drawn from `seed` by one of SAMPLERS. Of
     images that are neither grey nor colour the first channel is shown."""
-    grid, len_keep = model.patch_embed.grid_size, int(model.patch_embed.num_patches * (1 - mask_ratio))
+    grid, len_keep = model.patch_embed.grid_size, ops.len_keep(model.patch_embed.num_patches, mask_ratio)
     noise = draw_noise(sampler, len(images), grid, len_keep, torch.Generator().manual_seed(seed)).to(images.device)
     mask = model(images, mask_ratio, noise=noise).mask
     ph, pw = model.patch_embed.patch_size
@@ -40,8 +41,8 @@ def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: 
     return Panel(title, *(row[:, :shown].cpu() for row in rows))
 
 
-def rows_of(panel: Panel) -> Tensor:
-    """The pictures of a panel as one of them: (C, 3 H, n W) uint8."""
+def as_one_picture(panel: Panel) -> Tensor:
+    """Return the pictures of a panel as one of them: (C, 3 H, n W) uint8."""
     rows = (panel.original, panel.masked, panel.reconstruction)
     return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
 

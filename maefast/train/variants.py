@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model import MAE
-from . import UserError
+from .errors import UserError
 
 COEFFICIENTS = 96  # of a patch of 16 x 16 x 3 = 768 values, in the paper
 PATCHES = 1 << 16  # that the principal components are found from

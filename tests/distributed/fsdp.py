@@ -18,7 +18,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-import maefast
 from maefast.blocks import Block
 
 
@@ -49,7 +48,7 @@ def unsynchronised(model: nn.Module) -> Iterator[None]:
 
 
 def main(results: Path, one: Path, two: Path) -> None:
-    maefast.model.REPEATED_VALUES = 0  # the small model takes every path that large ones take
+    sys.modules["maefast.ops.transformer_block"].REPEATED_VALUES = 0  # the small model takes every path that large ones take
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))

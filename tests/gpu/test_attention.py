@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import forward_backward
 from torch import Tensor
 
 import maefast
 from maefast import _library, dispatch, ops
+from maefast.ops.attention import OP as ATTENTION
+from maefast.ops.attention import AttentionAsk
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not _library.HAS_CUDA, reason="needs a GPU and a build with CUDA kernels"
@@ -121,16 +123,16 @@ def test_a_second_stream():
 
 
 def test_what_it_does_not_take():
-    def reason(qkv: Tensor, d: int, **more: Tensor) -> str | None:
-        return dispatch.can_run("attention", "native", {"qkv": qkv, **more}, d)
+    def reason(qkv: Tensor, d: int, queries: bool = False) -> str | None:
+        return dispatch.why_not(ATTENTION, "native", AttentionAsk(qkv.device, qkv.dtype, qkv.shape[1], d, queries))
 
     qkv = torch.empty(1, 50, 384, device="cuda", dtype=BF16)
     assert reason(qkv, 64) is None
     assert "up to 208 tokens" in reason(torch.empty(1, 209, 384, device="cuda", dtype=BF16), 64)
     assert "heads 32, 64, 80 wide" in reason(qkv, 128)
     assert "takes bfloat16, float16" in reason(qkv.float(), 64)
-    assert "packed queries" in reason(qkv, 64, q=qkv)
+    assert "packed queries" in reason(qkv, 64, queries=True)
     with maefast.backend("native"), pytest.raises(RuntimeError, match="up to 208 tokens"):
         ops.attention(torch.empty(1, 209, 384, device="cuda", dtype=BF16), 2)
-    with pytest.raises(RuntimeError, match="at most 208 tokens"):
+    with pytest.raises(ValueError, match="at most 208 tokens"):
         torch.ops.maefast.attention_fwd(None, torch.empty(1, 209, 384, device="cuda", dtype=BF16), 2)

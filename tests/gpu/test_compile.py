@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import images_for, noise_for, small_mae, small_reference, stacked, step
 from torch._dynamo.utils import counters
+
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

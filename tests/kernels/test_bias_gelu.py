@@ -6,6 +6,7 @@ from tritonrun import DEVICE, F16, F32, FLOATS, check, random
 
 import maefast
 from maefast import ops
+from maefast.testing.errors import assert_close_to_float64
 
 
 def run(*shape, dtypes=(F32, F32), x=None):
@@ -82,6 +83,15 @@ def test_the_output_again_in_backward(bias):
     dx, dbias, y = kernels.bias_gelu_bwd(dy(5, 70), x, shift, True)
     assert torch.equal(y, kernels.bias_gelu_fwd(x, shift))
     assert (dx.shape, dbias.shape, dbias.dtype) == ((5, 70), (70 if bias else 0,), F32)
+
+
+def test_column_sum_without_a_bias():
+    """What the bias before x would get where x holds it already."""
+    x = random(41, 70)
+    dx, total, _ = torch.ops.maefast_triton.bias_gelu_bwd(dy(41, 70), x, None, False, True)
+    wide = torch.ops.maefast_triton.bias_gelu_bwd(dy(41, 70), x, torch.zeros(70, device=DEVICE), False)[1]
+    assert total.shape == wide.shape == (70,)
+    assert_close_to_float64("dx_sum", total, dx.sum(dim=0), dx.double().sum(dim=0))
 
 
 def test_empty():

@@ -2,11 +2,11 @@ from functools import partial
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from tritonrun import DEVICE, F16, F32, FLOATS, check, random
 
 import maefast
 from maefast import ops
+from maefast.testing.errors import assert_close_to_float64
 
 EPS = 1e-5
 
@@ -90,9 +90,9 @@ def test_empty():
     assert torch.equal(dbias, torch.zeros(8, device=DEVICE))
 
 
-def backward(x, weight, bias, dy, dresidual, y_dtype, cast_dtype):
+def backward(x, weight, bias, dy, dresidual, y_dtype, cast_dtype, with_dx_sum=False):
     mean, var = x.float().mean(dim=-1).flatten(), x.float().var(dim=-1, correction=0).flatten()
-    args = (dy, dresidual, x, weight, bias, mean, (var + EPS).rsqrt(), y_dtype, cast_dtype)
+    args = (dy, dresidual, x, weight, bias, mean, (var + EPS).rsqrt(), y_dtype, cast_dtype, with_dx_sum)
     return torch.ops.maefast_triton.layer_norm_bwd(*args)
 
 
@@ -102,30 +102,34 @@ def test_backward_with_residual_cast_and_output(x_dtype, cast):
     """What a block asks of one pass: the residual's gradient added, dx in a second dtype, the output again."""
     x, weight, bias = (t.detach() for t in run(3, 9, 50, dtypes=(x_dtype, F32)).values())
     dout, dresidual = dy(3, 9, 50), random(3, 9, 50)
-    dx, dweight, dbias, y, dx_cast = backward(x, weight, bias, dout, dresidual, F16, cast)
+    dx, dweight, dbias, y, dx_cast, dx_sum = backward(x, weight, bias, dout, dresidual, F16, cast, with_dx_sum=True)
 
     def plain(wide, y_dtype):
         leaves = [t.to(wide).requires_grad_() for t in (x, weight, bias)]
         out = ops.layer_norm_ref(*leaves, EPS, wide)
         grads = torch.autograd.grad(out, leaves, dout.to(wide))
-        return (grads[0] + dresidual, *grads[1:], out.detach().to(y_dtype))
+        dx = grads[0] + dresidual
+        return dx, *grads[1:], out.detach().to(y_dtype), dx.sum(dim=(0, 1))
 
-    exact, eager = plain(torch.float64, torch.float64), plain(F32, F16)
-    for name, got, mine, truth in zip(("dx", "dweight", "dbias", "y"), (dx, dweight, dbias, y), eager, exact, strict=True):
+    exact, eager, names = plain(torch.float64, torch.float64), plain(F32, F16), ("dx", "dweight", "dbias", "y", "dx_sum")
+    for name, got, mine, truth in zip(names, (dx, dweight, dbias, y, dx_sum), eager, exact, strict=True):
         assert_close_to_float64(name, got, mine.to(got.dtype), truth)
-    assert (dx.dtype, y.dtype) == (x_dtype, F16)
+    assert (dx.dtype, y.dtype, dx_sum.dtype) == (x_dtype, F16, F32)
     if cast is None:
         assert dx_cast.shape == (0,)
     else:
         assert dx_cast.dtype == cast
         assert_close_to_float64("dx_cast", dx_cast, eager[0].to(cast), exact[0])
     without = backward(x, weight, bias, dout, None, None, None)
-    assert without[3].shape == without[4].shape == (0,)
+    assert without[3].shape == without[4].shape == without[5].shape == (0,)
     assert torch.equal(without[1], dweight)
 
 
 def test_wide_rows_are_left_to_others():
-    inputs = {"x": random(1, 8193)}
-    assert "up to 8192" in maefast.dispatch.can_run("layer_norm", "triton", inputs)
-    assert "up to 8192" in maefast.dispatch.can_run("add_layer_norm", "triton", inputs)
-    assert maefast.dispatch.can_run("bias_gelu", "triton", inputs) is None
+    x, weight = random(1, 8193), random(8193)
+    with maefast.backend("triton"):
+        with pytest.raises(RuntimeError, match="layer_norm takes rows of up to 8192 values, x has 8193"):
+            ops.layer_norm(x, weight, weight)
+        with pytest.raises(RuntimeError, match="add_layer_norm takes rows of up to 8192 values, x has 8193"):
+            ops.add_layer_norm(x, x, weight, weight)
+        assert ops.bias_gelu(x).shape == x.shape

@@ -29,10 +29,10 @@ def test_opcheck():
     add = (x.half(), x, weight, bias, 1e-5, torch.float16)
     torch.library.opcheck(maefast_triton.add_layer_norm_fwd.default, add, test_utils=checks)
     for dtype in (None, torch.float16):
-        norm = (x.half(), x, x, weight, bias, random(6), random(6), dtype, dtype)
+        norm = (x.half(), x, x, weight, bias, random(6), random(6), dtype, dtype, dtype is None)
         torch.library.opcheck(maefast_triton.layer_norm_bwd.default, norm, test_utils=checks)
     torch.library.opcheck(maefast_triton.bias_gelu_fwd.default, (x, bias), test_utils=checks)
-    for args in ((x.half(), x, bias, True), (x, x, None, False)):
+    for args in ((x.half(), x, bias, True), (x, x, None, False), (x, x, None, False, True)):
         torch.library.opcheck(maefast_triton.bias_gelu_bwd.default, args, test_utils=checks)
 
 

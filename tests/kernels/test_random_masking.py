@@ -40,6 +40,5 @@ def test_non_contiguous():
 
 def test_long_rows_are_left_to_others():
     noise = torch.rand(1, 1025, device=DEVICE)
-    assert "up to 1024" in maefast.dispatch.can_run("random_masking", "triton", {"noise": noise})
     with maefast.backend("triton"), pytest.raises(RuntimeError, match="up to 1024"):
         ops.random_masking(noise, 3)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import maefast
 from maefast import ops
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -281,8 +282,26 @@ def test_more_than_2_31_elements(native):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("M", [None, 4], ids=["self", "q"])
+def test_backward_sums_the_columns(native, dtype, M):
+    """The gradient of the bias of the projection that wrote qkv."""
+    inputs, dout = make(3, 9, 2, 5, dtype, M), torch.randn(3, M or 9, 10).to(dtype)
+    q, qkv = (inputs[name].detach() if name in inputs else None for name in ("q", "qkv"))
+    _, dkv, total = torch.ops.maefast.attention_bwd(dout, q, qkv, None, None, 2, True)
+    assert torch.equal(dkv, torch.ops.maefast.attention_bwd(dout, q, qkv, None, None, 2)[1])
+
+    def plain(wide: torch.dtype) -> Tensor:
+        leaf = qkv.to(wide).requires_grad_()
+        out = ops.attention_ref(leaf, 2, None if q is None else q.to(wide))
+        return torch.autograd.grad(out, leaf, dout.to(wide))[0].sum(dim=(0, 1))
+
+    assert total.dtype == F32
+    assert_close_to_float64("dkv_sum", total, plain(dtype).to(F32), plain(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("M", [None, 4], ids=["self", "q"])
 def test_opcheck(native, dtype, M):
     inputs = {name: t.detach() for name, t in make(2, 9, 2, 5, dtype, M).items()}
     q, qkv, dout = inputs.get("q"), inputs["qkv"], torch.randn(2, M or 9, 10).to(dtype)
     torch.library.opcheck(torch.ops.maefast.attention_fwd.default, (q, qkv, 2))
-    torch.library.opcheck(torch.ops.maefast.attention_bwd.default, (dout, q, qkv, None, None, 2))
+    torch.library.opcheck(torch.ops.maefast.attention_bwd.default, (dout, q, qkv, None, None, 2, M is None))

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out, sliced
 from torch import Tensor
 
 from maefast import ops
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -187,6 +187,23 @@ def test_backward_gives_the_forward_output_again_bit_for_bit(isa, D, dtypes):
     assert torch.equal(dbias_too, dbias)
     assert none.shape == (0,)
     assert dbias.shape == (0 if bias is None else D,)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("rows", [1, 70, 700])
+def test_backward_sums_the_columns_of_dx_without_a_bias(isa, rows, dtype):
+    """The gradient of the bias that x holds already."""
+    x, dy = torch.randn(rows, 63).to(dtype), torch.randn(rows, 63).to(dtype)
+    dx, total, _ = torch.ops.maefast.bias_gelu_bwd(dy, x, None, False, True)
+    assert torch.equal(dx, torch.ops.maefast.bias_gelu_bwd(dy, x, None, False)[0])
+
+    def plain(wide: torch.dtype) -> Tensor:
+        leaf = x.to(wide).requires_grad_()
+        (grad,) = torch.autograd.grad(ops.bias_gelu_ref(leaf, None), leaf, dy.to(wide))
+        return grad.sum(dim=0)
+
+    assert total.dtype == F32
+    assert_close_to_float64("dx_sum", total, plain(dtype).to(F32), plain(F64))
 
 
 @pytest.mark.huge

@@ -6,6 +6,7 @@ from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_thr
 from torch import Tensor
 
 from maefast import ops
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -201,9 +202,12 @@ def test_deterministic(native):
     assert_same_for_any_threads(lambda: forward_backward(ops.layer_norm, inputs, dy))
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dresidual=None, y_dtype=None, cast_dtype=None) -> list[Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dresidual=None, y_dtype=None, cast_dtype=None, with_dx_sum=False
+) -> list[Tensor]:
     y, center, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, dy.dtype)
-    return [y, *torch.ops.maefast.layer_norm_bwd(dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype)]
+    args = (dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype, with_dx_sum)
+    return [y, *torch.ops.maefast.layer_norm_bwd(*args)]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -211,10 +215,10 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dresidual=None
 def test_backward_gives_the_forward_output_again_bit_for_bit(isa, D, dtypes):
     inputs = {name: t.detach() for name, t in make(70, D, dtypes=dtypes).items()}
     dy = torch.randn(70, D).to(dtypes[2])
-    y, *grads, none, no_cast = backward(dy, **inputs)
-    assert none.shape == no_cast.shape == (0,)
+    y, *grads, none, no_cast, no_sum = backward(dy, **inputs)
+    assert none.shape == no_cast.shape == no_sum.shape == (0,)
     for residual in (None, torch.randn(70, D)):
-        _, *_, again, _ = backward(dy, **inputs, dresidual=residual, y_dtype=dtypes[2])
+        again = backward(dy, **inputs, dresidual=residual, y_dtype=dtypes[2])[4]
         assert torch.equal(again, y)
     for with_y, without in zip(backward(dy, **inputs, y_dtype=dtypes[2])[1:4], grads, strict=True):
         assert torch.equal(with_y, without)
@@ -226,7 +230,7 @@ def test_backward_rounds_dx_once_more(isa, dtype, cast):
     """To the same values that a cast gives where dx itself is not rounded, to one rounding of the same sum where it is."""
     inputs = {name: t.detach() for name, t in make(70, 63, dtypes=(dtype, F32)).items()}
     dy, dresidual = torch.randn(70, 63), torch.randn(70, 63).to(dtype)
-    _, dx, _, _, _, dx_cast = backward(dy, **inputs, dresidual=dresidual, cast_dtype=cast)
+    _, dx, _, _, _, dx_cast, _ = backward(dy, **inputs, dresidual=dresidual, cast_dtype=cast)
     exact = {**inputs, "x": inputs["x"].float()}
     _, wide, *_ = backward(dy, **exact, dresidual=dresidual)
     assert dx.dtype == dtype
@@ -246,6 +250,18 @@ def test_backward_adds_the_gradient_of_the_residual_path(isa, dtype, residual_dt
     assert torch.equal(dx, (alone + dresidual).to(dtype))
     assert torch.equal(dweight_too, dweight)
     assert torch.equal(dbias_too, dbias)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("rows", [1, 70, 700])
+def test_backward_sums_the_columns_of_dx(isa, rows, dtype):
+    """The gradient of the bias before the norm, of dx before it is rounded to the dtype of x."""
+    inputs = {name: t.detach() for name, t in make(rows, 63, dtypes=(dtype, F32)).items()}
+    dy, dresidual = torch.randn(rows, 63).to(dtype), torch.randn(rows, 63)
+    *_, total = backward(dy, **inputs, dresidual=dresidual, with_dx_sum=True)
+    _, dx, *_ = backward(dy, **{**inputs, "x": inputs["x"].float()}, dresidual=dresidual)
+    assert total.dtype == F32
+    assert_close_to_float64("dx_sum", total, dx.sum(dim=0), dx.double().sum(dim=0))
 
 
 @pytest.mark.huge
@@ -279,5 +295,5 @@ def test_opcheck(native):
     _, center, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, F32)
     dy = torch.randn(2, 9, 5)
     for dresidual, y_dtype, cast_dtype in ((None, None, None), (dy, BF16, None), (dy.half(), None, F16)):
-        args = (dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype)
+        args = (dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype, y_dtype is None)
         torch.library.opcheck(torch.ops.maefast.layer_norm_bwd.default, args)

@@ -1,0 +1,21 @@
+"""What autocast makes of a matrix product."""
+
+import torch
+from torch import Tensor
+
+from ._torch import AUTOCAST_DEVICES
+
+
+def is_autocast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether autocast has a say in matrix products of such tensors; as in torch it leaves float64 alone."""
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type) and dtype != torch.float64
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that matrix products of such tensors run in: autocast's where it is on, else their own."""
+    return torch.get_autocast_dtype(device.type) if is_autocast(device, dtype) else dtype
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that matrix products of `x` run in."""
+    return product_dtype(x.device, x.dtype)

@@ -1,0 +1,67 @@
+"""The command line, `maefast <command>`: arguments in, one function called, errors as one line on stderr with exit code 2.
+
+A module for each command; whatever a command needs beyond torch is imported when it runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from .._version import __version__
+from ..train.errors import ToldByAnother, UserError
+from . import ablate, convert, demo, extract, finetune, knn, linprobe, pack, partial, pretrain, reconstruct, robustness, submit
+from .parser import Parser
+
+
+class Command(Protocol):
+    """A subcommand; its flags are the names of what `run` is given."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, given: dict[str, Any]) -> None: ...
+
+
+COMMANDS: dict[str, Command] = {
+    "ablate": ablate,
+    "convert": convert,
+    "extract": extract,
+    "knn": knn,
+    "linprobe": linprobe,
+    "partial": partial,
+    "finetune": finetune,
+    "robustness": robustness,
+    "reconstruct": reconstruct,
+    "demo": demo,
+    "pack": pack,
+    "pretrain": pretrain,
+    "submit": submit,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="maefast", description="Masked Autoencoder pre-training at the speed of the hardware.")
+    parser.add_argument("--version", action="version", version=f"maefast {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in COMMANDS.items():
+        command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.HELP.capitalize() + "."))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+    given = vars(build_parser().parse_args(argv))
+    command = given.pop("command")
+    try:
+        COMMANDS[command].run(given)
+    except ToldByAnother:
+        return 2
+    except UserError as error:
+        print(f"maefast {command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"maefast {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

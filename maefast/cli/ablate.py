@@ -1,0 +1,38 @@
+"""`maefast ablate`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..train.ablation.axes import AXES
+from ..train.pretrain.options import with_config
+from ..train.values import number, several_of, whole
+from .flags import PART, SPLITS, add_options, pop
+
+HELP = "compare what the paper compares, on images of your own"
+OF_SEVERAL_PROCESSES = ("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA", help="labelled images in a training part and one to score")
+    parser.add_argument("--axes", type=several_of(AXES), default=list(AXES), metavar="A,..", help=f"of {', '.join(AXES)} (all)")
+    parser.add_argument("--images", type=whole(1), help="how many of DATA to pre-train on (all)")
+    for name, kind, help in (
+        ("label_fraction", PART, "of each class, to learn from with labels (1)"),
+        ("probe_epochs", whole(1), "of the linear probe (90)"),
+        ("probe_blr", number(0), "its base learning rate (the best of nine on held-out images)"),
+        ("finetune_epochs", whole(1), "of fine-tuning (50)"),
+        ("finetune_blr", number(0), "its base learning rate (0.001)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
+    parser.add_argument("--eval_split", choices=SPLITS, default="val", help="the part of DATA to score (val)")
+    add_options(parser, without=("data_path", "resume", "start_epoch", "reference", *OF_SEVERAL_PROCESSES))
+
+
+def run(given: dict[str, Any]) -> None:
+    from ..train.ablation.ablate import Budget, ablate, base_options
+    from ..train.pretrain.build import training_images
+
+    data, axes, budget = given.pop("data"), given.pop("axes"), pop(Budget, given)
+    base = base_options(with_config(given) | {"data_path": data})
+    ablate(base, training_images(base), axes, budget)

@@ -1,0 +1,32 @@
+"""`maefast convert`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..train.errors import UserError
+from ..train.values import whole
+from .flags import add_switch
+
+HELP = "write a checkpoint in the layout of another library"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="IN", help="a checkpoint of any known layout: a file, or a folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where it goes; for transformers a folder")
+    parser.add_argument("--to", required=True, choices=("official", "transformers", "timm"), help="the layout to write")
+    parser.add_argument("--num_heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
+    parser.add_argument("--decoder_num_heads", type=whole(1), help="of the decoder, where the checkpoint does not tell")
+    parser.add_argument(
+        "--stored_grid", type=whole(1), nargs=2, metavar=("ROWS", "COLUMNS"), help="of the stored positions, likewise"
+    )
+    add_switch(parser, "norm_pix_loss", "whether the target was normalised pixels, likewise")
+
+
+def run(given: dict[str, Any]) -> None:
+    from .. import checkpoint
+
+    try:
+        print(checkpoint.convert(**given))
+    except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError) as error:
+        raise UserError(str(error)) from error

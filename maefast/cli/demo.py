@@ -1,0 +1,24 @@
+"""`maefast demo`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..train.values import RATIO, SEED, whole
+
+HELP = "pre-train a small MAE on real images and show what it learned"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of images to train on instead, subfolders included")
+    parser.add_argument("--output", type=Path, default="maefast-demo", metavar="DIR", help="where the results go (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), help="pre-training steps of the main model; that of the photographs follows")
+    parser.add_argument("--batch_size", type=whole(1), help="images a step; the learning rate scales along")
+    parser.add_argument("--mask_ratio", type=RATIO, help="the part of the patches that is removed")
+    parser.add_argument("--seed", type=SEED, default=0, help="of weights, data order, masks and draws (%(default)s)")
+
+
+def run(given: dict[str, Any]) -> None:
+    from ..train.demo.demo import demo
+
+    demo(**given)

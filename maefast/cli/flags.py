@@ -1,0 +1,103 @@
+"""Flags that several commands share."""
+
+import argparse
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..train.pretrain.options import Options
+from ..train.values import SEED, number, numbers, one_of, whole
+
+SPLITS = ("train", "val", "test")
+PART = number(0, 1, above=True)
+RATE = number(0, 1, below=True)
+
+T = TypeVar("T")
+
+
+def choice(parser: argparse.ArgumentParser, name: str, words: tuple[str, ...], help: str, default: str | None = None) -> None:
+    parser.add_argument(name, type=one_of(words), metavar="|".join(words), default=default, help=help)
+
+
+def add_source(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of any layout that maefast convert reads")
+    parser.add_argument("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
+    parser.add_argument("--input_size", type=whole(1), help="side of the images, where not the checkpoint's")
+    parser.add_argument("--num_heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
+    parser.add_argument("--mean", type=numbers(0), metavar="M,M,..", help="of the pixels in 0..1 per channel, likewise")
+    parser.add_argument("--std", type=numbers(0), metavar="S,S,..", help="likewise")
+    parser.add_argument("--seed", type=SEED, default=0, help="of all that is drawn (%(default)s)")
+    if moves:
+        parser.add_argument("--random_init", action="store_true", help="the checkpoint's architecture with untrained weights")
+        add_device(parser)
+        parser.add_argument(
+            "--crop_pct", type=PART, help="part of the largest centred box, per side (0.875 from 224 pixels on, else 1)"
+        )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch_size", type=whole(1), default=256, help="images at a time (%(default)s)")
+
+
+def add_labelled(parser: argparse.ArgumentParser) -> None:
+    choice(parser, "--train_split", SPLITS, "the part of DATA to learn from (%(default)s)", default="train")
+    choice(parser, "--eval_split", SPLITS, "the part of DATA to score (%(default)s)", default="val")
+    parser.add_argument("--label_fraction", type=PART, default=1.0, help="of each class to learn from (%(default)s)")
+
+
+def add_recipe(parser: argparse.ArgumentParser, **defaults: float | None) -> None:
+    for name, kind, help in (
+        ("epochs", whole(1), "passes over the images"),
+        ("warmup_epochs", whole(0), "epochs of linear warm-up"),
+        ("batch_size", whole(1), "images a step"),
+        ("min_lr", number(0), "where the cosine ends"),
+        ("weight_decay", number(0), "of weights with more than one dimension"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=defaults[name], help=f"{help} (%(default)s)")
+    shown = "the best of nine on held-out images" if defaults["blr"] is None else "%(default)s"
+    help = f"base learning rate: lr = blr x images a step / 256 ({shown})"
+    parser.add_argument("--blr", type=number(0), default=defaults["blr"], help=help)
+    parser.add_argument("--lr", type=number(0), help="learning rate, instead of --blr")
+    choice(parser, "--augment", ("none", "rrc"), "rrc: random resized crops, mirrored or not", default="none")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="for log.txt and checkpoint.pth")
+
+
+def add_switch(parser: argparse.ArgumentParser, name: str, help: str, default: Any = None) -> None:
+    """Add a flag --name and a flag --no_name."""
+    parser.add_argument(f"--{name}", dest=name, default=default, action="store_true", help=help)
+    parser.add_argument(f"--no_{name}", dest=name, default=default, action="store_false", help=f"not --{name}")
+
+
+def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add a flag for each of Options but `without`; absent from the namespace unless given, for the file of --config to say."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="options in YAML, by the names of the flags; flags win")
+    for entry in fields(Options):
+        if entry.name in without:
+            continue
+        name, parse, default = entry.name, entry.metadata["parse"], entry.default
+        shown = "" if default is None or default == "" or parse is None else f" ({default})"
+        help = f"{entry.metadata['help']}{shown}".replace("%", "%%")
+        if parse is None:
+            add_switch(parser, name, help, argparse.SUPPRESS)
+        else:
+            parser.add_argument(f"--{name}", type=parse, metavar=entry.metadata["metavar"], default=argparse.SUPPRESS, help=help)
+
+
+def pick(cls: type[T], given: Mapping[str, Any], **others: Any) -> T:
+    """Build a dataclass from the arguments that have the names of its fields."""
+    named = {**given, **others}
+    return cls(**{name: named[name] for name in _names(cls) if name in named})
+
+
+def pop(cls: type[T], given: dict[str, Any]) -> T:
+    """Build a dataclass as `pick` does, from arguments that then leave `given`."""
+    return cls(**{name: given.pop(name) for name in _names(cls) if name in given})
+
+
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls)]

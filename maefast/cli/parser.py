@@ -1,0 +1,40 @@
+"""The parser of the command line."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+FLAG = re.compile(r"(--[\w-]+)(=.*)?", re.DOTALL)
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """Write flags as the parser knows them: --batch-size as --batch_size, up to a lone --."""
+    end = words.index("--") if "--" in words else len(words)
+    found = [(word, FLAG.fullmatch(word)) for word in words[:end]]
+    return [f"--{m[1][2:].replace('-', '_')}{m[2] or ''}" if m else word for word, m in found] + list(words[end:])
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes - and _ in flags alike. Errors are one line, without the usage; an unknown flag is told the nearest one."""
+
+    def __init__(self, **options: Any):
+        self.flags = list[str]()
+        super().__init__(**options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        self.flags += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = with_underscores(sys.argv[1:] if args is None else args)
+        arguments, unknown = super().parse_known_args(words, namespace)
+        flag = next((word.split("=")[0] for word in unknown if word.startswith("--")), None)
+        if flag is not None and (near := difflib.get_close_matches(flag, self.flags, n=1)):
+            self.error(f"unrecognized argument {flag}; did you mean {near[0]}?")
+        return arguments, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")

@@ -1,0 +1,22 @@
+"""`maefast pretrain`."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from ..train.pretrain.options import from_arguments
+from .flags import add_options
+
+HELP = "pre-train an MAE on images of your own"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser)
+
+
+def run(given: dict[str, Any]) -> None:
+    from ..train.pretrain.build import training_images
+    from ..train.pretrain.trainer import pretrain
+
+    options = from_arguments(given)
+    pretrain(options, partial(training_images, options))

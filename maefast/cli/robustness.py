@@ -1,0 +1,44 @@
+"""`maefast robustness`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..train.evaluate.corruptions import CORRUPTIONS, SEVERITIES
+from ..train.values import SEED, one_of, whole
+from .flags import SPLITS, add_batch_size, add_device, choice
+
+HELP = "score a classifier on corrupted images"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth of maefast finetune or partial")
+    parser.add_argument(
+        "data", type=Path, metavar="DATA", nargs="?", help="images of its classes, to be scored clean and corrupted"
+    )
+    choice(parser, "--eval_split", SPLITS, "of DATA (%(default)s)", default="val")
+    parser.add_argument("--kinds", type=_kinds, metavar="KIND,..", help="of corruption, or none (the 15 of ImageNet-C)")
+    parser.add_argument("--severities", type=_severities, metavar="1,..", help="of 1 to 5 (all)")
+    parser.add_argument("--count", type=whole(1), help="how many images of DATA, evenly spaced (all)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="other images of its classes, such as ImageNet-R")
+    parser.add_argument("--class_map", type=Path, metavar="FILE", help="lines of a folder in --folder and the class that it is")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="for the figures as JSON")
+    add_batch_size(parser)
+    add_device(parser)
+    parser.add_argument("--seed", type=SEED, default=0, help="of the corruptions (%(default)s)")
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(map(one_of(CORRUPTIONS), text.split(",")))
+
+
+def _severities(text: str) -> tuple[int, ...]:
+    severity = one_of(tuple(map(str, SEVERITIES)))
+    return tuple(int(severity(word)) for word in text.split(","))
+
+
+def run(given: dict[str, Any]) -> None:
+    from ..train.evaluate.robustness import Check, robustness
+
+    checkpoint, out = given.pop("checkpoint"), given.pop("out")
+    robustness(checkpoint, Check(**{name: value for name, value in given.items() if value is not None}), out)

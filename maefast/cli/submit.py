@@ -1,0 +1,34 @@
+"""`maefast submit`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..train.pretrain.options import from_arguments
+from ..train.values import one_of, whole
+from .flags import add_options, pop
+
+HELP = "pre-train as a SLURM job"
+CLUSTERS = ("slurm", "local", "debug")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ngpus", type=whole(0), default=8, help="GPUs of a machine, and processes on it (%(default)s); 0: a CPU"
+    )
+    parser.add_argument("--nodes", type=whole(1), default=2, help="machines (%(default)s)")
+    parser.add_argument("--timeout", type=whole(1), default=4320, metavar="MINUTES", help="of the job (%(default)s)")
+    parser.add_argument("--job_dir", type=Path, required=True, metavar="DIR", help="for logs of the job, and the output_dir")
+    parser.add_argument("--partition", help="of the cluster")
+    parser.add_argument("--comment", help="for the scheduler")
+    parser.add_argument(
+        "--cluster", type=one_of(CLUSTERS), default="slurm", help="slurm; local: processes here; debug: in this process"
+    )
+    add_options(parser)
+
+
+def run(given: dict[str, Any]) -> None:
+    from ..train.pretrain.submit import Job, submit
+
+    job = pop(Job, given)
+    submit(from_arguments({"output_dir": job.job_dir, "resume": "auto"} | given), job)

@@ -1,0 +1,34 @@
+"""The plain eager reference on the parameters of a model: the baseline that runs are compared with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.architecture import of_model
+from ..model import MAE
+from ..reference import MAEOutput, ReferenceMAE
+
+
+def reference_on(model: MAE) -> Callable[..., MAEOutput]:
+    """ReferenceMAE's forward on the parameters of `model`, called as `model` is with uint8 images (N, C, H, W).
+
+    The images are normalised first, in float, as a script around the official model does; `return_pred` makes no difference.
+    """
+    config = of_model(model).arguments() | {"mean": model.mean, "std": model.std}
+    reference = ReferenceMAE(**{name: value for name, value in config.items() if name not in ("mean", "std")})
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        setattr(reference.get_submodule(module), leaf, parameter)
+
+    def forward(imgs: Tensor, mask_ratio: float, *, noise: Tensor, return_pred: bool = True) -> MAEOutput:
+        return reference(normalised(imgs, config), mask_ratio, noise=noise)
+
+    return forward
+
+
+def normalised(images: Tensor, config: dict[str, Any]) -> Tensor:
+    """uint8 (N, C, H, W) as fp32 `(x/255 - mean)/std`, with the mean and std of a model's configuration."""
+    mean, std = (torch.as_tensor(config[name], device=images.device).reshape(-1, 1, 1) for name in ("mean", "std"))
+    return (images / 255.0 - mean) / std

@@ -1,0 +1,1 @@
+"""Images: opened, decoded, cropped, ordered and split."""

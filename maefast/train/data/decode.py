@@ -1,0 +1,248 @@
+"""Pixels as uint8 tensors: image files of any mode, and arrays, cropped and resized in one step."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UnreadableImage
+from .crops import Box, BoxOf, Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ORIENTATION = 0x0112
+# A JPEG decodes at 1/2, 1/4 or 1/8 of its size while that leaves the crop at least this many times the size asked for. Half of it
+# would show: Pillow's own thumbnail() takes the same margin.
+DRAFT_MARGIN = 2
+
+
+@contextmanager
+def _blamed_on(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a decoder may raise anything on a broken file
+        why = f"{type(error).__name__}: {error}".replace(name, Path(name).name)
+        raise UnreadableImage(name, " ".join(why.split())) from error
+
+
+def part_of(box: BoxOf | None, height: int, width: int) -> Box:
+    """What `box` chooses of an image, all of it for None. Raises ValueError when that does not lie within the image."""
+    left, top, right, bottom = box(height, width) if box else (0, 0, width, height)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(
+            f"box must return 0 <= left < right <= width and 0 <= top < bottom <= height; "
+            f"it is {(left, top, right, bottom)} for height {height} and width {width}"
+        )
+    return left, top, right, bottom
+
+
+def decode(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
+    """One encoded image as uint8 (channels, *size); the rules for modes, depth and transparency are in docs/data.md.
+
+    name     what errors call it
+    file     its path, or its bytes
+    Raises UnreadableImage.
+    """
+    with _blamed_on(name):
+        image = None if channels not in MODES or (channels == 4 and is_tiff(file)) else _open(file)
+    if image is None:
+        return _decode_tiff(name, file, channels, size, box)
+    with image:
+        with _blamed_on(name):
+            turned = image.format == "TIFF"  # by Pillow, as it loads
+            turn = TURNS[1] if turned else TURNS.get(image.getexif().get(ORIENTATION, 1), TURNS[1])
+            height, width = image.size if turn.swap else image.size[::-1]
+        part = part_of(box, height, width)
+        out = size or (round(part[3] - part[1]), round(part[2] - part[0]))
+        part, out = turn.stored(part, height, width), out[::-1] if turn.swap else out
+        with _blamed_on(name):
+            return turn.shown(_resized(image, channels, out, part)).contiguous()
+
+
+class Turn(NamedTuple):
+    """How the shown image comes out of the stored one: sides swapped, then mirrored."""
+
+    swap: bool
+    mirror_x: bool
+    mirror_y: bool
+
+    def stored(self, box: Box, height: int, width: int) -> Box:
+        """Where a box of the shown (height, width) lies in the stored image."""
+        left, top, right, bottom = box
+        if self.mirror_x:
+            left, right = width - right, width - left
+        if self.mirror_y:
+            top, bottom = height - bottom, height - top
+        return (top, left, bottom, right) if self.swap else (left, top, right, bottom)
+
+    def shown(self, image: Tensor) -> Tensor:
+        """(C, H, W) as stored -> as shown."""
+        axes = [axis for axis, mirror in ((1, self.mirror_y), (2, self.mirror_x)) if mirror]
+        image = image.transpose(1, 2) if self.swap else image
+        return image.flip(axes) if axes else image
+
+
+TURNS = {  # by the value of EXIF's orientation
+    1: Turn(False, False, False),
+    2: Turn(False, True, False),
+    3: Turn(False, True, True),
+    4: Turn(False, False, True),
+    5: Turn(True, False, False),
+    6: Turn(True, True, False),
+    7: Turn(True, True, True),
+    8: Turn(True, False, True),
+}
+
+
+def _open(file: str | bytes) -> "Image | None":
+    """None for a TIFF that Pillow does not know."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(_readable(file))
+    except UnidentifiedImageError:
+        if is_tiff(file):
+            return None
+        raise
+
+
+def _readable(file: str | bytes) -> Any:
+    return BytesIO(file) if isinstance(file, bytes) else file
+
+
+def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
+    from PIL import Image
+
+    left, top, right, bottom = box
+    factor = _draft(image, channels, min((bottom - top) / size[0], (right - left) / size[1]))
+    image = _converted(image, MODES[channels])
+    box = left * factor, top * factor, min(right * factor, image.width), min(bottom * factor, image.height)
+    return _tensor(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box))
+
+
+def _draft(image: Any, channels: int, reduction: float) -> float:
+    """Tell a JPEG to decode smaller, and to luminance alone where that is all; returns the scale. Others stay as they are."""
+    if image.format != "JPEG":
+        return 1.0
+    times = max(1.0, reduction / DRAFT_MARGIN)
+    width, height = image.size
+    drafted = image.draft("L" if channels == 1 else "RGB", (math.floor(width / times), math.floor(height / times)))
+    return drafted[1][2] / width if drafted else 1.0
+
+
+def _converted(image: "Image", mode: str) -> "Image":
+    import numpy as np
+    from PIL import Image
+
+    if image.mode in HIGH_DEPTH_MODES:
+        image = Image.fromarray(stretched(np.asarray(image)))
+    if mode != "RGBA" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def stretched(values: Any) -> Any:
+    """An array of any real dtype as uint8, its least value at 0 and its greatest at 255. Raises ValueError for infinities."""
+    import numpy as np
+
+    values = values.astype(np.float64)
+    low, high = np.nanmin(values), np.nanmax(values)
+    if not np.isfinite(high - low):
+        raise ValueError("its pixels are not finite")
+    return np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8)
+
+
+def _tensor(image: "Image") -> Tensor:
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def is_tiff(file: str | bytes) -> bool:
+    if isinstance(file, bytes):
+        return file[:4] in TIFF_MAGIC
+    with open(file, "rb") as stream:
+        return stream.read(4) in TIFF_MAGIC
+
+
+def tiff_bands(name: str, file: str | bytes) -> Any:
+    """The pixels of a TIFF as stored, (H, W, C): the smaller of the first and the last axis counts the channels."""
+    with _blamed_on(name):
+        try:
+            import tifffile
+        except ImportError as error:
+            raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[train]"') from error
+        pixels = tifffile.imread(_readable(file), series=0)
+        if pixels.ndim == 2:
+            pixels = pixels[..., None]
+        if pixels.ndim != 3:
+            raise ValueError(f"its pixels have {pixels.ndim} axes, {tuple(pixels.shape)}; an image has two or three")
+        return pixels.transpose(1, 2, 0) if pixels.shape[0] < pixels.shape[-1] else pixels
+
+
+def channels_of(name: str, file: str | bytes) -> int:
+    """3, or the count of a TIFF that Pillow does not know; 3 for a broken file, which is to be reported when it is read."""
+    try:
+        with _blamed_on(name):
+            image = _open(file)
+        if image is None:
+            return int(tiff_bands(name, file).shape[-1])
+        image.close()
+    except UnreadableImage as error:
+        if isinstance(error.__cause__, ImportError):
+            raise
+    return 3
+
+
+def _decode_tiff(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
+    with _blamed_on(name):
+        if not is_tiff(file):
+            raise ValueError(f"{channels} channels can be read from TIFF alone")
+    pixels = tiff_bands(name, file)
+    with _blamed_on(name):
+        if pixels.shape[-1] != channels and {pixels.shape[-1], channels} != {1, 3}:
+            raise ValueError(f"it has {pixels.shape[-1]} channels, not {channels}")
+        if pixels.dtype != "uint8":
+            pixels = stretched(pixels)
+    return with_channels(resized(pixels, part_of(box, *pixels.shape[:2]), size), channels)
+
+
+def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
+    """The `part` of an array (H, W, C) uint8 as (C, *size), bicubic and antialiased."""
+    import numpy as np
+
+    left, top, right, bottom = part
+    out = size or (round(bottom - top), round(right - left))
+    if out == (bottom - top, right - left) and left == int(left) and top == int(top):
+        whole = np.array(pixels[int(top) : int(bottom), int(left) : int(right)])
+        return torch.from_numpy(whole).permute(2, 0, 1).contiguous()
+    from PIL import Image
+
+    reach = [2 * max(1.0, side / new) + 1 for side, new in ((bottom - top, out[0]), (right - left, out[1]))]  # bicubic's, and one
+    first_row, first_column = max(0, math.floor(top - reach[0])), max(0, math.floor(left - reach[1]))
+    pixels = pixels[first_row : math.ceil(bottom + reach[0]), first_column : math.ceil(right + reach[1])]  # Pillow copies it
+    part = left - first_column, top - first_row, right - first_column, bottom - first_row
+    bands = [pixels] if pixels.shape[-1] == 3 else [pixels[..., i] for i in range(pixels.shape[-1])]
+    images = (Image.fromarray(np.ascontiguousarray(band)) for band in bands)
+    return torch.cat([_tensor(image.resize(out[::-1], Image.Resampling.BICUBIC, box=part)) for image in images])
+
+
+def with_channels(image: Tensor, channels: int) -> Tensor:
+    """uint8 (..., C, H, W) as (..., channels, H, W): grey repeated, or colours as luminance (ITU-R 601-2, as Pillow rounds)."""
+    if image.shape[-3] == channels:
+        return image
+    if image.shape[-3] == 1:
+        return image.expand(*image.shape[:-3], channels, -1, -1).contiguous()
+    red, green, blue = image.int().unbind(dim=-3)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8).unsqueeze(-3)

@@ -1,0 +1,126 @@
+"""Labelled images: two parts of a data set, read in batches by threads, ahead of their use."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .crops import TRAINING_AREA, Size, View, drawn
+from .open import open_images
+from .order import draw_of
+from .sources import ImageDataset
+from .splits import stratified_split
+
+Batches = Callable[[int, Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]  # epoch, indices of each batch -> inputs and labels
+
+AHEAD = 2  # batches
+TASK = 32  # images that a thread reads at a time
+
+
+def read_batches(
+    images: ImageDataset | Any, batches: Sequence[Tensor], size: Size, view: View | Callable[[int], View]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (n, C, *size) uint8 and labels (n,) int64 of each batch of indices.
+
+    view    of all images, or of the one with an index
+    Raises UserError (the data set's UnreadableImage) for a broken file: a score that leaves images out is of another data set.
+    """
+    waiting = deque[tuple[Tensor, list[Future[Tensor]]]]()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for ids in batches:
+                waiting.append((ids, [pool.submit(_read, images, part.tolist(), size, view) for part in ids.split(TASK)]))
+                if len(waiting) > AHEAD:
+                    yield _collected(images, *waiting.popleft())
+            while waiting:
+                yield _collected(images, *waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(images: Any, indices: list[int], size: Size, view: View | Callable[[int], View]) -> Tensor:
+    if isinstance(view, View):
+        pixels: Tensor = images.read_many(indices, size, view.box)
+        return pixels.flip(-1) if view.flip else pixels
+    return torch.stack([_looked_at(images, index, size, view(index)) for index in indices])
+
+
+def _looked_at(images: Any, index: int, size: Size, view: View) -> Tensor:
+    image: Tensor = images.read(index, size, view.box)
+    return image.flip(-1) if view.flip else image
+
+
+def _collected(images: Any, ids: Tensor, futures: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([future.result() for future in futures]), images.labels[ids]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A labelled data set in two parts, and how its images are looked at."""
+
+    data: Path
+    train_split: str = "train"
+    eval_split: str = "val"
+    label_fraction: float = 1.0  # of each class of the first part, by the seed
+    crop_pct: float | None = None  # of the largest centred box, per side; None: crops.usual_scale
+    augment: str = "none"
+
+    def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
+        """The data set to learn from, the indices of the images in it to take, and the one to score. Raises UserError."""
+        train, evaluated = open_images(self.data, self.train_split, channels), open_images(self.data, self.eval_split, channels)
+        for images, name in ((train, self.train_split), (evaluated, self.eval_split)):
+            if len(images.classes) < 2:
+                raise UserError(f"DATA must have two classes or more; the {name} part of {self.data} has {len(images.classes)}")
+            if missing := int((images.labels < 0).sum()):
+                count = f"{missing} of {len(images)} images"
+                raise UserError(f"DATA must have a label for every image; in the {name} part of {self.data} {count} have none")
+        if train.classes != evaluated.classes:
+            parts = f"the {self.train_split} and {self.eval_split} parts of {self.data}"
+            raise UserError(f"DATA must have the same classes in both parts; {parts} have others")
+        taken = torch.arange(len(train))
+        if self.label_fraction < 1:
+            _, taken = stratified_split(train.labels, self.label_fraction, seed)
+            if len(train.labels[taken].unique()) < len(train.labels.unique()):
+                fraction = self.label_fraction
+                raise UserError(f"--label_fraction must leave an image of each class in {self.data}; {fraction:g} does not")
+        return train, taken, evaluated
+
+
+class Chosen:
+    """Some images of a data set, by their indices."""
+
+    def __init__(self, images: Any, ids: Tensor):
+        self.images, self.ids = images, ids
+        self.labels, self.channels = images.labels[ids], images.channels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int, *where: Any) -> Tensor:
+        image: Tensor = self.images.read(int(self.ids[index]), *where)
+        return image
+
+    def read_many(self, indices: Sequence[int], *where: Any) -> Tensor:
+        images: Tensor = self.images.read_many(self.ids[list(indices)].tolist(), *where)
+        return images
+
+
+def reading(images: Any, size: Size, view: Callable[[int], View | Callable[[int], View]]) -> Batches:
+    return lambda epoch, batches: read_batches(images, batches, size, view(epoch))
+
+
+def augmented(images: Chosen, size: Size, seed: int) -> Batches:
+    """A random box of each image, mirrored half of the time, anew in each epoch."""
+
+    def view(epoch: int, index: int) -> View:
+        return drawn(draw_of(seed, epoch, index), size, "rrc", True, TRAINING_AREA)
+
+    return reading(images, size, lambda epoch: partial(view, epoch))

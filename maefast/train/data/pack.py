@@ -1,0 +1,103 @@
+"""`maefast pack`: any images as one uint8 array, which a random crop is read from without decoding.
+
+An array and not shards of JPEGs, because decoding is most of what reading costs (docs/data.md). All images have one size there,
+so each is stretched to a square; sizes.npy keeps what it was, and a crop chosen in the original's pixels, with its aspect ratio,
+is read from the part of the square that shows it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..._files import replace_file
+from ..errors import UserError
+from .open import open_images
+from .sources import ArrayImages, ImageDataset
+
+
+def pack(source: Path, out: Path, *, split: str | None = None, size: int = 256, channels: int | None = None) -> int:
+    """Write the folder `out`: images.npy (n, size, size, C) uint8, sizes.npy (n, 2), labels.npy (n,), classes.json; returns n.
+
+    Unreadable images are left out and printed. Raises UserError with nothing written when there is no image left, `out` is there
+    already, or does not fit on its disk.
+    """
+    if out.exists():
+        raise UserError(f"{out} must be a folder to be made; it is there already")
+    data = open_images(source, split, channels)
+    if isinstance(data, ArrayImages):
+        raise UserError(f"{data.path} is one array already; it needs no packing")
+    try:
+        with replace_file(out) as temporary:
+            temporary.mkdir()
+            _check_space(temporary, len(data) * size * size * data.channels)
+            count = _write(data, temporary, size)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    for failure in sorted(data.skipped.values(), key=lambda failure: failure.path):
+        print(f"skipped {failure}")
+    stored = (out / "images.npy").stat().st_size
+    print(f"{out}: {count} images of {size} x {size}, {stored / 1e6:.1f} MB, {len(data.skipped)} unreadable ones skipped")
+    return count
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder.parent} has {free / 1e9:.1f} GB free; the images need {needed / 1e9:.1f} GB")
+
+
+def _write(data: ImageDataset, folder: Path, size: int) -> int:
+    import numpy as np
+
+    shape = (size, size, data.channels)
+    kept, sizes = list[int](), list[tuple[int, int]]()
+    with open(folder / "images.npy", "wb") as file:
+        _write_header(file, (len(data), *shape))
+        for index, image, stored_size in _squares(data, size):
+            file.write(image.permute(1, 2, 0).contiguous().numpy().data)
+            kept.append(index)
+            sizes.append(stored_size)
+        if not kept:
+            first = next(iter(data.skipped.values()))
+            raise UserError(f"none of the {len(data)} images could be read; {first}")
+        file.seek(0)
+        _write_header(file, (len(kept), *shape))
+    np.save(folder / "sizes.npy", np.array(sizes, np.int32))
+    if data.classes:
+        np.save(folder / "labels.npy", data.labels[kept].numpy())
+        (folder / "classes.json").write_text(json.dumps(data.classes) + "\n")
+    return len(kept)
+
+
+def _write_header(file: Any, shape: tuple[int, ...]) -> None:
+    """The header of a uint8 .npy; NumPy leaves room for the first axis to change, so that its length does not."""
+    import numpy as np
+
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def _squares(data: ImageDataset, size: int) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+    """Index, pixels and original (height, width) of each readable image, in order; decoded by all cores."""
+
+    def square(index: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
+        seen = list[tuple[int, int]]()
+
+        def whole(height: int, width: int) -> tuple[int, int, int, int]:
+            seen.append((height, width))
+            return 0, 0, width, height
+
+        return data.try_read(index, (size, size), whole), seen
+
+    indices = iter(range(len(data)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while chunk := list(islice(indices, 256)):
+            for index, (image, seen) in zip(chunk, pool.map(square, chunk), strict=True):
+                if image is not None:
+                    yield index, image, seen[0]

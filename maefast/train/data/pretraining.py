@@ -1,0 +1,176 @@
+"""Images to batches. What a batch holds depends on the seed, the epoch and the indices alone: neither the number of workers nor
+an interruption changes it."""
+
+import random
+import signal
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import UserError
+from .crops import centred, drawn
+from .order import draw_of, epoch_order
+
+if TYPE_CHECKING:
+    from .sources import ImageDataset
+
+AUGMENTATIONS = ("none", "crop", "rrc", "rrc+jitter")
+JITTER = 0.4  # brightness, contrast and saturation change by a factor of 1 - JITTER to 1 + JITTER
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
+UNREADABLE_RUN = 100  # unreadable images in a row, from which on it is no accident
+
+Key = tuple[int, int]  # epoch, index
+Sample = tuple[Tensor | None, list[str]]  # an image, None where too many could not be read; what was unreadable on the way to it
+Batch = tuple[Tensor, list[str]]  # images (N, C, H, W) uint8, and what was unreadable
+
+
+def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
+    """Brightness, contrast and saturation of image (C, H, W) uint8 changed by random factors, in random order; saturation where
+    C = 3. Each is a blend rounded to uint8, its means are sums of integers, so that results do not depend on threads."""
+    changes = ["brightness", "contrast"] + (["saturation"] if len(image) == 3 else [])
+    draw.shuffle(changes)
+    weights = torch.tensor(LUMA if len(image) == 3 else (1 / len(image),) * len(image))
+    for change in changes:
+        factor = draw.uniform(1 - JITTER, 1 + JITTER)
+        if change == "brightness":
+            other = torch.zeros(())
+        elif change == "contrast":
+            other = (weights * image.sum(dim=(1, 2)) / image[0].numel()).sum()
+        else:
+            other = (weights[:, None, None] * image).sum(dim=0)
+        image = (other + factor * (image - other)).round().clamp(0, 255).to(torch.uint8)
+    return image
+
+
+class Augmented(Dataset[Sample]):
+    """Crops and flips of the images of `data`, by (epoch, index).
+
+    augment  "none" (the largest centred box), "crop" (a box of a fixed size), "rrc" (of random size and aspect) or "rrc+jitter"
+             (the same, then colour_jitter)
+    flip     mirror half of the images
+    An unreadable image gives way to the one after it, and is named beside it.
+    """
+
+    def __init__(self, data: "ImageDataset", size: tuple[int, int], augment: str, flip: bool, seed: int):
+        self.data, self.size, self.augment, self.flip, self.seed = data, size, augment, flip, seed
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key
+        unreadable = list[str]()
+        while True:
+            draw = draw_of(self.seed, epoch, index)
+            view = drawn(draw, self.size, self.augment, self.flip)
+            try:
+                image = self.data.read(index, self.size, view.box)
+            except UserError as error:
+                unreadable.append(str(error))
+                if len(unreadable) == min(UNREADABLE_RUN, len(self.data)):
+                    return None, unreadable  # an exception would cross from the worker with its traceback in the message
+                index = (index + 1) % len(self.data)
+                continue
+            image = image.flip(-1) if view.flip else image
+            return colour_jitter(image, draw) if self.augment == "rrc+jitter" else image, unreadable
+
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        """The samples of a batch, as DataLoader asks for them."""
+        if self.augment != "none" or self.flip:
+            return [self[key] for key in keys]
+        try:
+            images = self.data.read_many([index for _, index in keys], self.size, partial(centred, size=self.size))
+            return [(image, []) for image in images]
+        except UserError:
+            return [self[key] for key in keys]  # each unreadable image is named, and gives way
+
+
+def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:
+    """Up to `count` images of all of the data set, without augmentation; None with the reason for one that cannot be read."""
+    for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
+        try:
+            yield data.read(index, size, partial(centred, size=size)), []
+        except UserError as error:
+            yield None, [str(error)]
+
+
+class Keys(Sampler[list[Key]]):
+    """The first `batches` batches of each of `epochs`, in the first one from batch `skip` on; the rest of an epoch is dropped.
+
+    share  (rank, size): of each `size` batches in order, this process among `size` takes the one at `rank`
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, batches: int, seed: int, epochs: range, skip: int = 0, share: tuple[int, int] = (0, 1)
+    ):
+        self.count, self.batch_size, self.batches, self.seed = count, batch_size, batches, seed
+        self.epochs, self.skip, self.share = epochs, skip, share
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        rank, size = self.share
+        for epoch in self.epochs:
+            order = epoch_order(self.count, self.seed, epoch)
+            for batch in range(self.skip if epoch == self.epochs.start else 0, self.batches):
+                start = (batch * size + rank) * self.batch_size
+                yield [(epoch, index) for index in order[start : start + self.batch_size]]
+
+    def __len__(self) -> int:
+        return max(0, len(self.epochs) * self.batches - self.skip)
+
+
+def _collate(samples: list[Sample]) -> Sample:
+    images = [image for image, _ in samples if image is not None]
+    unreadable = [line for _, lines in samples for line in lines]
+    return torch.stack(images) if len(images) == len(samples) else None, unreadable
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's signals reach the whole process group; the training process ends the workers when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
+    """uint8 batches (N, C, H, W) in the order of `keys`, each with what was unreadable.
+
+    Raises UserError when too many images cannot be read.
+    """
+    loader = DataLoader(
+        images,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # its draws leave the global generator alone
+    )
+    for images_or_none, unreadable in _reporting_deaths(iter(loader)) if workers else loader:
+        if images_or_none is None:
+            raise UserError(f"--data_path must hold images that can be read; too many cannot be, such as {unreadable[-1]}")
+        yield images_or_none, unreadable
+
+
+def _reporting_deaths(batches: Iterator[Sample]) -> Iterator[Sample]:
+    """The same; where a worker's pipe breaks, torch's handler of SIGCHLD has the time to raise the reason."""
+    while True:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except (EOFError, OSError):
+            time.sleep(1)
+            raise
+
+
+@contextmanager
+def dead_workers_reported() -> Iterator[None]:
+    """UserError when a process that loads images dies: torch's handler raises wherever the training happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that loads images died ({error}); a smaller --num_workers needs less memory") from error

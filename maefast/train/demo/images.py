@@ -1,0 +1,145 @@
+"""Images for the demo, all in memory as uint8: scikit-learn's digits and photographs, or any folder."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.crops import centre_square
+from ..data.open import folder_images
+from ..data.splits import stratified_split
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size, split into those to train on and those held out."""
+
+    images: Tensor  # (N, C, S, S) uint8; S is the model's side, or more where training crops at random
+    train: Tensor  # (n,) int64, indices of the images to train on
+    held_out: Tensor  # (m,) int64, the others
+    labels: Tensor | None = None  # (N,) int64, -1 where there is none
+    classes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()  # (path, why) of each unreadable file
+
+
+def digits(seed: int) -> ImageSet:
+    """scikit-learn's 1797 handwritten digits: (1797, 1, 8, 8) uint8 with 10 classes; a third is held out."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images / 16.0 * 255.0).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(bunch.target).long()
+    train, held_out = stratified_split(labels, 1 / 3, seed)
+    return ImageSet(images, train, held_out, labels, tuple(str(name) for name in bunch.target_names))
+
+
+# Per photograph, the part of its width that is held out: the right half of the pavilion, of the flower.
+HELD_OUT_BANDS = {"china.jpg": (0.32, 0.55), "flower.jpg": (0.48, 0.71)}
+
+
+def photographs(side: int) -> ImageSet:
+    """scikit-learn's two photographs as overlapping tiles at three scales: (N, 3, side, side) uint8.
+
+    A band of each photograph is held out: no tile to train on reaches into it, and the held-out tiles lie within it.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    train, held_out = list[Tensor](), list[Tensor]()
+    bunch = load_sample_images()
+    for name, pixels in zip(bunch.filenames, bunch.images, strict=True):
+        photo = Image.fromarray(pixels)
+        for scale in (0.7, 0.5, 0.4):
+            width, height = round(photo.width * scale), round(photo.height * scale)
+            resized = np.array(photo.resize((width, height), Image.Resampling.BICUBIC))
+            picture = torch.from_numpy(resized).permute(2, 0, 1)
+            left, right = (round(edge * width) for edge in HELD_OUT_BANDS[Path(name).name])
+            train += _tiles(picture[:, :, :left], side) + _tiles(picture[:, :, right:], side)
+            held_out += _tiles(picture[:, :, left:right], side)
+    order = torch.arange(len(train) + len(held_out))
+    return ImageSet(torch.stack(train + held_out), order[: len(train)], order[len(train) :])
+
+
+def _tiles(picture: Tensor, side: int) -> list[Tensor]:
+    """The (C, side, side) tiles of a (C, H, W) picture, a sixteenth of their side apart; none where it is smaller than one."""
+    (_, height, width), stride = picture.shape, max(1, side // 16)
+    rows, cols = range(0, height - side + 1, stride), range(0, width - side + 1, stride)
+    return [picture[:, r : r + side, c : c + side] for r in rows for c in cols]
+
+
+def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude: Path | None = None) -> ImageSet:
+    """At most `limit` images below `root`, chosen at random, as (N, 3, side, side) uint8; a fifth is held out.
+
+    An image's label is the first folder below `root` on its way (below `train`, `val` and the like, where those come first).
+    Unreadable files are skipped and listed. Raises UserError when fewer than two images can be read.
+    """
+    data = folder_images(root, channels=3, exclude=exclude)
+    shuffled = iter(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist())
+    images, kept = list[Tensor](), list[int]()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while len(images) < limit and (chunk := list(islice(shuffled, min(256, limit - len(images))))):
+            for index, image in zip(chunk, pool.map(lambda i: data.try_read(i, (side, side), centre_square), chunk), strict=True):
+                if image is not None:
+                    images.append(image)
+                    kept.append(index)
+    skipped = [(error.path, error.why) for error in data.skipped.values()]
+    if len(images) < 2:
+        what = f"{len(images)} of {len(data)} files could be read"
+        why = "".join(f"; {path}: {reason}" for path, reason in skipped[:3])
+        raise UserError(f"{root} must hold at least two images, one to train on and one to hold out; {what}{why}")
+    labels = data.labels[kept]
+    train, held_out = stratified_split(labels, 1 / 5, seed)
+    return ImageSet(torch.stack(images), train, held_out, labels, data.classes, tuple(sorted(skipped)))
+
+
+def enough_per_class(data: ImageSet, labelled: int) -> ImageSet | None:
+    """`data` with only the classes that have `labelled` images to train on and one held out; None if fewer than two are left."""
+    if data.labels is None:
+        return None
+    train, held_out = (
+        torch.bincount(data.labels[ids] + 1, minlength=len(data.classes) + 1)[1:] for ids in (data.train, data.held_out)
+    )
+    large = ((train >= labelled) & (held_out >= 1)).nonzero().flatten()
+    if len(large) < 2:
+        return None
+    index = torch.full((len(data.classes) + 1,), -1)
+    index[large] = torch.arange(len(large))
+    labels = index[data.labels]  # the label -1 reads the last entry, which is -1
+    ids = [part[labels[part] >= 0] for part in (data.train, data.held_out)]
+    classes = tuple(data.classes[i] for i in large.tolist())
+    return replace(data, labels=labels, classes=classes, train=ids[0], held_out=ids[1])
+
+
+def batches(data: ImageSet, side: int, batch_size: int, generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+    """Endless (batch_size, C, side, side) uint8 batches of the images to train on, each pass in a new order.
+
+    Larger images are cropped at random, and mirrored at random if `flip`.
+    """
+    queue = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, data.train[torch.randperm(len(data.train), generator=generator)]])
+        ids, queue = queue[:batch_size], queue[batch_size:]
+        batch = data.images[ids]
+        if batch.shape[-1] > side:
+            room = batch.shape[-1] - side + 1
+            offsets = torch.randint(room, (batch_size, 2), generator=generator).tolist()
+            pairs = zip(batch, offsets, strict=True)
+            batch = torch.stack([image[:, r : r + side, c : c + side] for image, (r, c) in pairs])
+        if flip:
+            mirrored = torch.rand(batch_size, generator=generator) < 0.5
+            batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+        yield batch
+
+
+def centre_crops(images: Tensor, side: int) -> Tensor:
+    """(N, C, S, S) -> (N, C, side, side)."""
+    start = (images.shape[-1] - side) // 2
+    return images[..., start : start + side, start : start + side]

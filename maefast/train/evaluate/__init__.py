@@ -1,0 +1,1 @@
+"""`maefast extract`, `knn`, `linprobe`, `finetune`, `partial`, `reconstruct` and `robustness`."""

@@ -1,0 +1,44 @@
+"""The classifiers that fine-tuning writes: what it takes to build one again stands beside its weights."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...checkpoint import CheckpointError
+from ...checkpoint.architecture import Architecture, Facts, encoder_arguments, infer
+from ...checkpoint.candidates import read
+from ...encoder import VisionTransformer
+from ..errors import UserError
+
+
+class Classifier(NamedTuple):
+    model: VisionTransformer
+    classes: tuple[str, ...]
+    crop_pct: float | None  # of the largest centred box, per side, with which it was scored; None: crops.usual_scale
+
+
+def described(model: VisionTransformer, classes: Sequence[str], crop_pct: float | None) -> dict[str, Any]:
+    """What a checkpoint of `model` has to hold for `load_classifier`, beside the weights."""
+    first: Any = model.blocks[0]
+    mean, std = (None if buffer is None else buffer.tolist() for buffer in (model.mean, model.std))
+    facts = Facts(first.attn.num_heads, 1, model.patch_embed.img_size, False, first.norm1.eps, mean=mean, std=std)
+    architecture = infer(model.state_dict(), facts, Path("the model"), model.patch_embed.grid_size)
+    ours = {name: value for name, value in asdict(architecture).items() if not name.startswith("decoder_")}
+    return {"architecture": ours, "global_pool": model.global_pool, "classes": list(classes), "crop_pct": crop_pct}
+
+
+def load_classifier(path: Path) -> Classifier:
+    """A classifier that `maefast finetune` or `partial` wrote, in eval mode on the CPU. Raises UserError for any other file."""
+    try:
+        contents = read(path)
+    except (CheckpointError, OSError) as error:
+        raise UserError(str(error)) from error
+    facts = contents.ignored.get("classifier")
+    if not isinstance(facts, dict):
+        raise UserError(f"CHECKPOINT must be a classifier that maefast finetune or partial wrote; {path} is another file")
+    decoder: dict[str, Any] = {"decoder_embed_dim": 1, "decoder_depth": 0, "decoder_num_heads": 1}
+    ours = encoder_arguments(Architecture(**decoder, **facts["architecture"]).arguments())
+    model = VisionTransformer(**ours, num_classes=len(facts["classes"]), global_pool=facts["global_pool"])
+    model.load_state_dict(contents.tensors)
+    return Classifier(model.eval(), tuple(facts["classes"]), facts["crop_pct"])

@@ -1,0 +1,137 @@
+"""Features of a frozen encoder: read from a checkpoint, computed for every image of a data set, written to a file."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checkpoint
+from ...backbone import Backbone
+from ...checkpoint.architecture import encoder_arguments
+from ...encoder import VisionTransformer
+from ...init import sincos_positions
+from ..data.crops import still
+from ..data.labelled import read_batches
+from ..errors import UserError, require
+from ..files import replace_file, writing
+
+KINDS = ("cls", "mean", "all")
+FORMATS = (".npy", ".parquet")
+
+
+def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any) -> VisionTransformer:
+    """The encoder of a checkpoint in any layout of maefast.checkpoint; a decoder stays where it is.
+
+    random_init    its architecture alone, with weights drawn as VisionTransformer draws them, and sin-cos positions
+    options        arguments of VisionTransformer; num_classes is 0 by default
+    Raises UserError for a checkpoint without an encoder, or one that does not fit the options.
+    """
+    initial = dict[str, Tensor]()
+
+    def build(**arguments: Any) -> VisionTransformer:
+        encoder = VisionTransformer(**{"num_classes": 0} | encoder_arguments(arguments))
+        if random_init:
+            initial.update({name: tensor.clone() for name, tensor in encoder.state_dict().items()})
+            initial["pos_embed"] = sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size)
+        return encoder
+
+    try:
+        encoder, _ = checkpoint.from_pretrained(
+            build, path, **{"decoder_num_heads": 1} | options
+        )  # of a decoder that is not built
+    except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if random_init:
+        encoder.load_state_dict(initial)
+    return encoder
+
+
+def check_fits(model: Backbone, images: Any) -> None:
+    """Raise UserError unless `images` (an ImageDataset) has as many channels as the model takes, and mean and std are known."""
+    if (channels := model.patch_embed.proj.in_channels) != images.channels:
+        raise UserError(f"the data must have {channels} channels, as the checkpoint's images; they have {images.channels}")
+    if model.mean is None:
+        raise UserError(f"--mean and --std must be given for images of {channels} channels: the checkpoint does not tell them")
+
+
+@torch.no_grad()
+def pooled(encoder: VisionTransformer, imgs: Tensor, kind: str) -> Tensor:
+    """Of imgs (N, C, H, W), after `norm`, in fp32.
+
+    kind    "cls": the class token (N, D); "mean": that of the patch tokens (N, D); "all": (N, 1+L, D), the class token first
+    """
+    tokens = encoder.encode(imgs).float()
+    return {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1), "all": lambda: tokens}[kind]()
+
+
+def features_of(
+    encoder: VisionTransformer, images: Any, kind: str, *, batch_size: int = 256, part: float | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`pooled` features, on the CPU, and labels of all images in their order, batch by batch.
+
+    part    of the largest centred box of the encoder's proportions that is looked at, per side; None: crops.usual_scale
+    """
+    size, device = encoder.patch_embed.img_size, encoder.cls_token.device
+    batches = torch.arange(len(images)).split(batch_size)
+    encoder.eval()
+    for imgs, labels in read_batches(images, batches, size, still(size, part)):
+        yield pooled(encoder, imgs.to(device), kind).cpu(), labels
+
+
+def collect(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Features and labels of all batches in memory."""
+    features, labels = zip(*batches, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def check_output(out: Path) -> None:
+    """Raise UserError unless features can be written to `out`, by its suffix, and what that needs is installed."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"OUT must end in {' or '.join(FORMATS)}; it is {out}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"OUT must be a file in a folder that exists; it is {out}")
+    package = "numpy" if out.suffix == ".npy" else "pyarrow"
+    require(f"{out.suffix} needs", {package: package}, "eval")
+
+
+def write_features(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], out: Path) -> None:
+    """Features (count, *shape) of `batches` to `out`, whole or not at all, one batch in memory at a time.
+
+    .npy        float32 (count, *shape)
+    .parquet    columns `features`, a list of fixed length (tokens one after the other), and `label`, null where there is none;
+                the metadata of its schema has `shape`
+    """
+    check_output(out)
+    with writing("OUT", out), replace_file(out) as temporary:
+        (_write_npy if out.suffix == ".npy" else _write_parquet)(batches, count, shape, temporary)
+
+
+def _write_npy(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], path: Path) -> None:
+    import numpy as np
+
+    array, done = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, *shape)), 0
+    with path.open("r+b") as file:  # a page that finds no room on a full disk ends the process with SIGBUS
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    for features, _ in batches:
+        array[done : done + len(features)] = features.numpy()
+        done += len(features)
+    array.flush()
+
+
+def _write_parquet(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    width = torch.Size(shape).numel()
+    schema = pa.schema(
+        [("features", pa.list_(pa.float32(), width)), ("label", pa.int64())],
+        metadata={"shape": ",".join(map(str, (count, *shape)))},
+    )
+    with parquet.ParquetWriter(path, schema) as writer:
+        for features, labels in batches:
+            rows = pa.FixedSizeListArray.from_arrays(pa.array(features.flatten().numpy()), width)
+            known = pa.array(labels.numpy(), mask=(labels < 0).numpy())
+            writer.write_batch(pa.record_batch([rows, known], schema=schema))

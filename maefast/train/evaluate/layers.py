@@ -1,0 +1,62 @@
+"""What fine-tuning changes of an encoder: which parameters learn, and how fast each of them does."""
+
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...encoder import VisionTransformer
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer of an encoder's parameter: 0 for the embeddings, 1 to depth for the blocks, depth + 1 for what comes after."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def layer_decay_groups(encoder: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters for an optimizer, each with `lr_scale`: layer_decay to the number of layers above it
+    (Clark et al. 2020). One-dimensional parameters, class token and positions get no weight decay."""
+    depth, undecayed = len(encoder.blocks), encoder.no_weight_decay()
+    groups = defaultdict[tuple[int, float], list[nn.Parameter]](list)
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.dim() <= 1 or name in undecayed else weight_decay
+            groups[layer_of(name, depth), decay].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": layer_decay ** (depth + 1 - layer)}
+        for (layer, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def train_last_blocks(encoder: VisionTransformer, blocks: float) -> None:
+    """Freeze all but the head and the last `blocks` blocks with the norm after them (He et al. 2022, figure 9).
+
+    blocks    0 (the head alone), 0.5 (the MLP of the last block, and its norm) or 1 to depth
+    Frozen blocks lose their stochastic depth. Raises ValueError for another number.
+    """
+    depth, all_blocks = len(encoder.blocks), list[Any](encoder.blocks)
+    if not (0 <= blocks <= depth and (blocks == 0.5 or blocks == int(blocks))):
+        raise ValueError(f"blocks must be 0.5 or a whole number from 0 to {depth}, the depth of the encoder; it is {blocks:g}")
+    encoder.requires_grad_(False)
+    learning: list[nn.Module] = [encoder.head]
+    if blocks:
+        learning.append(encoder.fc_norm if encoder.global_pool else encoder.norm)
+    if blocks == 0.5:
+        learning += [all_blocks[-1].norm2, all_blocks[-1].mlp]
+    whole = all_blocks[depth - int(blocks) :]
+    for module in (*learning, *whole):
+        module.requires_grad_(True)
+    for block in all_blocks[: depth - int(blocks)]:
+        block.drop_path = 0.0
+
+
+def reset_head(encoder: VisionTransformer, std: float) -> None:
+    """Draw the head's weights from N(0, std) cut off at -2 and 2; its biases are 0."""
+    head: Any = encoder.head
+    weight: Tensor = head.weight
+    nn.init.trunc_normal_(weight, std=std)
+    nn.init.zeros_(head.bias)

@@ -1,0 +1,65 @@
+"""A checkpoint and images to evaluate it on, opened so that they fit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import checkpoint
+from ...encoder import VisionTransformer
+from ...model import MAE
+from ..data.labelled import Chosen, Labelled
+from ..device import find_device
+from ..errors import UserError
+from ..variants import variant_with
+from .features import check_fits, load_encoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and what it may not tell; None: what it tells."""
+
+    checkpoint: Path
+    input_size: int | None = None
+    num_heads: int | None = None
+    decoder_num_heads: int | None = None  # of reconstruct alone
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    random_init: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def overrides(self) -> dict[str, Any]:
+        given = {"img_size": self.input_size, "mean": self.mean, "std": self.std}
+        given |= {"num_heads": self.num_heads, "decoder_num_heads": self.decoder_num_heads}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def encoder(self, **options: Any) -> VisionTransformer:
+        """On its device; all that is random later follows from the seed too."""
+        torch.manual_seed(self.seed)
+        encoder = load_encoder(self.checkpoint, random_init=self.random_init, **self.overrides(), **options)
+        return encoder.to(find_device(self.device))
+
+
+def load_mae(source: Source) -> MAE:
+    """The whole model of a checkpoint. Raises UserError for one without decoder."""
+    torch.manual_seed(source.seed)
+    try:
+        model, report = checkpoint.from_pretrained(MAE, source.checkpoint, **source.overrides())
+        if (cls := variant_with(report.ignored)) is not MAE:
+            model, report = checkpoint.from_pretrained(cls, source.checkpoint, **source.overrides())
+    except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if not report.has_decoder:
+        raise UserError(f"CHECKPOINT must have a decoder to reconstruct with; {source.checkpoint} has none")
+    return model
+
+
+def prepared(source: Source, data: Labelled, **options: Any) -> tuple[VisionTransformer, Chosen, Any]:
+    """The encoder, the images to learn from and those to score, which fit it."""
+    encoder = source.encoder(**options)
+    train, taken, evaluated = data.opened(encoder.patch_embed.proj.in_channels, source.seed)
+    for images in (train, evaluated):
+        check_fits(encoder, images)
+    return encoder, Chosen(train, taken), evaluated

@@ -1,0 +1,1 @@
+"""`maefast pretrain` and `maefast submit`."""

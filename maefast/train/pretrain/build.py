@@ -1,0 +1,67 @@
+"""What a pre-training needs before it starts: options that fit, images, the model."""
+
+from typing import Any
+
+import torch
+
+from ... import models_mae
+from ...model import MAE
+from ..data.open import open_images
+from ..data.sources import ImageDataset
+from ..errors import UserError
+from ..group import Group
+from ..masks import check_sampler
+from ..variants import variant
+from .options import Options
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
+def training_images(options: Options) -> ImageDataset:
+    """The images to train on. Raises UserError."""
+    return open_images(options.data_path, "train", options.in_chans)
+
+
+def check_options(options: Options, group: Group, batch: int, images: int) -> None:
+    """Raise UserError unless the options fit each other, the processes and that many images, `batch` of them a step."""
+    if images < batch:
+        needed = f"--batch_size x --accum_iter{' x processes' if group.world_size > 1 else ''} = {batch} images"
+        raise UserError(f"--data_path must hold at least {needed}; {options.data_path} holds {images}")
+    if options.start_epoch >= options.epochs:
+        raise UserError(f"--start_epoch must be less than --epochs, {options.epochs}; it is {options.start_epoch}")
+    if options.fsdp and group.local_rank is None:
+        raise UserError("--fsdp must run in several processes (torchrun --nproc_per_node N); this one was started alone")
+    if options.reference and group.local_rank is not None:
+        raise UserError(f"--reference must run in a process started alone; there are {group.world_size}")
+
+
+def find_autocast(options: Options, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of --amp, None for off. Raises UserError for one that the device cannot run."""
+    amp = options.amp or ("bf16" if device.type == "cuda" else "off")
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(f"--amp fp16 must run on a GPU; the device is {device}")
+    return DTYPES[amp]
+
+
+def build_model(options: Options, channels: int) -> MAE:
+    """A fresh model, its weights from the seed. Raises UserError for sizes or a mask ratio that do not fit together."""
+    given: dict[str, Any] = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    half = None if channels == 3 else (0.5,) * channels
+    given |= {"mean": options.mean or half, "std": options.std or half, "norm_pix_loss": options.norm_pix_loss}
+    given["model_class"] = variant(options.mask_tokens_in_encoder, options.target)
+    torch.manual_seed(options.seed)
+    try:
+        model: MAE = getattr(models_mae, options.model)(img_size=options.input_size, in_chans=channels, **given)
+    except ValueError as error:
+        raise UserError(f"--model {options.model} cannot be built with --input_size {options.input_size}: {error}") from error
+    patches = model.patch_embed.num_patches
+    kept = int(patches * (1 - options.mask_ratio))
+    if not 0 < kept < patches:
+        what = f"{options.mask_ratio} keeps {kept} of {patches}"
+        raise UserError(f"--mask_ratio must keep at least one patch and remove at least one; {what}")
+    try:
+        check_sampler(options.sampler, model.patch_embed.grid_size, kept)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    return model

@@ -1,0 +1,146 @@
+"""The options of `maefast pretrain`: one table for flags, configuration files and Python."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ... import models_mae
+from ..data.pretraining import AUGMENTATIONS
+from ..errors import UserError
+from ..masks import SAMPLERS
+from ..values import RATIO, SEED, Parse, nearest, number, numbers, one_of, whole
+from ..variants import TARGETS
+
+MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("mae_vit_")))
+
+
+def option(default: Any, parse: Parse | None, help: str, metavar: str | None = None) -> Any:
+    """A field of Options; without `parse` it is a switch, with the flags --name and --no_name."""
+    return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to pre-train; the names are those of the official launcher where it has the option. None: chosen by the run."""
+
+    data_path: Path = option(Path("data"), Path, "the images, or a folder with them in train/", "PATH")
+    output_dir: Path = option(Path("output_dir"), Path, "for checkpoints, log.txt and pictures", "DIR")
+    log_dir: Path | None = option(None, Path, "for TensorBoard, where it is installed (output_dir)", "DIR")
+    resume: str = option("", str, "auto: go on with the newest checkpoint of output_dir, if any; or a checkpoint", "auto|FILE")
+    start_epoch: int = option(0, whole(0), "the number of the first epoch of a fresh run")
+    model: str = option("mae_vit_large_patch16", one_of(MODELS), "a factory of maefast", "NAME")
+    input_size: int = option(224, whole(1), "side of the images")
+    patch_size: int | None = option(None, whole(1), "side of a patch, where not the model's")
+    embed_dim: int | None = option(None, whole(1), "width of the encoder, where not the model's")
+    depth: int | None = option(None, whole(1), "blocks of the encoder, likewise")
+    num_heads: int | None = option(None, whole(1), "heads of the encoder, likewise")
+    decoder_embed_dim: int | None = option(None, whole(1), "width of the decoder, likewise")
+    decoder_depth: int | None = option(None, whole(1), "blocks of the decoder, likewise")
+    decoder_num_heads: int | None = option(None, whole(1), "heads of the decoder, likewise")
+    in_chans: int | None = option(None, whole(1), "channels that the images are converted to, where not their own")
+    mean: tuple[float, ...] | None = option(
+        None, numbers(0), "of the pixels in 0..1 per channel (3: ImageNet's, else 0.5)", "M,.."
+    )
+    std: tuple[float, ...] | None = option(None, numbers(0, above=True), "likewise", "S,..")
+    mask_ratio: float = option(0.75, RATIO, "part of the patches that is removed")
+    sampler: str = option("random", one_of(SAMPLERS), "which patches are removed: any, blocks, all but one of each 2 x 2")
+    target: str = option(None, one_of(TARGETS), "pixels, normalised per patch, or their principal components (pixel)")
+    norm_pix_loss: bool = option(False, None, "--target norm")
+    mask_tokens_in_encoder: bool = option(False, None, "run the encoder on all tokens, mask tokens among them")
+    augment: str = option(
+        "rrc", one_of(AUGMENTATIONS), "none: centre; crop: of a fixed size; rrc: of random size and aspect; jitter: of colours"
+    )
+    flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
+    batch_size: int = option(64, whole(1), "images of one forward of one process")
+    accum_iter: int = option(1, whole(1), "forwards of one step of the optimizer")
+    epochs: int = option(400, whole(1), "passes over the images")
+    warmup_epochs: int = option(40, whole(0), "epochs of linear warm-up")
+    blr: float = option(1e-3, number(0), "base learning rate: lr = blr x batch_size x accum_iter x processes / 256")
+    lr: float | None = option(None, number(0), "learning rate, instead")
+    min_lr: float = option(0.0, number(0), "where the cosine ends")
+    weight_decay: float = option(0.05, number(0), "of all but biases and one-dimensional parameters")
+    clip_grad: float | None = option(None, number(0, above=True), "greatest norm of the gradient")
+    amp: str | None = option(None, one_of(("bf16", "fp16", "off")), "autocast (bf16 on a GPU, off on a CPU)", "bf16|fp16|off")
+    reference: bool = option(False, None, "run the plain eager model instead, for comparison: the same losses, more slowly")
+    device: str | None = option(None, str, "cuda or cpu (cuda where there is one)")
+    seed: int = option(0, SEED, "of weights, order, crops and masks")
+    num_workers: int = option(min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on it")
+    pin_mem: bool = option(True, None, "page-locked batches for a GPU")
+    rewind: int = option(0, whole(0), "how often a loss that is not finite may lead back to the last checkpoint, not end the run")
+    save_steps: int = option(0, whole(0), "also save after so many steps within an epoch; 0: after epochs alone")
+    keep: int = option(3, whole(1), "checkpoints that are kept, the newest")
+    compile: bool = option(False, None, "run the model under torch.compile")
+    fsdp: bool = option(False, None, "spread weights and optimizer over the processes instead of copying them")
+    world_size: int | None = option(None, whole(1), "processes that were started, where that is to be checked")
+    local_rank: int | None = option(None, whole(0), "of this process on its machine, where the launcher sets no LOCAL_RANK")
+    dist_on_itp: bool = option(False, None, "take rank and world size from Open MPI's variables")
+    dist_url: str = option("env://", str, "where the processes meet: env://, tcp://HOST:PORT or file:///PATH", "URL")
+    pictures: int = option(8, whole(0), "images whose reconstruction is drawn after each epoch")
+
+    def __post_init__(self) -> None:
+        """Every value as its flag takes it: raises UserError for the others."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not None or entry.default is not None:
+                object.__setattr__(self, entry.name, _parsed(entry.name, value, entry.metadata["parse"]))
+        target = self.target or ("norm" if self.norm_pix_loss else "pixel")
+        if self.norm_pix_loss and target != "norm":
+            raise UserError(f"--target must be norm where there is --norm_pix_loss; it is {target}")
+        if self.reference and (self.mask_tokens_in_encoder or target == "pca"):
+            raise UserError("--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model")
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "norm_pix_loss", target == "norm")
+
+
+def from_arguments(given: Mapping[str, Any]) -> Options:
+    """Build Options from flags, and from the YAML file `config` among them for the others. Raises UserError for a wrong file."""
+    return Options(**with_config(given))
+
+
+def with_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags with the entries of the YAML file that `config` names, if any; flags win."""
+    config, values = given.get("config"), {name: value for name, value in given.items() if name != "config"}
+    return values if config is None else _read_config(config) | values
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError('--config needs PyYAML: pip install "maefast[train]"') from error
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config must be a file; {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config must be YAML; {path} is not: {' '.join(str(error).split())}") from error
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict):
+        raise UserError(f"--config must hold options by name; {path} holds a {type(entries).__name__}")
+    known = {entry.name: entry for entry in fields(Options)}
+    values = dict[str, Any]()
+    for name, value in entries.items():
+        if name not in known:
+            raise UserError(f"{path}: there is no option {str(name)!r}; {nearest(str(name), known)}")
+        off = name == "amp" and value is False  # YAML's reading of off
+        try:
+            values[name] = _parsed(name, "off" if off else value, known[name].metadata["parse"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    return values
+
+
+def _parsed(name: str, value: Any, parse: Parse | None) -> Any:
+    """The value of a flag, from a text, a number, a path, true or false, or a list. Raises UserError for one it does not take."""
+    if parse is None:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} must be true or false; it is {value!r}")
+        return value
+    try:
+        return parse(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name} {error}") from error

@@ -1,0 +1,86 @@
+"""What a run prints: a bar on a terminal and lines elsewhere."""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from signal import Signals
+from typing import Any
+
+import torch
+
+LINES_APART = 30.0  # seconds, where there is no terminal
+
+
+class Report:
+    """Speed and loss of a run of `steps` optimizer steps, `done` of them in an earlier process; each has `images` images.
+
+    quiet  prints nothing: another process of the run does
+    """
+
+    def __init__(self, steps: int, done: int, images: int, device: torch.device, quiet: bool = False):
+        self.steps, self.done, self.first, self.images, self.device = steps, done, done, images, device
+        self.quiet = quiet
+        self.waited = 0.0  # seconds without a batch
+        self.started = self.last_line = time.perf_counter()
+        self.bar: Any = None
+        if not quiet and sys.stderr.isatty() and find_spec("tqdm") is not None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, initial=done, unit=" steps", desc="pretrain")
+
+    def step(self, epoch: int, loss: float, lr: float) -> None:
+        """One more step is done."""
+        self.done += 1
+        if self.bar is not None:
+            figures = self.figures()
+            speed = {"images/s": f"{figures['images_per_second']:.0f}", "wait": f"{figures['data_wait']:.0%}"}
+            self.bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", lr=f"{lr:.2e}", **speed, refresh=False)
+            self.bar.update()
+        elif time.perf_counter() - self.last_line >= LINES_APART:
+            self.line(f"epoch {epoch}, step {self.done}/{self.steps}", loss, lr)
+
+    def line(self, title: str, loss: float, lr: float) -> None:
+        """One plain line, above the bar where there is one."""
+        figures = self.figures()
+        left = figures["seconds"] / max(1, self.done - self.first) * (self.steps - self.done)
+        text = (
+            f"{title}: loss {loss:.4f}, lr {lr:.3g}, {figures['images_per_second']:.0f} images/s, "
+            f"{figures['data_wait']:.0%} of the time waiting for data, {figures['memory_gib']:.2f} GiB, {left:.0f} s left"
+        )
+        self.say(text)
+        self.last_line = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        elif not self.quiet:
+            print(text, flush=True)
+
+    def figures(self) -> dict[str, float]:
+        """Of this process so far: images_per_second, data_wait (a share of the time), memory_gib (the peak), seconds."""
+        seconds = time.perf_counter() - self.started
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device) / 2**30
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        speed = (self.done - self.first) * self.images / seconds
+        return {"images_per_second": speed, "data_wait": self.waited / seconds, "memory_gib": memory, "seconds": seconds}
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def conclude(summary: Mapping[str, Any]) -> None:
+    """Print the summary of a run."""
+    how = "done" if summary["finished"] else f"stopped by {Signals(summary['signal']).name}, --resume auto goes on"
+    speed = f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.0%} of the time waiting for data"
+    print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s, {speed}", flush=True)
+    if summary["unreadable"]:
+        print(f"{summary['unreadable']} unreadable images skipped", flush=True)
+    if summary["rewinds"]:
+        times = "time" if summary["rewinds"] == 1 else "times"
+        print(f"rewound {summary['rewinds']} {times} after a loss that was not finite", flush=True)
+    print(f"checkpoint: {summary['checkpoint']}", flush=True)

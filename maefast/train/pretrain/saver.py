@@ -1,0 +1,100 @@
+"""The checkpoints of a run: which one it goes on from, those that it writes, and the one that it rewinds to."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.architecture import of_model
+from ...model import MAE
+from .. import checkpoints
+from ..checkpoints import Position
+from ..errors import UserError
+from ..group import Group
+from .options import Options
+from .report import Report
+from .state import RunState
+
+
+class Saver:
+    """Checkpoints of the run of `options` in its output_dir.
+
+    batch     images of a step
+    images    images of the data set
+    newest    the last checkpoint that was written, or that the run goes on from
+    """
+
+    def __init__(self, options: Options, group: Group, model: MAE, batch: int, images: int):
+        self.options, self.group, self.folder = options, group, options.output_dir
+        self.newest: Path | None = None
+        self.architecture = asdict(of_model(model))
+        facts = {f"the model's {name}": value for name, value in self.architecture.items()}
+        variant = {"the target": options.target, "--mask_tokens_in_encoder": options.mask_tokens_in_encoder}
+        # A run cannot change its identity when it goes on, nor its pace within an epoch: the remaining batches would be others.
+        self.identity: dict[str, Any] = facts | variant | {"the number of images": images}
+        self.pace = {"batch_size x accum_iter x processes": batch, "seed": options.seed}
+
+    def find_resumable(self) -> Path | None:
+        """Return the checkpoint that --resume asks for. Raises UserError for an earlier run in a folder that must hold none."""
+        there = checkpoints.find(self.folder)
+        if not self.options.resume:
+            if there:
+                ways = "--resume auto goes on with it, another folder starts anew"
+                raise UserError(f"--output_dir must hold no earlier run; {self.folder} holds {there[-1].name}: {ways}")
+            return None
+        if self.options.resume == "auto" and not there:
+            return None
+        return there[-1] if self.options.resume == "auto" else Path(self.options.resume)
+
+    def resume(self, state: RunState, path: Path) -> None:
+        """Put `state` where the checkpoint `path` left it. Raises UserError for one of another run."""
+        entries = checkpoints.read(path)
+        run = entries["run"]
+        there = checkpoints.find(self.folder)
+        if there and there[-1].resolve() != path.resolve():
+            ways = "--resume auto goes on with it, another folder keeps both"
+            raise UserError(f"--output_dir must hold no later run than {path}; {self.folder} holds {there[-1].name}: {ways}")
+        checkpoints.must_agree(path, run["identity"], self.identity)
+        if run["step"]:
+            checkpoints.must_agree(path, run["pace"], self.pace)
+        if run["masks"].numel() != state.masks.get_state().numel():
+            device = state.masks.device.type
+            raise UserError(f"--device must be of the kind that {path} was written on, for its masks; it is {device}")
+        try:
+            state.load(entries)
+        except ValueError as error:
+            raise UserError(f"--resume must be a checkpoint of the same optimizer; {path} has another: {error}") from error
+        self.newest = path
+
+    def save(self, state: RunState, report: Report) -> None:
+        """Write a checkpoint, by the first process; the others wait. A state that is not finite is rewound instead of written."""
+        [broken] = self.group.all_reduce_max(not state.is_finite())
+        if broken:
+            self.rewind(state, report, "weights or the optimizer's state are not finite", state.at, state.lr)
+        entries, path = state.entries(), self.folder / state.at.file_name
+        with self.group.together():
+            if self.group.main:
+                checkpoints.save(entries | self._facts(entries["run"]), path, self.options.keep)
+        self.newest = path
+
+    def _facts(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint tells of the run beside its state."""
+        args = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.options).items()}
+        run = {**run, "identity": self.identity, "pace": self.pace}
+        return {"args": argparse.Namespace(**args), "config": self.architecture, "run": run}
+
+    def rewind(self, state: RunState, report: Report, what: str, at: Position, rate: float) -> None:
+        """After a step at `at` that went wrong, go on from here with the weights of the newest checkpoint.
+
+        Raises UserError where --rewind does not allow it.
+        """
+        where = f"at step {at.step} of epoch {at.epoch}"
+        if self.newest is None or state.rewinds >= self.options.rewind:
+            hint = "a smaller --blr, --clip_grad 1 or --amp bf16 may help"
+            last = checkpoints.last_good(self.folder)
+            raise self.group.error(f"the {what} {where}, with a learning rate of {rate:.3g}; {last}; {hint}")
+        with self.group.together():
+            state.rewind(checkpoints.read(self.newest))
+        count = f"{state.rewinds} of {self.options.rewind}"
+        report.say(f"the {what} {where}: the weights of {self.newest}, the batches since then left out (rewind {count})")

@@ -1,0 +1,91 @@
+"""What a pre-training is between two of its steps."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...model import MAE
+from ..checkpoints import Position
+from ..sharding import all_finite, full_state_dict, is_sharded, shard_optim_state_dict, shard_state_dict
+
+
+@dataclass
+class RunState:
+    """Everything that a step changes; a checkpoint holds all of it.
+
+    It is the same in all processes of a run, but for the shards of model and optimizer.
+    """
+
+    model: MAE
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    masks: torch.Generator  # draws the masks
+    at: Position
+    loss_sum: float = 0.0  # over the steps of this epoch that no rewind has undone
+    counted: int = 0  # such steps
+    loss: float = math.nan  # of the last step, or the mean of the epoch that it ended
+    rewinds: int = 0
+    unreadable: set[str] = field(default_factory=set)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def count(self, loss: float) -> None:
+        """Add the loss of a step to the mean of its epoch."""
+        self.loss_sum, self.counted, self.loss = self.loss_sum + loss, self.counted + 1, loss
+
+    def end_epoch(self) -> None:
+        self.at, self.loss_sum, self.counted = Position(self.at.epoch + 1, 0), 0.0, 0
+
+    def is_finite(self) -> bool:
+        """Say whether weights and the optimizer's state are finite; a shard answers for itself."""
+        return all_finite((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+
+    def entries(self) -> dict[str, Any]:
+        """Return the entries of a checkpoint. All processes must call it."""
+        run = {"step": self.at.step, "masks": self.masks.get_state(), "unreadable": sorted(self.unreadable)}
+        run |= {name: getattr(self, name) for name in ("loss_sum", "counted", "rewinds", "loss")}
+        return {
+            "model": full_state_dict(self.model.state_dict()),
+            "optimizer": full_state_dict(self.optimizer.state_dict()),
+            "epoch": self.at.epoch - 1,
+            "scaler": self.scaler.state_dict(),
+            "run": run,
+        }
+
+    def load(self, entries: Mapping[str, Any]) -> None:
+        """Take up a run where `entries` left it. Raises ValueError for the state of another optimizer."""
+        run = entries["run"]
+        self.load_weights(entries)
+        self.at = Position(entries["epoch"] + 1, run["step"])
+        self.masks.set_state(run["masks"])
+        for name in ("loss_sum", "counted", "rewinds", "loss"):
+            setattr(self, name, run[name])
+        self.unreadable.update(run["unreadable"])
+
+    def rewind(self, entries: Mapping[str, Any]) -> None:
+        """Take the weights of `entries` and stay where the run is."""
+        self.load_weights(entries)
+        run, same_epoch = entries["run"], entries["epoch"] + 1 == self.at.epoch
+        self.loss_sum, self.counted = (run["loss_sum"], run["counted"]) if same_epoch else (0.0, 0)
+        self.rewinds += 1
+
+    def load_weights(self, entries: Mapping[str, Any]) -> None:
+        """Take weights, the optimizer's state and the scale of gradients. Weight decay stays as it is."""
+        weights, optimizer = entries["model"], entries["optimizer"]
+        if is_sharded(self.model):
+            weights = shard_state_dict(weights, self.model.state_dict())
+            optimizer = shard_optim_state_dict(optimizer, self.optimizer)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        if entries["scaler"]:
+            self.scaler.load_state_dict(entries["scaler"])

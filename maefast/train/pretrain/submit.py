@@ -1,0 +1,80 @@
+"""`maefast submit`: `maefast pretrain` as a SLURM job, through submitit."""
+
+import signal
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .options import Options
+
+
+class Pretraining:
+    """What each task of the job runs, and what submitit pickles again when it asks for the job to be started once more."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def __call__(self) -> dict[str, Any]:
+        import submitit
+
+        from .build import training_images
+        from .trainer import pretrain
+
+        environment = submitit.JobEnvironment()
+        if environment.num_tasks > 1:
+            # Each process finds its GPU by its rank on the machine.
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's, for the end of the job's time and for pre-emption
+        summary = pretrain(self.options, partial(training_images, self.options))
+        if summary["signal"] == signal.SIGUSR2 and callable(requeue):
+            requeue(signal.SIGUSR2, None)
+        return summary
+
+    def checkpoint(self) -> Any:
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a scheduler is asked for."""
+
+    job_dir: Path  # for the logs of the job
+    ngpus: int = 8  # of a machine, and processes on it; 0: a CPU
+    nodes: int = 2
+    timeout: int = 4320  # minutes
+    partition: str | None = None
+    comment: str | None = None
+    cluster: str = "slurm"
+
+
+def submit(options: Options, job: Job) -> str:
+    """Start a job that pre-trains by `options`; returns its number.
+
+    Raises UserError where submitit or the cluster is missing, before anything is written.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError('submit needs submitit: pip install "maefast[slurm]"') from error
+    try:
+        executor = submitit.AutoExecutor(folder=job.job_dir / "jobs", cluster=job.cluster, slurm_max_num_timeout=1000)
+    except RuntimeError as error:
+        raise UserError(f"--cluster {job.cluster} cannot be used here: {error}") from error
+    executor.update_parameters(
+        name="maefast",
+        nodes=job.nodes,
+        tasks_per_node=max(1, job.ngpus),
+        gpus_per_node=job.ngpus,
+        timeout_min=job.timeout,
+        slurm_signal_delay_s=120,
+        **{f"slurm_{name}": value for name in ("partition", "comment") if (value := getattr(job, name)) is not None},
+    )
+    submitted = executor.submit(Pretraining(options))
+    print(f"job {submitted.job_id}, logs in {submitted.paths.folder}", flush=True)
+    if job.cluster != "slurm":
+        submitted.result()
+    return str(submitted.job_id)

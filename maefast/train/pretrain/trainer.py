@@ -1,0 +1,295 @@
+"""`maefast pretrain`: an MAE from images, by the official recipe, in a run that survives being killed."""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..baseline import reference_on
+from ..checkpoints import Position
+from ..data.pretraining import Augmented, Batch, Keys, dead_workers_reported, evenly_spaced, load_batches
+from ..device import find_device
+from ..errors import UserError
+from ..files import check_writable
+from ..group import Group, connected
+from ..launch import find_launch
+from ..masks import draw_noise
+from ..optim import adamw
+from ..schedule import warmup_cosine
+from ..sharding import no_sync, replicate, shard_model
+from ..step import read_later
+from ..variants import PcaTarget
+from .build import build_model, check_options, find_autocast
+from .journal import Journal, draw
+from .options import Options
+from .report import Report, conclude
+from .saver import Saver
+from .signals import stop_signals
+from .state import RunState
+
+if TYPE_CHECKING:
+    from ..data.sources import ImageDataset
+
+# How many steps later a loss is looked at: on a GPU one, so that it never stands still for it.
+LAG = {"cpu": 0, "cuda": 1}
+
+
+def pretrain(options: Options, data: "ImageDataset | Callable[[], ImageDataset]") -> dict[str, Any]:
+    """Train, save, log and draw to options.output_dir; SIGTERM or SIGUSR2 to any process saves at the next step and returns.
+
+    data     the images, or what opens them, called when the processes of the run, where there are several, have found each other
+    returns  the summary: epochs and steps done, loss (the last epoch's mean), images_per_second, data_wait, seconds, unreadable
+             images, rewinds, checkpoint (the newest), signal (that ended the run, or 0), finished (False after a signal)
+    Raises UserError before anything is written for options that do not fit each other, the images or the checkpoint to resume;
+    later for a loss that is not finite, a disk that is full and a worker that died, with the newest checkpoint intact. Several
+    processes raise it together.
+    """
+    launch = find_launch(**{name: getattr(options, name) for name in ("world_size", "local_rank", "dist_on_itp", "dist_url")})
+    with connected(launch) as group, dead_workers_reported():
+        with group.together():
+            images = data() if callable(data) else data
+        with stop_signals() as received:
+            return Trainer(options, images, group).train(received)
+
+
+class Trainer:
+    """Takes a RunState through the steps of a run, in one of its processes."""
+
+    def __init__(self, options: Options, data: "ImageDataset", group: Group):
+        """Raises UserError, in all processes alike and before anything is written, for what does not fit together."""
+        self.options, self.data, self.group = options, data, group
+        self.batch = options.batch_size * options.accum_iter * group.world_size  # images of a step
+        self.steps_per_epoch = len(data) // self.batch
+        self.peak = options.blr * self.batch / 256 if options.lr is None else options.lr
+        path = None
+        with group.together():
+            check_options(options, group, self.batch, len(data))
+            self.device = find_device(options.device, group.local_rank)
+            self.autocast = find_autocast(options, self.device)
+            model = build_model(options, data.channels).to(self.device)
+            self.saver = Saver(options, group, model, self.batch, len(data))
+            if group.main:
+                check_writable(options.output_dir, "--output_dir")
+                path = self.saver.find_resumable()
+        if options.fsdp:
+            shard_model(model, group, self.device)
+        backend = "torch" if options.fsdp else "auto"
+        self.state = RunState(
+            model,
+            adamw(model, self.peak, weight_decay=options.weight_decay, backend=backend),
+            torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16),
+            torch.Generator(self.device).manual_seed(options.seed),
+            Position(options.start_epoch, 0),
+        )
+        self.forward = self._forward()
+        self.len_keep = int(model.patch_embed.num_patches * (1 - options.mask_ratio))
+        self.needs_pred = bool(model.overridden_methods())
+        self.unread = list[tuple[Callable[[], float], Position, float]]()  # losses of steps, where, their learning rates
+        self.received: Sequence[int] = ()  # signals, as they arrive
+        self.signal = 0  # that ended the run
+        self.resumed = group.broadcast(path)
+        with group.together():
+            if self.resumed is not None:
+                self.saver.resume(self.state, self.resumed)
+
+    def _forward(self) -> Callable[..., Any]:
+        """Return what a step calls in the place of the model."""
+        options, model = self.options, self.state.model
+        if options.reference:
+            forward = reference_on(model)
+            return torch.compile(forward) if options.compile else forward
+        # Not model.compile(): pictures have another batch size, and would compile once more.
+        module: Any = torch.compile(model) if options.compile else model
+        return replicate(module) if self.group.world_size > 1 and not options.fsdp else module
+
+    def train(self, received: Sequence[int] = ()) -> dict[str, Any]:
+        """Go on to the last epoch, or until a signal is in `received` of any process; returns the summary, as `pretrain` does."""
+        options, state, main = self.options, self.state, self.group.main
+        self.received, journal = received, None
+        with self.group.together():
+            if main:
+                journal = Journal(options, state.at.epoch)
+        self.report = Report(options.epochs * self.steps_per_epoch, self._steps_done(), self.batch, self.device, quiet=not main)
+        self._introduce(journal)
+        samples = self._samples() if main and find_spec("matplotlib") is not None else None
+        if options.fsdp:
+            samples = self.group.broadcast(samples)
+        if isinstance(state.model, PcaTarget) and self.resumed is None:
+            with self.group.together():
+                state.model.find_components(self._evenly_spaced(state.model.images_for_components))
+        feed, saved = self._feed(), state.at
+        try:
+            while state.at.epoch < options.epochs and self._step(feed):
+                ended = state.at.step == self.steps_per_epoch
+                if ended:
+                    self._end_epoch(journal, samples)
+                if ended or (options.save_steps and state.at.step % options.save_steps == 0):
+                    self._save()
+                    saved = state.at
+            if state.at != saved:
+                self._save()
+        finally:
+            feed.close()  # ends the workers
+            self.report.close()
+            if journal is not None:
+                journal.close()
+        summary = self._summary()
+        if main:
+            conclude(summary)
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        state = self.state
+        summary: dict[str, Any] = {"epochs": state.at.epoch, "steps": self.report.done, "loss": state.loss}
+        summary |= self.report.figures()
+        summary |= {"unreadable": len(state.unreadable), "rewinds": state.rewinds, "checkpoint": str(self.saver.newest)}
+        return summary | {"signal": self.signal, "finished": state.at.epoch >= self.options.epochs}
+
+    def _introduce(self, journal: Journal | None) -> None:
+        options, say = self.options, self.report.say
+        images = f"{len(self.data)} images of {self.data.channels} channels"
+        pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
+        processes = f" in each of {self.group.world_size} processes" if self.group.world_size > 1 else ""
+        say(f"{'the plain ' if options.reference else ''}{options.model} on {self.device}{processes}: {images}, {pace}")
+        if self.resumed is not None:
+            say(f"goes on from {self.resumed}, step {self.state.at.step} of epoch {self.state.at.epoch}")
+        if options.log_dir is not None and (journal is None or journal.board is None):
+            say('no TensorBoard events: pip install "maefast[tensorboard]"')
+        if options.pictures and find_spec("matplotlib") is None:
+            say('no pictures: pip install "maefast[train]"')
+
+    def _steps_done(self) -> int:
+        return self.state.at.epoch * self.steps_per_epoch + self.state.at.step
+
+    def _lr(self) -> float:
+        """Learning rate of the next step. A warm-up longer than the run rises to its end, as in the official code."""
+        options = self.options
+        warmup = options.warmup_epochs * self.steps_per_epoch
+        steps = max(options.epochs * self.steps_per_epoch, warmup)
+        return warmup_cosine(self._steps_done(), steps, warmup, self.peak, options.min_lr)
+
+    def _feed(self) -> Generator[Batch]:
+        options, at = self.options, self.state.at
+        flip = options.augment != "none" if options.flip is None else options.flip
+        images = Augmented(self.data, self.state.model.patch_embed.img_size, options.augment, flip, options.seed)
+        epochs, accumulated = range(at.epoch, options.epochs), options.accum_iter
+        per_epoch, skip = self.steps_per_epoch * accumulated, at.step * accumulated
+        share = (self.group.rank, self.group.world_size)
+        keys = Keys(len(self.data), options.batch_size, per_epoch, options.seed, epochs, skip, share)
+        return load_batches(images, keys, options.num_workers, options.pin_mem and self.device.type == "cuda")
+
+    def _step(self, feed: Iterator[Batch]) -> bool:
+        """Take one step of the optimizer, on `accum_iter` batches of each process; False where one was told to stop instead."""
+        options, state, rate = self.options, self.state, self._lr()
+        images = self._next_images(feed)
+        if self.signal:
+            return False
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        losses = list[Tensor]()
+        state.model.train()
+        for i, noise in enumerate(self._noise()):
+            if i:
+                images = self._next_images(feed)
+            images, last = images.to(self.device, non_blocking=True), i == options.accum_iter - 1
+            with nullcontext() if last else no_sync(self.forward):
+                with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
+                    loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
+                state.scaler.scale(loss / options.accum_iter).backward()
+            losses.append(loss.detach())
+        self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean())), state.at, rate))
+        if self._read_losses(LAG[self.device.type]):
+            if options.clip_grad is not None:
+                state.scaler.unscale_(state.optimizer)
+                torch.nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_grad)
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        state.optimizer.zero_grad()
+        state.at = Position(state.at.epoch, state.at.step + 1)
+        return True
+
+    def _next_images(self, feed: Iterator[Batch]) -> Tensor:
+        """Return images of this process, when all have theirs. The wait is the longest one: the others wait for it too."""
+        started, error = time.perf_counter(), None
+        try:
+            with dead_workers_reported():
+                images, unreadable = next(feed)
+        except UserError as caught:
+            error = caught
+        waited = time.perf_counter() - started
+        number, failed, waited = self.group.all_reduce_max(max(self.received, default=0), error is not None, waited)
+        if failed:
+            self.group.raise_any(error)
+        self.signal = max(self.signal, int(number))
+        self.report.waited += waited
+        self._skip(unreadable)
+        return images
+
+    def _noise(self) -> Tensor:
+        """(accum_iter, batch_size, L): this process's rows of what is drawn for the whole step, however many processes and
+        batches share it."""
+        options, grid = self.options, self.state.model.patch_embed.grid_size
+        noise = draw_noise(options.sampler, self.batch, grid, self.len_keep, self.state.masks)
+        return noise.view(options.accum_iter, self.group.world_size, options.batch_size, -1)[:, self.group.rank]
+
+    def _read_losses(self, keep: int = 0) -> bool:
+        """Count the losses of the steps but the last `keep`; False where one was not finite, and the weights are older ones."""
+        while len(self.unread) > keep:
+            read, at, rate = self.unread.pop(0)
+            loss = read()
+            self.report.step(at.epoch, loss, rate)
+            if not math.isfinite(loss):
+                self.report.done += len(self.unread)  # steps on weights that were broken
+                self.unread.clear()
+                self.saver.rewind(self.state, self.report, f"loss is {loss}", at, rate)
+                return False
+            self.state.count(loss)
+        return True
+
+    def _skip(self, unreadable: Sequence[str]) -> None:
+        """Count what cannot be read, and name it once."""
+        for line in sorted(set(unreadable) - self.state.unreadable):
+            self.report.say(f"skipped {line}")
+        self.state.unreadable.update(unreadable)
+
+    def _gather(self) -> None:
+        """Read all losses, and share what could not be read."""
+        self._read_losses()
+        for lines in self.group.all_gather(sorted(self.state.unreadable)):
+            self._skip(lines)
+
+    def _save(self) -> None:
+        self._gather()
+        self.saver.save(self.state, self.report)
+
+    def _end_epoch(self, journal: Journal | None, samples: Tensor | None) -> None:
+        """Write about the epoch, then step over to the next. The record comes before the checkpoint: when the run goes on, one
+        without its checkpoint is dropped, while a missing one would stay missing."""
+        self._gather()
+        state, epoch = self.state, self.state.at.epoch
+        state.loss = state.loss_sum / state.counted if state.counted else state.loss
+        record = {"train_lr": state.lr, "train_loss": state.loss, "epoch": epoch} | self.report.figures()
+        record |= {"unreadable": len(state.unreadable), "rewinds": state.rewinds}
+        self.report.line(f"epoch {epoch} of {self.options.epochs}", state.loss, state.lr)
+        # All have a part in it where the model is sharded.
+        panel = None if samples is None else draw(state.model, samples, self.options, epoch)
+        with self.group.together():
+            if journal is not None:
+                journal.add(record, panel)
+        state.end_epoch()
+
+    def _evenly_spaced(self, count: int) -> Iterator[Tensor]:
+        """Images of the data set, the same in every epoch and every process."""
+        for image, unreadable in evenly_spaced(self.data, self.state.model.patch_embed.img_size, count):
+            self._skip(unreadable)
+            if image is not None:
+                yield image
+
+    def _samples(self) -> Tensor | None:
+        images = list(self._evenly_spaced(self.options.pictures))
+        return torch.stack(images).to(self.device) if images else None

@@ -1,0 +1,235 @@
+"""The block as an op; that modules around it give the same is held by tests/test_blocks.py."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from support import (
+    LAYOUTS,
+    TRANSFORMER_BLOCK,
+    assert_once_differentiable,
+    assert_same_for_any_threads,
+    check_op,
+    lay_out,
+    small_mae,
+)
+from torch import Tensor
+
+import maefast
+from maefast import ops
+from maefast.blocks import Route
+from maefast.ops import BlockWeights
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+D, HEADS, HIDDEN, EPS = 24, 3, 40, 1e-6
+Inputs = dict[str, Tensor]
+
+
+def make(N: int = 2, T: int = 9, pending: bool = True, dtype: torch.dtype = F32, norm: torch.dtype | None = None) -> Inputs:
+    shapes = {"norm1": (D,), "qkv": (3 * D, D), "proj": (D, D), "norm2": (D,), "fc1": (HIDDEN, D), "fc2": (D, HIDDEN)}
+    inputs = {"x": torch.randn(N, T, D).to(dtype)}
+    if pending:
+        inputs["pending"] = torch.randn(N, T, D).to(dtype)
+    for name, shape in shapes.items():
+        weight = torch.randn(shape) * (1 if len(shape) == 1 else shape[-1] ** -0.5)
+        wanted = norm or dtype if name.startswith("norm") else dtype
+        inputs |= {f"{name}_weight": weight.to(wanted), f"{name}_bias": torch.randn(shape[0]).to(wanted)}
+    return {name: t.requires_grad_() for name, t in inputs.items()}
+
+
+def block(x: Tensor, pending: Tensor | None = None, **weights: Tensor) -> Tensor:
+    """Both results side by side, since check_op takes one."""
+    stream, branch = ops.transformer_block(x, pending, BlockWeights(**weights), HEADS, EPS)
+    return torch.cat([stream, branch.to(stream.dtype)])
+
+
+def widened(inputs: Inputs) -> Inputs:
+    return {name: t.double() for name, t in inputs.items()}
+
+
+def check(cases: list[Inputs], layout=lambda inputs: inputs) -> None:
+    check_op(block, cases, widened, lambda out: torch.randn(out.shape), layout)
+
+
+def by_hand(x: Tensor, pending: Tensor | None = None, **w: Tensor) -> tuple[Tensor, Tensor]:
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * w[f"{name}_weight"] + w[f"{name}_bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ w[f"{name}_weight"].T + w[f"{name}_bias"]
+
+    x = x if pending is None else x + pending
+    q, k, v = linear(norm(x, "norm1"), "qkv").unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT / (D // HEADS) ** 0.5).softmax(dim=-1)
+    x = x + linear((weights @ v).transpose(1, 2).flatten(2), "proj")
+    hidden = linear(norm(x, "norm2"), "fc1")
+    return x, linear(hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)), "fc2")
+
+
+@pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
+def test_reference_is_the_definition(pending):
+    inputs = widened(make(pending=pending))
+    with maefast.backend("eager"):
+        assert torch.allclose(block(**inputs), torch.cat(by_hand(**inputs)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
+def test_against_float64(isa, dtype, pending):
+    check([make(pending=pending, dtype=dtype) for _ in range(8)])
+
+
+@pytest.mark.parametrize("T", [1, 50, 65, 197])
+def test_lengths(native, T):
+    check([make(T=T) for _ in range(4)])
+
+
+def test_norms_of_another_dtype(native):
+    check([make(dtype=BF16, norm=F32) for _ in range(8)])
+
+
+@pytest.mark.parametrize("stream", [F32, BF16], ids=str)
+@pytest.mark.parametrize("pending", [F32, BF16], ids=str)
+def test_dtypes_under_autocast(native, stream, pending):
+    """The stream has the promoted dtype of its summands, the branch that of products; gradients have those of their inputs."""
+    inputs = make()
+    inputs["x"], inputs["pending"] = (
+        inputs[name].detach().to(d).requires_grad_() for name, d in (("x", stream), ("pending", pending))
+    )
+    with torch.autocast("cpu", BF16):
+        out = ops.transformer_block(**split(inputs), num_heads=HEADS)
+    assert [t.dtype for t in out] == [torch.promote_types(stream, pending), BF16]
+    grads = torch.autograd.grad(out, list(inputs.values()), [torch.ones_like(t) for t in out])
+    assert [grad.dtype for grad in grads] == [t.dtype for t in inputs.values()]
+
+
+def split(inputs: Inputs) -> dict[str, object]:
+    weights = {name: t for name, t in inputs.items() if name in BlockWeights._fields}
+    return {"x": inputs["x"], "pending": inputs.get("pending"), "weights": BlockWeights(**weights)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(native, layout):
+    def laid_out(inputs: Inputs) -> Inputs:
+        return {name: lay_out(layout, t) if t.dim() > 1 else t for name, t in inputs.items()}
+
+    check([make() for _ in range(8)], laid_out)
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0)], ids=str)
+def test_nothing_to_do(each_backend, shape):
+    inputs = make(*shape)
+    out = ops.transformer_block(**split(inputs), num_heads=HEADS)
+    assert [t.shape for t in out] == [(*shape, D)] * 2
+    grads = torch.autograd.grad(sum(t.sum() for t in out), list(inputs.values()))
+    assert all(not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("unused", [0, 1], ids=["stream", "branch"])
+def test_one_of_the_results_is_enough(native, unused):
+    """The gradient of the other is zero."""
+    inputs = make()
+    leaves = list(inputs.values())
+    out = ops.transformer_block(**split(inputs), num_heads=HEADS, eps=EPS)
+    got = torch.autograd.grad(out[1 - unused].square().sum(), leaves, allow_unused=True)
+    expected = torch.autograd.grad(by_hand(**inputs)[1 - unused].square().sum(), leaves, allow_unused=True)
+    for name, mine, theirs in zip(inputs, got, expected, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("leaf", ["x", "pending", "qkv_weight", "fc1_bias", "norm2_weight"])
+def test_one_gradient_at_a_time(native, leaf):
+    inputs = make()
+    expected = torch.autograd.grad(block(**inputs).sum(), inputs[leaf])[0]
+    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
+    assert torch.equal(torch.autograd.grad(block(**alone).sum(), alone[leaf])[0], expected)
+
+
+def test_once_differentiable(native):
+    assert_once_differentiable(block, make())
+
+
+def test_deterministic(native):
+    inputs, dy = make(3, 50), torch.randn(6, 50, D)
+
+    def run() -> Inputs:
+        out = block(**inputs)
+        return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dy), strict=True))}
+
+    with maefast.backend("native"):  # torch's product takes the gradients for weights from few rows
+        assert_same_for_any_threads(run)
+
+
+@pytest.mark.parametrize("autocast", [None, BF16], ids=["fp32", "autocast"])
+def test_what_is_kept_is_what_would_be_recomputed(native, monkeypatch, autocast):
+    """A GPU keeps the outputs of norms and GELU; the gradients have the same bits."""
+    inputs, dy = make(), torch.randn(4, 9, D)
+
+    def gradients() -> list[Tensor]:
+        with torch.autocast("cpu", BF16, enabled=autocast is not None):
+            out = block(**inputs)
+        return torch.autograd.grad(out, list(inputs.values()), dy)
+
+    expected = gradients()
+    monkeypatch.setattr(TRANSFORMER_BLOCK, "KEEPING", ("cpu",))
+    for name, mine, theirs in zip(inputs, gradients(), expected, strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_without_gradients_the_results_are_within_the_rule(native):
+    with torch.no_grad():
+        check([{name: t.detach() for name, t in make().items()} for _ in range(8)])
+
+
+@pytest.mark.parametrize("autocast", [None, BF16], ids=["fp32", "autocast"])
+def test_under_compile(native, fresh_dynamo, autocast):
+    inputs = make()
+
+    def run(function) -> list[Tensor]:
+        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            out = function(**split(inputs), num_heads=HEADS)
+        return [*out, *torch.autograd.grad(out, list(inputs.values()), [torch.ones_like(t) for t in out])]
+
+    compiled = run(torch.compile(ops.transformer_block, fullgraph=True, backend="aot_eager"))
+    for mine, theirs in zip(compiled, run(ops.transformer_block), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.ones(2, 9, 25)}, ValueError, r"x must be \(N, T, D\) with D a multiple of num_heads = 3; .*\(2, 9, 25\)"),
+        ({"x": torch.ones(9, 24)}, ValueError, r"x must be \(N, T, D\)"),
+        ({"pending": torch.ones(2, 8, 24)}, ValueError, r"pending must have the shape of x, \(2, 9, 24\); .*\(2, 8, 24\)"),
+        ({"qkv_weight": torch.ones(48, 24)}, ValueError, r"qkv_weight must be \(72, 24\); its shape is \(48, 24\)"),
+        ({"fc1_bias": torch.ones(41)}, ValueError, r"fc1_weight must be \(41, 24\); its shape is \(40, 24\)"),
+        ({"proj_weight": torch.ones(24, 24).bfloat16()}, TypeError, "proj_weight must be float32; it is bfloat16"),
+        ({"norm1_bias": torch.ones(24, dtype=torch.int64)}, TypeError, "norm1_bias must be floating-point; it is int64"),
+        ({"fc2_bias": torch.ones(24, device="meta")}, ValueError, "fc2_bias must be on the device of x, cpu; it is on meta"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input(each_backend, changed, error, message):
+    with pytest.raises(error, match=message):
+        ops.transformer_block(**split(make() | changed), num_heads=HEADS)
+
+
+def test_a_request_that_cannot_run_raises_with_the_reason(native):
+    with maefast.backend("native"), pytest.raises(RuntimeError, match=r"transformer_block cannot run .*'native'.*float64"):
+        ops.transformer_block(**split(widened(make())), num_heads=HEADS)
+
+
+def test_each_block_of_a_model_is_one_op(native):
+    """The branch of a block is added by the norm of the next, the last one by the norm behind the stack."""
+    model = small_mae()
+    x = torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expected = x
+        for block in model.blocks:
+            assert block.route(x.device, x.dtype, tokens=7)[0] is Route.FUSED
+            expected = block(expected)
+        torch.testing.assert_close(maefast.blocks.run_blocks(model.blocks, model.norm, x), model.norm(expected))
+        assert torch.equal(maefast.blocks.run_blocks(model.blocks, None, x), expected)
