@@ -54,4 +54,4 @@ if HAS_TRITON and INTERPRETED:
     interpreter.ReduceOps.generic_reduce = _reduce_by_halves
     interpreter._patch_lang_tensor, interpreter._patch_lang = _patch_tensor_with_scalars, _patch_lang_once
 
-assert importlib.util.find_spec("errors"), "tests/ is not on the path: run pytest from the root of the repository"
+assert importlib.util.find_spec("support"), "tests/ is not on the path: run pytest from the root of the repository"
