@@ -2,8 +2,8 @@
 
     python scripts/aot_table.py [--jobs 2]
 
-Needs Triton, nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass. Exits with 1 where a kernel keeps something in local
-memory that SPILLS does not explain, where a Triton kernel rounds fp32 to TF32, or where tests/aot_gemm.py finds a problem.
+Needs Triton and nvcc (on PATH or in CUDACXX). Exits with 1 where a kernel keeps something in local memory that SPILLS does not
+explain, or where a Triton kernel rounds fp32 to TF32.
 """
 
 import argparse
@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import aot  # noqa: E402
 import aot_cases  # noqa: E402
-import aot_gemm  # noqa: E402
 import torch  # noqa: E402
 from triton import knobs  # noqa: E402
 
@@ -124,18 +123,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     args = parser.parse_args()
-    nvcc, include = os.environ.get("CUDACXX") or shutil.which("nvcc"), aot_gemm.headers()
-    if nvcc is None or include is None:
-        sys.exit("scripts/aot_table.py needs nvcc on PATH or in CUDACXX and the package nvidia-cutlass")
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        sys.exit("scripts/aot_table.py needs nvcc on PATH or in CUDACXX")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    products = list(aot_gemm.sources())
     tasks = [(case, arch) for arch in TRITON_ARCHS for case in aot_cases.CASES]
     triton_table: Table = {}
     cuda_table: Table = {}
     problems = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         cuda = [(arch, pool.submit(of_cuda, nvcc, source, arch)) for arch in CUDA_ARCHS for source in sources]
-        gemm = [pool.submit(aot_gemm.compiled, nvcc, include, name) for name in products]
         for (case, arch), usages in zip(tasks, pool.map(of_triton, tasks, chunksize=4), strict=True):
             _, shape, *dtypes = case.split("-")
             for kernel, usage, has_tf32 in usages:
@@ -146,9 +143,7 @@ def main() -> None:
         for arch, future in cuda:
             for key, usage in future.result().items():
                 cuda_table.setdefault(key, {})[arch] = usage
-        gemm_kernels = [future.result() for future in gemm]
     problems += problems_of(triton_table) + problems_of(cuda_table)
-    problems += [problem for kernel in gemm_kernels for problem in aot_gemm.problems_of(kernel)]
     ptxas = " and ".join(sorted({version(tool.path) for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)}))
     write(
         [
@@ -162,17 +157,14 @@ def main() -> None:
             "",
             *lines_of(cuda_table, CUDA_ARCHS),
             "",
-            "### CUTLASS, sm_90a",
-            "",
-            *aot_gemm.lines_of(gemm_kernels),
-            "",
             "Kernels that keep up to so many bytes in local memory, and why:",
             "",
             *(f"- `{kernel}`, {most}: {why}." for kernel, (most, why) in SPILLS.items()),
         ]
     )
-    kernels = f"{len(triton_table)} Triton, {len(cuda_table)} CUDA and {len(gemm_kernels)} CUTLASS kernels"
-    print(f"{kernels}, {len(problems)} problems; {DOCUMENT.relative_to(ROOT)}")
+    print(
+        f"{len(triton_table)} Triton and {len(cuda_table)} CUDA kernels, {len(problems)} problems; {DOCUMENT.relative_to(ROOT)}"
+    )
     if problems:
         sys.exit("\n".join(problems))
 
