@@ -97,6 +97,7 @@ $(VENV)/.cutlass: $(VENV)/.environment
 
 test-aot: $(VENV)/.build $(VENV)/.cutlass
 	$(BIN)/python scripts/aot_table.py
+	$(BIN)/python tests/aot_gemm.py
 
 # Not through $(VENV): what sets it up may need a network.
 gpu-check:

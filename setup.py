@@ -21,14 +21,19 @@ from setuptools.command.build_ext import build_ext
 NATIVE = os.environ.get("MAEFAST_NATIVE", "1") != "0"
 
 
-def torch_root() -> Path | None:
-    """Folder of the torch to build against: installed here, or around the environment that pip isolates a build in."""
-    if (spec := find_spec("torch")) and spec.origin:
+def root_of(package: str) -> Path | None:
+    """Folder of a package: installed here, or around the environment that pip isolates a build in."""
+    if (spec := find_spec(package)) and spec.origin:
         return Path(spec.origin).parent
     # pip isolates by PYTHONPATH, which -I ignores.
-    probe = "from importlib.util import find_spec; print(getattr(find_spec('torch'), 'origin', ''))"
+    probe = f"from importlib.util import find_spec; print(getattr(find_spec({package!r}), 'origin', ''))"
     origin = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
     return Path(origin).parent if origin else None
+
+
+def torch_root() -> Path | None:
+    """Folder of the torch to build against."""
+    return root_of("torch")
 
 
 def wants_cuda(torch_cuda: str | None) -> bool:
@@ -48,14 +53,14 @@ def cutlass_options(with_cuda: bool) -> dict[str, str]:
     asked = os.environ.get("MAEFAST_CUTLASS", "auto")
     if asked not in ("auto", "0", "1"):
         raise SystemExit(f"MAEFAST_CUTLASS must be auto, 0 or 1; it is {asked!r}")
-    spec = find_spec("cutlass_library")  # the headers are in the wheel nvidia-cutlass
-    missing = None if spec else "the package nvidia-cutlass is not installed"
+    library = root_of("cutlass_library")  # of the wheel nvidia-cutlass, which has the headers
+    missing = None if library else "the package nvidia-cutlass is not installed"
     if not with_cuda:
         missing = "the CUDA kernels are not built"
     if asked == "1" and missing:
         raise SystemExit(f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}")
-    include = Path(spec.origin).parent / "source" / "include" if spec and spec.origin else ""
-    return {"MAEFAST_CUTLASS": {"auto": "auto", "0": "OFF", "1": "ON"}[asked], "CUTLASS_INCLUDE": str(include)}
+    include = str(library / "source" / "include") if library else ""
+    return {"MAEFAST_CUTLASS": {"auto": "auto", "0": "OFF", "1": "ON"}[asked], "CUTLASS_INCLUDE": include}
 
 
 class CMakeBuild(build_ext):

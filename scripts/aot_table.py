@@ -2,9 +2,8 @@
 
     python scripts/aot_table.py [--jobs 2]
 
-Needs Triton, nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass. Exits with 1 where a kernel keeps something in local
-memory that SPILLS does not explain, stores fewer than 8 bytes at a time where NARROW_STORES does not, rounds fp32 to TF32, or
-where tests/aot_gemm.py finds a problem.
+Needs Triton and nvcc (on PATH or in CUDACXX). Exits with 1 where a kernel keeps something in local memory that SPILLS does not
+explain, stores fewer than 8 bytes at a time where NARROW_STORES does not, or rounds fp32 to TF32.
 """
 
 import argparse
@@ -25,7 +24,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import aot  # noqa: E402
 import aot_cases  # noqa: E402
-import aot_gemm  # noqa: E402
 import torch  # noqa: E402
 from triton import knobs  # noqa: E402
 
@@ -105,17 +103,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     args = parser.parse_args()
-    nvcc, include = os.environ.get("CUDACXX") or shutil.which("nvcc"), aot_gemm.headers()
-    if nvcc is None or include is None:
-        sys.exit("scripts/aot_table.py needs nvcc on PATH or in CUDACXX and the package nvidia-cutlass")
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        sys.exit("scripts/aot_table.py needs nvcc on PATH or in CUDACXX")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    products = list(aot_gemm.sources())
     tasks = [(case, arch) for arch in TRITON_ARCHS for case in aot_cases.CASES]
     table: dict[Key, Cells] = {}
     problems: list[str] = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         cuda = [(arch, pool.submit(of_cuda, nvcc, source, arch)) for arch in CUDA_ARCHS for source in sources]
-        gemm = [pool.submit(aot_gemm.compiled, nvcc, include, name) for name in products]
         for (case, arch), (cells, wrong) in zip(tasks, pool.map(of_triton, tasks, chunksize=4), strict=True):
             _, shape, *dtypes = case.split("-")
             for kernel, cell in cells:
@@ -127,10 +123,6 @@ def main() -> None:
             for key, cell in found.items():
                 table.setdefault(key, {})[arch] = cell
             problems += wrong
-        for kernel in (future.result() for future in gemm):
-            name, _, dtype = kernel.name.rpartition("_")
-            table["gemm/" + name, "128x128x64", dtype] = {90: Cell(kernel.registers, kernel.stack, 0, "TMA")}
-            problems += aot_gemm.problems_of(kernel)
     rows = rows_of(table)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("kernel", "shape", "dtypes", *list(rows[0])[2:-1]), lineterminator="\n")

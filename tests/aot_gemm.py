@@ -3,7 +3,7 @@
     python tests/aot_gemm.py [NAME...]
 
 Needs nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass; half a minute of a core for each kernel.
-Exits with 1 where one has a problem. scripts/aot_table.py does the same and writes docs/kernels.md.
+Exits with 1 where one has a problem. docs/notes/linear.md has what it prints.
 """
 
 import os
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -93,7 +94,8 @@ def main() -> int:
     if nvcc is None or include is None:
         print("tests/aot_gemm.py needs nvcc on PATH or in CUDACXX and the package nvidia-cutlass", file=sys.stderr)
         return 2
-    kernels = [compiled(nvcc, include, name) for name in sys.argv[1:] or sources()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = list(pool.map(lambda name: compiled(nvcc, include, name), sys.argv[1:] or sources()))
     print("\n".join(lines_of(kernels)))
     problems = [problem for kernel in kernels for problem in problems_of(kernel)]
     print("\n".join(problems) or "no problems")

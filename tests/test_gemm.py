@@ -455,7 +455,7 @@ def test_each_instantiation_is_a_file_and_is_built():
         kind, dtype = name.rsplit("_", 1)
         made = re.findall(r"multiply<maefast::cuda::gemm::Epilogue::(\w+), maefast::cuda::DType::(\w+)>", path.read_text())
         assert made == [(EPILOGUES[kind], dtype)]
-    assert {f"`{name}`" for name in names} <= set(re.findall("`[^`]+`", (ROOT / "docs" / "kernels.md").read_text()))
+    assert {f"`{name}`" for name in names} <= set(re.findall("`[^`]+`", (ROOT / "docs" / "notes" / "linear.md").read_text()))
 
 
 GOOD = {"HGMMA.64": 16, "UTMALDG.3D": 2, "UTMASTG.3D": 8, "STSM.16.MT88.4": 16}

@@ -7,8 +7,6 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +144,16 @@ def test_a_wheel_that_needs_a_library_of_others_is_refused(tag):
 
 
 @pytest.fixture
-def cutlass_options(monkeypatch, tmp_path) -> Callable[[str | None, bool, bool], dict[str, str]]:
+def cutlass_options(setup_py, monkeypatch, tmp_path) -> Callable[[str | None, bool, bool], dict[str, str]]:
     """Of MAEFAST_CUTLASS, with or without the package nvidia-cutlass, with or without CUDA kernels."""
-    monkeypatch.setattr("setuptools.setup", lambda **_: None)
 
     def made(asked: str | None, installed: bool, with_cuda: bool) -> dict[str, str]:
         monkeypatch.delenv("MAEFAST_CUTLASS", raising=False)
         if asked is not None:
             monkeypatch.setenv("MAEFAST_CUTLASS", asked)
-        spec = ModuleSpec("cutlass_library", None, origin=str(tmp_path / "__init__.py")) if installed else None
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "cutlass_library" else find_spec(name))
-        return runpy.run_path(str(ROOT / "setup.py"))["cutlass_options"](with_cuda)
+        globals_of_setup = setup_py["cutlass_options"].__globals__
+        monkeypatch.setitem(globals_of_setup, "root_of", {"cutlass_library": tmp_path if installed else None}.get)
+        return setup_py["cutlass_options"](with_cuda)
 
     return made
 
