@@ -10,17 +10,15 @@ from torch import Tensor, nn
 
 from . import _torch, dispatch, ops
 from .autocast import compute_dtype, is_autocast, product_dtype
+from .ops._tokens import RepeatedTokens, repeats_enough, take_tokens
 from .ops.attention import OP as ATTENTION
 from .ops.attention import AttentionAsk
 from .ops.transformer_block import (
     BlockAsk,
     BlockWeights,
-    RepeatedTokens,
     backends,
     fused_backend,
-    repeats_enough,
     run_block,
-    take_tokens,
 )
 from .plain import is_plain, project
 

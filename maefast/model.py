@@ -14,8 +14,8 @@ from . import checkpoint, ops
 from .backbone import Backbone
 from .blocks import Block, run_blocks
 from .init import MAEOutput, init_weights
+from .ops._tokens import take_tokens
 from .ops.masked_mse import VAR_EPS
-from .ops.transformer_block import take_tokens
 from .patch_embed import PatchEmbed
 from .plain import project
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from support import NATIVE, TRANSFORMER_BLOCK, Calls, Results, small_mae, stacked
+from support import NATIVE, Calls, Results, small_mae, stacked
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import maefast
 from maefast import reference
 from maefast.blocks import Block, Route
-from maefast.ops.transformer_block import RepeatedTokens, take_tokens
+from maefast.ops import _tokens
+from maefast.ops._tokens import RepeatedTokens, take_tokens
 from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -623,7 +624,7 @@ class SkippedBlock(Block):
 def test_decoder_blocks_may_be_others(change, position, monkeypatch):
     """Without pred maefast's own first block computes distinct tokens once, and its last the removed ones alone; any other is
     called as block(x)."""
-    monkeypatch.setattr(TRANSFORMER_BLOCK, "REPEATED_VALUES", 0)
+    monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
     model = small_mae(decoder_depth=2)
     block = model.decoder_blocks[position]
     seen = []

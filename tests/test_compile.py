@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from support import NATIVE, TRANSFORMER_BLOCK, images_for, noise_for, small_mae, small_reference, stacked, step
+from support import NATIVE, images_for, noise_for, small_mae, small_reference, stacked, step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import maefast
 from maefast import ops
 from maefast.blocks import Block
+from maefast.ops import _tokens
 from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -61,7 +62,7 @@ def test_inductor_draws_the_noise_of_torch_rand():
 
 
 def test_training_does_not_recompile(monkeypatch):
-    monkeypatch.setattr(TRANSFORMER_BLOCK, "REPEATED_VALUES", 0)
+    monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
     model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -81,7 +82,7 @@ def test_training_does_not_recompile(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
 def test_dynamic_batch_compiles_once(options, monkeypatch):
-    monkeypatch.setattr(TRANSFORMER_BLOCK, "REPEATED_VALUES", 0)
+    monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
     model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -106,7 +107,7 @@ def test_a_mask_ratio_of_each_step():
 
 
 def test_blocks_compiled_one_by_one_take_any_mask_ratio(monkeypatch):
-    monkeypatch.setattr(TRANSFORMER_BLOCK, "REPEATED_VALUES", -math.inf)
+    monkeypatch.setattr(_tokens, "REPEATED_VALUES", -math.inf)
     model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
     for block in (*model.blocks, *model.decoder_blocks):
         block.compile(fullgraph=True, dynamic=True, backend="aot_eager")

@@ -191,7 +191,7 @@ def test_private_names_of_torch_are_asked_for_in_one_file(path):
 @pytest.mark.parametrize("op", OPS)
 def test_ops_do_not_import_each_other(op):
     siblings = {parts[2] for parts in imports(PACKAGE / "ops" / f"{op}.py") if parts[:2] == ("maefast", "ops") and len(parts) > 2}
-    assert siblings <= {"_checks"} | JOINED.get(op, set())
+    assert siblings <= {"_checks", "_tokens"} | JOINED.get(op, set())
 
 
 @pytest.mark.parametrize("op", sorted(kernels.OPS))

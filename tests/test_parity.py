@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 from loss_curves import train
-from support import TRANSFORMER_BLOCK, Results, images_for, noise_for, small_mae, small_reference, stacked, step
+from support import Results, images_for, noise_for, small_mae, small_reference, stacked, step
 from torch import Tensor, nn
 
 import maefast
+from maefast.ops import _tokens
 from maefast.reference import ReferenceMAE
 from maefast.testing.errors import assert_close_to_float64
 
@@ -67,7 +68,7 @@ def test_small_models(options, mode):
 @pytest.mark.parametrize("options", [MODELS["non_square"], MODELS["one_channel"]], ids=["non_square", "one_channel"])
 def test_without_pred(options, mode, repeated, monkeypatch):
     """With the first decoder block on distinct tokens once, as in large batches, and without."""
-    monkeypatch.setattr(TRANSFORMER_BLOCK, "REPEATED_VALUES", repeated)
+    monkeypatch.setattr(_tokens, "REPEATED_VALUES", repeated)
     options = {**options, "decoder_depth": 2}
     reference = small_reference(**options)
     compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=8, return_pred=False)

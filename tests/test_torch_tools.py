@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from support import TRANSFORMER_BLOCK, Results, images_for, noise_for, small_mae, small_reference, stacked, step, widened
+from support import Results, images_for, noise_for, small_mae, small_reference, stacked, step, widened
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -17,7 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from maefast import MAE
 from maefast.blocks import Block
-from maefast.ops.transformer_block import take_tokens
+from maefast.ops import _tokens
+from maefast.ops._tokens import take_tokens
 from maefast.testing.errors import assert_close_to_float64
 
 KINDS = ("forward_pre", "forward", "full_backward_pre", "full_backward")  # of hooks
@@ -27,7 +28,7 @@ OPTIONS = pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=[
 @pytest.fixture(autouse=True)
 def _repeated_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models take every path that large ones take."""
-    monkeypatch.setattr(TRANSFORMER_BLOCK, "REPEATED_VALUES", 0)
+    monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
 
 
 def make(seed: int = 0) -> MAE:

@@ -11,6 +11,7 @@ from .. import dispatch, kernels
 from ..autocast import compute_dtype, is_autocast
 from ..dispatch import FLOATS, Kernel, Op
 from ._checks import check_dtype, check_floating, check_same_device, shape_of
+from ._tokens import RepeatedTokens
 from .add_layer_norm import OP as ADD_LAYER_NORM
 from .add_layer_norm import AddNormAsk, add_layer_norm_ref
 from .attention import OP as ATTENTION
@@ -107,7 +108,7 @@ def transformer_block(
     num_heads: int,
     eps: float = 1e-6,
     *,
-    repeated: "RepeatedTokens | None" = None,
+    repeated: RepeatedTokens | None = None,
     attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A pre-norm block (Dosovitskiy et al. 2021, equations 2 and 3) between two branches of the residual stream.
@@ -140,7 +141,7 @@ def run_block(
     pending: Tensor | None,
     weights: BlockWeights,
     eps: float,
-    repeated: "RepeatedTokens | None" = None,
+    repeated: RepeatedTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """transformer_block on the backend that was chosen for `ask`, for arguments that were checked."""
     native = native_products(LinearAsk(ask.device, ask.x, ask.weight, ask.weight, ask.out))
@@ -151,7 +152,7 @@ def run_block(
     return _infer(plan, x, pending, repeated, weights)
 
 
-def _check(x: Tensor, pending: Tensor | None, weights: BlockWeights, num_heads: int, repeated: "RepeatedTokens | None") -> None:
+def _check(x: Tensor, pending: Tensor | None, weights: BlockWeights, num_heads: int, repeated: RepeatedTokens | None) -> None:
     given = weights._asdict() | ({} if pending is None else {"pending": pending})
     check_floating(x=x, **given)
     check_same_device(x=x, **given)
@@ -181,66 +182,6 @@ def transformer_block_ref(
     y = F.linear(attention_ref(F.linear(y, qkv_w, qkv_b), num_heads), proj_w, proj_b)
     y, x = add_layer_norm_ref(y, x, w2, b2, eps, compute_dtype(x))
     return x, F.linear(F.gelu(F.linear(y, fc1_w, fc1_b)), fc2_w, fc2_b)
-
-
-class RepeatedTokens(NamedTuple):
-    """The decoder's input (N, 1+L, D) with each distinct token once: at one position the mask token is the same in every sample
-    (He et al. 2022, section 3), so what a token alone decides need not be computed for each.
-
-    rows         (N (1+K) + L, D)  class token and kept tokens of each sample, shuffled; then the mask token at each position
-    ids_restore  (N, L)            int64, the rank of each patch; rank < K means kept
-    """
-
-    rows: Tensor
-    ids_restore: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> "RepeatedTokens":
-        """Make them from the arguments of ops.unshuffle."""
-        token = _unshuffled(ids_restore, x.shape[1] - 1)
-        rows = (x + F.embedding(token, pos_embed[0])).flatten(0, 1)
-        return cls(torch.cat([rows, (mask_token + pos_embed[:, 1:])[0]]), ids_restore)
-
-    def len_keep(self) -> int:  # Dynamo of torch 2.10 sees through methods of a named tuple, not through properties
-        N, L = self.ids_restore.shape
-        return (self.rows.shape[0] - L) // N - 1
-
-    def expanded(self, y: Tensor) -> Tensor:
-        """Values of the rows, (N (1+K) + L, C) -> those of the tokens, (N, 1+L, C)."""
-        (N, L), K = self.ids_restore.shape, self.len_keep()
-        first = (1 + K) * torch.arange(N, device=y.device)[:, None]  # row of each sample
-        mask_token = N * (1 + K) + torch.arange(L, device=y.device)
-        row = torch.where(self.ids_restore < K, first + 1 + self.ids_restore, mask_token)
-        return y.index_select(0, torch.cat([first, row], dim=1).flatten()).view(N, 1 + L, y.shape[1])
-
-    def summed(self, dy: Tensor) -> Tensor:
-        """Gradients of the tokens, (N, 1+L, C) -> those of the rows, (N (1+K) + L, C): sums in fp32 and a fixed order, rounded
-        once."""
-        K = self.len_keep()
-        kept = take_tokens(dy, _unshuffled(self.ids_restore, K)).flatten(0, 1)
-        removed = (self.ids_restore >= K).to(dy.dtype).t()[:, None]
-        return torch.cat([kept, torch.bmm(removed, dy[:, 1:].transpose(0, 1))[:, 0]])
-
-
-REPEATED_VALUES = 1 << 18  # of mask tokens in a batch, from which on those at one position are worth computing once
-
-
-def repeats_enough(x: Tensor, len_keep: int) -> bool:
-    """Return whether the mask tokens of x (N, 1+L, D) that other samples have too outweigh what it costs to sort them out."""
-    N, tokens, D = x.shape
-    return x.device.type == "cpu" and (N * (tokens - 1 - len_keep) - tokens) * D >= REPEATED_VALUES
-
-
-def _unshuffled(ids_restore: Tensor, len_keep: int) -> Tensor:
-    """(N, 1+K): the token of the image that the class token and each kept token are."""
-    return F.pad(1 + ids_restore.argsort(dim=1)[:, :len_keep], (1, 0))
-
-
-def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """x (N, T, D), ids (N, K) -> (N, K, D). As rows of one matrix: a gather along dim 1 is 4 to 10 times slower on the CPU."""
-    N, T, D = x.shape
-    rows = ids + T * torch.arange(N, device=ids.device)[:, None]
-    return x.reshape(N * T, D).index_select(0, rows.flatten()).view(N, ids.shape[1], D)
 
 
 class _Plan(NamedTuple):
