@@ -17,6 +17,7 @@ from . import _library, _torch, gpu, tuned
 HAS_KERNELS = _library.HAS_CUDA and _torch.has_kernel("maefast::linear_gelu_fwd", "CUDA")
 KINDS = ("linear", "linear_gelu_fwd", "input_gradient", "linear_gelu_bwd", "linear_gelu_bwd_sum")
 FORWARD = KINDS[:2]  # whose weight is (features, depth)
+_DEVICE = "cuda"
 _CAPABILITY = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MULTIPLE = 8  # values in the 16 bytes that TMA counts by
@@ -26,7 +27,7 @@ def why_not(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str | N
     """Return None where a kernel can compute the product of x (..., depth) and weight in `dtype`, else the reason."""
     if not HAS_KERNELS:
         return "maefast was built without CUTLASS"
-    if x.device.type != "cuda":
+    if x.device.type != _DEVICE:
         return f"the products from CUTLASS run on a GPU, x is on {x.device}"
     if (capability := gpu.capability(x.device)) != _CAPABILITY:
         return f"the products from CUTLASS need compute capability 9.0, x is on a GPU of {tuned.name_of(capability)}"
@@ -51,7 +52,7 @@ def is_faster(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
     An exported graph keeps to cuBLAS: it runs on other GPUs and with other numbers of rows.
     """
-    if not HAS_KERNELS or x.device.type != "cuda" or torch.compiler.is_exporting():
+    if not HAS_KERNELS or x.device.type != _DEVICE or torch.compiler.is_exporting():
         return False
     sizes = _sizes(kind, x, weight)
     return tuned.has_faster_product(gpu.capability(x.device), kind, *sizes) and why_not(kind, x, weight, dtype) is None

@@ -441,6 +441,35 @@ def test_products_of_a_block(monkeypatch):
     assert not is_fused("linear_gelu_fwd", x, weight, on._replace(on_gpu=False))
 
 
+@pytest.mark.skipif(not NATIVE, reason="the CPU's kernel stands in for that of the GPU")
+@pytest.mark.usefixtures("hopper", "fresh_dynamo")
+def test_compiled_code_sees_through_the_choice(monkeypatch):
+    """One graph for each number of rows that the table knows; an exported one keeps to torch's product."""
+    entry = tuned.Gemm("9.0", "linear", (16, 16), (24, 24), 40, 1.2, "here")
+    monkeypatch.setattr(tuned, "_committed", tuned._committed._replace(gemm=(entry, entry._replace(kind="input_gradient"))))
+    monkeypatch.setattr(linear_module, "native_products", lambda ask: Products(False, False, None, True))
+    monkeypatch.setattr(gemm, "_DEVICE", "cpu")
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append("maefast.linear_fwd" in graph.print_readable(print_output=False))
+        return graph
+
+    linear = torch.compile(ops.linear, fullgraph=True, backend=backend, dynamic=False)
+    weight, bias = torch.randn(24, 16).bfloat16(), torch.randn(24).bfloat16()
+    for rows in (40, 39):
+        assert linear(torch.randn(rows, 16).bfloat16(), weight, bias).shape == (rows, 24)
+    assert graphs == [True, False]
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return ops.linear(x, weight, bias)
+
+    exported = torch.export.export(Layer(), (torch.randn(40, 16).bfloat16(),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    assert "maefast" not in str(exported.graph)
+    assert exported.module()(torch.randn(7, 16).bfloat16()).shape == (7, 24)
+
+
 def test_sizes_that_are_timed():
     """Those of the committed table are among them."""
     for entry in tuned.read().gemm:
