@@ -152,6 +152,27 @@ BAD = {
         with_config(embed_dim=32, img_size=32, num_heads=4, decoder_num_heads=3, norm_pix_loss="yes"),
         r"norm_pix_loss must be true or false; it is 'yes'",
     ),
+    "heads that do not divide the width": (
+        with_config(embed_dim=32, img_size=32, num_heads=5, decoder_num_heads=3),
+        r"num_heads is 5 in .* and 4 in MAE$",
+    ),
+    "eps in words": (with_config(hidden_size=32, num_attention_heads=4, image_size=32, layer_norm_eps="small"), r"'small'"),
+    "eps of nan": (
+        with_config(hidden_size=32, num_attention_heads=4, image_size=32, layer_norm_eps=float("nan")),
+        r"layer_norm_eps must be a number, 0 or more; it is nan",
+    ),
+    "mask ratio": (
+        with_config(hidden_size=32, num_attention_heads=4, image_size=32, mask_ratio=2),
+        r"mask_ratio must be in \[0, 1\); it is 2",
+    ),
+    "mean of a number": (
+        with_config(embed_dim=32, img_size=32, num_heads=4, decoder_num_heads=3, mean=0.5, std=[0.5] * 3),
+        r"mean must be a list of numbers; it is 0.5",
+    ),
+    "std of zero": (
+        with_config(embed_dim=32, img_size=32, num_heads=4, decoder_num_heads=3, mean=[0.5] * 3, std=[0.5, 0, 0.5]),
+        r"mean and std must be given together, std positive",
+    ),
     "heads of the config": (
         with_config(embed_dim=32, img_size=32, num_heads=8, decoder_num_heads=3),
         r"num_heads is 8 in .* and 4 in MAE",
@@ -162,7 +183,7 @@ BAD = {
     ),
 }
 # What a conversion has no reason to refuse.
-LOADING_ALONE = {"heads of the config"}
+LOADING_ALONE = {"heads of the config", "heads that do not divide the width"}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -298,3 +319,9 @@ def test_safetensors_is_not_installed(tmp_path, monkeypatch):
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a.pth does not exist"):
         MAE.from_pretrained(tmp_path / "a.pth")
+
+
+def test_heads_of_a_config_that_do_not_divide_the_width(tmp_path):
+    path = with_config(embed_dim=32, img_size=32, num_heads=5, decoder_num_heads=3)(tmp_path)
+    with pytest.raises(CheckpointError, match=r"num_heads of .* is 5, which does not divide the width 32$"):
+        MAE.from_pretrained(path)

@@ -214,6 +214,12 @@ LAYOUTS: dict[str, tuple[Callable[[Tensors], object], str, str, tuple[str, ...]]
         "the top of the file",
         ("n_averaged", "initted"),
     ),
+    "moments by name": (
+        lambda t: {"model": t, "optimizer": {"exp_avg": {name: x + 1 for name, x in t.items()}}},
+        "official",
+        "model",
+        ("optimizer",),
+    ),
     "the same weights twice": (lambda t: {"model": t, "model_without_ddp": dict(t)}, "official", "model", ("model_without_ddp",)),
     "encoder of the same weights": (
         lambda t: {"encoder": encoder(t), "model": {name: tensor.clone() for name, tensor in t.items()}},

@@ -1,5 +1,6 @@
 """The architecture of a checkpoint: from the shapes of its tensors, and from what its configuration tells beyond them."""
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +25,10 @@ MLPS = ("blocks.0.mlp.fc1.weight", "decoder_blocks.0.mlp.fc1.weight")
 OUR_MODEL_TYPE, THEIR_MODEL_TYPE = "maefast", "vit_mae"
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a checkpoint tells beyond its shapes; None where it does not."""
@@ -44,6 +49,16 @@ class Facts:
                 raise ValueError(f"{name} must be a positive whole number; it is {heads!r}")
         if not isinstance(self.norm_pix_loss, bool | None):
             raise ValueError(f"norm_pix_loss must be true or false; it is {self.norm_pix_loss!r}")
+        if self.layer_norm_eps is not None and not 0 <= self.layer_norm_eps < math.inf:
+            raise ValueError(f"layer_norm_eps must be a number, 0 or more; it is {self.layer_norm_eps!r}")
+        if self.mask_ratio is not None and not (_is_number(self.mask_ratio) and 0 <= self.mask_ratio < 1):
+            raise ValueError(f"mask_ratio must be in [0, 1); it is {self.mask_ratio!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and not (isinstance(values, list | tuple) and all(map(_is_number, values))):
+                raise ValueError(f"{name} must be a list of numbers; it is {values!r}")
+        if (self.mean is None) != (self.std is None) or not all(value > 0 for value in self.std or ()):
+            raise ValueError(f"mean and std must be given together, std positive; they are {self.mean} and {self.std}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +90,15 @@ class Architecture:
         return arguments | {"norm_layer": partial(nn.LayerNorm, eps=arguments.pop("layer_norm_eps"))}
 
     def require_heads(self, path: Path, given: Collection[str] = ()) -> None:
-        """Raise CheckpointError where a number of heads is neither known nor given."""
+        """Raise CheckpointError where a number of heads is neither known nor given, or does not divide the width."""
         for name, width, known in (
             ("num_heads", self.embed_dim, HEADS),
             ("decoder_num_heads", self.decoder_embed_dim, DECODER_HEADS),
         ):
-            if getattr(self, name) is None and name not in given:
+            heads = getattr(self, name)
+            if heads is not None and width % heads and name not in given:
+                raise CheckpointError(f"{name} of {path} is {heads}, which does not divide the width {width}")
+            if heads is None and name not in given:
                 widths = ", ".join(map(str, known))
                 raise CheckpointError(
                     f"{name} must be given: {path} does not tell it, and {width} is not among the widths that imply it, {widths}"
@@ -176,7 +194,7 @@ def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
     return replace(
         default,
         norm_pix_loss=norm_pix_loss if isinstance(norm_pix_loss, bool) else None,
-        mask_ratio=mask_ratio if isinstance(mask_ratio, float) else None,
+        mask_ratio=mask_ratio if isinstance(mask_ratio, float) and 0 <= mask_ratio < 1 else None,
     )
 
 
@@ -213,6 +231,9 @@ def infer(tensors: Mapping[str, Tensor], facts: Facts, path: Path, grid: Grid) -
     """
     embed_dim, in_chans, ph, pw = _shape(tensors, "patch_embed.proj.weight", 4, path)
     depth, decoder_depth = _depth(tensors, "blocks"), _depth(tensors, "decoder_blocks")
+    for name in ("mean", "std"):
+        if (values := getattr(facts, name)) is not None and len(values) != in_chans:
+            raise CheckpointError(f"{name} of {path} must have {in_chans} values, one a channel; it has {len(values)}")
     decoder_embed_dim, decoder_heads = 512, facts.decoder_num_heads
     if any(map(is_decoder, tensors)):
         decoder_embed_dim = _shape(tensors, "decoder_embed.weight", 2, path)[0]

@@ -182,7 +182,8 @@ def _states(contents: Contents) -> Iterator[tuple[tuple[str, ...], State]]:
         if state := {name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)}:
             yield entry, state
         for name, value in entries.items():
-            if isinstance(value, dict) and len(entry) < DEPTH:
+            moments = "optim" in str(name).lower()  # which have the names and shapes of weights
+            if isinstance(value, dict) and len(entry) < DEPTH and not moments:
                 yield from walk(value, (*entry, str(name)))
 
     yield from walk(contents.entries, ())
