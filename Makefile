@@ -24,12 +24,13 @@ SANITIZED_TESTS ?= tests/ops tests/test_bad_input.py tests/test_library.py
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/_version.py
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/attention_tiles.inc maefast/_version.py
 
 .PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-sanitize gpu-check bench lint clean
 .DELETE_ON_ERROR:
 
-# An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too.
+# An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too. Naming
+# that torch keeps pip from replacing it where a requirement of it is not met.
 $(VENV)/.environment: requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@lent=$$($(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null); \
@@ -39,7 +40,7 @@ $(VENV)/.environment: requirements-dev.txt
 	  $(BIN)/python -m pip install $(TORCH); \
 	fi
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install $(TRITON)
-	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 	touch $@
 
 $(VENV)/.build: $(VENV)/.environment $(SOURCES)

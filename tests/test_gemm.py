@@ -397,7 +397,11 @@ def test_which_linears_ask():
 
 
 @pytest.mark.skipif(not NATIVE, reason="the CPU's kernel stands in for that of the GPU")
-@pytest.mark.parametrize("chosen", [set(), {"linear"}, {"input_gradient"}, {"linear", "input_gradient"}], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [set(), {"linear"}, {"input_gradient"}, {"linear", "input_gradient"}],
+    ids=lambda kinds: "+".join(sorted(kinds)) or "none",
+)
 def test_linear_takes_what_is_chosen(chosen, monkeypatch):
     """Forward and input gradient, each by itself."""
     monkeypatch.setattr(linear_module, "native_products", lambda ask: Products(False, False, None, True))

@@ -19,15 +19,21 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 
 
-def test_the_committed_table_follows_from_the_results():
-    results = json.loads((RESULTS / "attention.json").read_text())
-    rows = []
-    for row in results["timing"]:
-        sdpa = min(row["ms"][f"{name} both"] for name in ("flash", "cudnn", "efficient"))
-        rows.append((row["T"], row["d"], {"native": row["ms"]["ours both"], "sdpa": sdpa}))
-    measured = f"{results['device']}, torch {results['torch']}"
-    assert sorted(tune.attention_entries(rows, "9.0", measured)) == sorted(tuned.read().attention)
-    assert tuned.read().tiles == ()
+def test_the_committed_table_is_what_tune_would_write():
+    """From the speedups in it: which lengths an entry covers, and what is worth one."""
+    table = tuned.read()
+    for capability, measured in {(entry.capability, entry.measured) for entry in table.attention}:
+        entries = [entry for entry in table.attention if (entry.capability, entry.measured) == (capability, measured)]
+        rows = [
+            (T, d, {entry.backend: 1.0, "sdpa": entry.speedup + 0.001})
+            for entry in entries
+            for T, _, d in dict.fromkeys(tune.SHAPES)
+            if d == entry.head_width and entry.first <= T <= entry.last
+        ]
+        assert sorted(tune.attention_entries(rows, capability, measured)) == sorted(entries)
+    for entry in table.tiles:
+        assert entry.speedup >= tune.GAIN
+        assert entry.tile in tune.CANDIDATES[entry.kernel]
 
 
 def test_the_committed_products_follow_from_the_results():
@@ -179,10 +185,10 @@ def test_what_was_measured_takes_the_place_of_what_was(monkeypatch):
     """Of this architecture, the parts and backends that were timed; flash-attn was not, and its entry keeps its place."""
     native = {50: 3.0, 65: 1.0, 197: 1.0, 257: 4.0}
     monkeypatch.setattr(tune, "time_attention", lambda shape, setting: {"native": native[shape[0]], "sdpa": 3.0})
-    monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "num_warps=1": 1.0})])
+    monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "ROWS=1 num_warps=2": 1.0})])
     new = tune.tuned_table(("attention", "layer_norm"), OLD, setting({}), "9.0", "here")
     assert new.attention == (OLD.attention[0], OLD.attention[2], Attention("9.0", 80, 65, 72, "native", 3.0, "here"))
-    assert new.tiles == (OLD.tiles[1], Tile("9.0", "layer_norm_fwd", 768, {"num_warps": 1}, 2.0, "here"))
+    assert new.tiles == (OLD.tiles[1], Tile("9.0", "layer_norm_fwd", 768, {"ROWS": 1, "num_warps": 2}, 2.0, "here"))
     assert [line[0] for line in tune.changes(OLD, new)] == ["-", "-", "+", "+"]
     assert tune.changes(OLD, OLD) == []
     assert new.gemm == OLD.gemm
@@ -278,7 +284,7 @@ def taken(kernel: str, names: set[str]) -> dict[str, int]:
     """The tile that a launch takes: its options, and the constants of that name."""
     (launch,) = launches(kernel)
     values = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=True)) | launch.options
-    return {name: values[name] for name in names}
+    return {name: values[name] for name in names - {"PROGRAMS"}}
 
 
 @needs_triton
@@ -288,14 +294,30 @@ def test_a_launcher_reads_the_table(kernel, monkeypatch):
     for tile in tune.CANDIDATES[kernel]:
         rule = taken(kernel, set(tile))
         with tuned.trying(kernel, width, CPU, tile):
-            assert taken(kernel, set(tile)) == tile
+            assert taken(kernel, set(tile)) == {name: value for name, value in tile.items() if name != "PROGRAMS"}
         with tuned.trying(kernel, width + 1, CPU, tile), tuned.trying("other", width, CPU, tile):
             assert taken(kernel, set(tile)) == rule
         assert taken(kernel, set(tile)) == rule
-    monkeypatch.setattr(tuned, "_tiles", {("9.0", kernel, width): {"num_warps": 8}})
+    monkeypatch.setattr(tuned, "_tiles", {(kernel, width, "9.0"): {"num_warps": 8}})
+    monkeypatch.setattr(tuned, "_tuned", {(kernel, width)})
     monkeypatch.setattr(tuned.gpu, "capability", lambda device: (9, 0))
     on_gpu = tuned.tile_for(kernel, width, torch.device("cuda"), {"ROWS": 1, "num_warps": 1})
     assert on_gpu == {"ROWS": 1, "num_warps": 8}
+
+
+@needs_triton
+def test_programs_of_the_backward_norm(monkeypatch):
+    """They take chunks of whole tiles, of at least four rows."""
+    from maefast.kernels import layer_norm
+
+    rows, weight, statistics = torch.empty(70, 512), torch.empty(512), torch.empty(70)
+    for programs, chunk in ((7, 10), (6, 12), (528, 4)):
+        import aot
+
+        with tuned.trying("layer_norm_bwd", 512, CPU, {"ROWS": 2, "PROGRAMS": programs}), aot.recorded(layer_norm) as found:
+            layer_norm.layer_norm_bwd(rows, None, rows, weight, weight, statistics, statistics, None, None)
+        names = [p.name for p in found[0].kernel.params]
+        assert found[0].args[names.index("chunk")] == chunk
 
 
 @needs_triton

@@ -25,9 +25,9 @@ from ..tuned import Attention, Table, Tile
 from . import _products
 
 SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))  # T, h, d in ViT-B, -L and -H
-WIDTHS = (512, 768, 1024, 1280)
+WIDTHS = {512: 197, 768: 50, 1024: 50, 1280: 65}  # of the residual stream -> tokens of a sample
 PATCHES = {768: 16, 588: 14}  # P of three channels -> the side of a patch
-IMAGE, TOKENS, EPS = 224, 50, 1e-6
+IMAGE, EPS = 224, 1e-6
 GAIN = 1.05  # what a choice must gain over the default: less is noise
 SETS = 2  # of inputs, that rotate
 ROUNDS = 15
@@ -35,6 +35,16 @@ CHECKED = 8  # samples that are held against float64
 
 _WARPS = tuple({"num_warps": warps} for warps in (1, 2, 4, 8))
 _ROWS = tuple({"ROWS": rows, "num_warps": warps} for rows, warps in ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8)))
+_NORM = tuple({"ROWS": rows, "num_warps": warps} for rows, warps in ((1, 2), (1, 4), (2, 4), (2, 8), (4, 4), (4, 8)))
+_NORM_BWD = tuple(
+    {"ROWS": rows, "num_warps": warps, "PROGRAMS": programs}
+    for rows, warps in ((1, 4), (2, 4), (2, 8))
+    for programs in (528, 1056, 2112)
+)
+_GELU_BWD = tuple(
+    {"ROWS": rows, "COLS": columns, "STAGES": stages, "num_warps": 4}
+    for rows, columns, stages in ((8, 128, 1), (8, 128, 3), (16, 128, 3), (4, 256, 3), (8, 256, 3))
+)
 # Kernel -> what to try in place of its rule. GROUP of masked_mse depends on the batch, so it is left to the rule.
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "gather_patches_fwd": _ROWS,
@@ -42,11 +52,11 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "unshuffle_bwd": _ROWS,
     "masked_mse_fwd": _WARPS,
     "masked_mse_bwd": _WARPS,
-    "layer_norm_fwd": _WARPS,
-    "layer_norm_bwd": _WARPS,
-    "add_layer_norm_fwd": _WARPS,
+    "layer_norm_fwd": _NORM,
+    "layer_norm_bwd": _NORM_BWD,
+    "add_layer_norm_fwd": _NORM,
     "bias_gelu_fwd": _ROWS,
-    "bias_gelu_bwd": _ROWS,
+    "bias_gelu_bwd": _GELU_BWD,
 }
 TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
 PARTS = ("attention", "gemm", *sorted({kernel[:-4] for kernel in CANDIDATES}))
@@ -183,20 +193,22 @@ def cases(op: str, N: int, setting: Setting) -> Iterator[tuple[int, Op, Tensors]
                 inputs = {"pred": normal(N, L, P, dtype=setting.half), "imgs": imgs, "mask": mask}
                 yield P, lambda side=side, **t: ops.masked_mse(**t, patch_size=side, norm_pix=True), inputs
         return
-    for D in WIDTHS:
-        x, parameters = normal(N, TOKENS, D, dtype=setting.half), {"weight": normal(D), "bias": normal(D)}
+    for D, tokens in WIDTHS.items():
+        x, parameters = normal(N, tokens, D, dtype=setting.half), {"weight": normal(D), "bias": normal(D)}
         if op == "unshuffle":
             L = (IMAGE // 16) ** 2
             ids = torch.rand(N, L, device=setting.device).argsort(dim=1)
+            x = normal(N, 1 + L // 4, D, dtype=setting.half)
             inputs = {"x": x, "ids_restore": ids, "mask_token": normal(1, 1, D), "pos_embed": normal(1, 1 + L, D).detach()}
             yield D, ops.unshuffle, inputs
         elif op == "bias_gelu":
-            yield 4 * D, ops.bias_gelu, {"x": normal(N, TOKENS, 4 * D, dtype=setting.half), "bias": normal(4 * D)}
+            hidden = (normal(*shape, dtype=setting.half) for shape in ((N, tokens, 4 * D), (4 * D,)))
+            yield 4 * D, ops.bias_gelu, dict(zip(("x", "bias"), hidden, strict=True))
         elif op == "layer_norm":
-            inputs = {"x": normal(N, TOKENS, D)} | parameters
+            inputs = {"x": normal(N, tokens, D)} | parameters
             yield D, lambda **t: ops.layer_norm(**t, eps=EPS, dtype=out(t["x"])), inputs
         else:
-            inputs = {"x": x, "residual": normal(N, TOKENS, D)} | parameters
+            inputs = {"x": x, "residual": normal(N, tokens, D)} | parameters
             yield D, lambda **t: ops.add_layer_norm(**t, eps=EPS, dtype=out(t["x"])), inputs
 
 
