@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...ops import len_keep
 from ..baseline import reference_on
 from ..checkpoints import Position
 from ..data.pretraining import Augmented, Batch, Keys, dead_workers_reported, evenly_spaced, load_batches
@@ -93,7 +94,7 @@ class Trainer:
             init=None if self.init is None else self.init.record(),
         )
         self.forward = self._forward()
-        self.len_keep = int(model.patch_embed.num_patches * (1 - options.mask_ratio))
+        self.len_keep = len_keep(model.patch_embed.num_patches, options.mask_ratio)
         self.needs_pred = bool(model.overridden_methods())
         self.unread = list[tuple[Callable[[], float], Position, float]]()  # losses of steps, where, their learning rates
         self.received: Sequence[int] = ()  # signals, as they arrive
