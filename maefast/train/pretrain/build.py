@@ -6,6 +6,7 @@ import torch
 
 from ... import checkpoint, models_mae
 from ...model import MAE
+from ...ops import len_keep
 from ..data.open import open_images
 from ..data.sources import ImageDataset
 from ..errors import UserError
@@ -65,7 +66,10 @@ def build_model(options: Options, channels: int) -> MAE:
     except ValueError as error:
         raise UserError(f"--model {options.model} cannot be built with --input_size {options.input_size}: {error}") from error
     patches = model.patch_embed.num_patches
-    kept = int(patches * (1 - options.mask_ratio))
+    try:
+        kept = len_keep(patches, options.mask_ratio)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     if not 0 < kept < patches:
         what = f"{options.mask_ratio} keeps {kept} of {patches}"
         raise UserError(f"--mask_ratio must keep at least one patch and remove at least one; {what}")
