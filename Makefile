@@ -4,9 +4,12 @@
 #   make test    the test suite
 #   make test-torch TORCH=torch==2.11.0   the test suite beside another torch, in an environment of its own under build/
 #   make test-abi         a wheel built beside the oldest torch, tested beside every other
+#   make wheels           the source distribution and the wheels, in dist/
+#   make test-wheels      the wheel beside torch with every Python from 3.10 to 3.13 that is found, without a compiler
+#   make test-aarch64     the sources cross-compiled, and tests of ops under qemu; needs what docs/install.md lists
 #   make bench   the full benchmarks: JSON, table and chart under benchmarks/results/<machine>/
 #   make lint    ruff, clang-format, mypy
-#   make test-aot         every GPU kernel compiled ahead of time, two minutes: no spills; writes docs/kernels.md, needs nvcc
+#   make test-aot         every GPU kernel compiled ahead of time, five minutes: no spills; writes docs/kernels.md, needs nvcc
 #   make gpu-check        on a machine with a GPU: builds, tests, benchmarks, at most nine minutes, no network (scripts/gpu_check.sh)
 #   make test-sanitize    the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
@@ -21,12 +24,13 @@ SANITIZED_TESTS ?= tests/ops tests/test_bad_input.py tests/test_library.py
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/_version.py
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/attention_tiles.inc maefast/_version.py
 
-.PHONY: demo test test-torch test-abi test-aot test-sanitize gpu-check bench lint clean
+.PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-sanitize gpu-check bench lint clean
 .DELETE_ON_ERROR:
 
-# An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too.
+# An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too. Naming
+# that torch keeps pip from replacing it where a requirement of it is not met.
 $(VENV)/.environment: requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@lent=$$($(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null); \
@@ -36,7 +40,7 @@ $(VENV)/.environment: requirements-dev.txt
 	  $(BIN)/python -m pip install $(TORCH); \
 	fi
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install $(TRITON)
-	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 	touch $@
 
 $(VENV)/.build: $(VENV)/.environment $(SOURCES)
@@ -74,8 +78,26 @@ test-abi:
 	  $(MAKE) test-torch TORCH=torch==$$version WHEEL=$$(echo build/torch-$(OLDEST)/dist/*.whl) TESTS="$(ABI_TESTS)" || exit 1; \
 	done
 
-test-aot: $(VENV)/.build
+# PATH is for cmake and ninja.
+wheels: $(VENV)/.environment
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/wheels.py build
+
+# Each Python takes a torch from pip, which may be a CUDA build of gigabytes.
+test-wheels: $(VENV)/.environment
+	$(BIN)/python scripts/wheels.py test $(TORCH) $(TESTS)
+
+test-aarch64: $(VENV)/.environment
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python scripts/aarch64.sh $(TESTS)
+
+# CUTLASS's headers; what else its wheel asks for they do not need.
+CUTLASS := nvidia-cutlass==4.2.0.0
+$(VENV)/.cutlass: $(VENV)/.environment
+	$(BIN)/python -m pip install --no-deps $(CUTLASS)
+	touch $@
+
+test-aot: $(VENV)/.build $(VENV)/.cutlass
 	$(BIN)/python scripts/aot_table.py
+	$(BIN)/python tests/aot_gemm.py
 
 # Not through $(VENV): what sets it up may need a network.
 gpu-check:
@@ -102,4 +124,4 @@ lint: $(VENV)/.environment
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build maefast/*.so *.egg-info
+	rm -rf $(VENV) build dist maefast/*.so *.egg-info

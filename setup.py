@@ -1,8 +1,9 @@
-"""Drives CMake: builds libmaefast.so, libmaefast_cuda.so and maefast._C into the package. What to build is described in CMakeLists.txt alone.
+"""Drives CMake: builds libmaefast.so and libmaefast_cuda.so into the package. What to build is described in CMakeLists.txt alone.
 
 MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
-kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_SANITIZE=1 builds with the sanitizers, for
-`make test-sanitize`.
+kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_CUTLASS=0 or 1 leaves out or demands the
+products for Hopper among them, which are otherwise built where the package nvidia-cutlass is installed. MAEFAST_SANITIZE=1 builds
+with the sanitizers, for `make test-sanitize`.
 """
 
 import os
@@ -14,13 +15,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+NATIVE = os.environ.get("MAEFAST_NATIVE", "1") != "0"
 
-def torch_cuda() -> str | None:
-    """The CUDA version of the installed torch, None without CUDA; torch is not imported."""
-    spec = find_spec("torch")
-    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"] if spec and spec.origin else None
+
+def root_of(package: str) -> Path | None:
+    """Folder of a package: installed here, or around the environment that pip isolates a build in."""
+    if (spec := find_spec(package)) and spec.origin:
+        return Path(spec.origin).parent
+    # pip isolates by PYTHONPATH, which -I ignores.
+    probe = f"from importlib.util import find_spec; print(getattr(find_spec({package!r}), 'origin', ''))"
+    origin = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(origin).parent if origin else None
+
+
+def torch_root() -> Path | None:
+    """Folder of the torch to build against."""
+    return root_of("torch")
 
 
 def wants_cuda(torch_cuda: str | None) -> bool:
@@ -35,36 +48,67 @@ def wants_cuda(torch_cuda: str | None) -> bool:
     return asked != "0" and missing is None
 
 
+def cutlass_options(with_cuda: bool) -> dict[str, str]:
+    """The options that CMakeLists.txt takes for CUTLASS: where its headers are, and whether it is demanded."""
+    asked = os.environ.get("MAEFAST_CUTLASS", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise SystemExit(f"MAEFAST_CUTLASS must be auto, 0 or 1; it is {asked!r}")
+    library = root_of("cutlass_library")  # of the wheel nvidia-cutlass, which has the headers
+    missing = None if library else "the package nvidia-cutlass is not installed"
+    if not with_cuda:
+        missing = "the CUDA kernels are not built"
+    if asked == "1" and missing:
+        raise SystemExit(f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}")
+    include = str(library / "source" / "include") if library else ""
+    return {"MAEFAST_CUTLASS": {"auto": "auto", "0": "OFF", "1": "ON"}[asked], "CUTLASS_INCLUDE": include}
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-        import torch
-
+        torch = torch_root()
+        if torch is None:
+            raise SystemExit("maefast is built against torch, and there is none: install torch>=2.10 first")
         source = Path(__file__).resolve().parent
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         sanitize = os.environ.get("MAEFAST_SANITIZE", "0") != "0"
         build = source / "build" / ("sanitize" if sanitize else "native")
+        with_cuda = wants_cuda(runpy.run_path(str(torch / "version.py"))["cuda"])
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
             "MAEFAST_OUTPUT_DIR": output,
-            "MAEFAST_CUDA": "ON" if wants_cuda(torch_cuda()) else "OFF",
+            "MAEFAST_CUDA": "ON" if with_cuda else "OFF",
             "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
-            "Python_EXECUTABLE": sys.executable,
-            "TORCH_ROOT": Path(torch.__file__).resolve().parent,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of the last build may have lain in an isolated environment
+            "TORCH_ROOT": torch,
+            **cutlass_options(with_cuda),
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *arguments], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """Put the objects that CMake made in the place of those of an earlier build, which may have made others."""
+        package = Path(__file__).resolve().parent / "maefast"
+        for stale in package.glob("*.so"):
+            stale.unlink()
+        for made in Path(self.build_lib, "maefast").glob("*.so"):
+            shutil.copy2(made, package)
+
     def get_ext_filename(self, ext_name: str) -> str:
         return os.path.join(*ext_name.split(".")) + ".so"
 
 
-objects = []  # every one is listed, so that setuptools installs it; CMake builds them in one go
-if os.environ.get("MAEFAST_NATIVE", "1") != "0":
-    objects = ["libmaefast", "_C", *(["libmaefast_cuda"] if wants_cuda(torch_cuda()) else [])]
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        """Name the platform alone: libmaefast.so knows no Python, so that one wheel serves all."""
+        return "py3", "none", super().get_tag()[2]
+
+
+# CMake makes libmaefast_cuda.so beside it, where there is CUDA.
+objects = [Extension("maefast.libmaefast", sources=[])] if NATIVE else []
 setup(
-    ext_modules=[Extension(f"maefast.{name}", sources=[]) for name in objects],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=objects,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    # Not in pyproject.toml: gigabytes that an isolated build need not fetch where the environment around it has torch.
+    setup_requires=["torch>=2.10"] if NATIVE and torch_root() is None else [],
 )

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rotation import Run
 from torch import Tensor, nn
 
+from maefast.testing.timing import Run
 from maefast.train.step import GraphedStep
 
 

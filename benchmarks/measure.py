@@ -9,7 +9,9 @@ from typing import Any
 import machine
 import torch
 from memory import peak_in_fresh_process
-from rotation import Budget, NotOursError, Run, rotate, timer_for
+from rotation import NotOursError
+
+from maefast.testing.timing import Budget, Run, rotate, timer_for
 
 COPY, GEMM = "machine-copy", "machine-gemm"  # probes that take part in a rotation
 

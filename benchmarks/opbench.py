@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from errors import assert_close_to_float64
-from rotation import NotOursError, Run
+from rotation import NotOursError
 from torch import Tensor
 
 import maefast
 from maefast import dispatch
+from maefast.testing.errors import assert_close_to_float64
+from maefast.testing.timing import Run
 
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]

@@ -14,9 +14,10 @@ from typing import Any
 import machine
 import report
 import torch
-from rotation import Budget, WallTimer, rotate
 from stepbench import Size, StepWorkload
 from test_step import CPU
+
+from maefast.testing.timing import Budget, WallTimer, rotate
 
 CONTENDERS = ("reference-sdpa", "maefast", "maefast-no-pred")
 DEMO = {  # the sizes of its two models

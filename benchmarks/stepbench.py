@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import traffic
-from errors import assert_close_to_float64
 from gpusteps import GraphedRun, scaled_step
-from rotation import NotOursError, Run
+from rotation import NotOursError
 from torch import Tensor, nn
 
 import maefast
 from maefast.reference import ReferenceMAE
+from maefast.testing.errors import assert_close_to_float64
+from maefast.testing.timing import Run
 from maefast.train.optim import adamw
 
 Forward = Callable[[Tensor, Tensor], Any]

@@ -1,6 +1,6 @@
 """maefast: Masked Autoencoder pre-training at the speed of the hardware, behind the official API."""
 
-from . import _torch, ops  # noqa: F401  # _torch first: it refuses a torch that is too old
+from . import _torch, ops, reference  # noqa: F401  # _torch first: it refuses a torch that is too old
 from ._version import __version__
 from .dispatch import backend
 from .encoder import VisionTransformer

@@ -5,6 +5,7 @@ silently. libmaefast_cuda.so, the kernels on GPUs, is loaded where torch has CUD
 """
 
 import ctypes
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ _NATIVE_CUDA = _PACKAGE / "libmaefast_cuda.so"
 
 HAS_NATIVE = _NATIVE.exists()
 HAS_CUDA = HAS_NATIVE and _NATIVE_CUDA.exists() and torch.version.cuda is not None
+# Facts about the loaded objects by their file names: version, compiler, build_type, and kernels: CPU instruction sets, or CUDA
+# architectures as CMake names them.
+BUILD_INFO: dict[str, dict[str, str]] = {}
 NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
 
 # Ops whose body is Python on every device. A fragment, so that it may come before or after the native definitions.
@@ -41,7 +45,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return register
 
 
-def _load(path: Path) -> None:
+def _load(path: Path) -> ctypes.CDLL:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -51,17 +55,27 @@ def _load(path: Path) -> None:
         ) from error
     library = ctypes.CDLL(str(path))
     release = "another release"
-    if hasattr(library, "maefast_version"):
-        library.maefast_version.restype = ctypes.c_char_p
-        release = f"maefast {library.maefast_version().decode()}"
+    if hasattr(library, "maefast_build_info"):
+        library.maefast_build_info.restype = ctypes.c_char_p
+        BUILD_INFO[path.name] = json.loads(library.maefast_build_info())
+        release = f"maefast {BUILD_INFO[path.name]['version']}"
     if release != f"maefast {__version__}":
         raise ImportError(
             f"{path.name} is of {release}, the Python files around it are of maefast {__version__}: reinstall maefast"
         )
+    return library
+
+
+def describe() -> list[str]:
+    """Return one line for each native object that is loaded, or why it is not."""
+    loaded = [f"{name}: {info['compiler']}, kernels for {info['kernels']}" for name, info in BUILD_INFO.items()]
+    if HAS_NATIVE and not HAS_CUDA:
+        loaded.append(f"{_NATIVE_CUDA.name}: " + ("not loaded, this torch has no CUDA" if _NATIVE_CUDA.exists() else "not built"))
+    return loaded
 
 
 if HAS_NATIVE:
-    _load(_NATIVE)
+    native = _load(_NATIVE)
     if HAS_CUDA:
         _load(_NATIVE_CUDA)
 else:

@@ -32,6 +32,11 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or _has_any_global_hook()
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key, "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether module.compile() was called."""
     return module._compiled_call_impl is not None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from . import _torch, cpu, dispatch
+from . import _library, _torch, cpu, dispatch
 from .blocks import Block
 from .dispatch import OPS, Op
 from .ops.attention import OP as ATTENTION
@@ -15,8 +15,8 @@ from .ops.attention import AttentionAsk
 
 
 def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-    """Print the instruction set of the CPU kernels, and a table: op, backend chosen for tensors of `device` and `dtype`, why not
-    the others.
+    """Print the instruction set of the CPU kernels, what each native object holds, and a table: op, backend chosen for
+    tensors of `device` and `dtype`, why not the others.
 
     Beside `sdpa` stands the kernel that torch picks. A `maefast.MAE` or `VisionTransformer` adds attention in its encoder (at the
     default mask ratio) and in its decoder, the route of each block with the reason, and the route of its forward, which depends
@@ -24,7 +24,7 @@ def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dt
     Raises ValueError for a name that is no device, and RuntimeError for a device that is not here.
     """
     _check_device(device)
-    print(cpu.describe())
+    print(cpu.describe(), *_library.describe(), sep="\n")
     rows = [("op", "backend", "why not the others")]
     where = torch.device(device)
     for op in OPS.values():

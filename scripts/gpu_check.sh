@@ -4,7 +4,7 @@
 #     [PYTHON=python3] [OUT=build/gpu] [GPU_CHECK="tests ops step"] [GPU_CHECK_SECONDS=540] scripts/gpu_check.sh
 #
 # GPU_CHECK picks parts: tests (with compute-sanitizer where it is installed), ops, step, tune (the table of choices, to $OUT/tuned.json).
-# Needs torch with CUDA, Triton, nvcc, cmake, ninja, pybind11, pytest, pytest-benchmark and, for the chart, matplotlib.
+# Needs torch with CUDA, Triton, nvcc, cmake, ninja, pytest, pytest-benchmark and, for the chart, matplotlib.
 #
 # Each command writes its log, and the benchmarks their JSON, to $OUT when it is done. One that runs out of its own time or of what is
 # left of the whole is stopped, one that has too little left is skipped; what the others found stays. The last thing printed is a
@@ -30,7 +30,7 @@ if find_spec("torch"):
 
     if not torch.cuda.is_available():
         sys.exit(f"gpu-check needs a GPU that torch can use; torch {torch.__version__} finds none")
-modules = ("torch", "triton", "pybind11", "pytest", "pytest_benchmark")
+modules = ("torch", "triton", "pytest", "pytest_benchmark")
 missing = [name for name in modules if not find_spec(name)] + [name for name in ("nvcc", "cmake", "ninja") if not shutil.which(name)]
 if missing:
     sys.exit(f"gpu-check needs {', '.join(missing)}")

@@ -10,6 +10,7 @@ runs once, on inputs that rotate, with a cold L2 cache; GB/s counts the bytes th
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -26,11 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 warnings.filterwarnings("ignore", message="maefast runs without")
 
-from errors import assert_close_to_float64, relative_errors  # noqa: E402
-
 import maefast  # noqa: E402
 from maefast import _library, ops  # noqa: E402
-from maefast.kernels._timing import Timer  # noqa: E402
+from maefast.testing.errors import assert_close_to_float64, relative_errors  # noqa: E402
+from maefast.testing.timing import Budget, CudaTimer, rotate  # noqa: E402
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 DTYPES = {  # images; patches, x and pred; mask token and positions
@@ -241,9 +241,15 @@ def check_compiled(report: dict) -> None:
     report["compiled"] = "fullgraph, changing batch, reduce-overhead and CUDA graph agree bit for bit"
 
 
-def copy_bandwidth(timer: Timer) -> float:
+def medians(runs: dict, timer: CudaTimer, sets: int, rounds: int = 15) -> dict[str, float]:
+    """Microseconds of each contender."""
+    samples = rotate(runs, timer, Budget(seconds=0, least=rounds, most=rounds), sets)
+    return {name: statistics.median(values) * 1e6 for name, values in samples.items()}
+
+
+def copy_bandwidth(timer: CudaTimer) -> float:
     source, target = (torch.randn(1 << 28, device=DEVICE) for _ in range(2))
-    return 2 * source.nbytes / timer.rotate({"copy": lambda i: target.copy_(source)}, 1)["copy"] / 1e3  # GB/s
+    return 2 * source.nbytes / medians({"copy": lambda i: target.copy_(source)}, timer, 1)["copy"] / 1e3  # GB/s
 
 
 def bytes_of(op: str, t: Tensors, out_size: int) -> int:
@@ -339,7 +345,7 @@ def runs_of(op: str, sets: list[Tensors], function: Callable, backend: str) -> d
     return {f"{op} fwd": forward, f"{op} fwd+bwd": both}
 
 
-def measure(report: dict, timer: Timer, deadline: float) -> None:
+def measure(report: dict, timer: CudaTimer, deadline: float) -> None:
     copy = report["copy_gb_per_s"]
     plan = [("B", d, N) for N in (256, 1024, 64) for d in ("amp", "fp32", "bf16", "uint8")] + [
         ("H", "amp", 256),
@@ -363,7 +369,7 @@ def measure(report: dict, timer: Timer, deadline: float) -> None:
                 for name, run in runs_of(op, sets, function, backend).items():
                     groups.setdefault(name, {})[contender] = run
             for name, runs in groups.items():
-                us = timer.rotate(runs, len(sets), 9 if N == 1024 else 15)
+                us = medians(runs, timer, len(sets), 9 if N == 1024 else 15)
                 size = bytes_of(name, sets[0], torch.empty(0, dtype=dtypes[1]).element_size())
                 gb_per_s = size / us["triton"] / 1e3
                 row = {"op": name, "model": geometry, "dtype": dtype_name, "N": N, "us": us, "bytes": size, "gb_per_s": gb_per_s}
@@ -416,7 +422,7 @@ def main() -> None:
 
     start = time.monotonic()
     torch.manual_seed(0)
-    timer = Timer()
+    timer = CudaTimer(torch.device("cuda"))
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     report |= {"copy_gb_per_s": copy_bandwidth(timer), "rows": [], "host_us": {}, "stages": {}}
     stages: dict[str, Callable[[], None]] = {

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from flash_attn_standin import write_flash_attn
 from support import (
     forward_backward,
@@ -35,6 +34,7 @@ from maefast import _flash_attn, _library, dispatch, ops, tuned
 from maefast import gpu as gpu_facts
 from maefast.ops.attention import OP as ATTENTION
 from maefast.ops.attention import AttentionAsk
+from maefast.testing.errors import assert_close_to_float64
 
 CPU = torch.device("cpu")
 

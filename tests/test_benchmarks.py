@@ -17,7 +17,9 @@ import rotation
 import test_ops as bench_ops
 import torch
 import traffic
-from errors import assert_close_to_float64
+
+from maefast.testing import timing
+from maefast.testing.errors import assert_close_to_float64
 
 CPU = torch.device("cpu")
 
@@ -72,7 +74,7 @@ def test_rotation_runs_each_contender_once_a_round_on_the_round_s_inputs():
         run(i)
         return float(len(calls))
 
-    samples = rotation.rotate(runs, timer, rotation.Budget(seconds=0.0, least=6, most=9), sets=3, warmup=2)
+    samples = timing.rotate(runs, timer, timing.Budget(seconds=0.0, least=6, most=9), sets=3, warmup=2)
     rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
     assert len(rounds) == 2 + 6
     for r, timed in enumerate(rounds):
@@ -85,8 +87,8 @@ def test_rotation_runs_each_contender_once_a_round_on_the_round_s_inputs():
 
 
 def test_rotation_s_order_is_the_same_in_every_run_and_its_length_follows_the_budget():
-    assert rotation.order(["a", "b", "c"], 3) == rotation.order(["a", "b", "c"], 3)
-    budget = rotation.Budget(seconds=10, least=5, most=30)
+    assert timing.order(["a", "b", "c"], 3) == timing.order(["a", "b", "c"], 3)
+    budget = timing.Budget(seconds=10, least=5, most=30)
     assert [budget.rounds(s) for s in (0.0, 0.1, 0.5, 1.0, 100.0)] == [30, 30, 20, 10, 5]
 
 
@@ -267,10 +269,10 @@ class TinyBench:
     def why_not(self, contender: str) -> str | None:
         return None
 
-    def run(self, contender: str) -> rotation.Run:
+    def run(self, contender: str) -> timing.Run:
         return lambda i: None
 
-    def check(self, contender: str, run: rotation.Run) -> None:
+    def check(self, contender: str, run: timing.Run) -> None:
         pass
 
     def forget(self) -> None:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import assert_close_to_float64
 from support import NATIVE, TRANSFORMER_BLOCK, Calls, Results, small_mae, stacked
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ import maefast
 from maefast import reference
 from maefast.blocks import Block, Route
 from maefast.ops.transformer_block import RepeatedTokens, take_tokens
+from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MODES = {  # of the parameters and x, and what autocast is on

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import NATIVE, TRANSFORMER_BLOCK, images_for, noise_for, small_mae, small_reference, stacked, step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
@@ -13,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 import maefast
 from maefast import ops
 from maefast.blocks import Block
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

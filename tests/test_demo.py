@@ -34,7 +34,7 @@ FILES = ["checkpoint.pt", "log.jsonl", "loss.png", "reconstruction.png"]
 def _six_rounds() -> Iterator[None]:
     """A comparison ends after its first six rounds, however busy the machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maefast.train.compare.SECONDS", 0.0)
+        patch.setattr("maefast.train.demo.compare.SECONDS", 0.0)
         yield
 
 
@@ -215,9 +215,9 @@ def test_comparison_ends(monkeypatch: pytest.MonkeyPatch, speeds: list[float], s
         now += seconds * (speeds[round_of_step % len(speeds)] if return_pred else 1.0)
         return torch.tensor(1.0)
 
-    monkeypatch.setattr("maefast.train.compare.SECONDS", 30.0)
-    monkeypatch.setattr("maefast.train.compare.training_step", step)
-    monkeypatch.setattr("maefast.train.compare.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("maefast.train.demo.compare.SECONDS", 30.0)
+    monkeypatch.setattr("maefast.train.demo.compare.training_step", step)
+    monkeypatch.setattr("maefast.train.demo.compare.time", SimpleNamespace(perf_counter=lambda: now))
     stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
     comparison = compare(DIGITS.config, stream, rounds=40, lr=1e-4, mask_ratio=0.5, seed=0)
     assert len(comparison.ratios) == rounds

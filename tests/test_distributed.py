@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from joint_training import OPTIONS, SEED, Batch, N, make_batches, make_mae, make_optimizer, resume, save, train
 from support import small_reference
 from torch import Tensor, nn
 
 import maefast
+from maefast.testing.errors import assert_close_to_float64
 
 TESTS = Path(__file__).parent
 WORKERS = TESTS / "distributed"

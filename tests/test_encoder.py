@@ -8,13 +8,13 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from errors import assert_close_to_float64
 from official import models_vit as plain_models
 from support import NATIVE, SIZES, Results, images_for, small_mae, stacked, widened
 from torch import Tensor, nn
 
 import maefast
 from maefast import VisionTransformer, blocks, models_vit
+from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 SMALL = {"img_size": (64, 48), "patch_size": (8, 16), "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 4}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import NATIVE, images_for, small_mae, small_reference
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import maefast
+from maefast.testing.errors import assert_close_to_float64
 
 PACKAGE = Path(maefast.__file__).parent
 TORCH = Path(torch.__file__).parent

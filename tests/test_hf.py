@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from torch import Tensor, nn
 
 from maefast.blocks import Attention, Mlp
 from maefast.hf import ViTMAEForPreTraining, ViTMAEModel
 from maefast.hf.capture import DroppingAttention, DroppingMlp
+from maefast.testing.errors import assert_close_to_float64
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

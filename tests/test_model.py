@@ -6,12 +6,12 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import IMAGE_LAYOUTS, SIZES, images_for, noise_for, small_mae, small_reference, stacked, step, widened
 from torch import Tensor, nn
 
 import maefast
 from maefast import MAE, models_mae
+from maefast.testing.errors import assert_close_to_float64
 
 BF16, U8 = torch.bfloat16, torch.uint8
 

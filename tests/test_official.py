@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from official import models_mae as plain_mae
 from official import models_vit as plain_vit
 from support import threads
 from torch import Tensor, nn
+
+from maefast.testing.errors import assert_close_to_float64
 
 SCRIPTS = Path(__file__).parent / "official"
 ROOT = SCRIPTS.parent.parent

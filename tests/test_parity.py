@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from loss_curves import train
 from support import TRANSFORMER_BLOCK, Results, images_for, noise_for, small_mae, small_reference, stacked, step
 from torch import Tensor, nn
 
 import maefast
 from maefast.reference import ReferenceMAE
+from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16 = torch.float32, torch.bfloat16
 MODES = ("fp32", "bf16", "autocast")

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import assert_close_to_float64
 from support import Results, stacked
 from torch import Tensor
 
 from maefast import SimpleFeaturePyramid, VisionTransformer
+from maefast.testing.errors import assert_close_to_float64
 
 
 def plain(pyramid: SimpleFeaturePyramid, x: Tensor) -> list[Tensor]:

@@ -1,20 +1,33 @@
-"""setup.py's choice to build the CUDA kernels, without running it."""
+"""What is built and packed, without building: setup.py's choices, the source distribution's files, the names of wheels."""
 
+import json
+import os
 import runpy
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from setuptools import Distribution
 
-SETUP = Path(__file__).resolve().parent.parent / "setup.py"
+ROOT = Path(__file__).resolve().parent.parent
 CUDA = "13.0"
 
 
-@pytest.fixture(scope="module")
-def wants_cuda() -> Callable[[str | None], bool]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **_: None)
-        return runpy.run_path(str(SETUP))["wants_cuda"]
+@pytest.fixture
+def setup_py(monkeypatch) -> dict[str, Any]:
+    """The names that setup.py defines."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture
+def wants_cuda(setup_py) -> Callable[[str | None], bool]:
+    return setup_py["wants_cuda"]
 
 
 @pytest.fixture
@@ -59,3 +72,110 @@ def test_anything_else(wants_cuda, machine, asked):
     machine(asked, "PATH")
     with pytest.raises(SystemExit, match=f"MAEFAST_CUDA must be auto, 0 or 1; it is '{asked}'"):
         wants_cuda(CUDA)
+
+
+def test_the_torch_to_build_against(setup_py, monkeypatch, tmp_path):
+    installed = Path(torch.__file__).parent
+    assert setup_py["torch_root"]() == installed
+    # In the environment that pip isolates a build in there is none, but in the one around it.
+    monkeypatch.setitem(setup_py["torch_root"].__globals__, "find_spec", lambda name: None)
+    assert setup_py["torch_root"]() == installed
+    without = tmp_path / "python"
+    without.write_text("#!/bin/sh\necho\n")
+    without.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(without))
+    assert setup_py["torch_root"]() is None
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_wheel_serves_every_python(setup_py, native):
+    distribution = Distribution({"name": "maefast", "ext_modules": setup_py["objects"] if native else []})
+    wheel = setup_py["Wheel"](distribution)
+    wheel.ensure_finalized()
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.get_tag() == ("py3", "none", platform if native else "any")
+
+
+def test_files_of_the_source_distribution(tmp_path):
+    """All that the build reads, and nothing built."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"MAEFAST_NATIVE": "1"}, capture_output=True, check=True)
+    packed = set((tmp_path / "maefast.egg-info" / "SOURCES.txt").read_text().splitlines())
+    needed = {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    for pattern in ("csrc/**/*.*", "maefast/**/*.py", "maefast/*.inc", "maefast/*.json", "maefast/py.typed"):
+        needed |= {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
+    assert needed <= packed
+    assert not {name for name in packed if name.startswith(("tests", "build")) or name.endswith(".so")}
+
+
+@pytest.fixture
+def tag(monkeypatch, tmp_path) -> Callable[..., Path]:
+    """scripts/wheels.py's tag() of a wheel about which auditwheel finds the given facts."""
+    script = runpy.run_path(str(ROOT / "scripts" / "wheels.py"))
+    wheel = tmp_path / "maefast-1.0-py3-none-linux_x86_64.whl"
+    wheel.touch()
+
+    def tagged(*external: str) -> Path:
+        def output(*command: Any) -> str:
+            if "show" in command:
+                return json.dumps({"sym_tag": "manylinux_2_24_x86_64", "external_libs": dict.fromkeys(external)})
+            assert command[-2:] == ("manylinux_2_24_x86_64", wheel)
+            named = wheel.with_name("maefast-1.0-py3-none-manylinux_2_24_x86_64.whl")
+            wheel.rename(named)
+            return f"{named.name}\n"
+
+        monkeypatch.setitem(script["tag"].__globals__, "output", output)
+        monkeypatch.setitem(script["tag"].__globals__, "DIST", tmp_path / "dist")
+        (tmp_path / "dist").mkdir()
+        return script["tag"](wheel)
+
+    return tagged
+
+
+def test_a_wheel_is_named_after_what_it_loads_beside(tag, tmp_path):
+    wheel = tag("libtorch_cpu.so", "libc10.so", "libtorch_cuda.so")
+    assert wheel == tmp_path / "dist" / "maefast-1.0-py3-none-manylinux_2_24_x86_64.whl"
+    assert wheel.exists()
+
+
+def test_a_wheel_that_needs_a_library_of_others_is_refused(tag):
+    with pytest.raises(SystemExit, match=r"linux_x86_64.whl needs libgomp.so.1, which torch does not bring"):
+        tag("libtorch_cpu.so", "libgomp.so.1")
+
+
+@pytest.fixture
+def cutlass_options(setup_py, monkeypatch, tmp_path) -> Callable[[str | None, bool, bool], dict[str, str]]:
+    """Of MAEFAST_CUTLASS, with or without the package nvidia-cutlass, with or without CUDA kernels."""
+
+    def made(asked: str | None, installed: bool, with_cuda: bool) -> dict[str, str]:
+        monkeypatch.delenv("MAEFAST_CUTLASS", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("MAEFAST_CUTLASS", asked)
+        globals_of_setup = setup_py["cutlass_options"].__globals__
+        monkeypatch.setitem(globals_of_setup, "root_of", {"cutlass_library": tmp_path if installed else None}.get)
+        return setup_py["cutlass_options"](with_cuda)
+
+    return made
+
+
+@pytest.mark.parametrize(("asked", "option"), [(None, "auto"), ("auto", "auto"), ("1", "ON"), ("0", "OFF")])
+def test_where_cutlass_is_installed(cutlass_options, tmp_path, asked, option):
+    expected = {"MAEFAST_CUTLASS": option, "CUTLASS_INCLUDE": str(tmp_path / "source" / "include")}
+    assert cutlass_options(asked, True, True) == expected
+
+
+@pytest.mark.parametrize(
+    ("installed", "with_cuda", "missing"),
+    [(False, True, "the package nvidia-cutlass is not installed"), (True, False, "the CUDA kernels are not built")],
+)
+def test_where_cutlass_cannot_be_built(cutlass_options, installed, with_cuda, missing):
+    for asked in (None, "auto", "0"):
+        assert cutlass_options(asked, installed, with_cuda)["MAEFAST_CUTLASS"] in ("auto", "OFF")
+    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}"):
+        cutlass_options("1", installed, with_cuda)
+
+
+@pytest.mark.parametrize("asked", ["yes", "", "ON", "2"])
+def test_anything_else_of_cutlass(cutlass_options, asked):
+    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS must be auto, 0 or 1; it is '{asked}'"):
+        cutlass_options(asked, True, True)

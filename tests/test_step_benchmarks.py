@@ -5,10 +5,11 @@ import dataclasses
 import machine
 import measure
 import pytest
-import rotation
 import stepbench
 import test_step
 import torch
+
+from maefast.testing import timing
 
 CPU = torch.device("cpu")
 SMALL_STEP = test_step.TINY
@@ -80,14 +81,14 @@ class HeavyBench:
     def why_not(self, contender: str) -> str | None:
         return None
 
-    def run(self, contender: str) -> rotation.Run:
+    def run(self, contender: str) -> timing.Run:
         def run(i: int) -> None:
             if contender == "heavy when timed":
                 raise torch.OutOfMemoryError("no")
 
         return run
 
-    def check(self, contender: str, run: rotation.Run) -> None:
+    def check(self, contender: str, run: timing.Run) -> None:
         if contender == "heavy":
             raise torch.OutOfMemoryError("no")
 
@@ -104,7 +105,7 @@ def test_a_step_that_does_not_fit_into_the_gpu_leaves_its_group(monkeypatch):
     """The others are timed, with the memory that torch allocates above what was there, and what each contender holds."""
     for name, value in {"memory_allocated": 500, "max_memory_allocated": 700, "reset_peak_memory_stats": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(measure, "timer_for", lambda device: rotation.WallTimer())
+    monkeypatch.setattr(measure, "timer_for", lambda device: timing.WallTimer())
     for probe in ("copy_probe", "gemm_probe"):
         monkeypatch.setattr(machine, probe, lambda *_: lambda i: None)
     group = measure.Group(HeavyWorkload(), "any", measure.Options(full=False, device=torch.device("cuda")))

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import TRANSFORMER_BLOCK, Results, images_for, noise_for, small_mae, small_reference, stacked, step, widened
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -19,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from maefast import MAE
 from maefast.blocks import Block
 from maefast.ops.transformer_block import take_tokens
+from maefast.testing.errors import assert_close_to_float64
 
 KINDS = ("forward_pre", "forward", "full_backward_pre", "full_backward")  # of hooks
 OPTIONS = pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])

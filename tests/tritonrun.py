@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from errors import assert_close_to_float64
 from torch import Tensor
 
 import maefast
 from maefast.kernels import INTERPRETED
+from maefast.testing.errors import assert_close_to_float64
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8

@@ -36,9 +36,17 @@ std::atomic<Isa>& current() {
 
 Isa isa() { return current().load(std::memory_order_relaxed); }
 
-const char* isa_name() { return kNames[static_cast<int>(isa())]; }
+}  // namespace maefast::cpu
 
-bool set_isa(const char* name) {
+// What maefast._C calls.
+extern "C" __attribute__((visibility("default"))) const char* maefast_cpu_isa() {
+  return maefast::cpu::kNames[static_cast<int>(maefast::cpu::isa())];
+}
+
+// Forces an instruction set by name, or the best again ("auto"). False, and nothing changes, when the name is unknown or the CPU
+// lacks it.
+extern "C" __attribute__((visibility("default"))) bool maefast_set_cpu_isa(const char* name) {
+  using namespace maefast::cpu;
   if (std::strcmp(name, "auto") == 0) {
     current() = best();
     return true;
@@ -51,5 +59,3 @@ bool set_isa(const char* name) {
   }
   return false;
 }
-
-}  // namespace maefast::cpu

@@ -8,12 +8,8 @@ namespace maefast::cpu {
 
 enum class Isa { scalar, avx2, avx512, avx512bf16 };
 
-// The best instruction set of this CPU, or the one forced by set_isa.
+// The best instruction set of this CPU, or the one forced by maefast_set_cpu_isa.
 Isa isa();
-
-// Forces one (by name), or the best again ("auto"). False, and nothing changes, when the name is unknown or the CPU lacks it.
-__attribute__((visibility("default"))) bool set_isa(const char* name);
-__attribute__((visibility("default"))) const char* isa_name();
 
 }  // namespace maefast::cpu
 

@@ -19,7 +19,7 @@ from .bias_gelu import OP as BIAS_GELU
 from .bias_gelu import GeluAsk
 from .layer_norm import OP as LAYER_NORM
 from .layer_norm import NormAsk, layer_norm_ref
-from .linear import LinearAsk, Products, bias_gradient, input_gradient, native_products, product, weight_gradient
+from .linear import LinearAsk, Products, bias_gradient, input_gradient, is_fused, native_products, product, weight_gradient
 
 
 class BlockWeights(NamedTuple):
@@ -75,6 +75,7 @@ def _why_not(rows: str, ask: BlockAsk) -> str | None:
     return next((f"its {op} runs on {chosen[op]}" for op in chosen if chosen[op] != wanted[op]), None)
 
 
+KEEPING = ("cuda",)  # types of device that have the memory to keep what the backward pass would recompute
 KERNELS = (
     Kernel("native", ("cpu",), FLOATS, why_not=lambda ask: _why_not("native", ask)),
     Kernel("triton", kernels.DEVICES, FLOATS, why_not=lambda ask: _why_not("triton", ask)),
@@ -88,6 +89,7 @@ OP = Op(
 )
 
 
+@dispatch.remembered
 def fused_backend(ask: BlockAsk) -> tuple[str | None, str]:
     """Return the backend of the norms and GELU of a block as one op, or None and the reason why it is not one."""
     requested = dispatch.request_for(OP, ask.device)
@@ -142,7 +144,7 @@ def run_block(
 ) -> tuple[Tensor, Tensor]:
     """transformer_block on the backend that was chosen for `ask`, for arguments that were checked."""
     native = native_products(LinearAsk(ask.device, ask.x, ask.weight, ask.weight, ask.out))
-    plan = _Plan(backend, ask.width // ask.head_width, eps, ask.out, native)
+    plan = _Plan(backend, ask.width // ask.head_width, eps, ask.out, native, keep=ask.device.type in KEEPING)
     rows, ids_restore = repeated or (None, None)
     if torch.is_grad_enabled():
         return _TransformerBlock.apply(plan, x, pending, rows, ids_restore, *weights)
@@ -247,6 +249,7 @@ class _Plan(NamedTuple):
     eps: float
     dtype: torch.dtype  # of the matrix products
     native: Products
+    keep: bool  # whether the outputs of norms and GELU are saved; else the backward pass recomputes them
 
 
 def _normed(
@@ -281,8 +284,8 @@ def _infer(
 
 
 class _TransformerBlock(torch.autograd.Function):
-    """Saves only tensors that are written to memory anyway. The backward pass recomputes the outputs of both norms and of GELU
-    while it reads their inputs, and the softmax."""
+    """Saves what is written to memory anyway. The backward pass recomputes the softmax and, on the CPU, the outputs of both norms
+    and of GELU while it reads their inputs; a GPU has the memory to keep these three."""
 
     @staticmethod
     def forward(
@@ -299,16 +302,21 @@ class _TransformerBlock(torch.autograd.Function):
         ctx.x_dtype, ctx.pending_dtype = x.dtype, None if pending is None else pending.dtype
         qkv_w, proj_w, fc1_w, fc2_w = (weight.to(dtype) for weight in (qkv_w, proj_w, fc1_w, fc2_w))
         repeated = None if rows is None or ids_restore is None else RepeatedTokens(rows, ids_restore)
-        y, x1, center1, rstd1 = _normed(plan, x if rows is None else rows, pending, w1, b1)
-        qkv = product(y, qkv_w, qkv_b.to(dtype), native)
+        y1, x1, center1, rstd1 = _normed(plan, x if rows is None else rows, pending, w1, b1)
+        qkv = product(y1, qkv_w, qkv_b.to(dtype), native)
         x, qkv = (x1, qkv) if repeated is None else (x, repeated.expanded(qkv))
         attended, lse = torch.ops.maefast.attention_fwd(None, qkv, plan.num_heads)
-        y, x2, center2, rstd2 = _normed(plan, x, product(attended, proj_w, proj_b.to(dtype), native), w2, b2)
-        hidden = product(y, fc1_w, None, native)
-        activated = dispatch.ops_of(plan.backend).bias_gelu_fwd(hidden, fc1_b)
+        y2, x2, center2, rstd2 = _normed(plan, x, product(attended, proj_w, proj_b.to(dtype), native), w2, b2)
+        if plan.keep and is_fused("linear_gelu_fwd", y2, fc1_w, native):
+            activated, hidden = torch.ops.maefast.linear_gelu_fwd(y2, fc1_w, fc1_b.to(dtype))
+            gelu_b = None  # hidden holds it
+        else:
+            hidden, gelu_b = product(y2, fc1_w, None, native), fc1_b
+            activated = dispatch.ops_of(plan.backend).bias_gelu_fwd(hidden, gelu_b)
         ctx.plan, ctx.weight_dtypes = plan, [weight.dtype for weight in weights]
-        kept = (x1, ids_restore, qkv, attended, lse, x2, hidden, center1, rstd1, center2, rstd2)
-        ctx.save_for_backward(*kept, w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w)
+        saved = (x1, ids_restore, qkv, attended, lse, x2, hidden, center1, rstd1, center2, rstd2)
+        kept = (y1, y2, activated) if plan.keep else (None, None, None)
+        ctx.save_for_backward(*saved, w1, b1, w2, b2, gelu_b, qkv_w, proj_w, fc1_w, fc2_w, *kept)
         return x2, product(activated, fc2_w, fc2_b.to(dtype), native)
 
     @staticmethod
@@ -316,9 +324,10 @@ class _TransformerBlock(torch.autograd.Function):
     def backward(ctx: Any, dx2: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under checkpointing they may be unpacked once only
         x1, ids_restore, qkv, attended, lse, x2, hidden, center1, rstd1, center2, rstd2 = saved[:11]
-        w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w = saved[11:]
+        w1, b1, w2, b2, gelu_b, qkv_w, proj_w, fc1_w, fc2_w, y1, y2, activated = saved[11:]
         plan: _Plan = ctx.plan
         dtype, native, rows = plan.dtype, plan.native, dispatch.ops_of(plan.backend)
+        again = None if plan.keep else dtype  # of the norms' outputs, where they are recomputed
         needs = BlockWeights(*ctx.needs_input_grad[5:])
         dtypes = BlockWeights(*ctx.weight_dtypes)
         grads: dict[str, Tensor] = {}
@@ -329,15 +338,22 @@ class _TransformerBlock(torch.autograd.Function):
             if getattr(needs, f"{name}_bias") and f"{name}_bias" not in grads:
                 grads[f"{name}_bias"] = bias_gradient(dy)
 
-        dhidden, grads["fc1_bias"], activated = rows.bias_gelu_bwd(input_gradient(dy, fc2_w, native), hidden, fc1_b, True)
+        kind = "linear_gelu_bwd_sum" if needs.fc1_bias else "linear_gelu_bwd"
+        if gelu_b is None and is_fused(kind, dy, fc2_w, native):
+            dhidden, grads["fc1_bias"] = torch.ops.maefast.linear_gelu_bwd(dy, fc2_w, hidden, needs.fc1_bias)
+        else:
+            dhidden, grads["fc1_bias"], recomputed = rows.bias_gelu_bwd(
+                input_gradient(dy, fc2_w, native), hidden, gelu_b, not plan.keep, needs.fc1_bias
+            )
+            activated = activated if plan.keep else recomputed
         differentiate_linear("fc2", dy, activated)
         del activated
         narrow = dtype if x2.dtype != dtype else None  # the products' dtype, where the residual stream has another
-        dx, grads["norm2_weight"], grads["norm2_bias"], y, dy, grads["proj_bias"] = rows.layer_norm_bwd(
-            input_gradient(dhidden, fc1_w, native), dx2, x2, w2, b2, center2, rstd2, dtype, narrow, needs.proj_bias
+        dx, grads["norm2_weight"], grads["norm2_bias"], recomputed, dy, grads["proj_bias"] = rows.layer_norm_bwd(
+            input_gradient(dhidden, fc1_w, native), dx2, x2, w2, b2, center2, rstd2, again, narrow, needs.proj_bias
         )
-        differentiate_linear("fc1", dhidden, y)
-        del dhidden, y
+        differentiate_linear("fc1", dhidden, y2 if plan.keep else recomputed)
+        del dhidden, y2, recomputed
         dy = dx if narrow is None else dy
         differentiate_linear("proj", dy, attended)
         out = (None, None) if lse.numel() == 0 else (attended, lse)
@@ -346,10 +362,10 @@ class _TransformerBlock(torch.autograd.Function):
         if ids_restore is not None:
             dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
         cast = next((d for d in (ctx.pending_dtype, ctx.x_dtype) if d not in (None, x1.dtype)), None)
-        dx1, grads["norm1_weight"], grads["norm1_bias"], y, dx1_cast, _ = rows.layer_norm_bwd(
-            input_gradient(dqkv, qkv_w, native), dx if ids_restore is None else None, x1, w1, b1, center1, rstd1, dtype, cast
+        dx1, grads["norm1_weight"], grads["norm1_bias"], recomputed, dx1_cast, _ = rows.layer_norm_bwd(
+            input_gradient(dqkv, qkv_w, native), dx if ids_restore is None else None, x1, w1, b1, center1, rstd1, again, cast
         )
-        differentiate_linear("qkv", dqkv, y)
+        differentiate_linear("qkv", dqkv, y1 if plan.keep else recomputed)
         dx, drows = (dx1, None) if ids_restore is None else (dx, dx1)
 
         def in_dtype(wanted: torch.dtype) -> Tensor:

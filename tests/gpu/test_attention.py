@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import forward_backward
 from torch import Tensor
 
@@ -10,6 +9,7 @@ import maefast
 from maefast import _library, dispatch, ops
 from maefast.ops.attention import OP as ATTENTION
 from maefast.ops.attention import AttentionAsk
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not _library.HAS_CUDA, reason="needs a GPU and a build with CUDA kernels"

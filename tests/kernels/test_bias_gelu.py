@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from tritonrun import DEVICE, F16, F32, FLOATS, check, random
 
 import maefast
 from maefast import ops
+from maefast.testing.errors import assert_close_to_float64
 
 
 def run(*shape, dtypes=(F32, F32), x=None):

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import images_for, noise_for, small_mae, small_reference, stacked
 from torch.utils._python_dispatch import TorchDispatchMode
 from tritonrun import DEVICE, F16
 
 import maefast
 from maefast.kernels import OPS
+from maefast.testing.errors import assert_close_to_float64
 
 SHALLOW = {"depth": 1, "img_size": (32, 32), "embed_dim": 128, "decoder_embed_dim": 96}
 

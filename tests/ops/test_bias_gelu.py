@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from errors import assert_close_to_float64
 from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out, sliced
 from torch import Tensor
 
 from maefast import ops
+from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -4,13 +4,25 @@ import pytest
 import support
 import torch
 import torch.nn.functional as F
-from errors import assert_close_to_float64
-from support import LAYOUTS, Calls, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out
+from support import (
+    LAYOUTS,
+    Calls,
+    assert_once_differentiable,
+    assert_same_for_any_threads,
+    check_op,
+    forward_backward,
+    lay_out,
+    set_fact,
+)
 from torch import Tensor
 
 import maefast
-from maefast import dispatch, ops
+from maefast import cpu, dispatch, ops
+from maefast.ops.linear import OP as LINEAR
 from maefast.ops.linear import Products, native_products, product, weight_gradient
+from maefast.testing.errors import assert_close_to_float64
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -203,34 +215,34 @@ def test_autocast_sums_the_gradient_of_a_weight_in_fp32():
 
 def test_which_backend(native, monkeypatch):
     """auto takes native for fp32 with AVX-512, for bf16 where the CPU multiplies pairs; not on Intel, home of MKL and oneDNN."""
-    x32, x16, h16, x64 = (torch.empty(2, 3, dtype=dtype) for dtype in (F32, BF16, F16, torch.float64))
+    x32, x16, h16, x64 = (LINEAR.example(CPU, dtype) for dtype in (F32, BF16, F16, torch.float64))
     for intel, wide, pairs in itertools.product((False, True), repeat=3):
-        monkeypatch.setattr(dispatch, "_ON_INTEL", intel)
-        monkeypatch.setattr(dispatch, "_HAS_AVX512", wide)
-        monkeypatch.setattr(dispatch, "_MULTIPLIES_BF16", pairs)
-        chosen = [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16, h16, x64)]
+        set_fact(monkeypatch, cpu, "IS_INTEL", intel)
+        set_fact(monkeypatch, cpu, "has_avx512", lambda wide=wide: wide)
+        set_fact(monkeypatch, cpu, "multiplies_bf16", lambda pairs=pairs: pairs)
+        chosen = [dispatch.choose(LINEAR, ask) for ask in (x32, x16, h16, x64)]
         taken = [wide and not intel, pairs and not intel, False, False]
         assert chosen == ["native" if own else "eager" for own in taken]
         with maefast.backend("native"):
-            assert [dispatch.choose("linear", {"x": x, "out": x}) for x in (x32, x16)] == ["native", "native"]
+            assert [dispatch.choose(LINEAR, ask) for ask in (x32, x16)] == ["native", "native"]
             with pytest.raises(RuntimeError, match=r"linear cannot run.*native.*float64"):
-                dispatch.choose("linear", {"x": x64, "out": x64})
+                dispatch.choose(LINEAR, x64)
 
 
 def test_which_products(native, monkeypatch):
     """auto leaves to torch the gradient for the input in bf16, and for the weight from few rows; a request binds all three."""
-    monkeypatch.setattr(dispatch, "_ON_INTEL", False)
-    monkeypatch.setattr(dispatch, "_HAS_AVX512", True)
-    monkeypatch.setattr(dispatch, "_MULTIPLIES_BF16", True)
-    chosen = {dtype: native_products({"x": torch.empty(2, 3, dtype=dtype)}, dtype) for dtype in (F32, BF16, F16)}
-    assert chosen == {F32: (True, True, 256), BF16: (True, False, 256), F16: (False, False, None)}
+    set_fact(monkeypatch, cpu, "IS_INTEL", False)
+    for name in ("has_avx512", "multiplies_bf16"):
+        set_fact(monkeypatch, cpu, name, lambda: True)
+    chosen = {dtype: native_products(LINEAR.example(CPU, dtype)) for dtype in (F32, BF16, F16)}
+    assert chosen == {F32: Products(True, True, 256), BF16: Products(True, False, 256), F16: Products(False, False, None)}
     for rows, dtype in itertools.product((254, 256), chosen):
         dy, x = torch.randn(2, rows // 2, 5).to(dtype), torch.randn(2, rows // 2, 3).to(dtype)
         with Calls() as calls:
             weight_gradient(dy, x, dtype, chosen[dtype])
         assert calls.names == ["linear_fwd"] * (rows == 256 and dtype != F16)
     with maefast.backend("native"):
-        assert native_products({"x": torch.empty(2, 3, dtype=F16)}, F16) == NATIVE
+        assert native_products(LINEAR.example(CPU, F16)) == NATIVE
 
 
 def test_eager_is_torch():

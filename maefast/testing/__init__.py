@@ -1,0 +1,1 @@
+"""What tests, benchmarks and `python -m maefast.kernels.tune` share: the error rule, awkward layouts, the timer."""

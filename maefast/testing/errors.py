@@ -1,0 +1,48 @@
+"""The error rule (DESIGN.md, section 5): a result may be off by twice what the eager reference is off by, plus one eps."""
+
+import math
+
+import torch
+from torch import Tensor
+
+ZERO = 1e-13  # what is all smaller in float64 is a zero, and its rounding is no scale for an error
+
+
+def relative_errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Return the relative L2 error and the largest error over the largest |exact|; NaN for a NaN anywhere.
+
+    Both are absolute, per element, where `exact` is zero up to the rounding of float64: of values near 1, as the tests have them.
+    """
+    if got.numel() == 0:
+        return 0.0, 0.0
+    exact = exact.detach().double()
+    err = got.detach().double() - exact
+    l2, top = exact.norm().item(), exact.abs().max().item()
+    if top < ZERO:
+        l2, top = err.numel() ** 0.5, 1.0
+    return err.norm().item() / l2, err.abs().max().item() / top
+
+
+def breach(got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
+    """Return by what `got` breaks the rule, in one phrase, or None.
+
+    exact     the float64 result
+    eager     the eager reference's, on the same inputs in the same dtype
+    The error of `got` may be 2 x that of `eager` + eps of its dtype, in relative L2 and in the largest error over max|exact|.
+    """
+    if exact.dtype != torch.float64:
+        return f"the exact result must be float64, it is {exact.dtype}"
+    if not got.shape == eager.shape == exact.shape:
+        return f"shapes {[tuple(t.shape) for t in (got, eager, exact)]} differ"
+    eps = torch.finfo(got.dtype).eps
+    for kind, mine, theirs in zip(("L2", "max"), relative_errors(got, exact), relative_errors(eager, exact), strict=True):
+        limit = 2 * theirs + eps
+        if not (math.isfinite(mine) and mine <= limit):  # a NaN limit refuses too
+            return f"relative {kind} error {mine:.3g} > {limit:.3g} = 2 x eager's {theirs:.3g} + eps {eps:.3g}"
+    return None
+
+
+def assert_close_to_float64(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Raise AssertionError with the figures where `got` breaks the rule."""
+    if (reason := breach(got, eager, exact)) is not None:
+        raise AssertionError(f"{name}: {reason}")

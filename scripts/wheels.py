@@ -1,0 +1,120 @@
+"""Builds the source distribution and the wheels into dist/, and tries them with every Python from 3.10 to 3.13 that is found.
+
+    [PYTHONS="3.10 3.12"] python scripts/wheels.py build
+    [PYTHONS="3.10 3.12"] python scripts/wheels.py test torch==2.13.0 [PYTEST-ARGUMENT ...]
+
+One wheel serves every Python, since libmaefast.so knows none. `build` makes one for CPUs, and one with CUDA kernels where torch
+and nvcc have CUDA. Each is named after the oldest glibc and libstdc++ that it loads beside, as auditwheel finds them. It is
+installed for each Python, and its library is loaded there with the libraries of the torch that it was built against. `test`
+installs the wheel for CPUs beside a torch for each Python and runs tests, without a compiler on PATH; each environment is removed
+after its tests. A Python for which pip cannot install that torch is named and left out.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DIST = ROOT / "dist"
+WORK = ROOT / "build" / "wheels"
+PYTHONS = os.environ.get("PYTHONS", "3.10 3.11 3.12 3.13").split()
+TESTS = ("tests/ops", "-k", "unshuffle or random_masking or masked_mse")
+
+LOAD = """
+import ctypes, importlib.util
+library = ctypes.CDLL(importlib.util.find_spec("maefast").submodule_search_locations[0] + "/libmaefast.so")
+library.maefast_cpu_isa.restype = ctypes.c_char_p
+print(library.maefast_cpu_isa().decode())
+"""
+STEP = """
+import torch, maefast
+model = maefast.mae_vit_tiny_patch16(img_size=32)
+loss, _, _ = model(torch.rand(2, 3, 32, 32))
+loss.backward()
+maefast.explain()
+"""
+
+run = partial(subprocess.run, check=True)
+
+
+def output(*command: str | Path, **options: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+def pythons() -> Iterator[tuple[str, Path]]:
+    """Yield the version and the path of each Python that is found: python3.X on PATH, else the newest 3.X of pyenv."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for version in PYTHONS:
+        newest_first = sorted(versions.glob(f"{version}.*/bin/python"), key=lambda path: int(path.parts[-3].split(".")[2]))[::-1]
+        for path in (shutil.which(f"python{version}"), *newest_first):
+            # A shim of pyenv on PATH may stand for no Python.
+            if path and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
+                yield version, Path(path)
+                break
+
+
+def install(version: str, python: Path, *requirements: str | Path) -> Path:
+    """Return the Python of a fresh environment with the requirements."""
+    folder = WORK / f"python{version}"
+    run([python, "-m", "venv", "--clear", folder])
+    run([folder / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements])
+    return folder / "bin/python"
+
+
+def tag(wheel: Path) -> Path:
+    """Name a wheel after the platform that auditwheel finds; it may need nothing of others but what torch brings."""
+    facts = json.loads(output(sys.executable, "-m", "auditwheel", "show", "--json", wheel))
+    if foreign := [name for name in facts["external_libs"] if not name.startswith(("libtorch", "libc10"))]:
+        raise SystemExit(f"{wheel.name} needs {', '.join(foreign)}, which torch does not bring")
+    named = output(sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", facts["sym_tag"], wheel).strip()
+    return shutil.move(wheel.with_name(named), DIST / named)
+
+
+def build() -> None:
+    shutil.rmtree(DIST, ignore_errors=True)
+    shutil.rmtree(WORK, ignore_errors=True)
+    run([sys.executable, "setup.py", "-q", "sdist", "--dist-dir", DIST], cwd=ROOT)
+    torch = Path(find_spec("torch").origin).parent
+    cuda = runpy.run_path(str(torch / "version.py"))["cuda"]
+    with_nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    for local in ("", f"+cu{cuda.replace('.', '')}") if cuda and with_nvcc else ("",):
+        options = ["-C--global-option=egg_info", f"-C--global-option=--tag-build={local}"]
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-cache-dir", "--no-build-isolation", "--no-deps"]
+        run([*command, "-w", WORK, *options, *DIST.glob("*.tar.gz")], env=os.environ | {"MAEFAST_CUDA": "1" if local else "0"})
+        wheel = tag(next(WORK.glob("*.whl")))
+        print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.2f} MB")
+        for version, python in pythons():
+            python = install(version, python, "--no-deps", wheel)
+            run([python, "-m", "compileall", "-q", python.parent.parent / f"lib/python{version}/site-packages/maefast"])
+            isa = output(python, "-c", LOAD, env=os.environ | {"LD_LIBRARY_PATH": str(torch / "lib")}).strip()
+            print(f"  Python {version}: installs and loads, kernels for {isa}")
+
+
+def test(torch: str, *arguments: str) -> None:
+    (wheel,) = DIST.glob("*[0-9]-py3-none-*.whl")  # the one without a local version: for CPUs
+    tree = WORK / "tree"
+    for folder in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    for version, python in pythons():
+        try:
+            python = install(version, python, torch, f"{wheel}[train]", "pytest")
+        except subprocess.CalledProcessError:
+            print(f"Python {version}: left out, pip cannot install {torch}")
+            continue
+        print(f"Python {version}:", flush=True)
+        alone = os.environ | {"PATH": str(python.parent)}
+        run([python, "-c", STEP], cwd=tree, env=alone)
+        run([python, "-m", "pytest", "-q", *(arguments or TESTS)], cwd=tree, env=alone)
+        shutil.rmtree(python.parent.parent)
+
+
+if __name__ == "__main__":
+    {"build": build, "test": test}[sys.argv[1]](*sys.argv[2:])
