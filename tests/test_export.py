@@ -12,7 +12,6 @@ import torch
 from support import NATIVE, images_for, small_mae, small_reference
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.torch_version import TorchVersion
 
 import maefast
 from maefast.testing.errors import assert_close_to_float64
@@ -45,7 +44,7 @@ def exported() -> ExportedProgram:
 @pytest.fixture(scope="module")
 def package(exported: ExportedProgram, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compiled ahead of time; the code around the kernels without optimisation, for the sake of time."""
-    if TorchVersion(torch.__version__) < "2.12":
+    if torch.__version__ < "2.12":
         pytest.skip("packages of AOTInductor before torch 2.12 call ops with another dtype than the one they were traced with")
     path = tmp_path_factory.mktemp("package") / "encoder.pt2"
     with torch.no_grad():
