@@ -1,8 +1,9 @@
 """Drives CMake: builds libmaefast.so and libmaefast_cuda.so into the package. What to build is described in CMakeLists.txt alone.
 
 MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
-kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_SANITIZE=1 builds with the sanitizers, for
-`make test-sanitize`.
+kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_CUTLASS=0 or 1 leaves out or demands the
+products for Hopper among them, which are otherwise built where the package nvidia-cutlass is installed. MAEFAST_SANITIZE=1 builds
+with the sanitizers, for `make test-sanitize`.
 """
 
 import os
@@ -20,14 +21,19 @@ from setuptools.command.build_ext import build_ext
 NATIVE = os.environ.get("MAEFAST_NATIVE", "1") != "0"
 
 
-def torch_root() -> Path | None:
-    """Folder of the torch to build against: installed here, or around the environment that pip isolates a build in."""
-    if (spec := find_spec("torch")) and spec.origin:
+def root_of(package: str) -> Path | None:
+    """Folder of a package: installed here, or around the environment that pip isolates a build in."""
+    if (spec := find_spec(package)) and spec.origin:
         return Path(spec.origin).parent
     # pip isolates by PYTHONPATH, which -I ignores.
-    probe = "from importlib.util import find_spec; print(getattr(find_spec('torch'), 'origin', ''))"
+    probe = f"from importlib.util import find_spec; print(getattr(find_spec({package!r}), 'origin', ''))"
     origin = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
     return Path(origin).parent if origin else None
+
+
+def torch_root() -> Path | None:
+    """Folder of the torch to build against."""
+    return root_of("torch")
 
 
 def wants_cuda(torch_cuda: str | None) -> bool:
@@ -42,6 +48,21 @@ def wants_cuda(torch_cuda: str | None) -> bool:
     return asked != "0" and missing is None
 
 
+def cutlass_options(with_cuda: bool) -> dict[str, str]:
+    """The options that CMakeLists.txt takes for CUTLASS: where its headers are, and whether it is demanded."""
+    asked = os.environ.get("MAEFAST_CUTLASS", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise SystemExit(f"MAEFAST_CUTLASS must be auto, 0 or 1; it is {asked!r}")
+    library = root_of("cutlass_library")  # of the wheel nvidia-cutlass, which has the headers
+    missing = None if library else "the package nvidia-cutlass is not installed"
+    if not with_cuda:
+        missing = "the CUDA kernels are not built"
+    if asked == "1" and missing:
+        raise SystemExit(f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}")
+    include = str(library / "source" / "include") if library else ""
+    return {"MAEFAST_CUTLASS": {"auto": "auto", "0": "OFF", "1": "ON"}[asked], "CUTLASS_INCLUDE": include}
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
@@ -51,13 +72,15 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         sanitize = os.environ.get("MAEFAST_SANITIZE", "0") != "0"
         build = source / "build" / ("sanitize" if sanitize else "native")
+        with_cuda = wants_cuda(runpy.run_path(str(torch / "version.py"))["cuda"])
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("MAEFAST_BUILD_TYPE", "Release"),
             "MAEFAST_OUTPUT_DIR": output,
-            "MAEFAST_CUDA": "ON" if wants_cuda(runpy.run_path(str(torch / "version.py"))["cuda"]) else "OFF",
+            "MAEFAST_CUDA": "ON" if with_cuda else "OFF",
             "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of the last build may have lain in an isolated environment
             "TORCH_ROOT": torch,
+            **cutlass_options(with_cuda),
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *arguments], check=True)

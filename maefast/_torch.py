@@ -1,6 +1,7 @@
 """What differs between releases of torch, and every private name of torch that maefast needs: asked for here alone."""
 
 import re
+import sys
 from typing import Any
 
 import torch
@@ -31,16 +32,14 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or _has_any_global_hook()
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key, "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether module.compile() was called."""
     return module._compiled_call_impl is not None
-
-
-def checkpointing() -> Any:
-    """The module of wrappers that recompute activations in the backward pass."""
-    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
-
-    return checkpoint_wrapper
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:
@@ -51,3 +50,22 @@ def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:
 def sleep_on_gpu(cycles: int) -> None:
     """Keep the current CUDA stream busy for `cycles` of its clock."""
     torch.cuda._sleep(cycles)
+
+
+def in_onnx_export() -> bool:
+    """Whether torch.onnx.export runs: torch.onnx.is_in_onnx_export(), which code that torch.compile traces takes for False."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return getattr(flags, "_is_onnx_exporting", False) or torch.onnx.is_in_onnx_export()
+
+
+def checkpointed(module: nn.Module, use_reentrant: bool, **options: Any) -> nn.Module:
+    """A module whose call is `module`'s under activation checkpointing. options: of torch.utils.checkpoint.checkpoint."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+    impl = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
+    return checkpoint_wrapper(module, checkpoint_impl=impl, **options)
+
+
+def without_checkpointing(module: nn.Module) -> nn.Module:
+    """What `checkpointed` was called with, or the module itself."""
+    return getattr(module, "_checkpoint_wrapped_module", module)

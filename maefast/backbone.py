@@ -1,13 +1,12 @@
 """Backbone: what MAE and the VisionTransformer share, from images to tokens with positions."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import _torch, dispatch
 from .patch_embed import PatchEmbed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,8 +84,7 @@ class Backbone(nn.Module):
 
 def _check_graph(model: str) -> None:
     """Raise RuntimeError where torch writes a graph that has no place for maefast's own ops."""
-    flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # torch.compile takes is_in_onnx_export for False
-    onnx = getattr(flags, "_is_onnx_exporting", False) or torch.onnx.is_in_onnx_export()
+    onnx = _torch.in_onnx_export()
     if (onnx or torch.jit.is_tracing()) and dispatch.requested() != "eager":
         graph, call = ("an ONNX graph", "torch.onnx.export") if onnx else ("a traced graph", "torch.jit.trace")
         raise RuntimeError(

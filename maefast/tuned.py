@@ -5,6 +5,7 @@ entry takes what needs no measurement: SDPA for attention, a kernel's own rule f
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from . import gpu
 
 TABLE = Path(__file__).with_suffix(".json")
+_ATTENTION_TILES = Path(__file__).with_name("attention_tiles.inc")
 DEFAULT_ATTENTION = "sdpa"
 
 
@@ -41,9 +43,22 @@ class Tile(NamedTuple):
     measured: str
 
 
+class Gemm(NamedTuple):
+    """On a GPU of this capability the kernels of csrc/cuda/gemm are faster than cuBLAS, and than it and a kernel for the rest."""
+
+    capability: str
+    kind: str  # as maefast/gemm.py names it
+    depth: tuple[int, int]  # first and last
+    features: tuple[int, int]
+    rows: int  # from so many on
+    speedup: float
+    measured: str
+
+
 class Table(NamedTuple):
     attention: tuple[Attention, ...]
     tiles: tuple[Tile, ...]
+    gemm: tuple[Gemm, ...]
 
 
 class NativeTile(NamedTuple):
@@ -53,12 +68,29 @@ class NativeTile(NamedTuple):
     shared_memory: int  # bytes that forward or backward, whichever takes more, asks for
 
 
-# The tables of csrc/cuda/attention.cu, for each head width.
-NATIVE_ATTENTION = {
-    32: (NativeTile(64, 32768), NativeTile(80, 46080), NativeTile(208, 113920), NativeTile(288, 161280)),
-    64: (NativeTile(56, 49152), NativeTile(64, 49152), NativeTile(80, 66560), NativeTile(208, 222976)),
-    80: (NativeTile(64, 57344), NativeTile(72, 76800), NativeTile(80, 76800)),
-}
+def attention_tables() -> dict[str, list[dict[str, int]]]:
+    """The numbers in the lines of attention_tiles.inc, FORWARD and BACKWARD."""
+    tables: dict[str, list[dict[str, int]]] = {"FORWARD": [], "BACKWARD": []}
+    for table, columns in re.findall(r"^(\w+)\((.*)\)$", _ATTENTION_TILES.read_text(), re.MULTILINE):
+        tables[table].append({name: int(value) for name, value in re.findall(r"\.(\w+) = *(\d+)", columns)})
+    return tables
+
+
+def _native_attention() -> dict[int, tuple[NativeTile, ...]]:
+    """The lines of attention_tiles.inc that forward and backward take, by head width."""
+    tables = attention_tables()
+
+    def shared_memory(width: int, tokens: int) -> int:
+        fits = (next(r for r in rows if r["head_width"] == width and r["tokens"] >= tokens) for rows in tables.values())
+        return max(row["shared"] for row in fits)
+
+    ends: dict[int, set[int]] = {}
+    for row in (row for rows in tables.values() for row in rows):
+        ends.setdefault(row["head_width"], set()).add(row["tokens"])
+    return {width: tuple(NativeTile(last, shared_memory(width, last)) for last in sorted(lasts)) for width, lasts in ends.items()}
+
+
+NATIVE_ATTENTION = _native_attention()
 
 
 def native_tile(head_width: int, tokens: int) -> NativeTile | None:
@@ -75,7 +107,10 @@ def native_range(head_width: int, tokens: int) -> tuple[int, int]:
 
 def read(path: Path = TABLE) -> Table:
     content = json.loads(path.read_text())
-    return Table(tuple(Attention(**row) for row in content["attention"]), tuple(Tile(**row) for row in content["tiles"]))
+    gemm = (Gemm(**row | {name: tuple(row[name]) for name in ("depth", "features")}) for row in content["gemm"])
+    return Table(
+        tuple(Attention(**row) for row in content["attention"]), tuple(Tile(**row) for row in content["tiles"]), tuple(gemm)
+    )
 
 
 def write(table: Table, path: Path = TABLE) -> None:
@@ -85,7 +120,8 @@ def write(table: Table, path: Path = TABLE) -> None:
         ordered = sorted(rows, key=lambda row: (_numbers(row.capability), *row[1:3]))
         return "[" + ",".join(f"\n  {json.dumps(row._asdict())}" for row in ordered) + ("\n ]" if ordered else "]")
 
-    path.write_text(f'{{\n "attention": {lines(table.attention)},\n "tiles": {lines(table.tiles)}\n}}\n')
+    parts = (f' "{name}": {lines(rows)}' for name, rows in table._asdict().items())
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _numbers(capability: str) -> tuple[int, ...]:
@@ -97,7 +133,8 @@ def name_of(capability: tuple[int, int]) -> str:
 
 
 _committed = read()
-_tiles = {(entry.capability, entry.kernel, entry.width): entry.tile for entry in _committed.tiles}
+_tiles = {(entry.kernel, entry.width, entry.capability): entry.tile for entry in _committed.tiles}
+_tuned = {key[:2] for key in _tiles}  # what the architecture matters for: asking for it takes longer than a launch has
 
 
 def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int) -> str:
@@ -109,9 +146,22 @@ def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int)
     return DEFAULT_ATTENTION
 
 
+def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth: int, features: int) -> bool:
+    """Whether the kernels of csrc/cuda/gemm were measured to be faster than cuBLAS on such a GPU at such a size."""
+    name = name_of(capability)
+    return any(
+        entry.kind == kind
+        and entry.depth[0] <= depth <= entry.depth[1]
+        and entry.features[0] <= features <= entry.features[1]
+        and entry.capability == name
+        and rows >= entry.rows
+        for entry in _committed.gemm
+    )
+
+
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:
     """What a launcher cuts rows of `width` by on `device`: its own rule, with what is in the table in its place."""
-    return rule | _tiles.get((architecture(device), kernel, width), {}) if _tiles else rule
+    return rule | _tiles.get((kernel, width, architecture(device)), {}) if (kernel, width) in _tuned else rule
 
 
 def architecture(device: torch.device) -> str:
@@ -122,13 +172,10 @@ def architecture(device: torch.device) -> str:
 @contextmanager
 def trying(kernel: str, width: int, device: torch.device, tile: dict[str, int]) -> Iterator[None]:
     """Within the block the launcher of `kernel` takes `tile`, whatever the table says; {} is its own rule."""
-    key = (architecture(device), kernel, width)
-    before = _tiles.get(key)
-    _tiles[key] = tile
+    global _tiles, _tuned
+    before = _tiles, _tuned
+    _tiles, _tuned = _tiles | {(kernel, width, architecture(device)): tile}, _tuned | {(kernel, width)}
     try:
         yield
     finally:
-        if before is None:
-            del _tiles[key]
-        else:
-            _tiles[key] = before
+        _tiles, _tuned = before

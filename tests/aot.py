@@ -6,6 +6,7 @@ No GPU is needed: the launcher gets CPU tensors, its kernels are replaced by rec
 import inspect
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maefast.kernels import _common
+from maefast.tuned import attention_tables
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
@@ -41,7 +43,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Usage:
-    """Per thread: registers, bytes of stack (local memory, where spills go). Per program: bytes of shared memory."""
+    """Per thread: registers, bytes of stack (local memory, where spills go). Per program: bytes of shared memory.
+
+    loads, stores  bytes of an access to global memory -> instructions
+    """
 
     kernel: str
     registers: int
@@ -49,6 +54,8 @@ class Usage:
     shared: int
     warps: int
     ptx: str
+    loads: Counter[int]
+    stores: Counter[int]
 
     @property
     def has_tf32(self) -> bool:
@@ -106,17 +113,57 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
+_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+def accesses(binary: Path) -> dict[str, tuple[Counter[int], Counter[int]]]:
+    """Loads and stores of global memory in the machine code of each kernel, by their bytes."""
+    sass = subprocess.run([CUOBJDUMP, "-sass", binary], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        loads, stores = Counter(), Counter()
+        for kind, suffixes in re.findall(r"\b(LDG|LDGSTS|STG)((?:\.\w+)+)", part):
+            width = next((_BYTES[suffix] for suffix in suffixes.split(".") if suffix in _BYTES), 4)
+            (stores if kind == "STG" else loads)[width] += 1
+        found[part.split()[0]] = loads, stores
+    assert found, f"there is no kernel in {binary}"
+    return found
+
+
+def _tile(table: str, line: int) -> str:
+    sizes = [(row["head_width"], row["tokens"]) for row in attention_tables()[table]]
+    return f"{sizes[line][0]}, {sizes[line][1]}, {sizes[:line].count(sizes[line])}"
+
+
+_DTYPES = {"float": "fp32", "__half": "fp16", "F16": "fp16", "__nv_bfloat16": "bf16", "Bf16": "bf16", "unsigned char": "uint8"}
+
+
+def named(symbol: str) -> tuple[str, str, str]:
+    """Name, constants and dtypes of a kernel of csrc/cuda. The constants are those of its template; for a line of
+    attention_tiles.inc, its head width, tokens, and how many lines before it have the same."""
+    said = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
+    said = re.sub(r"\(anonymous namespace\)::|maefast::cuda::|^void ", "", said)
+    said = re.sub(r"\b(Forward|Backward)<(\d+)>", lambda line: _tile(line[1].upper(), int(line[2])), said)
+    kernel, arguments = re.match(r"(\w+)(?:<(.*)>)?\(", said).groups()
+    values = arguments.split(", ") if arguments else []
+    dtypes = [_DTYPES[value] for value in values if value in _DTYPES]
+    return kernel, " ".join(value for value in values if value not in _DTYPES), " ".join(dtypes)
+
+
 def compiled(launch: Launch, capability: int, workdir: Path) -> Usage:
     binary = triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
     cubin = workdir / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report.stdout + report.stderr)}
+    ((loads, stores),) = accesses(cubin).values()
     return Usage(
-        launch.kernel.fn.__name__,
-        usage["REG"],
-        usage["STACK"] + usage["LOCAL"],
-        binary.metadata.shared,
-        launch.options.get("num_warps", 4),
-        binary.asm["ptx"],
+        kernel=launch.kernel.fn.__name__,
+        registers=usage["REG"],
+        stack=usage["STACK"] + usage["LOCAL"],
+        shared=binary.metadata.shared,
+        warps=launch.options.get("num_warps", 4),
+        ptx=binary.asm["ptx"],
+        loads=loads,
+        stores=stores,
     )

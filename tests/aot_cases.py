@@ -1,6 +1,7 @@
-"""What the library launches: each launcher on the shapes of ViT-B/16, L/16 and H/14 (and the narrow ViT-Ti/16), in each dtype."""
+"""What the library launches: each launcher on the shapes of ViT-B/16, L/16 and H/14 (and the narrow ViT-Ti/16), in each dtype;
+and what may be said against the machine code of a kernel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import aot
 import torch
@@ -28,6 +29,44 @@ TYPES = {  # of the residual stream, mask token and positions, or of images; of 
     "fp16_fp32": (F32, F16),
     "bf16_uint8": (U8, BF16),
 }
+
+
+# Kernel, and the constants that its template begins with -> bytes of local memory a thread that it may take, and why.
+SPILLS = {
+    "attention_bwd_long_kernel 64 208": (48, "416 threads leave 128 registers to each"),
+    "attention_bwd_long_kernel 32 208": (16, "two blocks of 224 threads leave 128 registers to each"),
+    "attention_fwd_kernel 32 288": (16, "three of nine warps on one scheduler leave 168 registers a thread"),
+    "attention_fwd_kernel 32 64": (16, "six blocks of 128 threads leave 80 registers to each"),
+    "masked_mse_fwd_kernel": (8, "its launch bounds leave 64 registers to each thread"),
+}
+# Kernel -> stores of fewer than 8 bytes in its machine code, and what they store.
+NARROW_STORES = {
+    "attention_fwd_kernel": (4, "the log-sum-exp of a row"),
+    "gather_patches_kernel": (1, "a mask"),
+    "masked_mse_bwd_kernel": (100, "rows of pred that no unit of eight values divides"),
+    "masked_mse_fwd_kernel": (1, "sums of a block"),
+    "masked_mse_sum_kernel": (1, "the loss"),
+    "random_masking_kernel": (6, "a mask"),
+    "unshuffle_sum_kernel": (1, "sums over chunks"),
+    "_add_layer_norm_fwd_kernel": (2, "mean and rstd"),
+    "_bias_gelu_bwd_kernel": (1, "sums of a chunk"),
+    "_column_sum_kernel": (3, "sums over chunks"),
+    "_layer_norm_fwd_kernel": (2, "mean and rstd"),
+    "_masked_mse_bwd_kernel": (64, "pixels whose channels lie apart in the image"),
+    "_masked_mse_fwd_kernel": (2, "sums of a program"),
+    "_masked_mse_sum_kernel": (1, "the loss"),
+    "_random_masking_fwd_kernel": (1, "a mask"),
+}
+
+
+def problems(kernel: str, shape: str, stack: int, stores: Mapping[int, int]) -> list[str]:
+    """shape: the case, or the constants of a template; one that is 1 or 2 alone is the kernel for what cannot be read wider."""
+    spilt = next((most for name, (most, _) in SPILLS.items() if f"{kernel} {shape} ".startswith(f"{name} ")), 0)
+    found = [f"{kernel} of {shape} keeps {stack} bytes a thread in local memory"] if stack > spilt else []
+    narrow = sum(count for width, count in stores.items() if width < 8)
+    if shape not in ("1", "2") and narrow > NARROW_STORES.get(kernel, (0, ""))[0]:
+        found.append(f"{kernel} of {shape} has {narrow} stores of fewer than 8 bytes")
+    return found
 
 
 def launches_random_masking(L):
@@ -68,23 +107,26 @@ def launches_masked_mse(patch, grid, imgs_dtype, dtype, compact=False):
 
 
 def launches_norms(D, T, residual_dtype, dtype):
-    """As in a block: a branch in `dtype` beside its residual; backward gives dx in both, and the output again."""
+    """As in a block: a branch in `dtype` beside its residual. Backward gives dx in both, its column sum, then the output too."""
     rows, weight, bias = (N * T, D), torch.empty(D), torch.empty(D)
     x, residual = torch.empty(rows, dtype=dtype), torch.empty(rows, dtype=residual_dtype)
     with aot.recorded(layer_norm) as launches:
         _, mean, rstd = layer_norm.layer_norm_fwd(residual, weight, bias, 1e-6, dtype)
         cast = None if dtype == residual_dtype else dtype
-        layer_norm.layer_norm_bwd(x, residual, residual, weight, bias, mean, rstd, dtype, cast)
+        for y_dtype in (None, dtype):
+            layer_norm.layer_norm_bwd(x, residual, residual, weight, bias, mean, rstd, y_dtype, cast, True)
     with aot.recorded(add_layer_norm) as more:
         add_layer_norm.add_layer_norm_fwd(x, residual, weight, bias, 1e-6, dtype)
     return launches + more
 
 
 def launches_bias_gelu(D, T, dtype):
+    """With a bias of fp32 and the output again; and of values that hold the bias already."""
     x, bias = torch.empty(N * T, 4 * D, dtype=dtype), torch.empty(4 * D)
     with aot.recorded(bias_gelu) as launches:
-        bias_gelu.bias_gelu_fwd(x, bias)
-        bias_gelu.bias_gelu_bwd(x, x, bias, True)
+        for shift, with_y in ((bias, True), (None, False)):
+            bias_gelu.bias_gelu_fwd(x, shift)
+            bias_gelu.bias_gelu_bwd(x, x, shift, with_y, True)
     return launches
 
 

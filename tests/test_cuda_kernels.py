@@ -1,4 +1,4 @@
-"""The CUDA kernels of the MAE ops, entries and all, compiled for the CPU beside tests/cuda_emulator: what they compute.
+"""The CUDA kernels, entries and all, compiled for the CPU beside tests/cuda_emulator: what they compute.
 
 Their machine code is tests/test_cuda_sources.py's, the real thing tests/gpu's.
 """
@@ -27,11 +27,12 @@ from torch import Tensor
 
 import maefast
 from maefast import dispatch, ops
+from maefast.testing.errors import assert_close_to_float64
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
 CXX = shutil.which("g++")
-OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse")
+OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse", "attention")
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 FLOATS = {"fp32": F32, "bf16": BF16, "fp16": F16}
@@ -45,9 +46,19 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory) -> ctypes.CDLL:
-    """The four sources and the emulator as one library; a misaligned access or an overflow is fatal."""
+    """The sources and the emulator as one library; a misaligned access or an overflow is fatal.
+
+    The sources are links in a tree where csrc/cuda/mma.cuh, whose PTX no CPU runs, is the emulator's.
+    """
     folder, here = tmp_path_factory.mktemp("emulator"), ROOT / "tests" / "cuda_emulator"
-    sources = [here / "emulator.cpp", *(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in OPS)]
+    cuda = folder / "csrc" / "cuda"
+    cuda.mkdir(parents=True)
+    (folder / "maefast").symlink_to(ROOT / "maefast")
+    for path in (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*")):
+        (cuda if path.parent.name == "cuda" else cuda.parent).joinpath(path.name).symlink_to(path)
+    (cuda / "mma.cuh").unlink()
+    (cuda / "mma.cuh").symlink_to(here / "mma.cuh")
+    sources = [here / "emulator.cpp", *(cuda / f"{op}.cu" for op in OPS)]
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{here}", "-isystem", TORCH / "include"]
     flags += ["-DMAEFAST_ENTRY", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
     flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
@@ -293,6 +304,40 @@ def test_masked_mse_rows_of_no_patch():
     dpred = cuda.masked_mse_bwd(torch.tensor(1.0), pred, imgs, mask, 2, 2, False, None, None)
     alone = cuda.masked_mse_bwd(torch.tensor(1.0), pred[:, :2], imgs, mask, 2, 2, False, None, None)
     assert torch.equal(dpred, torch.cat([alone, torch.zeros(1, 3, 4)], dim=1))
+
+
+def attention(qkv: Tensor, dout: Tensor, h: int) -> dict[str, Tensor]:
+    out, lse = cuda.attention_fwd(None, qkv, h)
+    return {"out": out, "dqkv": cuda.attention_bwd(dout, None, qkv, out, lse, h)[1]}
+
+
+def by_torch(qkv: Tensor, dout: Tensor, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    leaf = qkv.to(dtype).requires_grad_()
+    out = ops.attention_ref(leaf, h)
+    return {"out": out.detach(), "dqkv": torch.autograd.grad(out, leaf, dout.to(dtype))[0]}
+
+
+ROWS = {  # T of each tile's ends and of rows that do not fill it, by head width
+    32: (1, 16, 49, 64, 65, 80, 81, 197, 208, 209, 257, 288),
+    64: (7, 50, 56, 64, 80, 100, 197, 208),
+    80: (33, 64, 65, 72, 80),
+}
+
+
+@pytest.mark.parametrize(("d", "T"), [(d, T) for d, lengths in ROWS.items() for T in lengths])
+def test_attention(emulator, d, T):
+    """By the error rule; and not a bit depends on what shared memory held before the launch."""
+    dtype = F16 if T % 8 == 0 else BF16
+    h = 1 if T > 80 else 2
+    qkv, dout = torch.randn(1, T, 3 * h * d).to(dtype), torch.randn(1, T, h * d).to(dtype)
+    results = []
+    for seed in (7, 1, 0):
+        emulator.emulator_seed(seed)
+        results.append(attention(qkv, dout, h))
+    eager, exact = by_torch(qkv, dout, h, dtype), by_torch(qkv, dout, h, torch.float64)
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results), f"{name} depends on what was in shared memory"
+        assert_close_to_float64(f"T = {T}, d = {d}, {name}", value, eager[name], exact[name])
 
 
 def test_backward_twice():

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from maefast import tuned
-
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc")
@@ -41,7 +39,7 @@ keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 half = dict(dtype=torch.bfloat16)
 for qkv, h, q, expected in (
     (torch.empty(1, 50, 384), 2, None, "bfloat16 and float16"),
-    (torch.empty(1, 50, 180, **half), 3, None, "32, 64 or 80"),
+    (torch.empty(1, 50, 180, **half), 3, None, "no kernel for heads 20 wide"),
     (torch.empty(1, 209, 384, **half), 2, None, "at most 208 tokens"),
     (torch.empty(1, 50, 384, **half), 5, None, "(N, T, 3 h d)"),
     (torch.empty(50, 384, **half), 2, None, "(N, T, 3 h d)"),
@@ -54,16 +52,6 @@ for qkv, h, q, expected in (
     else:
         raise AssertionError(f"{expected}: no error")
 print("held")
-"""
-
-
-# The shared memory of the structs that attention.cu instantiates its tables with.
-SHARED = """
-#include "attention_bwd_long.cuh"
-#include "attention_bwd_row.cuh"
-#include "attention_fwd.cuh"
-using namespace maefast::cuda;
-constexpr int larger(int a, int b) { return a > b ? a : b; }
 """
 
 
@@ -95,49 +83,20 @@ def test_sources_are_built():
     assert sorted(listed) == sorted(source.stem for source in SOURCES) == sorted(stem for unit in UNITS for stem in unit)
 
 
-def test_no_spills(objects):
-    """But for one entry: heads of 64 with up to 208 tokens backward, whose 416 threads leave 128 registers to each."""
-    stack = {}
-    for _, said in objects.values():
-        kernels = re.findall(r"Function properties for (\w+)\n\s+(\d+) bytes stack frame", said)
-        assert len(kernels) == said.count("Compiling entry function") > 10, "the pattern finds the kernels"
-        stack |= {kernel: int(bytes_) for kernel, bytes_ in kernels}
-    allowed = [kernel for kernel in stack if re.search(r"attention_bwd_long_kernel.*Li64ELi1ELi208E", kernel)]
-    assert len(allowed) == 2, "in fp16 and in bf16"
-    assert all(stack.pop(kernel) <= 24 for kernel in allowed)
-    assert set(stack.values()) == {0}
-
-
-def test_shared_memory_is_what_dispatch_thinks(tmp_path):
-    """Forward's and backward's tables, read from the source: the ranges of tokens, and what each asks for."""
-    source = (ROOT / "csrc" / "cuda" / "attention.cu").read_text()
-    forward, backward = (re.search(rf"{name}_table\(.*?\n}}\n", source, re.DOTALL).group() for name in ("forward", "backward"))
-    checks = []
-    for d, tiles in tuned.NATIVE_ATTENTION.items():
-        for last, shared in tiles:
-            fwd, bwd = (entry_for(table, d, last) for table in (forward, backward))
-            sizes = [f"Forward<Bf16, {', '.join(fwd[1][:3])}>::kShared"]
-            if bwd[0] == "backward_row":
-                sizes.append(f"RowBackward<{', '.join(bwd[1][:2])}>::kShared")
-            else:
-                D, blocks, rows, chunk, _, keep_v, threads, _ = bwd[1]
-                sizes.append(f"LongBackward<{D}, {blocks}, {rows}, {chunk}, {keep_v}, {threads}>::kShared")
-            checks.append(f'static_assert(larger({sizes[0]}, {sizes[1]}) == {shared}, "T <= {last}, d = {d}");')
-    file = tmp_path / "shared.cu"
-    file.write_text(SHARED + "\n".join(checks) + "\n")
-    run([NVCC, *FLAGS, "-arch=sm_90", "-I", ROOT / "csrc" / "cuda", "-c", file, "-o", tmp_path / "shared.o"])
-
-
-def entry_for(table: str, d: int, T: int) -> tuple[str, list[str]]:
-    """The kernel and the template arguments behind Half of the first entry that takes T tokens of heads d wide."""
-    part = re.search(rf"if \(a\.d == {d}\) {{(.*?)\n  }}", table, re.DOTALL)
-    lines = (part.group(1) if part else table.rsplit("\n  }\n", 1)[1]).splitlines()
-    for line in lines:
-        entry = re.search(r"(?:if \(a\.T <= (\d+)\) )?return (\w+)<Half, ([^>]*)>", line)
-        if entry and (entry[1] is None or int(entry[1]) >= T):
-            assert entry[1] in (None, str(T)), f"a tile ends at {entry[1]}, not at {T}"
-            return entry[2], entry[3].split(", ")
-    raise AssertionError(f"no entry for T = {T}, d = {d}")
+def test_no_spills_and_no_narrow_stores(objects):
+    """But for what aot_cases.py explains."""
+    aot, aot_cases = pytest.importorskip("aot"), pytest.importorskip("aot_cases")
+    found, kernels = [], set()
+    for out, said in objects.values():
+        stacks = dict(re.findall(r"Function properties for (\w+)\n\s+(\d+) bytes stack frame", said))
+        accesses = aot.accesses(out)
+        assert stacks.keys() == accesses.keys()
+        for symbol, stack in stacks.items():
+            kernel, shape, _ = aot.named(symbol)
+            kernels.add((kernel, shape.split(" ")[0]))
+            found += aot_cases.problems(kernel, shape, int(stack), accesses[symbol][1])
+    assert {("attention_fwd_kernel", "32"), ("gather_patches_kernel", "8"), ("random_masking_kernel", "")} <= kernels
+    assert not found
 
 
 def test_entries(objects, tmp_path):

@@ -141,3 +141,41 @@ def test_a_wheel_is_named_after_what_it_loads_beside(tag, tmp_path):
 def test_a_wheel_that_needs_a_library_of_others_is_refused(tag):
     with pytest.raises(SystemExit, match=r"linux_x86_64.whl needs libgomp.so.1, which torch does not bring"):
         tag("libtorch_cpu.so", "libgomp.so.1")
+
+
+@pytest.fixture
+def cutlass_options(setup_py, monkeypatch, tmp_path) -> Callable[[str | None, bool, bool], dict[str, str]]:
+    """Of MAEFAST_CUTLASS, with or without the package nvidia-cutlass, with or without CUDA kernels."""
+
+    def made(asked: str | None, installed: bool, with_cuda: bool) -> dict[str, str]:
+        monkeypatch.delenv("MAEFAST_CUTLASS", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("MAEFAST_CUTLASS", asked)
+        globals_of_setup = setup_py["cutlass_options"].__globals__
+        monkeypatch.setitem(globals_of_setup, "root_of", {"cutlass_library": tmp_path if installed else None}.get)
+        return setup_py["cutlass_options"](with_cuda)
+
+    return made
+
+
+@pytest.mark.parametrize(("asked", "option"), [(None, "auto"), ("auto", "auto"), ("1", "ON"), ("0", "OFF")])
+def test_where_cutlass_is_installed(cutlass_options, tmp_path, asked, option):
+    expected = {"MAEFAST_CUTLASS": option, "CUTLASS_INCLUDE": str(tmp_path / "source" / "include")}
+    assert cutlass_options(asked, True, True) == expected
+
+
+@pytest.mark.parametrize(
+    ("installed", "with_cuda", "missing"),
+    [(False, True, "the package nvidia-cutlass is not installed"), (True, False, "the CUDA kernels are not built")],
+)
+def test_where_cutlass_cannot_be_built(cutlass_options, installed, with_cuda, missing):
+    for asked in (None, "auto", "0"):
+        assert cutlass_options(asked, installed, with_cuda)["MAEFAST_CUTLASS"] in ("auto", "OFF")
+    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}"):
+        cutlass_options("1", installed, with_cuda)
+
+
+@pytest.mark.parametrize("asked", ["yes", "", "ON", "2"])
+def test_anything_else_of_cutlass(cutlass_options, asked):
+    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS must be auto, 0 or 1; it is '{asked}'"):
+        cutlass_options(asked, True, True)

@@ -9,24 +9,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from maefast import dispatch, kernels, ops, tuned
-from maefast.kernels import tune
-from maefast.tuned import Attention, Table, Tile
+from maefast import dispatch, gemm, kernels, ops, tuned
+from maefast.kernels import _products, tune
+from maefast.kernels._products import Size
+from maefast.tuned import Attention, Gemm, Table, Tile
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200" / "attention.json"
-CPU = torch.device("cpu")
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200"
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 
 
-def test_the_committed_table_follows_from_the_results():
-    results = json.loads(RESULTS.read_text())
-    rows = []
-    for row in results["timing"]:
-        sdpa = min(row["ms"][f"{name} both"] for name in ("flash", "cudnn", "efficient"))
-        rows.append((row["T"], row["d"], {"native": row["ms"]["ours both"], "sdpa": sdpa}))
+def test_the_committed_table_is_what_tune_would_write():
+    """From the speedups in it: which lengths an entry covers, and what is worth one."""
+    table = tuned.read()
+    for capability, measured in {(entry.capability, entry.measured) for entry in table.attention}:
+        entries = [entry for entry in table.attention if (entry.capability, entry.measured) == (capability, measured)]
+        rows = [
+            (T, d, {entry.backend: 1.0, "sdpa": entry.speedup + 0.001})
+            for entry in entries
+            for T, _, d in dict.fromkeys(tune.SHAPES)
+            if d == entry.head_width and entry.first <= T <= entry.last
+        ]
+        assert sorted(tune.attention_entries(rows, capability, measured)) == sorted(entries)
+    for entry in table.tiles:
+        assert entry.speedup >= tune.GAIN
+        assert entry.tile in tune.CANDIDATES[entry.kernel]
+
+
+def test_the_committed_products_follow_from_the_results():
+    results = json.loads((RESULTS / "gemm.json").read_text())
+    rows = [(row["kind"], Size(row["rows"], row["depth"], row["features"]), row["ms"]) for row in results["timing"]]
     measured = f"{results['device']}, torch {results['torch']}"
-    assert sorted(tune.attention_entries(rows, "9.0", measured)) == sorted(tuned.read().attention)
-    assert tuned.read().tiles == ()
+    assert sorted(_products.entries(rows, tune.GAIN, "9.0", measured)) == sorted(tuned.read().gemm)
 
 
 def test_the_table_is_written_as_it_is_committed(tmp_path):
@@ -36,10 +50,11 @@ def test_the_table_is_written_as_it_is_committed(tmp_path):
 
 def test_entries_are_sorted_one_a_line(tmp_path):
     tiles = tuple(Tile(c, k, w, {"num_warps": 2}, 1.2, "x") for c, k, w in (("10.0", "b", 1), ("9.0", "b", 2), ("9.0", "a", 9)))
-    table = Table((Attention("8.0", 64, 34, 50, "flash_attn", 1.1, "x"),), tiles)
+    gemm = tuple(Gemm("9.0", kind, (1, 8), (2, 16), 5, 1.2, "x") for kind in ("linear", "input_gradient"))
+    table = Table((Attention("8.0", 64, 34, 50, "flash_attn", 1.1, "x"),), tiles, gemm)
     tuned.write(table, tmp_path / "table.json")
-    assert tuned.read(tmp_path / "table.json") == Table(table.attention, (tiles[2], tiles[1], tiles[0]))
-    assert len((tmp_path / "table.json").read_text().splitlines()) == 4 + 3 + 3
+    assert tuned.read(tmp_path / "table.json") == Table(table.attention, (tiles[2], tiles[1], tiles[0]), gemm[::-1])
+    assert len((tmp_path / "table.json").read_text().splitlines()) == 4 + 3 + 3 + 4
 
 
 def test_which_backend_is_worth_an_entry():
@@ -64,6 +79,50 @@ def test_which_tile_is_worth_an_entry():
     assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 2.9}, "9.0", "here") is None
     assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 3.1}, "9.0", "here") is None
     assert tune.tile_entry("layer_norm_fwd", 512, {names[0]: 3.1}, "9.0", "here") is None, "nothing to compare with"
+
+
+def test_which_product_is_worth_an_entry():
+    def entries(*rows: tuple[str, tuple[int, int, int], float]) -> list[tuple[object, ...]]:
+        timed = [(kind, Size(*size), {"cublas": speedup, "cutlass": 1.0}) for kind, size, speedup in rows]
+        return [entry[1:6] for entry in _products.entries(timed, tune.GAIN, "9.0", "here")]
+
+    assert entries(("linear", (900, 60, 30), 1.04)) == [], "4 % is noise"
+    assert entries(("linear", (900, 60, 30), 1.229)) == [("linear", (40, 60), (20, 30), 600, 1.22)]
+    wide = ("linear", (900, 60, 30), 1.2), ("linear", (600, 60, 24), 1.0), ("linear", (900, 50, 30), 1.2)
+    expected = [("linear", (51, 60), (25, 30), 400, 1.2), ("linear", (34, 50), (20, 30), 400, 1.2)]
+    assert entries(*wide) == expected, "a range ends where another was measured"
+    others = ("linear", (900, 60, 30), 1.2), ("input_gradient", (30, 60, 24), 2.0)
+    assert entries(*others)[0] == ("linear", (40, 60), (20, 30), 600, 1.2), "each kind by itself"
+    assert _products.entries([("linear", Size(900, 60, 30), {})], tune.GAIN, "9.0", "here") == (), "it could not run"
+
+
+@pytest.mark.parametrize("kind", gemm.KINDS)
+def test_what_is_timed_of_a_product(kind, monkeypatch):
+    """Each contender gives what the plain ops give, within bf16; here the kernels are stood in for by float64."""
+
+    def stand_in(kind):
+        return lambda *given: tuple(
+            t.to(torch.float32 if t.dim() == 1 else BF16) for t in _products.plain(kind, *(t.double() for t in given))
+        )
+
+    monkeypatch.setattr(gemm, "why_not", lambda *_: None)
+    monkeypatch.setitem(_products._CUTLASS, kind, stand_in(kind))
+    monkeypatch.setitem(_products._CUBLAS, "linear_gelu_bwd_sum", stand_in("linear_gelu_bwd_sum"))
+    ran = {}
+
+    def rotate(runs, sets):
+        for name, run in runs.items():
+            ran[name] = [run(i) for i in range(sets)]
+        return dict.fromkeys(runs, 1.0)
+
+    size = Size(24, 16, 32)
+    assert _products.time_product(kind, size, CPU, BF16, rotate, tune.is_right) == {"cublas": 1.0, "cutlass": 1.0}
+    for mine, theirs in zip(ran["cublas"], ran["cutlass"], strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
+    assert not torch.equal(ran["cublas"][0][0], ran["cublas"][1][0]), "the sets differ"
+    monkeypatch.setitem(_products._CUTLASS, kind, lambda *given: tuple(2 * t for t in stand_in(kind)(*given)))
+    assert _products.time_product(kind, size, CPU, BF16, rotate, tune.is_right) == {}, "wrong results are not timed"
 
 
 def setting(times: dict[str, float]) -> tune.Setting:
@@ -115,6 +174,10 @@ OLD = Table(
         Tile("9.0", "layer_norm_fwd", 512, {"num_warps": 8}, 1.1, "before"),
         Tile("9.0", "unshuffle_fwd", 512, {"ROWS": 4}, 1.1, "before"),
     ),
+    (
+        Gemm("9.0", "linear", (342, 512), (1366, 2048), 11094, 1.2, "before"),
+        Gemm("9.0", "input_gradient", (342, 512), (1366, 2048), 11094, 1.1, "before"),
+    ),
 )
 
 
@@ -122,15 +185,28 @@ def test_what_was_measured_takes_the_place_of_what_was(monkeypatch):
     """Of this architecture, the parts and backends that were timed; flash-attn was not, and its entry keeps its place."""
     native = {50: 3.0, 65: 1.0, 197: 1.0, 257: 4.0}
     monkeypatch.setattr(tune, "time_attention", lambda shape, setting: {"native": native[shape[0]], "sdpa": 3.0})
-    monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "num_warps=1": 1.0})])
+    monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "ROWS=1 num_warps=2": 1.0})])
     new = tune.tuned_table(("attention", "layer_norm"), OLD, setting({}), "9.0", "here")
     assert new.attention == (OLD.attention[0], OLD.attention[2], Attention("9.0", 80, 65, 72, "native", 3.0, "here"))
-    assert new.tiles == (OLD.tiles[1], Tile("9.0", "layer_norm_fwd", 768, {"num_warps": 1}, 2.0, "here"))
+    assert new.tiles == (OLD.tiles[1], Tile("9.0", "layer_norm_fwd", 768, {"ROWS": 1, "num_warps": 2}, 2.0, "here"))
     assert [line[0] for line in tune.changes(OLD, new)] == ["-", "-", "+", "+"]
     assert tune.changes(OLD, OLD) == []
+    assert new.gemm == OLD.gemm
     elsewhere = tune.tuned_table(("add_layer_norm",), OLD, setting({}), "8.0", "here")
     assert elsewhere.attention == OLD.attention
     assert elsewhere.tiles[:2] == OLD.tiles
+
+
+def test_products_that_were_measured(monkeypatch):
+    """A kind of which nothing could run keeps its entries."""
+
+    def timed(kind, size, *_):
+        return {"cublas": 2.0, "cutlass": 1.0} if (kind, size.depth, size.features) == ("linear", 512, 2048) else {}
+
+    monkeypatch.setattr(_products, "time_product", timed)
+    new = tune.tuned_table(("gemm",), OLD, setting({}), "9.0", "here")
+    assert new.gemm == (OLD.gemm[1], Gemm("9.0", "linear", (342, 512), (1366, 2048), 134485, 2.0, "here"))
+    assert (new.attention, new.tiles) == (OLD.attention, OLD.tiles)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -142,7 +218,7 @@ def test_without_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tune.main(["--only", "attention,linear"])
     assert stop.value.code == 2
-    assert "argument --only: must be of attention, add_layer_norm" in capsys.readouterr().err
+    assert "argument --only: must be of attention, gemm, add_layer_norm" in capsys.readouterr().err
 
 
 def test_a_run_on_a_gpu_in_name_only(tmp_path, monkeypatch, capsys):
@@ -208,7 +284,7 @@ def taken(kernel: str, names: set[str]) -> dict[str, int]:
     """The tile that a launch takes: its options, and the constants of that name."""
     (launch,) = launches(kernel)
     values = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=True)) | launch.options
-    return {name: values[name] for name in names}
+    return {name: values[name] for name in names - {"PROGRAMS"}}
 
 
 @needs_triton
@@ -218,14 +294,30 @@ def test_a_launcher_reads_the_table(kernel, monkeypatch):
     for tile in tune.CANDIDATES[kernel]:
         rule = taken(kernel, set(tile))
         with tuned.trying(kernel, width, CPU, tile):
-            assert taken(kernel, set(tile)) == tile
+            assert taken(kernel, set(tile)) == {name: value for name, value in tile.items() if name != "PROGRAMS"}
         with tuned.trying(kernel, width + 1, CPU, tile), tuned.trying("other", width, CPU, tile):
             assert taken(kernel, set(tile)) == rule
         assert taken(kernel, set(tile)) == rule
-    monkeypatch.setattr(tuned, "_tiles", {("9.0", kernel, width): {"num_warps": 8}})
+    monkeypatch.setattr(tuned, "_tiles", {(kernel, width, "9.0"): {"num_warps": 8}})
+    monkeypatch.setattr(tuned, "_tuned", {(kernel, width)})
     monkeypatch.setattr(tuned.gpu, "capability", lambda device: (9, 0))
     on_gpu = tuned.tile_for(kernel, width, torch.device("cuda"), {"ROWS": 1, "num_warps": 1})
     assert on_gpu == {"ROWS": 1, "num_warps": 8}
+
+
+@needs_triton
+def test_programs_of_the_backward_norm(monkeypatch):
+    """They take chunks of whole tiles, of at least four rows."""
+    from maefast.kernels import layer_norm
+
+    rows, weight, statistics = torch.empty(70, 512), torch.empty(512), torch.empty(70)
+    for programs, chunk in ((7, 10), (6, 12), (528, 4)):
+        import aot
+
+        with tuned.trying("layer_norm_bwd", 512, CPU, {"ROWS": 2, "PROGRAMS": programs}), aot.recorded(layer_norm) as found:
+            layer_norm.layer_norm_bwd(rows, None, rows, weight, weight, statistics, statistics, None, None)
+        names = [p.name for p in found[0].kernel.params]
+        assert found[0].args[names.index("chunk")] == chunk
 
 
 @needs_triton

@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../dtype.h"
+
 #if defined(MAEFAST_ISA_avx512) || defined(MAEFAST_ISA_avx2)
 #include <immintrin.h>
 #endif
@@ -23,8 +25,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-enum class DType { f32, bf16, f16, u8 };
 
 namespace MAEFAST_ISA {
 namespace {

@@ -3,27 +3,17 @@
 // memory and each warp sums dQ of one of the blocks over all keys. The scores are computed once; delta comes from O.
 #pragma once
 
-#include "tile.cuh"
+#include "attention_bwd.cuh"
 
 namespace maefast::cuda {
 
-template <int D, int kBlocks, int kRows, int kChunk, bool kKeepV, int kThreads>
-struct LongBackward {
-  static_assert(kChunk % 2 == 1, "the swizzle of dS must not depend on the block");
-  static constexpr int kTileBytes = kRows * D * 2, kScoreBytes = kThreads / 2 * kBlocks * kChunk * 16 * 2,
-                       kStatsBytes = kRows * 4 * 4;
-  static constexpr int kStageBytes = kKeepV ? 0 : kThreads / 2 * D * 2;
-  // Q, K, V, dO, dS, what P and dS start from, and 16 rows for each warp's results
-  static constexpr int kShared = 4 * kTileBytes + kScoreBytes + kStatsBytes + kStageBytes;
-};
-
-template <typename Half>
+template <typename Element>
 __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 u = Half::unpack(x[i]), v = Half::unpack(y[i]);
+    const float2 u = Element::unpack(x[i]), v = Element::unpack(y[i]);
     sum = fmaf(u.x, v.x, fmaf(u.y, v.y, sum));
   }
   return sum;
@@ -43,7 +33,7 @@ class Rows {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int ks = 0; ks < D / 16; ++ks) load_matrix(kept_[b][ks], address(row0 + 16 * b, 2 * ks));
+        for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(kept_[b][ks], address(row0 + 16 * b, 2 * ks));
       }
     }
   }
@@ -52,66 +42,66 @@ class Rows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = kept_[b][ks][i];
     } else {
-      load_matrix(a, address_(row0_ + 16 * b, 2 * ks));
+      ldmatrix_x4(a, address_(row0_ + 16 * b, 2 * ks));
     }
   }
 };
 
 // out[b] (16 keys, 16 queries) = keys (16 * kBlocks, D) * rows [row0, row0 + 16) of a tile (queries, D)^T + start (per query)
-template <typename Half, int D, int kBlocks, bool kKeep>
+template <typename Element, int D, int kBlocks, bool kKeep>
 __device__ __forceinline__ void key_scores(float (&out)[kBlocks][2][4], const Rows<D, kBlocks, kKeep>& keys,
                                            const Block<D, Order::kColMajor>& block, int row0, uint32_t start) {
   float first[2][4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) load_shared(first[i], start + 64 * i);
+  for (int i = 0; i < 2; ++i) ld_shared_v4(first[i], start + 64 * i);
 #pragma unroll
   for (int ks = 0; ks < D / 16; ++ks) {
     uint32_t q[4];
-    load_matrix(q, block(row0, 2 * ks));
+    ldmatrix_x4(q, block(row0, 2 * ks));
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       uint32_t a[4];
       keys.get(a, b, ks);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) Half::mma(out[b][i], a, q[2 * i], q[2 * i + 1], ks == 0 ? first[i] : out[b][i]);
+      for (int i = 0; i < 2; ++i) Element::mma_m16n8k16(out[b][i], a, q[2 * i], q[2 * i + 1], ks == 0 ? first[i] : out[b][i]);
     }
   }
 }
 
 // acc[b] (16 keys, D) += a[b] (16 keys, 16 queries) * rows [row0, row0 + 16) of a tile (queries, D)
-template <typename Half, int D, int kBlocks>
+template <typename Element, int D, int kBlocks>
 __device__ __forceinline__ void accumulate(float (&acc)[kBlocks][D / 8][4], const uint32_t (&a)[kBlocks][4],
                                            const Block<D, Order::kRowMajor>& block, int row0) {
 #pragma unroll
   for (int i = 0; i < D / 8; i += 2) {
     uint32_t r[4];
-    load_matrix_trans(r, block(row0, i));
+    ldmatrix_x4_trans(r, block(row0, i));
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      Half::mma(acc[b][i], a[b], r[0], r[1]);
-      Half::mma(acc[b][i + 1], a[b], r[2], r[3]);
+      mma_m16n8k16<Element>(acc[b][i], a[b], r[0], r[1]);
+      mma_m16n8k16<Element>(acc[b][i + 1], a[b], r[2], r[3]);
     }
   }
 }
 
-// qkv and dqkv (N, T, 3*h*D), out and dout (N, T, h*D), lse (N, h, T); grid N * h, 32 * ceil(T / (16 * kBlocks)) threads.
-template <typename Half, int D, int kBlocks, int kRows, int kChunk, bool kKeepK, bool kKeepV, int kThreads, int kPerSM>
-__global__ void __launch_bounds__(kThreads, kPerSM)
-    attention_bwd_long_kernel(const uint16_t* __restrict__ qkv, const uint16_t* __restrict__ out, const float* __restrict__ lse,
-                              const uint16_t* __restrict__ dout, uint16_t* __restrict__ dqkv, int T, int h, float scale) {
-  using Shape = LongBackward<D, kBlocks, kRows, kChunk, kKeepV, kThreads>;
-  extern __shared__ uint4 shared[];
-  const uint32_t q_tile = shared_address(shared), v_tile = q_tile + 2 * Shape::kTileBytes, do_tile = v_tile + Shape::kTileBytes,
-                 ds_tile = do_tile + Shape::kTileBytes, stats = ds_tile + Shape::kScoreBytes;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, row0 = warp * 16 * kBlocks;
-  const int64_t n = blockIdx.x / h;
-  const int head = blockIdx.x % h, width = h * D;
+// grid N * h, 32 * ceil(T / warp_rows) threads
+template <typename Element, typename Line>
+__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_bwd_long_kernel(BackwardArgs a) {
+  constexpr BackwardTile kTile = Line::kTile;
+  constexpr int D = kTile.head_width, kBlocks = kTile.warp_rows / kMmaRows, kRows = kTile.tile_rows,
+                kChunk = kTile.chunk / kMmaRows, kTileBytes = kTile.tile_bytes();
+  // Q, K, V, dO, dS, what P and dS start from, and 16 rows for each warp's results
+  const uint32_t q_tile = shared_address(shared<uint4>()), v_tile = q_tile + 2 * kTileBytes, do_tile = v_tile + kTileBytes,
+                 ds_tile = do_tile + kTileBytes, stats = ds_tile + kTile.score_bytes();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, row0 = warp * kTile.warp_rows;
+  const int64_t n = blockIdx.x / a.h;
+  const int T = a.T, head = blockIdx.x % a.h, width = a.h * D;
   const int blocks = (T + 15) / 16, rows = blocks * 16;
-  const float scale_log2 = scale * kLog2e;
+  const float scale = a.scale, scale_log2 = scale * kLog2e;
 
-  load_tiles<D, 3, Shape::kTileBytes>(q_tile, qkv + n * T * 3 * width + head * D, 3 * width, width, T, rows);
-  load_tiles<D, 1, Shape::kTileBytes>(do_tile, dout + n * T * width + head * D, width, width, T, rows);
-  copy_async_commit();
+  load_tiles<D, 3, kTileBytes>(q_tile, a.qkv + n * T * 3 * width + head * D, 3 * width, width, T, rows);
+  load_tiles<D, 1, kTileBytes>(do_tile, a.dout + n * T * width + head * D, width, width, T, rows);
+  cp_async_commit_group();
 
   // What the scores and dP start from, for each pair of queries as the accumulators hold it: (q, q + 1, q, q + 1). kPerRow
   // threads share a row.
@@ -124,10 +114,10 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
     for (int c = 0; c < kChunks / kPerRow; ++c) {
       o[turn][c] = make_uint4(0, 0, 0, 0);
       if (row < T)
-        o[turn][c] = *reinterpret_cast<const uint4*>(out + (n * T + row) * width + head * D + (i % kPerRow + c * kPerRow) * 8);
+        o[turn][c] = *reinterpret_cast<const uint4*>(a.out + (n * T + row) * width + head * D + (i % kPerRow + c * kPerRow) * 8);
     }
   }
-  copy_async_wait<0>();
+  cp_async_wait_group<0>();
   __syncthreads();
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
@@ -136,17 +126,17 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
     float delta = 0.0f;
 #pragma unroll
     for (int c = 0; c < kChunks / kPerRow; ++c)
-      delta += dot8<Half>(o[turn][c], load_shared(do_tile + Tile<D>::offset(row, i % kPerRow + c * kPerRow)));
+      delta += dot8<Element>(o[turn][c], ld_shared_v4(do_tile + Tile<D>::offset(row, i % kPerRow + c * kPerRow)));
 #pragma unroll
-    for (int step = 1; step < kPerRow; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    for (int step = 1; step < kPerRow; step *= 2) delta += __shfl_xor_sync(kAllLanes, delta, step);
     if (i % kPerRow == 0) {
       // exp2(scale_log2 * (s + start)) is P; past T it is nothing.
-      const float start = row < T ? lse[blockIdx.x * static_cast<int64_t>(T) + row] / -scale : -INFINITY;
+      const float start = row < T ? a.lse[blockIdx.x * static_cast<int64_t>(T) + row] / -scale : -INFINITY;
       const uint32_t at = stats + row / 2 * 16 + row % 2 * 4;
-      store_shared(at, start);
-      store_shared(at + 8, start);
-      store_shared(at + kRows * 8, -delta);
-      store_shared(at + kRows * 8 + 8, -delta);
+      st_shared(at, start);
+      st_shared(at + 8, start);
+      st_shared(at + kRows * 8, -delta);
+      st_shared(at + kRows * 8 + 8, -delta);
     }
   }
 
@@ -154,8 +144,8 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
   constexpr int kK = kRows, kV = 2 * kRows, kDo = 3 * kRows;
   Block<D, Order::kRowMajor> row_block(q_tile);
   Block<D, Order::kColMajor> col_block(q_tile);
-  const Rows<D, kBlocks, kKeepK> k(row_block, kK + row0);
-  const Rows<D, kBlocks, kKeepV> v(row_block, kV + row0);
+  const Rows<D, kBlocks, kTile.keep_k> k(row_block, kK + row0);
+  const Rows<D, kBlocks, kTile.keep_v> v(row_block, kV + row0);
   float dk[kBlocks][D / 8][4], dv[kBlocks][D / 8][4];
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -168,9 +158,9 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
   uint32_t ds_store = block_address<kChunk * 16, Order::kRowMajor>(ds_tile, 0) + row0 * kScoreStride,
            start = stats + lane % 4 * 16;
   const int left = T - row0 - lane / 4;
-  uint16_t* dst = dqkv + n * T * 3 * width + head * D;
+  uint16_t* dst = a.dqkv + n * T * 3 * width + head * D;
   // Rows of V that only this warp has read, once it has them in registers.
-  const uint32_t stage = kKeepV ? v_tile + row0 * D * 2 : stats + Shape::kStatsBytes + warp * 16 * D * 2;
+  const uint32_t stage = kTile.keep_v ? v_tile + row0 * D * 2 : stats + kTile.stats_bytes() + warp * 16 * D * 2;
   const float one[2] = {1.0f, 1.0f}, scales[2] = {scale, scale};
 
 #pragma unroll 1
@@ -180,29 +170,29 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
     for (const uint32_t end = start + count * 128; start != end; start += 128) {
       float s[kBlocks][2][4];
       uint32_t p[kBlocks][4], ds[kBlocks][4];  // A fragments: P stays in 2 bytes, or the registers do not suffice
-      key_scores<Half>(s, k, col_block, 0, start);
+      key_scores<Element>(s, k, col_block, 0, start);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float (&c)[4] = s[b][i / 2];
-          p[b][i] = Half::pack(exp2_quick(c[i % 2 * 2] * scale_log2), exp2_quick(c[i % 2 * 2 + 1] * scale_log2));
+          p[b][i] = Element::pack(ex2_approx(c[i % 2 * 2] * scale_log2), ex2_approx(c[i % 2 * 2 + 1] * scale_log2));
         }
       }
-      accumulate<Half, D>(dv, p, row_block, kDo);
-      key_scores<Half>(s, v, col_block, kDo, start + kRows * 8);
+      accumulate<Element, D>(dv, p, row_block, kDo);
+      key_scores<Element>(s, v, col_block, kDo, start + kRows * 8);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float (&c)[4] = s[b][i / 2];
-          const float2 weight = Half::unpack(p[b][i]);
-          ds[b][i] = Half::pack(weight.x * c[i % 2 * 2], weight.y * c[i % 2 * 2 + 1]);
+          const float2 weight = Element::unpack(p[b][i]);
+          ds[b][i] = Element::pack(weight.x * c[i % 2 * 2], weight.y * c[i % 2 * 2 + 1]);
           if (left <= 16 * b + i % 2 * 8) ds[b][i] = 0;  // a key past T: its weight is not bounded
         }
-        store_matrix(ds_store + 16 * b * kScoreStride, ds[b]);
+        stmatrix_x4(ds_store + 16 * b * kScoreStride, ds[b]);
       }
-      accumulate<Half, D>(dk, ds, row_block, 0);
+      accumulate<Element, D>(dk, ds, row_block, 0);
       row_block.advance(16);
       col_block.advance(16);
       ds_store += 32;
@@ -211,19 +201,19 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
     __syncthreads();
 #pragma unroll 1
     for (int block = warp; block < count; block += warps) {
-      Block<D, Order::kRowMajor> k_block(q_tile + Shape::kTileBytes);
+      Block<D, Order::kRowMajor> k_block(q_tile + kTileBytes);
       uint32_t ds_load = block_address<kChunk * 16, Order::kColMajor>(ds_tile, 0) + block * 32;
       float dq[1][D / 8][4];
       clear(dq[0]);
 #pragma unroll 1
       for (const uint32_t end = ds_load + rows * kScoreStride; ds_load != end; ds_load += 16 * kScoreStride) {
         uint32_t a[1][4];
-        load_matrix_trans(a[0], ds_load);
-        accumulate<Half, D>(dq, a, k_block, 0);
+        ldmatrix_x4_trans(a[0], ds_load);
+        accumulate<Element, D>(dq, a, k_block, 0);
         k_block.advance(16);
       }
       const int row = 16 * (first + block);
-      store_rows<Half, D>(dq[0], scales, stage, dst + row * 3 * width, 3 * width, T - row);
+      store_rows<Element, D>(dq[0], scales, stage, dst + row * 3 * width, 3 * width, T - row);
     }
     if (first + count < blocks) __syncthreads();
   }
@@ -231,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
   for (int b = 0; b < kBlocks; ++b) {
     const int row = row0 + 16 * b;
     if (row >= T) break;
-    store_rows<Half, D>(dv[b], one, stage, dst + row * 3 * width + 2 * width, 3 * width, T - row);
-    store_rows<Half, D>(dk[b], scales, stage, dst + row * 3 * width + width, 3 * width, T - row);
+    store_rows<Element, D>(dv[b], one, stage, dst + row * 3 * width + 2 * width, 3 * width, T - row);
+    store_rows<Element, D>(dk[b], scales, stage, dst + row * 3 * width + width, 3 * width, T - row);
   }
 }
 

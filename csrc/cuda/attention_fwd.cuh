@@ -1,14 +1,23 @@
-// Forward: one CTA per sample and head, Q, K and V of the head in shared memory, kBlocks blocks of 16 queries per warp.
-// Keys come in chunks of 8 * kTiles with a running maximum and sum; a row that fits one chunk is never rescaled.
+// Forward: one CTA per sample and head, Q, K and V of the head in shared memory, warp_rows queries per warp.
+// Keys come in chunks with a running maximum and sum; a row that fits one chunk is never rescaled.
 #pragma once
 
-#include "tile.cuh"
+#include "attention_tiles.cuh"
 
 namespace maefast::cuda {
 
-template <typename Half, int D, int kBlocks, int kRows>
-struct Forward {
-  static constexpr int kTileBytes = kRows * D * 2, kShared = 3 * kTileBytes;
+struct ForwardArgs {
+  const uint16_t* qkv;  // [N, T, 3*h*D]
+  uint16_t* out;        // [N, T, h*D]
+  float* lse;           // [N, h, T], natural logarithm
+  int T, h;
+  float scale;
+};
+
+template <typename Element, typename Line>
+struct ForwardState {
+  static constexpr ForwardTile kTile = Line::kTile;
+  static constexpr int D = kTile.head_width, kBlocks = kTile.warp_rows / kMmaRows, kTileBytes = kTile.tile_bytes();
 
   uint32_t q[kBlocks][D / 16][4];
   float o[kBlocks][D / 8][4];
@@ -18,7 +27,7 @@ struct Forward {
   Block<D, Order::kColMajor> k_block;
   Block<D, Order::kRowMajor> v_block;
 
-  __device__ __forceinline__ Forward(uint32_t smem, float scale_log2, int T)
+  __device__ __forceinline__ ForwardState(uint32_t smem, float scale_log2, int T)
       : scale_log2(scale_log2), T(T), k_block(smem + kTileBytes), v_block(smem + 2 * kTileBytes) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -28,66 +37,67 @@ struct Forward {
     }
   }
 
-  template <int kTiles, bool kFirst, bool kMasked>
+  // One chunk of keys, 8 * kFragments of them.
+  template <int kFragments, bool kFirst, bool kMasked>
   __device__ __forceinline__ void keys(int key0) {
-    float s[kBlocks][kTiles][4];
+    float s[kBlocks][kFragments][4];
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) clear(s[b]);
 #pragma unroll
-    for (int i = 0; i + 1 < kTiles; i += 2) {
+    for (int i = 0; i + 1 < kFragments; i += 2) {
 #pragma unroll
       for (int ks = 0; ks < D / 16; ++ks) {
         uint32_t k[4];
-        load_matrix(k, k_block(key0 + 8 * i, 2 * ks));
+        ldmatrix_x4(k, k_block(key0 + 8 * i, 2 * ks));
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          Half::mma(s[b][i], q[b][ks], k[0], k[1]);
-          Half::mma(s[b][i + 1], q[b][ks], k[2], k[3]);
+          mma_m16n8k16<Element>(s[b][i], q[b][ks], k[0], k[1]);
+          mma_m16n8k16<Element>(s[b][i + 1], q[b][ks], k[2], k[3]);
         }
       }
     }
-    if constexpr (kTiles % 2) {
+    if constexpr (kFragments % 2) {
 #pragma unroll
       for (int ks = 0; ks < D / 16; ++ks) {
         uint32_t k[2];
-        load_matrix_half(k, k_block(key0 + 8 * (kTiles - 1), 2 * ks));
+        ldmatrix_x2(k, k_block(key0 + 8 * (kFragments - 1), 2 * ks));
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) Half::mma(s[b][kTiles - 1], q[b][ks], k[0], k[1]);
+        for (int b = 0; b < kBlocks; ++b) mma_m16n8k16<Element>(s[b][kFragments - 1], q[b][ks], k[0], k[1]);
       }
     }
-    constexpr int kSteps = (kTiles + 1) / 2;
+    constexpr int kSteps = (kFragments + 1) / 2;
     uint32_t p[kBlocks][kSteps][4];
     if constexpr (kMasked) mask(s, key0);
-    softmax<kTiles, kFirst>(s);
+    softmax<kFragments, kFirst>(s);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        p[b][i / 2][i % 2 * 2] = Half::pack(s[b][i][0], s[b][i][1]);
-        p[b][i / 2][i % 2 * 2 + 1] = Half::pack(s[b][i][2], s[b][i][3]);
+      for (int i = 0; i < kFragments; ++i) {
+        p[b][i / 2][i % 2 * 2] = Element::pack(s[b][i][0], s[b][i][1]);
+        p[b][i / 2][i % 2 * 2 + 1] = Element::pack(s[b][i][2], s[b][i][3]);
       }
-      if constexpr (kTiles % 2) p[b][kSteps - 1][2] = p[b][kSteps - 1][3] = 0;
+      if constexpr (kFragments % 2) p[b][kSteps - 1][2] = p[b][kSteps - 1][3] = 0;
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int i = 0; i < D / 8; i += 2) {
         uint32_t v[4];
-        load_matrix_trans(v, v_block(key0 + 16 * step, i));
+        ldmatrix_x4_trans(v, v_block(key0 + 16 * step, i));
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          Half::mma(o[b][i], p[b][step], v[0], v[1]);
-          Half::mma(o[b][i + 1], p[b][step], v[2], v[3]);
+          mma_m16n8k16<Element>(o[b][i], p[b][step], v[0], v[1]);
+          mma_m16n8k16<Element>(o[b][i + 1], p[b][step], v[2], v[3]);
         }
       }
     }
   }
 
  private:
-  template <int kTiles>
-  __device__ __forceinline__ void mask(float (&s)[kBlocks][kTiles][4], int key0) {
+  template <int kFragments>
+  __device__ __forceinline__ void mask(float (&s)[kBlocks][kFragments][4], int key0) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+    for (int i = 0; i < kFragments; ++i) {
       if (key0 + 8 * i + 8 <= T) continue;  // the same for the whole CTA
       const int key = key0 + 8 * i + threadIdx.x % 4 * 2;
 #pragma unroll
@@ -99,9 +109,9 @@ struct Forward {
   }
 
   // Scores become exp2(scale_log2 * (s - max)). max is the maximum of a row or less than 8 / scale_log2 below it: what was summed
-  // up is brought to a new maximum only where it has grown by more.
-  template <int kTiles, bool kFirst>
-  __device__ __forceinline__ void softmax(float (&s)[kBlocks][kTiles][4]) {
+  // up is brought to a new maximum only where it has grown by more, in any row of the warp.
+  template <int kFragments, bool kFirst>
+  __device__ __forceinline__ void softmax(float (&s)[kBlocks][kFragments][4]) {
     float top[kBlocks][2];
     bool grown = false;
 #pragma unroll
@@ -110,19 +120,19 @@ struct Forward {
       for (int half = 0; half < 2; ++half) {
         top[b][half] = s[b][0][2 * half];
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) top[b][half] = fmaxf(top[b][half], fmaxf(s[b][i][2 * half], s[b][i][2 * half + 1]));
+        for (int i = 0; i < kFragments; ++i) top[b][half] = fmaxf(top[b][half], fmaxf(s[b][i][2 * half], s[b][i][2 * half + 1]));
         top[b][half] = quad_max(top[b][half]);
         grown = grown || (top[b][half] - max[b][half]) * scale_log2 > 8.0f;
       }
     }
-    if (kFirst || __any_sync(0xffffffffu, grown)) {
+    if (kFirst || __any_sync(kAllLanes, grown)) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if constexpr (!kFirst) {
             top[b][half] = fmaxf(top[b][half], max[b][half]);
-            const float shrink = exp2_quick((max[b][half] - top[b][half]) * scale_log2);
+            const float shrink = ex2_approx((max[b][half] - top[b][half]) * scale_log2);
             sum[b][half] *= shrink;
 #pragma unroll
             for (int i = 0; i < D / 8; ++i) {
@@ -137,10 +147,10 @@ struct Forward {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
+      for (int i = 0; i < kFragments; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          s[b][i][j] = exp2_quick(fmaf(s[b][i][j], scale_log2, -max[b][j / 2] * scale_log2));
+          s[b][i][j] = ex2_approx(fmaf(s[b][i][j], scale_log2, -max[b][j / 2] * scale_log2));
           sum[b][j / 2] += s[b][i][j];
         }
       }
@@ -148,53 +158,53 @@ struct Forward {
   }
 };
 
-// qkv (N, T, 3*h*D), out (N, T, h*D), lse (N, h, T) natural logarithm; grid N * h. kTiles tiles of 8 keys hold the whole row
-// where kWhole, else they (4 or 8) are the chunk.
-template <typename Half, int D, int kBlocks, int kRows, int kTiles, bool kWhole, int kThreads, int kPerSM>
-__global__ void __launch_bounds__(kThreads, kPerSM)
-    attention_fwd_kernel(const uint16_t* __restrict__ qkv, uint16_t* __restrict__ out, float* __restrict__ lse, int T, int h,
-                         float scale) {
-  using Forward = Forward<Half, D, kBlocks, kRows>;
-  extern __shared__ uint4 shared[];
-  const uint32_t smem = shared_address(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = warp * 16 * kBlocks;
-  const int64_t n = blockIdx.x / h;
-  const int head = blockIdx.x % h, width = h * D;
-  const int rows = kWhole ? kRows : (T + 15) / 16 * 16;
+// grid N * h
+template <typename Element, typename Line>
+__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_fwd_kernel(ForwardArgs a) {
+  constexpr ForwardTile kTile = Line::kTile;
+  using State = ForwardState<Element, Line>;
+  constexpr int D = State::D, kBlocks = State::kBlocks;
+  const uint32_t smem = shared_address(shared<uint4>());
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, row0 = warp * kTile.warp_rows;
+  const int T = a.T, head = blockIdx.x % a.h, width = a.h * D;
+  const int64_t n = blockIdx.x / a.h;
+  // Every row that a warp computes with holds something of its own launch, for a row that is no query can start a rescaling of
+  // those that are: rows of Q past the tile are rows of K.
+  const int rows = kTile.whole_row() ? kTile.tile_rows : min(kTile.threads_for(T) / kWarp * kTile.warp_rows, kTile.tile_rows);
 
-  const uint16_t* src = qkv + n * T * 3 * width + head * D;
-  load_tiles<D, 2, Forward::kTileBytes>(smem, src, 3 * width, width, T, rows);
-  copy_async_commit();
-  load_tiles<D, 1, Forward::kTileBytes>(smem + 2 * Forward::kTileBytes, src + 2 * width, 3 * width, width, T, rows);
-  copy_async_commit();
-  const float scale_log2 = scale * kLog2e;
-  Forward state(smem, scale_log2, T);
+  const uint16_t* src = a.qkv + n * T * 3 * width + head * D;
+  load_tiles<D, 2, kTile.tile_bytes()>(smem, src, 3 * width, width, T, rows);
+  cp_async_commit_group();
+  load_tiles<D, 1, kTile.tile_bytes()>(smem + 2 * kTile.tile_bytes(), src + 2 * width, 3 * width, width, T, rows);
+  cp_async_commit_group();
+  const float scale_log2 = a.scale * kLog2e;
+  State state(smem, scale_log2, T);
   const Block<D, Order::kRowMajor> q_block(smem);
-  copy_async_wait<1>();
+  cp_async_wait_group<1>();
   __syncthreads();
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-    for (int ks = 0; ks < D / 16; ++ks) load_matrix(state.q[b][ks], q_block(row0 + 16 * b, 2 * ks));
+    for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(state.q[b][ks], q_block(row0 + kMmaRows * b, 2 * ks));
   }
-  copy_async_wait<0>();
+  cp_async_wait_group<0>();
   __syncthreads();
 
-  if constexpr (kWhole) {
-    state.template keys<kTiles, true, true>(0);
+  if constexpr (kTile.whole_row()) {
+    state.template keys<kTile.chunk / 8, true, true>(0);
   } else {
     int key0 = 0;
-    for (; key0 + 8 * kTiles <= T; key0 += 8 * kTiles) state.template keys<kTiles, false, false>(key0);
+    for (; key0 + kTile.chunk <= T; key0 += kTile.chunk) state.template keys<kTile.chunk / 8, false, false>(key0);
     const int left = T - key0;
     if (left > 0 && left <= 16) state.template keys<2, false, true>(key0);
     if (left > 16 && left <= 32) state.template keys<4, false, true>(key0);
-    if (kTiles > 4 && left > 32 && left <= 48) state.template keys<6, false, true>(key0);
-    if (kTiles > 4 && left > 48) state.template keys<8, false, true>(key0);
+    if (kTile.chunk > 32 && left > 32 && left <= 48) state.template keys<6, false, true>(key0);
+    if (kTile.chunk > 32 && left > 48) state.template keys<8, false, true>(key0);
   }
 
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
-    const int row = row0 + 16 * b;
+    const int row = row0 + kMmaRows * b;
     if (row >= T) break;
     float factor[2];
 #pragma unroll
@@ -203,10 +213,11 @@ __global__ void __launch_bounds__(kThreads, kPerSM)
       factor[half] = 1.0f / sum;
       const int t = row + lane / 4 + 8 * half;
       if (lane % 4 == 0 && t < T)
-        lse[blockIdx.x * static_cast<int64_t>(T) + t] = (state.max[b][half] * scale_log2 + log2f(sum)) * kLn2;
+        a.lse[blockIdx.x * static_cast<int64_t>(T) + t] = (state.max[b][half] * scale_log2 + log2f(sum)) * kLn2;
     }
     // Rows of Q that only this warp has read.
-    store_rows<Half, D>(state.o[b], factor, smem + row * D * 2, out + (n * T + row) * width + head * D, width, T - row);
+    uint16_t* dst = a.out + (n * T + row) * width + head * D;
+    store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row);
   }
 }
 

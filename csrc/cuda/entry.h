@@ -1,7 +1,7 @@
 // What the boxed entries of the CUDA ops share: device and stream of a launch, its errors, checked inputs.
 #pragma once
 
-#include "../stable.h"
+#include "../checks.h"
 #include "image.cuh"
 #include "rank.cuh"
 
@@ -44,51 +44,41 @@ inline int narrow(const char* name, int64_t value) {
   return static_cast<int>(value);
 }
 
-inline DType float_dtype(const char* name, ScalarType dtype) {
-  if (dtype == ScalarType::Float) return DType::f32;
-  if (dtype == ScalarType::BFloat16) return DType::bf16;
-  check(dtype == ScalarType::Half, name, " must be float32, bfloat16 or float16 for the CUDA kernels");
-  return DType::f16;
-}
-
 // An image tensor as the kernels take it, and the statistics that normalise a uint8 one.
 class ImageInput {
  public:
   Image image;
 
   ImageInput(const Tensor& imgs, int64_t patch_h, int64_t patch_w, const OptionalTensor& mean, const OptionalTensor& std) {
-    check(imgs.dim() == 4, "imgs must be (N, C, H, W), it has ", imgs.dim(), " dimensions");
-    check(patch_h > 0 && patch_w > 0 && imgs.size(2) % patch_h == 0 && imgs.size(3) % patch_w == 0, "the size of imgs, ",
-          imgs.size(2), " x ", imgs.size(3), ", must be a multiple of the patch, ", patch_h, " x ", patch_w);
-    check(mean.has_value() == std.has_value(), "mean and std must be given together");
+    check_images(imgs, patch_h, patch_w, mean, std);
     const int64_t C = imgs.size(1);
     if (mean && std) {
-      check(imgs.scalar_type() == ScalarType::Byte, "mean and std are for uint8 images");
       mean_ = statistic("mean", *mean, imgs);
       std_ = statistic("std", *std, imgs);
     }
     narrow("a patch", C * patch_h * patch_w);
     narrow("an image", C * imgs.size(2) * imgs.size(3));
-    image.data = imgs.const_data_ptr();
-    image.stride_n = imgs.stride(0);
-    image.stride_c = imgs.stride(1);
-    image.stride_h = imgs.stride(2);
-    image.stride_w = imgs.stride(3);
-    image.channels = static_cast<int>(C);
-    image.patch_h = static_cast<int>(patch_h);
-    image.patch_w = static_cast<int>(patch_w);
-    image.by_grid_w = Divisor(static_cast<int>(imgs.size(3) / patch_w));
-    image.grid_h = static_cast<int>(imgs.size(2) / patch_h);
-    image.mean = mean_ ? static_cast<const float*>(mean_->const_data_ptr()) : nullptr;
-    image.std = std_ ? static_cast<const float*>(std_->const_data_ptr()) : nullptr;
-    image.dtype = imgs.scalar_type() == ScalarType::Byte ? DType::u8 : float_dtype("imgs", imgs.scalar_type());
+    image = {
+        .data = imgs.const_data_ptr(),
+        .stride_n = imgs.stride(0),
+        .stride_c = imgs.stride(1),
+        .stride_h = imgs.stride(2),
+        .stride_w = imgs.stride(3),
+        .channels = static_cast<int>(C),
+        .patch_h = static_cast<int>(patch_h),
+        .patch_w = static_cast<int>(patch_w),
+        .by_grid_w = Divisor(static_cast<int>(imgs.size(3) / patch_w)),
+        .grid_h = static_cast<int>(imgs.size(2) / patch_h),
+        .mean = mean_ ? static_cast<const float*>(mean_->const_data_ptr()) : nullptr,
+        .std = std_ ? static_cast<const float*>(std_->const_data_ptr()) : nullptr,
+        .dtype = pixel_dtype(imgs),
+    };
   }
   ImageInput(const ImageInput&) = delete;  // image points into the tensors
   ImageInput& operator=(const ImageInput&) = delete;
 
  private:
   static Tensor statistic(const char* name, const Tensor& t, const Tensor& imgs) {
-    check(t.numel() == imgs.size(1) && t.scalar_type() == ScalarType::Float, name, " must be (C,) float32");
     check_same_gpu(name, t, imgs);
     return torch::stable::contiguous(t);
   }
@@ -107,12 +97,14 @@ class MaskingTensors {
     ids_keep = torch::stable::new_empty(noise, {kept, 2}, ScalarType::Long);
     ids_restore = torch::stable::new_empty(noise, noise.sizes(), ScalarType::Long);
     mask = torch::stable::empty_like(noise);
-    args = {static_cast<const float*>(noise.const_data_ptr()),
-            static_cast<int64_t*>(ids_keep.mutable_data_ptr()),
-            static_cast<int64_t*>(ids_restore.mutable_data_ptr()),
-            static_cast<float*>(mask.mutable_data_ptr()),
-            static_cast<int>(L),
-            static_cast<int>(len_keep)};
+    args = {
+        .noise = static_cast<const float*>(noise.const_data_ptr()),
+        .ids_keep = static_cast<int64_t*>(ids_keep.mutable_data_ptr()),
+        .ids_restore = static_cast<int64_t*>(ids_restore.mutable_data_ptr()),
+        .mask = static_cast<float*>(mask.mutable_data_ptr()),
+        .L = static_cast<int>(L),
+        .K = static_cast<int>(len_keep),
+    };
   }
 
  private:

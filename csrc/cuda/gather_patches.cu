@@ -124,9 +124,12 @@ Tensor gather_patches_fwd(const Tensor& imgs, const Tensor& ids_in, int64_t patc
   const int64_t N = ids.size(0), K = ids.size(1), sizes[] = {N, K, input.image.patch_values()};
   Tensor out = torch::stable::new_empty(imgs, {sizes, 3}, dtype);
   if (out.numel() > 0) {
-    GatherPatches args{.imgs = input.image, .ids = static_cast<const int64_t*>(ids.const_data_ptr())};
-    args.out = out.mutable_data_ptr();
-    args.K = narrow("K", K);
+    const GatherPatches args{
+        .imgs = input.image,
+        .ids = static_cast<const int64_t*>(ids.const_data_ptr()),
+        .out = out.mutable_data_ptr(),
+        .K = narrow("K", K),
+    };
     check_launch("gather_patches_fwd", gather_patches(args, float_dtype("dtype", dtype), narrow("N", N), on.stream));
   }
   return out;
@@ -144,8 +147,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_patches_fwd(const Tensor& imgs, 
   const int64_t sizes[] = {masking.N, len_keep, input.image.patch_values()};
   Tensor out = torch::stable::new_empty(imgs, {sizes, 3}, dtype);
   if (masking.mask.numel() > 0) {
-    GatherPatches args{.imgs = input.image, .ids = nullptr, .masking = masking.args, .out = out.mutable_data_ptr()};
-    args.K = static_cast<int>(len_keep);
+    const GatherPatches args{
+        .imgs = input.image,
+        .ids = nullptr,
+        .masking = masking.args,
+        .out = out.mutable_data_ptr(),
+        .K = static_cast<int>(len_keep),
+    };
     check_launch("mask_patches_fwd", gather_patches(args, float_dtype("dtype", dtype), masking.N, on.stream));
   }
   return {out, masking.ids_keep, masking.ids_restore, masking.mask};

@@ -10,13 +10,13 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../dtype.h"
+
 namespace maefast::cuda {
 
 using BFloat16 = __nv_bfloat16;
 using Half = __half;
 using U8 = uint8_t;
-
-enum class DType { f32, bf16, f16, u8 };
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;

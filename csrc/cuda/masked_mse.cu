@@ -172,7 +172,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kBlocksPerSM) masked_mse_bw
   const float scale = *a.dloss * 2.0f / (*a.sum_mask * P);
   const auto out_row = [&](int64_t n, int row) { return static_cast<T*>(a.dpred) + (n * a.M + row) * P; };
   const auto clear = [&](T* row) {
-    for (int p = lane; p < P; p += kWarp) row[p] = from_float<T>(0.0f);
+    if (a.whole_units) {
+      for (int p = lane * kUnit; p < P; p += kWarp * kUnit) store<kUnit>(row + p, Pack<T, kUnit>{});
+    } else {
+      for (int p = lane; p < P; p += kWarp) row[p] = from_float<T>(0.0f);
+    }
   };
   for_patches(a, [&](int64_t n, int i, int row, float weight) {
     if (weight == 0.0f || row < 0) {
@@ -283,8 +287,12 @@ Tensor masked_mse_fwd(const Tensor& pred, const Tensor& imgs, const Tensor& mask
     });
   }
   check_launch("masked_mse_fwd", error);
-  const MaskedMseSum sum{input.args.partial, static_cast<float*>(loss.mutable_data_ptr()), static_cast<int>(input.blocks),
-                         input.args.imgs.patch_values()};
+  const MaskedMseSum sum{
+      .partial = input.args.partial,
+      .loss = static_cast<float*>(loss.mutable_data_ptr()),
+      .blocks = static_cast<int>(input.blocks),
+      .P = input.args.imgs.patch_values(),
+  };
   check_launch("masked_mse_fwd",
                launch(masked_mse_sum_kernel, dim3(1), dim3(kSumThreads), 2 * kWarp * sizeof(float), on.stream, sum));
   return loss;

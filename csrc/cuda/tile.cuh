@@ -1,9 +1,13 @@
 // Tiles of 2-byte values in shared memory, and the moves between them, registers and global memory.
 #pragma once
 
+#include "launch.h"
 #include "mma.cuh"
 
 namespace maefast::cuda {
+
+constexpr int kMmaRows = 16;  // of an accumulator
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Rows of kWidth values. The 16-byte chunks of a row are permuted so that eight consecutive rows of one chunk column lie in
 // eight different groups of banks: ldmatrix and stmatrix then have no conflicts, whatever the width, and rows need no padding.
@@ -26,7 +30,7 @@ enum class Order { kRowMajor, kColMajor };
 
 template <int kWidth, Order kOrder>
 __device__ __forceinline__ uint32_t block_address(uint32_t tile, int chunk) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % kWarp;
   const int row = kOrder == Order::kRowMajor ? lane % 16 : lane % 8 + lane / 16 * 8;
   return tile + Tile<kWidth>::offset(row, chunk + (kOrder == Order::kRowMajor ? lane / 16 : lane / 8 % 2));
 }
@@ -51,9 +55,9 @@ class Block {
   }
 };
 
-// Starts copying rows [0, rows) of kTiles tensors, `apart` values apart, into tiles kTileBytes apart; rows from T on become
+// Starts copying rows [0, rows) of kTensors tensors, `apart` values apart, into tiles kTileBytes apart; rows from T on become
 // zeros.
-template <int D, int kTiles, int kTileBytes>
+template <int D, int kTensors, int kTileBytes>
 __device__ __forceinline__ void load_tiles(uint32_t tile, const uint16_t* src, int row_stride, int apart, int T, int rows) {
   constexpr int kChunks = Tile<D>::kChunks;
   for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
@@ -62,53 +66,52 @@ __device__ __forceinline__ void load_tiles(uint32_t tile, const uint16_t* src, i
     const uint16_t* from = src + (valid ? row * row_stride + chunk * 8 : 0);
     const uint32_t to = tile + Tile<D>::offset(row, chunk);
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k) copy_async(to + k * kTileBytes, from + k * apart, valid);
+    for (int k = 0; k < kTensors; ++k) cp_async(to + k * kTileBytes, from + k * apart, valid);
   }
 }
 
 // Writes factor * acc, 16 rows of D, to global memory through 16 rows of a tile that this warp alone uses; the first
 // `valid` rows only.
-template <typename Half, int D>
+template <typename Element, int D>
 __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const float (&factor)[2], uint32_t stage, uint16_t* dst,
                                            int row_stride, int valid) {
   const Block<D, Order::kRowMajor> block(stage);
 #pragma unroll
   for (int i = 0; i < D / 8; i += 2) {
-    const uint32_t r[4] = {Half::pack(acc[i][0] * factor[0], acc[i][1] * factor[0]),
-                           Half::pack(acc[i][2] * factor[1], acc[i][3] * factor[1]),
-                           Half::pack(acc[i + 1][0] * factor[0], acc[i + 1][1] * factor[0]),
-                           Half::pack(acc[i + 1][2] * factor[1], acc[i + 1][3] * factor[1])};
-    store_matrix(block(0, i), r);
+    const uint32_t r[4] = {Element::pack(acc[i][0] * factor[0], acc[i][1] * factor[0]),
+                           Element::pack(acc[i][2] * factor[1], acc[i][3] * factor[1]),
+                           Element::pack(acc[i + 1][0] * factor[0], acc[i + 1][1] * factor[0]),
+                           Element::pack(acc[i + 1][2] * factor[1], acc[i + 1][3] * factor[1])};
+    stmatrix_x4(block(0, i), r);
   }
   __syncwarp();
   constexpr int kChunks = Tile<D>::kChunks;
 #pragma unroll
-  for (int i = threadIdx.x % 32; i < 16 * kChunks; i += 32) {
+  for (int i = threadIdx.x % kWarp; i < kMmaRows * kChunks; i += kWarp) {
     const int row = i / kChunks, chunk = i % kChunks;
-    const uint4 v = load_shared(stage + Tile<D>::offset(row, chunk));
-    if (row < valid) *reinterpret_cast<uint4*>(dst + row * row_stride + chunk * 8) = v;
+    const uint4 v = ld_shared_v4(stage + Tile<D>::offset(row, chunk));
+    // A plain store of a uint4 becomes four of 4 bytes; test-aot holds that this one does not.
+    if (row < valid) __stcg(reinterpret_cast<uint4*>(dst + row * row_stride + chunk * 8), v);
   }
   __syncwarp();
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 __device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-template <int kTiles>
-__device__ __forceinline__ void clear(float (&acc)[kTiles][4]) {
+template <int kFragments>
+__device__ __forceinline__ void clear(float (&acc)[kFragments][4]) {
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
+  for (int i = 0; i < kFragments; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
   }
 }
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 }  // namespace maefast::cuda

@@ -90,11 +90,12 @@ __global__ void __launch_bounds__(kColumns* kRows) unshuffle_bwd_kernel(Unshuffl
   for (int e = 0; e < kUnit; ++e) own[threadIdx.y * kWidth + e] = sums[e];
   __syncthreads();
   if (threadIdx.y != 0 || d >= a.D) return;
+  Pack<float, kUnit> total;
   for (int e = 0; e < kUnit; ++e) {
-    float sum = sums[e];
-    for (int y = 1; y < kRows; ++y) sum += own[y * kWidth + e];
-    a.partial[static_cast<int64_t>(blockIdx.x) * a.D + d + e] = sum;
+    total.value[e] = sums[e];
+    for (int y = 1; y < kRows; ++y) total.value[e] += own[y * kWidth + e];
   }
+  store<kUnit>(a.partial + static_cast<int64_t>(blockIdx.x) * a.D + d, total);
 }
 
 constexpr int kSumColumns = 8, kSumRows = 32;
@@ -162,18 +163,20 @@ Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mas
   const int64_t sizes[] = {N, 1 + L, D};
   Tensor out = torch::stable::new_empty(x, {sizes, 3}, mask_token.scalar_type());
   if (out.numel() == 0) return out;
-  const UnshuffleFwd args{x.const_data_ptr(),
-                          x.stride(0),
-                          x.stride(1),
-                          static_cast<const int64_t*>(ids.const_data_ptr()),
-                          mask_token.const_data_ptr(),
-                          pos_embed.const_data_ptr(),
-                          out.mutable_data_ptr(),
-                          N,
-                          static_cast<int>(L),
-                          static_cast<int>(x.size(1) - 1),
-                          narrow("D", D),
-                          Divisor(static_cast<int>(1 + L))};
+  const UnshuffleFwd args{
+      .x = x.const_data_ptr(),
+      .stride_n = x.stride(0),
+      .stride_t = x.stride(1),
+      .ids_restore = static_cast<const int64_t*>(ids.const_data_ptr()),
+      .mask_token = mask_token.const_data_ptr(),
+      .pos_embed = pos_embed.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .N = N,
+      .L = static_cast<int>(L),
+      .K = static_cast<int>(x.size(1) - 1),
+      .D = narrow("D", D),
+      .by_tokens = Divisor(static_cast<int>(1 + L)),
+  };
   const int64_t item = item_size(x.scalar_type());
   const bool whole_units = D % kWholeUnit == 0 && is_aligned(args.x, 16, args.stride_n * item, args.stride_t * item);
   const cudaError_t error = visit_float(dtype, [&](auto value) {
@@ -214,20 +217,22 @@ std::tuple<Tensor, Tensor> unshuffle_bwd(const Tensor& dy_in, const Tensor& ids_
   Tensor dmask_token = torch::stable::new_empty(dy, {token_sizes, 3}, ScalarType::Float);
   if (D == 0) return {dx, dmask_token};
   Tensor partial = torch::stable::new_empty(dy, {partial_sizes, 2}, ScalarType::Float);
-  const UnshuffleBwd args{dy.const_data_ptr(),
-                          dy.stride(0),
-                          dy.stride(1),
-                          static_cast<const int64_t*>(ids.const_data_ptr()),
-                          dx.mutable_data_ptr(),
-                          static_cast<float*>(partial.mutable_data_ptr()),
-                          static_cast<float*>(dmask_token.mutable_data_ptr()),
-                          rows,
-                          static_cast<int>(L),
-                          static_cast<int>(len_keep),
-                          narrow("D", D),
-                          static_cast<int>(chunk),
-                          narrow("chunks", chunks),
-                          Divisor(static_cast<int>(1 + L))};
+  const UnshuffleBwd args{
+      .dy = dy.const_data_ptr(),
+      .stride_n = dy.stride(0),
+      .stride_t = dy.stride(1),
+      .ids_restore = static_cast<const int64_t*>(ids.const_data_ptr()),
+      .dx = dx.mutable_data_ptr(),
+      .partial = static_cast<float*>(partial.mutable_data_ptr()),
+      .dmask_token = static_cast<float*>(dmask_token.mutable_data_ptr()),
+      .rows = rows,
+      .L = static_cast<int>(L),
+      .K = static_cast<int>(len_keep),
+      .D = narrow("D", D),
+      .chunk = static_cast<int>(chunk),
+      .chunks = narrow("chunks", chunks),
+      .by_tokens = Divisor(static_cast<int>(1 + L)),
+  };
   const int64_t item = item_size(dy.scalar_type());
   const bool whole_units = D % kWholeUnit == 0 && is_aligned(args.dy, 16, args.stride_n * item, args.stride_t * item);
   const cudaError_t error = visit_float(dx_dtype, [&](auto value) {

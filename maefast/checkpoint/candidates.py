@@ -144,6 +144,8 @@ def _check(contents: Contents, candidate: Candidate) -> None:
     if any("_packed_params" in str(name) for name in entry):
         raise CheckpointError(f"{path} holds quantised weights; save the state_dict of the model before quantisation")
     for name, tensor in candidate.official[0].items():
+        if type(tensor).__name__ == "DTensor":
+            raise files.sharded(path)
         if kind := _unusable(tensor):
             raise CheckpointError(f"{path} must hold dense tensors with values; it has {name}, {kind}")
         if tensor.numel() * tensor.itemsize > contents.size:

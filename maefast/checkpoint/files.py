@@ -213,15 +213,19 @@ def _read_pickled(path: Path, mapped: bool) -> dict[Any, Any]:
 
 def _refusal(path: Path, name: str, error: Exception) -> CheckpointError:
     if re.search(r"\b(DTensor|ShardedTensor)", str(error)):
-        return CheckpointError(
-            f"{path} holds sharded tensors; save a full state_dict, as torch.distributed.checkpoint.state_dict's "
-            "get_model_state_dict with full_state_dict=True gives it"
-        )
+        return sharded(path)
     if not name:
         return CheckpointError(f"{path} is damaged: {_first_line(error)}")
     return CheckpointError(
         f"{path} holds a {name}, which could run code when it is read, and is refused: "
         "save the state_dict alone with torch.save, where the file is your own"
+    )
+
+
+def sharded(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds sharded tensors; save a full state_dict, as torch.distributed.checkpoint.state_dict's "
+        "get_model_state_dict with full_state_dict=True gives it"
     )
 
 

@@ -51,6 +51,11 @@ class LoadReport:
     ignored: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def record(self) -> dict[str, Any]:
+        """The report in values of JSON, with the name of the file alone."""
+        entries = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"file": self.path.name} | {name: value for name, value in entries.items() if name != "path"}
+
     def __str__(self) -> str:
         target = {True: "normalised pixels", False: "raw pixels", None: "the file does not tell"}[self.norm_pix_loss]
         lines = [

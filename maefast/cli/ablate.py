@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
     parser.add_argument("--eval_split", choices=SPLITS, default="val", help="the part of DATA to score (val)")
-    add_options(parser, without=("data_path", "resume", "start_epoch", "reference", *OF_SEVERAL_PROCESSES))
+    add_options(parser, without=("data_path", "resume", "init", "key", "start_epoch", "reference", *OF_SEVERAL_PROCESSES))
 
 
 def run(given: dict[str, Any]) -> None:

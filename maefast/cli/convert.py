@@ -6,7 +6,7 @@ from typing import Any
 
 from ..train.errors import UserError
 from ..train.values import whole
-from .flags import add_switch
+from .flags import add_key, add_switch
 
 HELP = "write a checkpoint in the layout of another library"
 
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help="a checkpoint of any known layout: a file, or a folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="where it goes; for transformers a folder")
     parser.add_argument("--to", required=True, choices=("official", "transformers", "timm"), help="the layout to write")
+    add_key(parser)
     parser.add_argument("--num_heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
     parser.add_argument("--decoder_num_heads", type=whole(1), help="of the decoder, where the checkpoint does not tell")
     parser.add_argument(

@@ -23,6 +23,7 @@ def choice(parser: argparse.ArgumentParser, name: str, words: tuple[str, ...], h
 def add_source(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of any layout that maefast convert reads")
     parser.add_argument("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
+    add_key(parser)
     parser.add_argument("--input_size", type=whole(1), help="side of the images, where not the checkpoint's")
     parser.add_argument("--num_heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
     parser.add_argument("--mean", type=numbers(0), metavar="M,M,..", help="of the pixels in 0..1 per channel, likewise")
@@ -34,6 +35,11 @@ def add_source(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
         parser.add_argument(
             "--crop_pct", type=PART, help="part of the largest centred box, per side (0.875 from 224 pixels on, else 1)"
         )
+
+
+def add_key(parser: argparse.ArgumentParser) -> None:
+    help = "which weights to take where the checkpoint holds several: an entry, a prefix of names, or both with a dot"
+    parser.add_argument("--key", help=help)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

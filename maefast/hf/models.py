@@ -157,21 +157,19 @@ class Adapter(nn.Module):
             raise ValueError(f"every_n_layers must be at least 1; it is {every_n_layers}")
         self.activation_checkpointing_disable()
         options = dict(activation_checkpointing_kwargs or {})
-        kinds = _torch.checkpointing().CheckpointImpl
-        impl = kinds.REENTRANT if options.pop("use_reentrant", False) else kinds.NO_REENTRANT
+        use_reentrant = options.pop("use_reentrant", False)
         for stack in self._stacks:
             for i in range(0, len(stack), every_n_layers):
-                stack[i] = _torch.checkpointing().checkpoint_wrapper(stack[i], checkpoint_impl=impl, **options)
+                stack[i] = _torch.checkpointed(stack[i], use_reentrant, **options)
 
     def activation_checkpointing_disable(self) -> None:
         for stack in self._stacks:
             for i, block in enumerate(stack):
-                if isinstance(block, _torch.checkpointing().CheckpointWrapper):
-                    stack[i] = block._checkpoint_wrapped_module
+                stack[i] = _torch.without_checkpointing(block)
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        return any(isinstance(block, _torch.checkpointing().CheckpointWrapper) for stack in self._stacks for block in stack)
+        return any(_torch.without_checkpointing(block) is not block for stack in self._stacks for block in stack)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False

@@ -1,4 +1,4 @@
-"""The normalised row that layer_norm and add_layer_norm share. A program holds one row in registers."""
+"""What layer_norm and add_layer_norm share: rows normalised in registers, several at a time."""
 
 import torch
 import triton
@@ -8,26 +8,45 @@ from ..tuned import tile_for
 
 
 @triton.jit
-def store_normalised(value, d, row, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, D, eps):
-    """The two statistics of a row `value` [BLOCK], zero beyond D, and the row normalised.
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def add_triples(a, b, c, d, e, f):
+    """Combines three sums over rows, which one tl.reduce then exchanges together between warps."""
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def normalise(value, inside, D, eps):
+    """value [ROWS, BLOCK] of rows of D, zero where not `inside` -> the rows normalised, their mean and 1 / sqrt(var + eps).
 
     The mean is rounded to fp32; the residue, what is left of the mean of value - mean, keeps rows exact whose mean is far larger
     than their spread.
     """
-    average = tl.sum(value) / D
-    difference = tl.where(d < D, value - average, 0.0)
-    residue = tl.sum(difference) / D
-    variance = tl.maximum(tl.sum(difference * difference) / D - residue * residue, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    tl.store(mean_ptr + row, average)
-    tl.store(rstd_ptr + row, scale)
+    mean = tl.sum(value, axis=1) / D
+    difference = tl.where(inside, value - mean[:, None], 0.0)
+    residue, square = tl.reduce((difference, difference * difference), 1, _add_pairs)
+    residue = residue / D
+    variance = tl.maximum(square / D - residue * residue, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return (difference - residue[:, None]) * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def scaled(normalised, weight_ptr, bias_ptr, d, D):
     gain = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     shift = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    out = (difference - residue) * scale * gain + shift
-    tl.store(y_ptr + row * D + d, out.to(y_ptr.dtype.element_ty), mask=d < D)
+    return normalised * gain[None, :] + shift[None, :]
 
 
-def config(kernel: str, D: int, device: torch.device, values: int = 1024) -> dict[str, int]:
-    """BLOCK, a row, and a warp for each `values` of it."""
+def forward_tile(kernel: str, D: int, x: torch.Tensor) -> dict[str, int]:
+    """BLOCK, a whole row, and ROWS of them: 1,024 values of narrow rows; four wider ones, up to 8,192 values, of fp32 4,096."""
     block = triton.next_power_of_2(D)
-    return tile_for(kernel, D, device, {"BLOCK": block, "num_warps": min(16, max(1, block // values))})
+    if block <= 512:
+        rule = {"BLOCK": block, "ROWS": min(16, 1024 // block), "num_warps": 4}
+    else:
+        values = 4096 if x.dtype == torch.float32 else 8192  # fp32 branches spill beyond
+        rule = {"BLOCK": block, "ROWS": max(1, min(4, values // block)), "num_warps": 8}
+    return tile_for(kernel, D, x.device, rule)

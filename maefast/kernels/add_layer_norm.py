@@ -1,4 +1,4 @@
-"""add_layer_norm on a GPU: a program adds one row of the branch to the residual and normalises the sum as stored."""
+"""add_layer_norm on a GPU: a program adds a few rows of the branch to the residual and normalises the sums as stored."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import as_rows, launching_on
-from ._norm import config, store_normalised
+from ._norm import forward_tile, normalise, scaled
 
 
 @triton.jit
@@ -19,42 +19,40 @@ def _add_layer_norm_fwd_kernel(
     total_ptr,
     mean_ptr,
     rstd_ptr,
+    rows,
     D,
     eps,
     x_stride,
     residual_stride,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    value = tl.load(x_ptr + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    value += tl.load(residual_ptr + row * residual_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    row, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (d < D)[None, :]
+    at = (row * D)[:, None] + d[None, :]
+    value = tl.load(x_ptr + (row * x_stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(residual_ptr + (row * residual_stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
     stored = value.to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + row * D + d, stored, mask=d < D)
-    store_normalised(
-        stored.to(tl.float32),
-        d,
-        row,
-        weight_ptr=weight_ptr,
-        bias_ptr=bias_ptr,
-        y_ptr=y_ptr,
-        mean_ptr=mean_ptr,
-        rstd_ptr=rstd_ptr,
-        D=D,
-        eps=eps,
-    )
+    tl.store(total_ptr + at, stored, mask=inside)
+    normalised, mean, rstd = normalise(stored.to(tl.float32), inside, D, eps)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    tl.store(y_ptr + at, scaled(normalised, weight_ptr, bias_ptr, d, D).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     D, x_rows, residual_rows = x.shape[-1], as_rows(x), as_rows(residual)
+    rows = x_rows.shape[0]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    mean = torch.empty(x_rows.shape[0], dtype=torch.float32, device=x.device)
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel():
+        tile = forward_tile("add_layer_norm_fwd", D, x)
         with launching_on(x):
-            _add_layer_norm_fwd_kernel[(x_rows.shape[0],)](
+            _add_layer_norm_fwd_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
                 x_ptr=x_rows,
                 residual_ptr=residual_rows,
                 weight_ptr=weight.contiguous(),
@@ -63,10 +61,11 @@ def add_layer_norm_fwd(
                 total_ptr=total,
                 mean_ptr=mean,
                 rstd_ptr=rstd,
+                rows=rows,
                 D=D,
                 eps=eps,
                 x_stride=x_rows.stride(0),
                 residual_stride=residual_rows.stride(0),
-                **config("add_layer_norm_fwd", D, x.device),
+                **tile,
             )
     return y, total, mean, rstd

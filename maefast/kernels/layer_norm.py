@@ -1,22 +1,30 @@
-"""layer_norm on a GPU: a program normalises one row. Backward, which also serves add_layer_norm: a program takes a chunk of rows,
-one after the other, and sums the gradients of weight and bias over them; a second kernel adds the chunks."""
+"""layer_norm on a GPU: a program normalises a few rows. Backward, which also serves add_layer_norm: a program takes a chunk of
+rows, a few at a time, and sums the gradients of weight and bias, and the columns of dx, over them; a second kernel adds them."""
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, launching_on, rows_per_chunk, sum_columns
-from ._norm import config, store_normalised
+from ..tuned import tile_for
+from ._common import as_rows, launching_on, sum_columns
+from ._norm import add_triples, forward_tile, normalise, scaled
 
 
 @triton.jit
-def _layer_norm_fwd_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, D, eps, x_stride, BLOCK: tl.constexpr):
-    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    value = tl.load(x_ptr + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    store_normalised(
-        value, d, row, weight_ptr=weight_ptr, bias_ptr=bias_ptr, y_ptr=y_ptr, mean_ptr=mean_ptr, rstd_ptr=rstd_ptr, D=D, eps=eps
-    )
+def _layer_norm_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, D, eps, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (d < D)[None, :]
+    value = tl.load(x_ptr + (row * x_stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    normalised, mean, rstd = normalise(value, inside, D, eps)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    y = scaled(normalised, weight_ptr, bias_ptr, d, D)
+    tl.store(y_ptr + (row * D)[:, None] + d[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -34,66 +42,104 @@ def _layer_norm_bwd_kernel(
     partial_ptr,
     rows,
     D,
+    chunk,
     dy_stride,
     dresidual_stride,
     x_stride,
     WITH_DX_SUM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK)
-    inside = d < D
-    gain = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     dweight, dbias, dx_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    first = tl.program_id(0) * CHUNK
-    for i in range(0, tl.minimum(CHUNK, rows - first)):
-        row = first.to(tl.int64) + i
-        value = tl.load(x_ptr + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-        dout = tl.load(dy_ptr + row * dy_stride + d, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(rstd_ptr + row)
-        difference = tl.where(inside, value - tl.load(mean_ptr + row), 0.0)
+    first = tl.program_id(0).to(tl.int64) * chunk
+    for step in tl.range(0, chunk, ROWS, num_stages=STAGES):
+        row = first + step + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (d < D)[None, :]
+        at = (row * D)[:, None] + d[None, :]
+        value = tl.load(x_ptr + (row * x_stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        dout = tl.load(dy_ptr + (row * dy_stride)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+        scale = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+        difference = tl.where(inside, value - mean, 0.0)
         g = dout * gain
-        residue, mean_g = tl.sum(difference) / D, tl.sum(g) / D
-        mean_gx = (tl.sum(g * difference) / D - residue * mean_g) * scale  # of g times the normalised x
+        residue, mean_g, mean_gx = tl.reduce((difference, g, g * difference), 1, add_triples)
+        residue, mean_g = residue[:, None] / D, mean_g[:, None] / D
+        mean_gx = (mean_gx[:, None] / D - residue * mean_g) * scale  # of g times the normalised x
         xhat = (difference - residue) * scale
-        dweight += dout * xhat
-        dbias += dout
+        dweight += tl.sum(dout * xhat, axis=0)  # a thread holds all rows of a column: no exchange
+        dbias += tl.sum(dout, axis=0)
         out = (g - mean_g - xhat * mean_gx) * scale
         if dresidual_ptr is not None:
-            out += tl.load(dresidual_ptr + row * dresidual_stride + d, mask=inside, other=0.0).to(tl.float32)
+            residual = dresidual_ptr + (row * dresidual_stride)[:, None] + d[None, :]
+            out += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
         if WITH_DX_SUM:
-            dx_sum += out
-        tl.store(dx_ptr + row * D + d, out.to(dx_ptr.dtype.element_ty), mask=inside)
+            dx_sum += tl.sum(tl.where(inside, out, 0.0), axis=0)
+        tl.store(dx_ptr + at, out.to(dx_ptr.dtype.element_ty), mask=inside)
         if dx_cast_ptr is not None:
-            tl.store(dx_cast_ptr + row * D + d, out.to(dx_cast_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_cast_ptr + at, out.to(dx_cast_ptr.dtype.element_ty), mask=inside)
         if y_ptr is not None:
-            again = xhat * gain + tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
-            tl.store(y_ptr + row * D + d, again.to(y_ptr.dtype.element_ty), mask=inside)
-    at = partial_ptr + tl.program_id(0).to(tl.int64) * (3 if WITH_DX_SUM else 2) * D + d
-    tl.store(at, dweight, mask=inside)
-    tl.store(at + D, dbias, mask=inside)
+            shift = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            tl.store(y_ptr + at, (xhat * gain + shift).to(y_ptr.dtype.element_ty), mask=inside)
+    partial = partial_ptr + tl.program_id(0).to(tl.int64) * (3 if WITH_DX_SUM else 2) * D + d
+    tl.store(partial, dweight, mask=d < D)
+    tl.store(partial + D, dbias, mask=d < D)
     if WITH_DX_SUM:
-        tl.store(at + 2 * D, dx_sum, mask=inside)
+        tl.store(partial + 2 * D, dx_sum, mask=d < D)
+
+
+class _BackwardTile(NamedTuple):
+    width: int  # the widest row
+    rows: int
+    num_warps: int
+    programs: int  # 132 times what an SM of an H200 holds best; a number of its own, so that sums depend on the shape alone
+
+
+_BACKWARD_TILES = (
+    _BackwardTile(width=128, rows=1, num_warps=1, programs=528),
+    _BackwardTile(width=256, rows=1, num_warps=2, programs=528),
+    _BackwardTile(width=512, rows=1, num_warps=4, programs=528),
+    _BackwardTile(width=768, rows=2, num_warps=4, programs=2112),
+    _BackwardTile(width=1024, rows=2, num_warps=4, programs=1056),
+    _BackwardTile(width=2048, rows=2, num_warps=4, programs=528),
+    _BackwardTile(width=8192, rows=1, num_warps=16, programs=528),
+)
+_LEAST_ROWS = 4  # of a program, or the second kernel has too much to add
+_PIPELINE_BYTES = 88 << 10  # of shared memory, which a GPU with 99 KB for a program has beside what the sums take
+
+
+def backward_tile(D: int, row_bytes: int, device: torch.device) -> dict[str, int]:
+    """row_bytes: that a program reads of one row."""
+    tile = next(tile for tile in _BACKWARD_TILES if tile.width >= D)
+    block = triton.next_power_of_2(D)
+    # Triton keeps STAGES - 1 steps in flight.
+    stages = 1 + min(2, _PIPELINE_BYTES * D // (tile.rows * block * row_bytes))
+    rule = {"BLOCK": block, "ROWS": tile.rows, "STAGES": stages, "num_warps": tile.num_warps, "PROGRAMS": tile.programs}
+    return tile_for("layer_norm_bwd", D, device, rule)
 
 
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    D, in_rows = x.shape[-1], as_rows(x)
+    D, x_rows = x.shape[-1], as_rows(x)
+    rows = x_rows.shape[0]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    mean = torch.empty(in_rows.shape[0], dtype=torch.float32, device=x.device)
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel():
-        tile = config("layer_norm_fwd", D, x.device)
+        tile = forward_tile("layer_norm_fwd", D, x)
         with launching_on(x):
-            _layer_norm_fwd_kernel[(in_rows.shape[0],)](
-                x_ptr=in_rows,
+            _layer_norm_fwd_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+                x_ptr=x_rows,
                 weight_ptr=weight.contiguous(),
                 bias_ptr=bias.contiguous(),
                 y_ptr=y,
                 mean_ptr=mean,
                 rstd_ptr=rstd,
+                rows=rows,
                 D=D,
                 eps=eps,
-                x_stride=in_rows.stride(0),
+                x_stride=x_rows.stride(0),
                 **tile,
             )
     return y, mean, rstd
@@ -118,8 +164,11 @@ def layer_norm_bwd(
     if x.numel() == 0:
         return out["dx"], dweight, dbias, out["y"], out["dx_cast"], dx_sum
     x, dy, dresidual = as_rows(x), as_rows(dy), None if dresidual is None else as_rows(dresidual)
-    chunk = rows_per_chunk(x.shape[0], least=4)
-    chunks, tile = triton.cdiv(x.shape[0], chunk), config("layer_norm_bwd", D, x.device, values=512)
+    rows, read = x.shape[0], [t for t in (x, dy, dresidual) if t is not None]
+    tile = backward_tile(D, D * sum(t.element_size() for t in read), x.device)
+    least = max(_LEAST_ROWS, triton.cdiv(rows, tile.pop("PROGRAMS")))
+    chunk = triton.cdiv(least, tile["ROWS"]) * tile["ROWS"]
+    chunks = triton.cdiv(rows, chunk)
     partial = torch.empty(chunks, (3 if with_dx_sum else 2) * D, dtype=torch.float32, device=x.device)
     with launching_on(x):
         _layer_norm_bwd_kernel[(chunks,)](
@@ -134,13 +183,13 @@ def layer_norm_bwd(
             y_ptr=None if y_dtype is None else out["y"],
             dx_cast_ptr=None if cast_dtype is None else out["dx_cast"],
             partial_ptr=partial,
-            rows=x.shape[0],
+            rows=rows,
             D=D,
+            chunk=chunk,
             dy_stride=dy.stride(0),
             dresidual_stride=0 if dresidual is None else dresidual.stride(0),
             x_stride=x.stride(0),
             WITH_DX_SUM=with_dx_sum,
-            CHUNK=chunk,
             **tile,
         )
         sum_columns(partial, dweight, dbias, *([dx_sum] if with_dx_sum else []))

@@ -16,17 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, kernels, ops, tuned
+from .. import dispatch, gemm, kernels, ops, tuned
 from ..ops.attention import OP as ATTENTION
 from ..ops.attention import AttentionAsk
 from ..testing.errors import breach
 from ..testing.timing import Budget, CudaTimer, Run, rotate
 from ..tuned import Attention, Table, Tile
+from . import _products
 
 SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))  # T, h, d in ViT-B, -L and -H
-WIDTHS = (512, 768, 1024, 1280)
+WIDTHS = {512: 197, 768: 50, 1024: 50, 1280: 65}  # of the residual stream -> tokens of a sample
 PATCHES = {768: 16, 588: 14}  # P of three channels -> the side of a patch
-IMAGE, TOKENS, EPS = 224, 50, 1e-6
+IMAGE, EPS = 224, 1e-6
 GAIN = 1.05  # what a choice must gain over the default: less is noise
 SETS = 2  # of inputs, that rotate
 ROUNDS = 15
@@ -34,6 +35,16 @@ CHECKED = 8  # samples that are held against float64
 
 _WARPS = tuple({"num_warps": warps} for warps in (1, 2, 4, 8))
 _ROWS = tuple({"ROWS": rows, "num_warps": warps} for rows, warps in ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8)))
+_NORM = tuple({"ROWS": rows, "num_warps": warps} for rows, warps in ((1, 2), (1, 4), (2, 4), (2, 8), (4, 4), (4, 8)))
+_NORM_BWD = tuple(
+    {"ROWS": rows, "num_warps": warps, "PROGRAMS": programs}
+    for rows, warps in ((1, 4), (2, 4), (2, 8))
+    for programs in (528, 1056, 2112)
+)
+_GELU_BWD = tuple(
+    {"ROWS": rows, "COLS": columns, "STAGES": stages, "num_warps": 4}
+    for rows, columns, stages in ((8, 128, 1), (8, 128, 3), (16, 128, 3), (4, 256, 3), (8, 256, 3))
+)
 # Kernel -> what to try in place of its rule. GROUP of masked_mse depends on the batch, so it is left to the rule.
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "gather_patches_fwd": _ROWS,
@@ -41,14 +52,14 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "unshuffle_bwd": _ROWS,
     "masked_mse_fwd": _WARPS,
     "masked_mse_bwd": _WARPS,
-    "layer_norm_fwd": _WARPS,
-    "layer_norm_bwd": _WARPS,
-    "add_layer_norm_fwd": _WARPS,
+    "layer_norm_fwd": _NORM,
+    "layer_norm_bwd": _NORM_BWD,
+    "add_layer_norm_fwd": _NORM,
     "bias_gelu_fwd": _ROWS,
-    "bias_gelu_bwd": _ROWS,
+    "bias_gelu_bwd": _GELU_BWD,
 }
 TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
-PARTS = ("attention", *sorted({kernel[:-4] for kernel in CANDIDATES}))
+PARTS = ("attention", "gemm", *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -182,20 +193,22 @@ def cases(op: str, N: int, setting: Setting) -> Iterator[tuple[int, Op, Tensors]
                 inputs = {"pred": normal(N, L, P, dtype=setting.half), "imgs": imgs, "mask": mask}
                 yield P, lambda side=side, **t: ops.masked_mse(**t, patch_size=side, norm_pix=True), inputs
         return
-    for D in WIDTHS:
-        x, parameters = normal(N, TOKENS, D, dtype=setting.half), {"weight": normal(D), "bias": normal(D)}
+    for D, tokens in WIDTHS.items():
+        x, parameters = normal(N, tokens, D, dtype=setting.half), {"weight": normal(D), "bias": normal(D)}
         if op == "unshuffle":
             L = (IMAGE // 16) ** 2
             ids = torch.rand(N, L, device=setting.device).argsort(dim=1)
+            x = normal(N, 1 + L // 4, D, dtype=setting.half)
             inputs = {"x": x, "ids_restore": ids, "mask_token": normal(1, 1, D), "pos_embed": normal(1, 1 + L, D).detach()}
             yield D, ops.unshuffle, inputs
         elif op == "bias_gelu":
-            yield 4 * D, ops.bias_gelu, {"x": normal(N, TOKENS, 4 * D, dtype=setting.half), "bias": normal(4 * D)}
+            hidden = (normal(*shape, dtype=setting.half) for shape in ((N, tokens, 4 * D), (4 * D,)))
+            yield 4 * D, ops.bias_gelu, dict(zip(("x", "bias"), hidden, strict=True))
         elif op == "layer_norm":
-            inputs = {"x": normal(N, TOKENS, D)} | parameters
+            inputs = {"x": normal(N, tokens, D)} | parameters
             yield D, lambda **t: ops.layer_norm(**t, eps=EPS, dtype=out(t["x"])), inputs
         else:
-            inputs = {"x": x, "residual": normal(N, TOKENS, D)} | parameters
+            inputs = {"x": x, "residual": normal(N, tokens, D)} | parameters
             yield D, lambda **t: ops.add_layer_norm(**t, eps=EPS, dtype=out(t["x"])), inputs
 
 
@@ -265,7 +278,7 @@ def medians_on(device: torch.device) -> Rotate:
 def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: str, measured: str) -> Table:
     """`old` with what was measured for `parts` in place of this architecture's entries; those of a backend that could not be
     timed stay, and nothing takes their place."""
-    attention, tiles = list(old.attention), list(old.tiles)
+    attention, tiles, products = list(old.attention), list(old.tiles), list(old.gemm)
     if "attention" in parts:
         timed = [(T, d, time_attention((T, h, d), setting)) for T, h, d in SHAPES]
         backends = {backend for _, _, times in timed for backend in times}
@@ -274,17 +287,26 @@ def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: 
         for entry in attention_entries(timed, capability, measured):
             if not any(e.head_width == entry.head_width and e.first <= entry.last and entry.first <= e.last for e in kept):
                 attention.append(entry)
-    for op in (part for part in parts if part != "attention"):
+    if "gemm" in parts:
+        timed_products = [
+            (kind, size, _products.time_product(kind, size, setting.device, setting.half, setting.rotate, is_right))
+            for kind in gemm.KINDS
+            for size in _products.sizes(kind)
+        ]
+        kinds = {kind for kind, _, times in timed_products if times}
+        products = [e for e in old.gemm if e.capability != capability or e.kind not in kinds]
+        products += _products.entries(timed_products, GAIN, capability, measured)
+    for op in (part for part in parts if part not in ("attention", "gemm")):
         tiles = [e for e in tiles if e.capability != capability or e.kernel[:-4] != op]
         for kernel, width, times in time_tiles(op, setting):
             entry_of_tile = tile_entry(kernel, width, times, capability, measured)
             tiles += [] if entry_of_tile is None else [entry_of_tile]
-    return Table(tuple(attention), tuple(tiles))
+    return Table(tuple(attention), tuple(tiles), tuple(products))
 
 
 def changes(old: Table, new: Table) -> list[str]:
     """One line for each entry that is gone or has come."""
-    before, after = ([*table.attention, *table.tiles] for table in (old, new))
+    before, after = ([*table.attention, *table.tiles, *table.gemm] for table in (old, new))
     return [f"- {e}" for e in before if e not in after] + [f"+ {e}" for e in after if e not in before]
 
 
@@ -303,8 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"{parser.prog} needs a GPU, torch {torch.__version__} finds none", file=sys.stderr)
         return 2
-    if not kernels.HAS_TRITON and options.only != ("attention",):
-        print(f"{parser.prog} needs Triton for all but --only attention; it is not installed", file=sys.stderr)
+    if not kernels.HAS_TRITON and not set(options.only) <= {"attention", "gemm"}:
+        print(f"{parser.prog} needs Triton for all but --only attention,gemm; it is not installed", file=sys.stderr)
         return 2
     device, old = torch.device("cuda", torch.cuda.current_device()), tuned.read()
     setting, measured = Setting(medians_on(device), device), f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import cpu, dispatch
+from .. import cpu, dispatch, gemm
 from ..autocast import compute_dtype, is_autocast
 from ..dispatch import Kernel, Op
 from ._checks import check_dtype, check_floating, check_same_device, shape_of
@@ -65,7 +65,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             check_dtype(name, parameter, (x.dtype,))
     dtype = compute_dtype(x)
     native = native_products(LinearAsk(x.device, x.dtype, weight.dtype, None if bias is None else bias.dtype, dtype))
-    return _Linear.apply(x, weight, bias, dtype, native) if native.forward else linear_ref(x, weight, bias)
+    if native.forward or is_fused("linear", x, weight, native, dtype):
+        return _Linear.apply(x, weight, bias, dtype, native)
+    return linear_ref(x, weight, bias)
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,6 +81,7 @@ class Products(NamedTuple):
     forward: bool
     input_gradient: bool
     weight_gradient: int | None
+    on_gpu: bool = False  # whether is_fused may say so of any
 
 
 @dispatch.remembered
@@ -86,6 +89,8 @@ def native_products(ask: LinearAsk) -> Products:
     """Return which products are maefast's. Where it may choose, torch keeps what it is faster at: in bf16 the gradient for the
     input, and the gradient for the weight where few rows are summed.
     """
+    if ask.device.type == "cuda":
+        return Products(False, False, None, gemm.HAS_KERNELS and dispatch.request_for(OP, ask.device) != "eager")
     if dispatch.choose(OP, ask) != "native":
         return Products(False, False, None)
     if dispatch.request_for(OP, ask.device) is not None:
@@ -93,9 +98,18 @@ def native_products(ask: LinearAsk) -> Products:
     return Products(True, ask.out != torch.bfloat16, _MANY_ROWS)
 
 
+def is_fused(kind: str, x: Tensor, weight: Tensor, native: Products, dtype: torch.dtype | None = None) -> bool:
+    """Return whether a product of a kind of maefast/gemm.py runs on a GPU as one of maefast's kernels.
+
+    That of linear_gelu_fwd is then torch.ops.maefast.linear_gelu_fwd, those of linear_gelu_bwd and linear_gelu_bwd_sum are
+    torch.ops.maefast.linear_gelu_bwd.
+    """
+    return native.on_gpu and gemm.is_faster(kind, x, weight, dtype or x.dtype)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, gelu: bool = False) -> Tensor:
     """linear without its gradients, for inputs of one dtype; with gelu the exact GELU of it, in a native kernel's epilogue."""
-    if native.forward:
+    if native.forward or is_fused("linear_gelu_fwd" if gelu else "linear", x, weight, native):
         return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
@@ -103,7 +117,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, ge
 
 def input_gradient(dy: Tensor, weight: Tensor, native: Products) -> Tensor:
     """dy (..., out), weight (out, in) -> (..., in)."""
-    return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False) if native.input_gradient else dy @ weight
+    if native.input_gradient or is_fused("input_gradient", dy, weight, native):
+        return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False)
+    return dy @ weight
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products) -> Tensor:
@@ -151,3 +167,15 @@ class _Linear(torch.autograd.Function):
 @torch.library.register_fake("maefast::linear_fwd")
 def _linear_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("maefast::linear_gelu_fwd")
+def _linear_gelu_fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    sizes = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(sizes), x.new_empty(sizes)
+
+
+@torch.library.register_fake("maefast::linear_gelu_bwd")
+def _linear_gelu_bwd_fake(dy: Tensor, weight: Tensor, hidden: Tensor, with_sum: bool = False) -> tuple[Tensor, Tensor]:
+    features = weight.shape[1]
+    return dy.new_empty(*dy.shape[:-1], features), dy.new_empty(features if with_sum else 0, dtype=torch.float32)

@@ -19,7 +19,7 @@ from .bias_gelu import OP as BIAS_GELU
 from .bias_gelu import GeluAsk
 from .layer_norm import OP as LAYER_NORM
 from .layer_norm import NormAsk, layer_norm_ref
-from .linear import LinearAsk, Products, bias_gradient, input_gradient, native_products, product, weight_gradient
+from .linear import LinearAsk, Products, bias_gradient, input_gradient, is_fused, native_products, product, weight_gradient
 
 
 class BlockWeights(NamedTuple):
@@ -307,12 +307,16 @@ class _TransformerBlock(torch.autograd.Function):
         x, qkv = (x1, qkv) if repeated is None else (x, repeated.expanded(qkv))
         attended, lse = torch.ops.maefast.attention_fwd(None, qkv, plan.num_heads)
         y2, x2, center2, rstd2 = _normed(plan, x, product(attended, proj_w, proj_b.to(dtype), native), w2, b2)
-        hidden = product(y2, fc1_w, None, native)
-        activated = dispatch.ops_of(plan.backend).bias_gelu_fwd(hidden, fc1_b)
+        if plan.keep and is_fused("linear_gelu_fwd", y2, fc1_w, native):
+            activated, hidden = torch.ops.maefast.linear_gelu_fwd(y2, fc1_w, fc1_b.to(dtype))
+            gelu_b = None  # hidden holds it
+        else:
+            hidden, gelu_b = product(y2, fc1_w, None, native), fc1_b
+            activated = dispatch.ops_of(plan.backend).bias_gelu_fwd(hidden, gelu_b)
         ctx.plan, ctx.weight_dtypes = plan, [weight.dtype for weight in weights]
         saved = (x1, ids_restore, qkv, attended, lse, x2, hidden, center1, rstd1, center2, rstd2)
         kept = (y1, y2, activated) if plan.keep else (None, None, None)
-        ctx.save_for_backward(*saved, w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w, *kept)
+        ctx.save_for_backward(*saved, w1, b1, w2, b2, gelu_b, qkv_w, proj_w, fc1_w, fc2_w, *kept)
         return x2, product(activated, fc2_w, fc2_b.to(dtype), native)
 
     @staticmethod
@@ -320,7 +324,7 @@ class _TransformerBlock(torch.autograd.Function):
     def backward(ctx: Any, dx2: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under checkpointing they may be unpacked once only
         x1, ids_restore, qkv, attended, lse, x2, hidden, center1, rstd1, center2, rstd2 = saved[:11]
-        w1, b1, w2, b2, fc1_b, qkv_w, proj_w, fc1_w, fc2_w, y1, y2, activated = saved[11:]
+        w1, b1, w2, b2, gelu_b, qkv_w, proj_w, fc1_w, fc2_w, y1, y2, activated = saved[11:]
         plan: _Plan = ctx.plan
         dtype, native, rows = plan.dtype, plan.native, dispatch.ops_of(plan.backend)
         again = None if plan.keep else dtype  # of the norms' outputs, where they are recomputed
@@ -334,11 +338,16 @@ class _TransformerBlock(torch.autograd.Function):
             if getattr(needs, f"{name}_bias") and f"{name}_bias" not in grads:
                 grads[f"{name}_bias"] = bias_gradient(dy)
 
-        dhidden, grads["fc1_bias"], recomputed = rows.bias_gelu_bwd(
-            input_gradient(dy, fc2_w, native), hidden, fc1_b, not plan.keep
-        )
-        differentiate_linear("fc2", dy, activated if plan.keep else recomputed)
-        del activated, recomputed
+        kind = "linear_gelu_bwd_sum" if needs.fc1_bias else "linear_gelu_bwd"
+        if gelu_b is None and is_fused(kind, dy, fc2_w, native):
+            dhidden, grads["fc1_bias"] = torch.ops.maefast.linear_gelu_bwd(dy, fc2_w, hidden, needs.fc1_bias)
+        else:
+            dhidden, grads["fc1_bias"], recomputed = rows.bias_gelu_bwd(
+                input_gradient(dy, fc2_w, native), hidden, gelu_b, not plan.keep, needs.fc1_bias
+            )
+            activated = activated if plan.keep else recomputed
+        differentiate_linear("fc2", dy, activated)
+        del activated
         narrow = dtype if x2.dtype != dtype else None  # the products' dtype, where the residual stream has another
         dx, grads["norm2_weight"], grads["norm2_bias"], recomputed, dy, grads["proj_bias"] = rows.layer_norm_bwd(
             input_gradient(dhidden, fc1_w, native), dx2, x2, w2, b2, center2, rstd2, again, narrow, needs.proj_bias

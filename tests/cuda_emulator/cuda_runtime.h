@@ -7,9 +7,11 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
+#define __forceinline__ inline
 #define __host__
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -22,15 +24,38 @@ struct dim3 {
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
+struct float2 {
+  float x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+} __attribute__((aligned(16)));
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
 const char* cudaGetErrorString(cudaError_t error);
 using cudaStream_t = void*;
 
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaGetLastError();
+
 namespace emulator {
 
-// Runs `thread` as every thread of every block, with fresh shared memory full of NaN for each block.
-cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
-unsigned exchange(unsigned value, int lane_mask);
+constexpr int kWarp = 32;
+
+// Runs `thread` as every thread of every block, with fresh shared memory full of one byte for each block.
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Shows `words` to the warp and waits for its other lanes; `read` sees what each of them shows. Then all go on.
+void collective(const unsigned* words, int count, const std::function<void()>& read);
+// What a lane of this warp shows, null where that lane has ended.
+const unsigned* shown(int lane);
+int lane();
+// Copies of this thread that no group holds yet; those of a group are done once at most `pending` groups after it are not.
+std::vector<std::function<void()>>& copies();
+void commit_copies();
+void wait_for_copies(int pending);
 
 }  // namespace emulator
 
@@ -42,9 +67,26 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
   static_assert(sizeof(T) == sizeof(unsigned));
   unsigned bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  bits = emulator::exchange(bits, lane_mask);
+  emulator::collective(&bits, 1, [&] {
+    const unsigned* other = emulator::shown(emulator::lane() ^ lane_mask);
+    bits = other ? *other : 0x7fffffff;  // NaN
+  });
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
+}
+
+inline int __any_sync(unsigned, int predicate) {
+  const unsigned mine = predicate != 0;
+  int any = 0;
+  emulator::collective(&mine, 1, [&] {
+    for (int lane = 0; lane < emulator::kWarp; ++lane) any |= emulator::shown(lane) && *emulator::shown(lane);
+  });
+  return any;
+}
+
+template <typename T>
+void __stcg(T* at, T value) {
+  *at = value;
 }
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
@@ -53,8 +95,15 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 using std::min;
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
 template <typename Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t) {
   const Args& args = *static_cast<const Args*>(arguments[0]);
-  return emulator::run(grid, block, shared_bytes, [&] { kernel(args); });
+  return emulator::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { kernel(args); });
 }

@@ -235,7 +235,7 @@ def test_which_products(native, monkeypatch):
     for name in ("has_avx512", "multiplies_bf16"):
         set_fact(monkeypatch, cpu, name, lambda: True)
     chosen = {dtype: native_products(LINEAR.example(CPU, dtype)) for dtype in (F32, BF16, F16)}
-    assert chosen == {F32: (True, True, 256), BF16: (True, False, 256), F16: (False, False, None)}
+    assert chosen == {F32: Products(True, True, 256), BF16: Products(True, False, 256), F16: Products(False, False, None)}
     for rows, dtype in itertools.product((254, 256), chosen):
         dy, x = torch.randn(2, rows // 2, 5).to(dtype), torch.randn(2, rows // 2, 3).to(dtype)
         with Calls() as calls:

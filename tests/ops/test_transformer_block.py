@@ -1,5 +1,6 @@
 """The block as an op; that modules around it give the same is held by tests/test_blocks.py."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from support import (
     LAYOUTS,
     TRANSFORMER_BLOCK,
+    Calls,
     assert_once_differentiable,
     assert_same_for_any_threads,
     check_op,
@@ -177,6 +179,35 @@ def test_what_is_kept_is_what_would_be_recomputed(native, monkeypatch, autocast)
     monkeypatch.setattr(TRANSFORMER_BLOCK, "KEEPING", ("cpu",))
     for name, mine, theirs in zip(inputs, gradients(), expected, strict=True):
         assert torch.equal(mine, theirs), name
+
+
+@pytest.fixture
+def gelu_in_products(monkeypatch) -> Iterator[None]:
+    """As on a GPU where products have GELU in their epilogues: plain torch stands in for these kernels."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.gelu(hidden), hidden
+
+    def backward(dy: Tensor, weight: Tensor, hidden: Tensor, with_sum: bool = False) -> tuple[Tensor, Tensor]:
+        dhidden = torch.ops.aten.gelu_backward(dy @ weight, hidden)
+        return dhidden, dhidden.float().flatten(0, -2).sum(0) if with_sum else dhidden.new_empty(0)
+
+    library = torch.library.Library("maefast", "IMPL")
+    library.impl("linear_gelu_fwd", forward, "CPU")
+    library.impl("linear_gelu_bwd", backward, "CPU")
+    monkeypatch.setattr(TRANSFORMER_BLOCK, "KEEPING", ("cpu",))
+    monkeypatch.setattr(TRANSFORMER_BLOCK, "is_fused", lambda kind, *product: kind.startswith("linear_gelu"))
+    yield
+    library._destroy()
+
+
+def test_gelu_in_the_epilogues_of_products(native, gelu_in_products):
+    with Calls() as calls:
+        block(**make()).sum().backward()
+    assert {"linear_gelu_fwd", "linear_gelu_bwd"} <= set(calls.names)
+    assert not {"bias_gelu_fwd", "bias_gelu_bwd"} & set(calls.names)
+    check([make() for _ in range(8)])
 
 
 def test_without_gradients_the_results_are_within_the_rule(native):

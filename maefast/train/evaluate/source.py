@@ -21,6 +21,7 @@ class Source:
     """A checkpoint, and what it may not tell; None: what it tells."""
 
     checkpoint: Path
+    key: str | None = None  # which weights, where it holds several
     input_size: int | None = None
     num_heads: int | None = None
     decoder_num_heads: int | None = None  # of reconstruct alone
@@ -31,7 +32,7 @@ class Source:
     seed: int = 0
 
     def overrides(self) -> dict[str, Any]:
-        given = {"img_size": self.input_size, "mean": self.mean, "std": self.std}
+        given = {"img_size": self.input_size, "mean": self.mean, "std": self.std, "key": self.key}
         given |= {"num_heads": self.num_heads, "decoder_num_heads": self.decoder_num_heads}
         return {name: value for name, value in given.items() if value is not None}
 

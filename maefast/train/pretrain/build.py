@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ... import models_mae
+from ... import checkpoint, models_mae
 from ...model import MAE
 from ..data.open import open_images
 from ..data.sources import ImageDataset
@@ -42,6 +42,15 @@ def find_autocast(options: Options, device: torch.device) -> torch.dtype | None:
     if amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 must run on a GPU; the device is {device}")
     return DTYPES[amp]
+
+
+def init_model(model: MAE, options: Options) -> checkpoint.LoadReport:
+    """Start the model from the weights of --init. Raises UserError where it cannot."""
+    assert options.init is not None
+    try:
+        return model.init_from(options.init, key=options.key)
+    except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError) as error:
+        raise UserError(f"--init must be a checkpoint that fits the model: {error}") from error
 
 
 def build_model(options: Options, channels: int) -> MAE:

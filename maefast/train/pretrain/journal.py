@@ -45,7 +45,10 @@ class Journal:
             raise UserError(f"{self.folder} cannot be written: {reason}") from error
         if self.board is not None:
             for name, value in record.items():
-                self.board.add_scalar(name, value, epoch)
+                if name == "init":
+                    self.board.add_text(name, json.dumps(value, indent=2), epoch)
+                else:
+                    self.board.add_scalar(name, value, epoch)
             if panel is not None:
                 self.board.add_image("reconstructions", as_one_picture(panel), epoch)
 

@@ -30,6 +30,10 @@ class Options:
     output_dir: Path = option(Path("output_dir"), Path, "for checkpoints, log.txt and pictures", "DIR")
     log_dir: Path | None = option(None, Path, "for TensorBoard, where it is installed (output_dir)", "DIR")
     resume: str = option("", str, "auto: go on with the newest checkpoint of output_dir, if any; or a checkpoint", "auto|FILE")
+    init: Path | None = option(
+        None, Path, "start from the weights of a checkpoint of any layout that maefast convert reads", "FILE"
+    )
+    key: str | None = option(None, str, "which weights of --init to take, where it holds several")
     start_epoch: int = option(0, whole(0), "the number of the first epoch of a fresh run")
     model: str = option("mae_vit_large_patch16", one_of(MODELS), "a factory of maefast", "NAME")
     input_size: int = option(224, whole(1), "side of the images")
@@ -91,6 +95,8 @@ class Options:
             raise UserError(f"--target must be norm where there is --norm_pix_loss; it is {target}")
         if self.reference and (self.mask_tokens_in_encoder or target == "pca"):
             raise UserError("--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model")
+        if self.key is not None and self.init is None:
+            raise UserError(f"--key must be beside --init, whose weights it chooses; it is {self.key}")
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "norm_pix_loss", target == "norm")
 

@@ -58,6 +58,10 @@ class Report:
         elif not self.quiet:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        if not self.quiet:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def figures(self) -> dict[str, float]:
         """Of this process so far: images_per_second, data_wait (a share of the time), memory_gib (the peak), seconds."""
         seconds = time.perf_counter() - self.started

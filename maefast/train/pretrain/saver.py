@@ -56,6 +56,9 @@ class Saver:
             ways = "--resume auto goes on with it, another folder keeps both"
             raise UserError(f"--output_dir must hold no later run than {path}; {self.folder} holds {there[-1].name}: {ways}")
         checkpoints.must_agree(path, run["identity"], self.identity)
+        if self.options.init is not None:  # which is then not read: the run has left those weights behind
+            init = run.get("init") or {"file": None}
+            checkpoints.must_agree(path, {"--init": init["file"]}, {"--init": self.options.init.name})
         if run["step"]:
             checkpoints.must_agree(path, run["pace"], self.pace)
         if run["masks"].numel() != state.masks.get_state().numel():

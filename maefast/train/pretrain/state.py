@@ -28,6 +28,7 @@ class RunState:
     counted: int = 0  # such steps
     loss: float = math.nan  # of the last step, or the mean of the epoch that it ended
     rewinds: int = 0
+    init: dict[str, Any] | None = None  # the report of what the run started from, where that was a checkpoint
     unreadable: set[str] = field(default_factory=set)
 
     @property
@@ -50,7 +51,7 @@ class RunState:
     def entries(self) -> dict[str, Any]:
         """Return the entries of a checkpoint. All processes must call it."""
         run = {"step": self.at.step, "masks": self.masks.get_state(), "unreadable": sorted(self.unreadable)}
-        run |= {name: getattr(self, name) for name in ("loss_sum", "counted", "rewinds", "loss")}
+        run |= {name: getattr(self, name) for name in ("loss_sum", "counted", "rewinds", "loss", "init")}
         return {
             "model": full_state_dict(self.model.state_dict()),
             "optimizer": full_state_dict(self.optimizer.state_dict()),
@@ -67,6 +68,7 @@ class RunState:
         self.masks.set_state(run["masks"])
         for name in ("loss_sum", "counted", "rewinds", "loss"):
             setattr(self, name, run[name])
+        self.init = run.get("init")
         self.unreadable.update(run["unreadable"])
 
     def rewind(self, entries: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from ..schedule import warmup_cosine
 from ..sharding import no_sync, replicate, shard_model
 from ..step import read_later
 from ..variants import PcaTarget
-from .build import build_model, check_options, find_autocast
+from .build import build_model, check_options, find_autocast, init_model
 from .journal import Journal, draw
 from .options import Options
 from .report import Report, conclude
@@ -76,6 +77,10 @@ class Trainer:
             if group.main:
                 check_writable(options.output_dir, "--output_dir")
                 path = self.saver.find_resumable()
+        self.resumed = group.broadcast(path)
+        with group.together():
+            starts = options.init is not None and self.resumed is None
+            self.init = init_model(model, options) if starts else None
         if options.fsdp:
             shard_model(model, group, self.device)
         backend = "torch" if options.fsdp else "auto"
@@ -85,6 +90,7 @@ class Trainer:
             torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16),
             torch.Generator(self.device).manual_seed(options.seed),
             Position(options.start_epoch, 0),
+            init=None if self.init is None else self.init.record(),
         )
         self.forward = self._forward()
         self.len_keep = int(model.patch_embed.num_patches * (1 - options.mask_ratio))
@@ -92,7 +98,6 @@ class Trainer:
         self.unread = list[tuple[Callable[[], float], Position, float]]()  # losses of steps, where, their learning rates
         self.received: Sequence[int] = ()  # signals, as they arrive
         self.signal = 0  # that ended the run
-        self.resumed = group.broadcast(path)
         with group.together():
             if self.resumed is not None:
                 self.saver.resume(self.state, self.resumed)
@@ -156,6 +161,10 @@ class Trainer:
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
         processes = f" in each of {self.group.world_size} processes" if self.group.world_size > 1 else ""
         say(f"{'the plain ' if options.reference else ''}{options.model} on {self.device}{processes}: {images}, {pace}")
+        if self.init is not None:
+            say(f"starts from {replace(self.init, warnings=())}")
+            for warning in self.init.warnings:
+                self.report.warn(f"--init {options.init}: {warning}")
         if self.resumed is not None:
             say(f"goes on from {self.resumed}, step {self.state.at.step} of epoch {self.state.at.epoch}")
         if options.log_dir is not None and (journal is None or journal.board is None):
@@ -273,8 +282,10 @@ class Trainer:
         self._gather()
         state, epoch = self.state, self.state.at.epoch
         state.loss = state.loss_sum / state.counted if state.counted else state.loss
-        record = {"train_lr": state.lr, "train_loss": state.loss, "epoch": epoch} | self.report.figures()
+        record: dict[str, Any] = {"train_lr": state.lr, "train_loss": state.loss, "epoch": epoch} | self.report.figures()
         record |= {"unreadable": len(state.unreadable), "rewinds": state.rewinds}
+        if state.init is not None and epoch == self.options.start_epoch:
+            record["init"] = state.init
         self.report.line(f"epoch {epoch} of {self.options.epochs}", state.loss, state.lr)
         # All have a part in it where the model is sharded.
         panel = None if samples is None else draw(state.model, samples, self.options, epoch)

@@ -1,0 +1,4 @@
+#include "multiply.cuh"
+
+template cudaError_t maefast::cuda::gemm::multiply<maefast::cuda::gemm::Epilogue::none, maefast::cuda::DType::f16>(
+    const maefast::cuda::gemm::Multiply&, cudaStream_t);

@@ -1,0 +1,144 @@
+"""What `python -m maefast.kernels.tune` times of the products of maefast/gemm.py, and the entries of the table that follow."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import gemm, kernels
+from ..testing.timing import Run
+from ..tuned import Gemm
+
+_BLOCKS = ((201_728, 512), (51_200, 768), (25_600, 1024), (16_640, 1280))  # rows of a step, width: decoder; encoders B, L, H
+_CHECKED_ROWS = 392
+SETS = 2  # of inputs, that rotate
+
+
+class Size(NamedTuple):
+    rows: int
+    depth: int
+    features: int
+
+
+Timed = tuple[str, Size, Mapping[str, float]]  # kind, size, time of "cublas" and of "cutlass"
+Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # of x, weight, bias, hidden
+
+
+def sizes(kind: str) -> tuple[Size, ...]:
+    """The products of a kind in the blocks of ViT-B, -L and -H; with GELU the one between the MLP's two layers."""
+    shapes = ((1, 4),) if "gelu" in kind else ((1, 1), (1, 3), (1, 4), (4, 1))
+    return tuple(Size(rows, width * a, width * b) for rows, width in _BLOCKS for a, b in shapes)
+
+
+def _gelu(hidden: Tensor) -> Tensor:
+    return torch.ops.maefast_triton.bias_gelu_fwd(hidden, None) if kernels.HAS_TRITON and hidden.is_cuda else F.gelu(hidden)
+
+
+def _gelu_gradient(dy: Tensor, hidden: Tensor) -> Tensor:
+    if kernels.HAS_TRITON and hidden.is_cuda:
+        return torch.ops.maefast_triton.bias_gelu_bwd(dy, hidden, None, False)[0]
+    return torch.ops.aten.gelu_backward(dy, hidden)
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+    h = F.linear(x, weight, bias)
+    return _gelu(h), h
+
+
+def _separate_sum(x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+    dx, _ = torch.ops.maefast.linear_gelu_bwd(x, weight, hidden)
+    return dx, dx.sum(0, dtype=torch.float32)
+
+
+_CUBLAS: dict[str, Contender] = {
+    "linear": lambda x, weight, bias, hidden: (F.linear(x, weight, bias),),
+    "input_gradient": lambda x, weight, bias, hidden: (x @ weight,),
+    "linear_gelu_fwd": _linear_gelu,
+    "linear_gelu_bwd": lambda x, weight, bias, hidden: (_gelu_gradient(x @ weight, hidden),),
+    "linear_gelu_bwd_sum": _separate_sum,  # asked for only where linear_gelu_bwd is faster than cuBLAS
+}
+_CUTLASS: dict[str, Contender] = {
+    "linear": lambda x, weight, bias, hidden: (torch.ops.maefast.linear_fwd(x, weight, bias, False),),
+    "input_gradient": lambda x, weight, bias, hidden: (torch.ops.maefast.linear_fwd(x, weight.t(), None, False),),
+    "linear_gelu_fwd": lambda x, weight, bias, hidden: torch.ops.maefast.linear_gelu_fwd(x, weight, bias),
+    "linear_gelu_bwd": lambda x, weight, bias, hidden: torch.ops.maefast.linear_gelu_bwd(x, weight, hidden)[:1],
+    "linear_gelu_bwd_sum": lambda x, weight, bias, hidden: torch.ops.maefast.linear_gelu_bwd(x, weight, hidden, True),
+}
+
+
+def plain(kind: str, x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+    """The results of a kind by torch's own ops, in the dtype of x."""
+    y = F.linear(x, weight, bias) if kind in gemm.FORWARD else x @ weight
+    if kind == "linear_gelu_fwd":
+        return F.gelu(y), y
+    if kind in ("linear", "input_gradient"):
+        return (y,)
+    dx = torch.ops.aten.gelu_backward(y, hidden)
+    return (dx,) if kind == "linear_gelu_bwd" else (dx, dx.sum(0, dtype=torch.promote_types(dx.dtype, torch.float32)))
+
+
+def inputs(kind: str, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, weight, bias, hidden."""
+    rows, depth, features = size
+    weight = (features, depth) if kind in gemm.FORWARD else (depth, features)
+    shapes = ((rows, depth), weight, (features,), (rows, features))
+    x, w, b, h = (torch.randn(shape, device=device) for shape in shapes)
+    return tuple(t.to(dtype) for t in (x, w / math.sqrt(depth), b, h))
+
+
+def time_product(
+    kind: str,
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    rotate: Callable[[Mapping[str, Run], int], dict[str, float]],
+    is_right: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], bool],
+) -> dict[str, float]:
+    """The time of "cublas", and of "cutlass" where it can run and is right."""
+    contenders = {"cublas": _CUBLAS[kind], "cutlass": _CUTLASS[kind]}
+    small = inputs(kind, size._replace(rows=_CHECKED_ROWS), device, dtype)
+    eager, exact = plain(kind, *small), plain(kind, *(t.double() for t in small))
+    reason = gemm.why_not(kind, small[0], small[1], dtype)
+    if reason is None and not is_right(_CUTLASS[kind](*small), eager, exact):
+        reason = "its results are outside the error rule"
+    if reason is not None:
+        print(f"{kind} of {size.depth} to {size.features} without CUTLASS: {reason}")
+        return {}
+    sets = [inputs(kind, size, device, dtype) for _ in range(SETS)]
+    return rotate({name: lambda i, run=run: run(*sets[i]) for name, run in contenders.items()}, SETS)  # type: ignore[misc]
+
+
+def entries(timed: Iterable[Timed], gain: float, capability: str, measured: str) -> tuple[Gemm, ...]:
+    """What is at least `gain` faster than cuBLAS.
+
+    An entry covers depths and features from two thirds of those that were measured, but no other measured ones, and rows from two
+    thirds of the fewest that were measured for its kind.
+    """
+    rows = [row for row in timed if row[2]]
+    found = []
+    for kind, size, times in rows:
+        mine = [other for other_kind, other, _ in rows if other_kind == kind]
+        depths = {other.depth for other in mine}
+        features = {other.features for other in mine if other.depth == size.depth}
+        speedup = times["cublas"] / times["cutlass"]
+        if speedup >= gain:
+            found.append(
+                Gemm(
+                    capability,
+                    kind,
+                    (_first(size.depth, depths), size.depth),
+                    (_first(size.features, features), size.features),
+                    2 * min(other.rows for other in mine) // 3,
+                    math.floor(speedup * 100) / 100,
+                    measured,
+                )
+            )
+    return tuple(found)
+
+
+def _first(value: int, measured: Iterable[int]) -> int:
+    """Where the range that ends at `value` begins."""
+    return max([-(-2 * value // 3), *(other + 1 for other in measured if other < value)])
