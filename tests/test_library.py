@@ -134,7 +134,7 @@ def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package)
 
 
 def test_explain_names_the_native_objects(native_package):
-    code = "import maefast; maefast.explain()"
+    code = "import torch; torch.version.cuda = None; import maefast; maefast.explain()"
     _, cpu, cuda, *_ = run_python(code, native_package).stdout.splitlines()
     kernels = "scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar"
     assert re.fullmatch(rf"libmaefast\.so: \S+ [\d.]+, kernels for {kernels}", cpu)
@@ -215,6 +215,7 @@ def test_the_library_holds_no_path_of_its_build():
     not NATIVE or "GNU 12." not in maefast._C.build_info()["compiler"] or "MAEFAST_SANITIZE" in os.environ,
     reason="wheels are built with GCC 12",
 )
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="headers of torch 2.14 call dlsym: wheels are built beside an older one")
 def test_the_library_loads_beside_old_system_libraries():
     """Of manylinux_2_28, as torch's own wheels. A symbol without a version is torch's, or may be missing."""
     newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
