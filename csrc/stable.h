@@ -69,13 +69,6 @@ inline Tensor empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   return out;
 }
 
-// The column sum of t (N, T, D) in fp32, or an empty tensor where it is not wanted.
-inline Tensor column_sum(const Tensor& t, bool wanted) {
-  const int64_t none[] = {0}, rows[] = {0, 1};
-  if (!wanted) return torch::stable::new_empty(t, {none, 1}, ScalarType::Float);
-  return torch::stable::sum(t, IntHeaderOnlyArrayRef(rows, 2), false, ScalarType::Float);
-}
-
 // `t` itself where its last dimension is dense, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);

@@ -35,19 +35,23 @@ TYPES = {  # of the residual stream, mask token and positions, or of images; of 
 SPILLS = {
     "attention_bwd_long_kernel 64 208": (48, "416 threads leave 128 registers to each"),
     "attention_bwd_long_kernel 32 208": (16, "two blocks of 224 threads leave 128 registers to each"),
+    "attention_bwd_long_kernel 32 288": (8, "three of nine warps on one scheduler leave 168 registers a thread"),
+    "attention_fwd_kernel 80 72": (16, "three blocks of 160 threads leave 128 registers to each"),
     "attention_fwd_kernel 32 288": (16, "three of nine warps on one scheduler leave 168 registers a thread"),
     "attention_fwd_kernel 32 64": (16, "six blocks of 128 threads leave 80 registers to each"),
     "masked_mse_fwd_kernel": (8, "its launch bounds leave 64 registers to each thread"),
 }
 # Kernel -> stores of fewer than 8 bytes in its machine code, and what they store.
 NARROW_STORES = {
+    "attention_bwd_long_kernel": (1, "sums of a sample"),
+    "attention_bwd_row_kernel": (1, "sums of a sample"),
     "attention_fwd_kernel": (4, "the log-sum-exp of a row"),
+    "column_sum_kernel": (1, "sums over chunks"),
     "gather_patches_kernel": (1, "a mask"),
     "masked_mse_bwd_kernel": (100, "rows of pred that no unit of eight values divides"),
     "masked_mse_fwd_kernel": (1, "sums of a block"),
     "masked_mse_sum_kernel": (1, "the loss"),
     "random_masking_kernel": (6, "a mask"),
-    "unshuffle_sum_kernel": (1, "sums over chunks"),
     "_add_layer_norm_fwd_kernel": (2, "mean and rstd"),
     "_bias_gelu_bwd_kernel": (1, "sums of a chunk"),
     "_column_sum_kernel": (3, "sums over chunks"),

@@ -267,7 +267,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const st
   };
   if (sizes.queries == 0) torch::stable::zero_(dkv);
   run(MAEFAST_KERNEL(attention_bwd_kernel), args, sizes.queries ? sizes.samples * sizes.heads : 0, bytes_of_task(sizes));
-  return {dq, dkv, column_sum(dkv, with_dkv_sum)};
+  const int64_t rows[] = {0, 1};
+  const Tensor dkv_sum = with_dkv_sum ? torch::stable::sum(dkv, IntHeaderOnlyArrayRef(rows, 2), false, ScalarType::Float)
+                                      : empty_cpu({0}, ScalarType::Float);
+  return {dq, dkv, dkv_sum};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {

@@ -7,35 +7,44 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 #include "attention_bwd_long.cuh"
 #include "attention_bwd_row.cuh"
 #include "attention_fwd.cuh"
+#include "column_sum.cuh"
 
 namespace maefast::cuda {
 namespace {
 
-// Kernels that take more than 48 KB of shared memory must be told so, once per device.
-cudaError_t allow_shared(const void* kernel, int bytes) {
+// What is asked once for each kernel and device: permission for more than 48 KB of shared memory; the multiprocessors.
+cudaError_t prepare(const void* kernel, int bytes, int& processors) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::map<std::pair<const void*, int>, int> prepared;
   int device;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device})) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (!error) allowed.insert({kernel, device});
-  return error;
+  if (const auto known = prepared.find({kernel, device}); known != prepared.end()) {
+    processors = known->second;
+    return cudaSuccess;
+  }
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  prepared[{kernel, device}] = processors;
+  return cudaSuccess;
 }
 
 template <typename Line, typename Args>
-cudaError_t launch_tile(void (*kernel)(Args), int64_t N, const Args& args, cudaStream_t stream) {
+cudaError_t launch_tile(void (*kernel)(Args), int64_t N, Args args, cudaStream_t stream) {
   constexpr auto kTile = Line::kTile;
-  if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), kTile.shared)) return error;
-  return launch(kernel, dim3(N * args.h), dim3(kTile.threads_for(args.T)), kTile.shared, stream, args);
+  int processors;
+  if (const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), kTile.shared, processors)) return error;
+  const int64_t resident = int64_t{processors} * kTile.per_sm;
+  if constexpr (kTile.prefetch) args.ahead = static_cast<int>(resident);
+  const int64_t blocks = kTile.stages > 1 ? std::min(N * args.h, resident) : N * args.h;
+  return launch(kernel, dim3(blocks), dim3(kTile.threads_for(args.T)), kTile.shared, stream, args);
 }
 
 template <typename Element, typename Line>
@@ -46,6 +55,7 @@ cudaError_t start(const AttentionFwd& a, cudaStream_t stream) {
       .lse = a.lse,
       .T = a.T,
       .h = a.h,
+      .tasks = static_cast<int>(a.N * a.h),
       .scale = 1.0f / std::sqrt(static_cast<float>(a.d)),
   };
   return launch_tile<Line>(attention_fwd_kernel<Element, Line>, a.N, args, stream);
@@ -59,6 +69,7 @@ cudaError_t start(const AttentionBwd& a, cudaStream_t stream) {
       .lse = a.lse,
       .dout = static_cast<const uint16_t*>(a.dout),
       .dqkv = static_cast<uint16_t*>(a.dqkv),
+      .sums = a.partial,
       .T = a.T,
       .h = a.h,
       .scale = 1.0f / std::sqrt(static_cast<float>(a.d)),
@@ -100,7 +111,10 @@ cudaError_t attention_fwd(const AttentionFwd& args, cudaStream_t stream) {
   return run<Forward, std::size(kForwardTiles)>(args, stream);
 }
 cudaError_t attention_bwd(const AttentionBwd& args, cudaStream_t stream) {
-  return run<Backward, std::size(kBackwardTiles)>(args, stream);
+  const cudaError_t error = run<Backward, std::size(kBackwardTiles)>(args, stream);
+  if (error != cudaSuccess || args.dqkv_sum == nullptr) return error;
+  const int chunks = args.T > 0 ? static_cast<int>(args.N) : 0;
+  return sum_columns({.partial = args.partial, .total = args.dqkv_sum, .chunks = chunks, .D = 3 * args.h * args.d}, stream);
 }
 
 }  // namespace maefast::cuda
@@ -174,14 +188,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const Op
   check_like("lse", *lse_in, qkv_in, ScalarType::Float, s.h, s.T);
   const Launch on(qkv_in);
   const Tensor qkv = packed(qkv_in), dout = packed(dout_in), out = packed(*out_in), lse = packed(*lse_in);
-  const int64_t no_q[] = {0, s.T, width};
+  const int64_t no_q[] = {0, s.T, width}, partial_sizes[] = {with_dkv_sum ? s.N : 0, 3 * width},
+                sum_sizes[] = {with_dkv_sum ? 3 * width : 0};
   Tensor dq = torch::stable::new_empty(qkv, {no_q, 3}), dqkv = torch::stable::empty_like(qkv);
+  Tensor partial = torch::stable::new_empty(qkv, {partial_sizes, 2}, ScalarType::Float);
+  Tensor dqkv_sum = torch::stable::new_empty(qkv, {sum_sizes, 1}, ScalarType::Float);
   const AttentionBwd args{
       .qkv = qkv.const_data_ptr(),
       .out = out.const_data_ptr(),
       .lse = static_cast<const float*>(lse.const_data_ptr()),
       .dout = dout.const_data_ptr(),
       .dqkv = dqkv.mutable_data_ptr(),
+      .partial = with_dkv_sum ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr,
+      .dqkv_sum = with_dkv_sum ? static_cast<float*>(dqkv_sum.mutable_data_ptr()) : nullptr,
       .N = s.N,
       .T = s.T,
       .h = s.h,
@@ -189,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const Op
       .bf16 = s.bf16,
   };
   check_launch("attention_bwd", attention_bwd(args, on.stream));
-  return {dq, dqkv, column_sum(dqkv, with_dkv_sum)};
+  return {dq, dqkv, dqkv_sum};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CUDA, m) {

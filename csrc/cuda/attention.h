@@ -22,6 +22,8 @@ struct AttentionBwd {
   const float* lse;
   const void* dout;  // [N, T, h*d]
   void* dqkv;        // [N, T, 3*h*d]
+  float* partial;    // [N, 3*h*d], and
+  float* dqkv_sum;   // [3*h*d], the columns of dqkv summed; or both null
   int64_t N;
   int T, h, d;
   bool bf16;

@@ -10,8 +10,37 @@ struct BackwardArgs {
   const float* lse;           // [N, h, T]
   const uint16_t* dout;       // [N, T, h*D]
   uint16_t* dqkv;             // [N, T, 3*h*D]
-  int T, h;
+  float* sums;                // [N, 3*h*D] of the columns of dqkv over the tokens of a sample, or null
+  int T, h, ahead;            // ahead: CTAs from one to the next on its SM
   float scale;
 };
+
+// Asks for the rows that the CTA of head `task` will read, 64 bytes at a time.
+template <int D>
+__device__ __forceinline__ void prefetch_rows(const BackwardArgs& a, int64_t task, bool with_out) {
+  constexpr int kParts = (D * 2 + 63) / 64;
+  const int width = a.h * D, tensors = with_out ? 5 : 4;
+  const int64_t row0 = task / a.h * a.T, at = task % a.h * D;
+  for (int i = threadIdx.x; i < a.T * kParts; i += blockDim.x) {
+    const int64_t row = row0 + i / kParts;
+    const int part = i % kParts * 32;
+    for (int k = 0; k < tensors; ++k) {
+      const uint16_t* from = k < 3 ? a.qkv + (3 * row + k) * width : (k == 3 ? a.dout : a.out) + row * width;
+      prefetch_l2(from + at + part);
+    }
+  }
+}
+
+// The sums that each of `warps` warps has left as [3, D] floats, `stride` bytes apart from `first` on, added in their order.
+template <int D>
+__device__ __forceinline__ void store_sums(const BackwardArgs& a, uint32_t first, int stride, int warps) {
+  const int64_t n = blockIdx.x / a.h;
+  const int head = blockIdx.x % a.h, width = a.h * D;
+  for (int i = threadIdx.x; i < 3 * D; i += blockDim.x) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < warps; ++warp) sum += ld_shared(first + warp * stride + i * 4);
+    a.sums[n * 3 * width + i / D * width + head * D + i % D] = sum;
+  }
+}
 
 }  // namespace maefast::cuda

@@ -103,6 +103,10 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   load_tiles<D, 1, kTileBytes>(do_tile, a.dout + n * T * width + head * D, width, width, T, rows);
   cp_async_commit_group();
 
+  if constexpr (kTile.prefetch) {
+    if (blockIdx.x + a.ahead < gridDim.x) prefetch_rows<D>(a, blockIdx.x + a.ahead, true);
+  }
+
   // What the scores and dP start from, for each pair of queries as the accumulators hold it: (q, q + 1, q, q + 1). kPerRow
   // threads share a row.
   constexpr int kChunks = D / 8, kPerRow = kChunks % 4 ? 2 : kChunks, kTurns = kBlocks * kPerRow / 2;
@@ -162,6 +166,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   // Rows of V that only this warp has read, once it has them in registers.
   const uint32_t stage = kTile.keep_v ? v_tile + row0 * D * 2 : stats + kTile.stats_bytes() + warp * 16 * D * 2;
   const float one[2] = {1.0f, 1.0f}, scales[2] = {scale, scale};
+  ColumnSums<Element, D> dq_sums;
 
 #pragma unroll 1
   for (int first = 0; first < blocks; first += kChunk) {
@@ -214,16 +219,28 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
       }
       const int row = 16 * (first + block);
       store_rows<Element, D>(dq[0], scales, stage, dst + row * 3 * width, 3 * width, T - row);
+      if (a.sums) dq_sums.add(stage);
     }
     if (first + count < blocks) __syncthreads();
   }
+  ColumnSums<Element, D> dk_sums, dv_sums;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int row = row0 + 16 * b;
     if (row >= T) break;
     store_rows<Element, D>(dv[b], one, stage, dst + row * 3 * width + 2 * width, 3 * width, T - row);
+    if (a.sums) dv_sums.add(stage);
     store_rows<Element, D>(dk[b], scales, stage, dst + row * 3 * width + width, 3 * width, T - row);
+    if (a.sums) dk_sums.add(stage);
   }
+  if (a.sums == nullptr) return;
+  __syncwarp();
+  dq_sums.store(stage);
+  dk_sums.store(stage + D * 4);
+  dv_sums.store(stage + 2 * D * 4);
+  __syncthreads();
+  const int stride = (kTile.keep_v ? kTile.warp_rows : kMmaRows) * D * 2;
+  store_sums<D>(a, stage - warp * stride, stride, warps);
 }
 
 }  // namespace maefast::cuda

@@ -69,6 +69,9 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   load_tiles<D, 1, kTileBytes>(v_tile, src + 2 * width, 3 * width, width, T, kRows);
   load_tiles<D, 1, kTileBytes>(do_tile, a.dout + n * T * width + head * D, width, width, T, kRows);
   cp_async_commit_group();
+  if constexpr (kTile.prefetch) {
+    if (blockIdx.x + a.ahead < gridDim.x) prefetch_rows<D>(a, blockIdx.x + a.ahead, false);
+  }
   float lse_log2[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -121,28 +124,39 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   __syncthreads();
 
   // No warp reads V any more: its rows carry the results to global memory.
-  if (row0 >= T) return;
   const uint32_t stage = v_tile + row0 * D * 2;
+  ColumnSums<Element, D> sums[3];
   uint16_t* dst = a.dqkv + (n * T + row0) * 3 * width + head * D;
   const float one[2] = {1.0f, 1.0f}, scales[2] = {a.scale, a.scale};
-  float acc[D / 8][4];
-  clear(acc);
-  const Block<D, Order::kRowMajor> k_block(k_tile);
+  if (row0 < T) {
+    float acc[D / 8][4];
+    clear(acc);
+    const Block<D, Order::kRowMajor> k_block(k_tile);
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-    for (int i = 0; i < D / 8; i += 2) {
-      uint32_t k[4];
-      ldmatrix_x4_trans(k, k_block(16 * step, i));
-      mma_m16n8k16<Element>(acc[i], ds_a[step], k[0], k[1]);
-      mma_m16n8k16<Element>(acc[i + 1], ds_a[step], k[2], k[3]);
+      for (int i = 0; i < D / 8; i += 2) {
+        uint32_t k[4];
+        ldmatrix_x4_trans(k, k_block(16 * step, i));
+        mma_m16n8k16<Element>(acc[i], ds_a[step], k[0], k[1]);
+        mma_m16n8k16<Element>(acc[i + 1], ds_a[step], k[2], k[3]);
+      }
     }
+    store_rows<Element, D>(acc, scales, stage, dst, 3 * width, T - row0);
+    if (a.sums) sums[0].add(stage);
+    over_queries<Element, D, kRows>(acc, p_tile, row0, do_tile);
+    store_rows<Element, D>(acc, one, stage, dst + 2 * width, 3 * width, T - row0);
+    if (a.sums) sums[2].add(stage);
+    over_queries<Element, D, kRows>(acc, ds_tile, row0, q_tile);
+    store_rows<Element, D>(acc, scales, stage, dst + width, 3 * width, T - row0);
+    if (a.sums) sums[1].add(stage);
   }
-  store_rows<Element, D>(acc, scales, stage, dst, 3 * width, T - row0);
-  over_queries<Element, D, kRows>(acc, p_tile, row0, do_tile);
-  store_rows<Element, D>(acc, one, stage, dst + 2 * width, 3 * width, T - row0);
-  over_queries<Element, D, kRows>(acc, ds_tile, row0, q_tile);
-  store_rows<Element, D>(acc, scales, stage, dst + width, 3 * width, T - row0);
+  if (a.sums == nullptr) return;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 3; ++i) sums[i].store(stage + i * D * 4);
+  __syncthreads();
+  store_sums<D>(a, v_tile, kMmaRows * D * 2, kTile.warps());
 }
 
 }  // namespace maefast::cuda

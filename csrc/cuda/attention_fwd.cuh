@@ -10,7 +10,7 @@ struct ForwardArgs {
   const uint16_t* qkv;  // [N, T, 3*h*D]
   uint16_t* out;        // [N, T, h*D]
   float* lse;           // [N, h, T], natural logarithm
-  int T, h;
+  int T, h, tasks;      // tasks: N * h
   float scale;
 };
 
@@ -158,66 +158,86 @@ struct ForwardState {
   }
 };
 
-// grid N * h
+// grid N * h, or with two stages as many CTAs as the GPU holds: each takes every gridDim.x-th head
 template <typename Element, typename Line>
 __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_fwd_kernel(ForwardArgs a) {
   constexpr ForwardTile kTile = Line::kTile;
   using State = ForwardState<Element, Line>;
-  constexpr int D = State::D, kBlocks = State::kBlocks;
-  const uint32_t smem = shared_address(shared<uint4>());
+  constexpr int D = State::D, kBlocks = State::kBlocks, kTileBytes = kTile.tile_bytes();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, row0 = warp * kTile.warp_rows;
-  const int T = a.T, head = blockIdx.x % a.h, width = a.h * D;
-  const int64_t n = blockIdx.x / a.h;
+  const int T = a.T, width = a.h * D;
+  const float scale_log2 = a.scale * kLog2e;
   // Every row that a warp computes with holds something of its own launch, for a row that is no query can start a rescaling of
   // those that are: rows of Q past the tile are rows of K.
   const int rows = kTile.whole_row() ? kTile.tile_rows : min(kTile.threads_for(T) / kWarp * kTile.warp_rows, kTile.tile_rows);
-
-  const uint16_t* src = a.qkv + n * T * 3 * width + head * D;
-  load_tiles<D, 2, kTile.tile_bytes()>(smem, src, 3 * width, width, T, rows);
-  cp_async_commit_group();
-  load_tiles<D, 1, kTile.tile_bytes()>(smem + 2 * kTile.tile_bytes(), src + 2 * width, 3 * width, width, T, rows);
-  cp_async_commit_group();
-  const float scale_log2 = a.scale * kLog2e;
-  State state(smem, scale_log2, T);
-  const Block<D, Order::kRowMajor> q_block(smem);
-  cp_async_wait_group<1>();
-  __syncthreads();
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-    for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(state.q[b][ks], q_block(row0 + kMmaRows * b, 2 * ks));
-  }
-  cp_async_wait_group<0>();
-  __syncthreads();
-
-  if constexpr (kTile.whole_row()) {
-    state.template keys<kTile.chunk / 8, true, true>(0);
-  } else {
-    int key0 = 0;
-    for (; key0 + kTile.chunk <= T; key0 += kTile.chunk) state.template keys<kTile.chunk / 8, false, false>(key0);
-    const int left = T - key0;
-    if (left > 0 && left <= 16) state.template keys<2, false, true>(key0);
-    if (left > 16 && left <= 32) state.template keys<4, false, true>(key0);
-    if (kTile.chunk > 32 && left > 32 && left <= 48) state.template keys<6, false, true>(key0);
-    if (kTile.chunk > 32 && left > 48) state.template keys<8, false, true>(key0);
-  }
-
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    const int row = row0 + kMmaRows * b;
-    if (row >= T) break;
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(state.sum[b][half]);
-      factor[half] = 1.0f / sum;
-      const int t = row + lane / 4 + 8 * half;
-      if (lane % 4 == 0 && t < T)
-        a.lse[blockIdx.x * static_cast<int64_t>(T) + t] = (state.max[b][half] * scale_log2 + log2f(sum)) * kLn2;
+  // Two groups of copies: Q and K, then V.
+  const auto load = [&](int task, uint32_t smem) {
+    if (task < a.tasks) {
+      const uint16_t* src = a.qkv + static_cast<int64_t>(task / a.h) * T * 3 * width + task % a.h * D;
+      load_tiles<D, 2, kTileBytes>(smem, src, 3 * width, width, T, rows);
+      cp_async_commit_group();
+      load_tiles<D, 1, kTileBytes>(smem + 2 * kTileBytes, src + 2 * width, 3 * width, width, T, rows);
+      cp_async_commit_group();
+    } else {
+      cp_async_commit_group();
+      cp_async_commit_group();
     }
-    // Rows of Q that only this warp has read.
-    uint16_t* dst = a.out + (n * T + row) * width + head * D;
-    store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row);
+  };
+
+  constexpr int kAhead = 2 * (kTile.stages - 1);  // groups of the next head
+  uint32_t smem = shared_address(shared<uint4>()), next_smem = smem + 3 * kTileBytes;
+  int task = blockIdx.x;
+  load(task, smem);
+  while (true) {
+    const int next = task + gridDim.x;
+    if constexpr (kTile.stages > 1) load(next, next_smem);
+    State state(smem, scale_log2, T);
+    const Block<D, Order::kRowMajor> q_block(smem);
+    cp_async_wait_group<1 + kAhead>();
+    __syncthreads();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(state.q[b][ks], q_block(row0 + kMmaRows * b, 2 * ks));
+    }
+    cp_async_wait_group<kAhead>();
+    __syncthreads();
+
+    if constexpr (kTile.whole_row()) {
+      state.template keys<kTile.chunk / 8, true, true>(0);
+    } else {
+      int key0 = 0;
+      for (; key0 + kTile.chunk <= T; key0 += kTile.chunk) state.template keys<kTile.chunk / 8, false, false>(key0);
+      const int left = T - key0;
+      if (left > 0 && left <= 16) state.template keys<2, false, true>(key0);
+      if (left > 16 && left <= 32) state.template keys<4, false, true>(key0);
+      if (kTile.chunk > 32 && left > 32 && left <= 48) state.template keys<6, false, true>(key0);
+      if (kTile.chunk > 32 && left > 48) state.template keys<8, false, true>(key0);
+    }
+
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int row = row0 + kMmaRows * b;
+      if (row >= T) break;
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sum = quad_sum(state.sum[b][half]);
+        factor[half] = 1.0f / sum;
+        const int t = row + lane / 4 + 8 * half;
+        if (lane % 4 == 0 && t < T)
+          a.lse[task * static_cast<int64_t>(T) + t] = (state.max[b][half] * scale_log2 + log2f(sum)) * kLn2;
+      }
+      // Rows of Q that only this warp has read.
+      uint16_t* dst = a.out + (static_cast<int64_t>(task / a.h) * T + row) * width + task % a.h * D;
+      store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row);
+    }
+    if (kTile.stages == 1 || next >= a.tasks) return;
+    __syncthreads();  // the tiles are free
+    const uint32_t free = smem;
+    smem = next_smem;
+    next_smem = free;
+    task = next;
   }
 }
 

@@ -7,6 +7,7 @@
 namespace maefast::cuda {
 
 struct ForwardTile {
+  static constexpr bool prefetch = false;
   int head_width, tokens, warp_rows, tile_rows, chunk, stages, threads, per_sm, shared;
 
   __host__ __device__ constexpr int threads_for(int T) const { return (T + warp_rows - 1) / warp_rows * kWarp; }
@@ -19,6 +20,7 @@ struct ForwardTile {
 };
 
 struct BackwardTile {
+  static constexpr int stages = 1;
   int head_width, tokens;
   bool rowwise;
   int warp_rows, tile_rows, chunk;

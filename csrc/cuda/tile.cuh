@@ -70,18 +70,30 @@ __device__ __forceinline__ void load_tiles(uint32_t tile, const uint16_t* src, i
   }
 }
 
+template <int kFragments>
+__device__ __forceinline__ void clear(float (&acc)[kFragments][4]) {
+#pragma unroll
+  for (int i = 0; i < kFragments; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+  }
+}
+
 // Writes factor * acc, 16 rows of D, to global memory through 16 rows of a tile that this warp alone uses; the first
-// `valid` rows only.
+// `valid` rows only. What lies in the tile afterwards are these rows, and zeros.
 template <typename Element, int D>
 __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const float (&factor)[2], uint32_t stage, uint16_t* dst,
                                            int row_stride, int valid) {
+  const int group = threadIdx.x % kWarp / 4;
   const Block<D, Order::kRowMajor> block(stage);
 #pragma unroll
   for (int i = 0; i < D / 8; i += 2) {
-    const uint32_t r[4] = {Element::pack(acc[i][0] * factor[0], acc[i][1] * factor[0]),
-                           Element::pack(acc[i][2] * factor[1], acc[i][3] * factor[1]),
-                           Element::pack(acc[i + 1][0] * factor[0], acc[i + 1][1] * factor[0]),
-                           Element::pack(acc[i + 1][2] * factor[1], acc[i + 1][3] * factor[1])};
+    uint32_t r[4] = {Element::pack(acc[i][0] * factor[0], acc[i][1] * factor[0]),
+                     Element::pack(acc[i][2] * factor[1], acc[i][3] * factor[1]),
+                     Element::pack(acc[i + 1][0] * factor[0], acc[i + 1][1] * factor[0]),
+                     Element::pack(acc[i + 1][2] * factor[1], acc[i + 1][3] * factor[1])};
+    if (group >= valid) r[0] = r[2] = 0;
+    if (group + 8 >= valid) r[1] = r[3] = 0;
     stmatrix_x4(block(0, i), r);
   }
   __syncwarp();
@@ -96,6 +108,52 @@ __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const f
   __syncwarp();
 }
 
+// Sums of the columns of rows of D, over rows that one warp has in shared memory, 16 at a time: their product with ones. Lane
+// (g, t) keeps columns 8 (g + 8 j) + 2 t and the one after it.
+template <typename Element, int D>
+class ColumnSums {
+  static constexpr int kKept = (D + 63) / 64;
+  float kept_[kKept][2];
+
+ public:
+  __device__ __forceinline__ ColumnSums() {
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) kept_[j][0] = kept_[j][1] = 0.0f;
+  }
+  __device__ __forceinline__ void add(uint32_t rows) {
+    const int group = threadIdx.x % kWarp / 4;
+    const Block<D, Order::kRowMajor> block(rows);
+    const uint32_t one = Element::pack(1.0f, 1.0f), ones[4] = {one, one, one, one};
+#pragma unroll
+    for (int i = 0; i < D / 8; i += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, block(0, i));
+      float sums[2][4];
+      clear(sums);
+      mma_m16n8k16<Element>(sums[0], ones, b[0], b[1]);
+      mma_m16n8k16<Element>(sums[1], ones, b[2], b[3]);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const bool mine = group == (i + k) % 8;
+        kept_[(i + k) / 8][0] += mine ? sums[k][0] : 0.0f;
+        kept_[(i + k) / 8][1] += mine ? sums[k][1] : 0.0f;
+      }
+    }
+  }
+  // To D floats in shared memory.
+  __device__ __forceinline__ void store(uint32_t at) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) {
+      const int column = 8 * (lane / 4 + 8 * j) + lane % 4 * 2;
+      if (column < D) {
+        st_shared(at + column * 4, kept_[j][0]);
+        st_shared(at + column * 4 + 4, kept_[j][1]);
+      }
+    }
+  }
+};
+
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
@@ -103,15 +161,6 @@ __device__ __forceinline__ float quad_sum(float x) {
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
-template <int kFragments>
-__device__ __forceinline__ void clear(float (&acc)[kFragments][4]) {
-#pragma unroll
-  for (int i = 0; i < kFragments; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
-  }
 }
 
 }  // namespace maefast::cuda

@@ -4,7 +4,7 @@
 // A thread has kUnit neighbouring columns; threadIdx.x counts them, threadIdx.y rows.
 #include <algorithm>
 
-#include "launch.h"
+#include "column_sum.cuh"
 
 namespace maefast::cuda {
 namespace {
@@ -98,24 +98,6 @@ __global__ void __launch_bounds__(kColumns* kRows) unshuffle_bwd_kernel(Unshuffl
   store<kUnit>(a.partial + static_cast<int64_t>(blockIdx.x) * a.D + d, total);
 }
 
-constexpr int kSumColumns = 8, kSumRows = 32;
-
-// dmask_token = the sum of the chunks: thread y adds every kSumRows-th, then thread 0 the threads, always in this order.
-__global__ void __launch_bounds__(kSumColumns* kSumRows) unshuffle_sum_kernel(UnshuffleBwd a) {
-  const int d = blockIdx.x * kSumColumns + threadIdx.x;
-  float sum = 0.0f;
-  if (d < a.D) {
-#pragma unroll 8
-    for (int c = threadIdx.y; c < a.chunks; c += kSumRows) sum += a.partial[static_cast<int64_t>(c) * a.D + d];
-  }
-  float* sums = shared<float>() + threadIdx.x;  // [kSumRows, kSumColumns]
-  sums[threadIdx.y * kSumColumns] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || d >= a.D) return;
-  for (int y = 1; y < kSumRows; ++y) sum += sums[y * kSumColumns];
-  a.dmask_token[d] = sum;
-}
-
 }  // namespace
 }  // namespace maefast::cuda
 
@@ -196,8 +178,7 @@ cudaError_t backward(const UnshuffleBwd& a, bool whole_units, cudaStream_t strea
   const cudaError_t error = whole_units ? launch(unshuffle_bwd_kernel<Dy, Dx, kWholeUnit>, grid, block, bytes, stream, a)
                                         : launch(unshuffle_bwd_kernel<Dy, Dx, 1>, grid, block, bytes, stream, a);
   if (error != cudaSuccess) return error;
-  const size_t sum_bytes = size_t{kSumColumns} * kSumRows * sizeof(float);
-  return launch(unshuffle_sum_kernel, dim3(divide_up(a.D, kSumColumns)), dim3(kSumColumns, kSumRows), sum_bytes, stream, a);
+  return sum_columns({.partial = a.partial, .total = a.dmask_token, .chunks = a.chunks, .D = a.D}, stream);
 }
 
 std::tuple<Tensor, Tensor> unshuffle_bwd(const Tensor& dy_in, const Tensor& ids_in, int64_t len_keep, ScalarType dtype) {
