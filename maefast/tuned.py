@@ -147,7 +147,7 @@ def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int)
 
 
 def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth: int, features: int) -> bool:
-    """Whether the kernels of csrc/cuda/gemm were measured to be faster than cuBLAS on such a GPU at such a size."""
+    """Whether the table has the kernels of csrc/cuda/gemm as faster than cuBLAS; its committed entries are a prototype's."""
     name = name_of(capability)
     return any(
         entry.kind == kind

@@ -39,7 +39,7 @@ def test_the_committed_table_is_what_tune_would_write():
 def test_the_committed_products_follow_from_the_results():
     results = json.loads((RESULTS / "gemm.json").read_text())
     rows = [(row["kind"], Size(row["rows"], row["depth"], row["features"]), row["ms"]) for row in results["timing"]]
-    measured = f"{results['device']}, torch {results['torch']}"
+    measured = f"{results['device']}, torch {results['torch']}, a prototype"
     assert sorted(_products.entries(rows, tune.GAIN, "9.0", measured)) == sorted(tuned.read().gemm)
 
 
