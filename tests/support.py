@@ -1,10 +1,11 @@
 """What several test files share: awkward layouts, ops against float64, small models, a command line that refuses."""
 
+import copy
 import ctypes
 import mmap
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli, dispatch
-from maefast.reference import ReferenceMAE
+from maefast import _library, cli, dispatch, reference
 from maefast.testing.errors import assert_close_to_float64
 
 NATIVE = _library.HAS_NATIVE
@@ -276,9 +276,9 @@ def small_mae(cls: type[maefast.MAE] = maefast.MAE, seed: int = 0, **options: ob
     return cls(**{**SMALL, **options})
 
 
-def small_reference(seed: int = 0, **options: object) -> ReferenceMAE:
+def small_reference(seed: int = 0, **options: object) -> reference.ReferenceMAE:
     torch.manual_seed(seed)
-    return ReferenceMAE(**{**SMALL, **options})
+    return reference.ReferenceMAE(**{**SMALL, **options})
 
 
 def images_for(model: nn.Module, N: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -309,3 +309,27 @@ def step(model: nn.Module, imgs: Tensor, noise: Tensor, mode: str = "fp32", in_p
 def stacked(runs: list[Results]) -> Results:
     assert all(run.keys() == runs[0].keys() for run in runs)
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+
+
+# A result of one small batch is off by a few roundings, whose sum may happen to be near zero in the eager run: so many batches of
+# so many images, or the larger error of two eager runs, make a yardstick that no correct result misses.
+BATCHES = IMAGES = 16
+
+
+def attends_otherwise(plain: nn.Module) -> nn.Module:
+    """A copy of a model of the reference's blocks with the other attention, fused or materialised: the same function, rounded
+    elsewhere."""
+    other = copy.deepcopy(plain)
+    for module in other.modules():
+        if isinstance(module, reference.Attention):
+            module.attention = {"sdpa": "math", "math": "sdpa"}[module.attention]
+    return other
+
+
+def assert_results(got: list[Results], eager: Sequence[list[Results]], exact: list[Results], what: str = "") -> None:
+    """Hold the results of several batches to the error rule, each name as one tensor. `eager` has one or more runs, of which the
+    larger error counts; what they have and `got` has not is left out."""
+    mine, truth, runs = stacked(got), stacked(exact), [stacked(run) for run in eager]
+    for name, value in mine.items():
+        assert all(value.dtype == run[name].dtype for run in runs), name
+        assert_close_to_float64(f"{what}{name}", value, [run[name] for run in runs], truth[name])

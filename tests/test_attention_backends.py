@@ -14,6 +14,10 @@ import pytest
 import torch
 from flash_attn_standin import write_flash_attn
 from support import (
+    BATCHES,
+    IMAGES,
+    assert_results,
+    attends_otherwise,
     forward_backward,
     images_for,
     noise_for,
@@ -21,7 +25,6 @@ from support import (
     set_fact,
     small_mae,
     small_reference,
-    stacked,
     step,
     transposed,
 )
@@ -66,20 +69,20 @@ def test_a_model_on_another_attention(native, backend, options):
     """Attention alone is torch's, forward and backward, queries of their own included; norms and GELU stay maefast's."""
     model, reference = small_mae(attn_backend=backend), small_reference(seed=1)
     model.load_state_dict(reference.state_dict())
-    exact_model = copy.deepcopy(reference).double()
-    got, eager, exact = [], [], []
-    for seed in range(6):
-        imgs, noise = images_for(model, seed=seed), noise_for(model, seed=seed)
+    other, exact_model = attends_otherwise(reference), copy.deepcopy(reference).double()
+    got, eager, exact = [], ([], []), []
+    for seed in range(BATCHES):
+        imgs, noise = images_for(model, IMAGES, seed=seed), noise_for(model, IMAGES, seed=seed)
         with Seen() as seen:
             got.append(step(model, imgs, noise, **options))
-        eager.append(step(reference, imgs, noise))
+        got[-1].pop("mask")
+        eager[0].append(step(reference, imgs, noise))
+        eager[1].append(step(other, imgs, noise))
         exact.append(step(exact_model, imgs.double(), noise))
     assert SDPA in seen.names
     assert NATIVE_ATTENTION not in seen.names
     assert {"maefast::layer_norm_fwd", "maefast::add_layer_norm_fwd", "maefast::bias_gelu_fwd"} <= seen.names
-    mine, theirs, truth = map(stacked, (got, eager, exact))
-    for name in mine.keys() - {"mask"}:
-        assert_close_to_float64(name, mine[name], theirs[name], truth[name])
+    assert_results(got, eager, exact)
 
 
 def test_a_model_that_asks_for_native(native):

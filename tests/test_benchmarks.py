@@ -37,6 +37,20 @@ def test_error_rule_allows_twice_the_error_of_eager_and_one_eps():
         assert_close_to_float64("two eps", (one + 2 * eps).bfloat16(), one.bfloat16(), one)
 
 
+def test_error_rule_takes_the_larger_error_of_several_eager_runs():
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)  # norm 5
+    near, far = (exact + torch.tensor([error, 0.0]) for error in (0.005, 0.05))
+    for runs in ([near, far], [far, near], [far]):
+        assert_close_to_float64("inside", exact + torch.tensor([0.0999, 0.0]), runs, exact)
+        with pytest.raises(AssertionError, match=r"outside: relative L2 error 0\.0202 > 0\.02 = 2 x eager's 0\.01"):
+            assert_close_to_float64("outside", exact + torch.tensor([0.101, 0.0]), runs, exact)
+    for runs in ([near, exact * torch.nan], [exact * torch.nan, near]):
+        with pytest.raises(AssertionError, match="nan: relative L2 error"):
+            assert_close_to_float64("nan", exact, runs, exact)
+    with pytest.raises(AssertionError, match="shape: shapes"):
+        assert_close_to_float64("shape", exact, [near, near[:1]], exact)
+
+
 def test_error_rule_is_absolute_where_the_truth_is_zero():
     """A rounded zero of float64 gives no scale: 1e-7 is no error of a thousand million."""
     for zero in (0.0, 1e-17):

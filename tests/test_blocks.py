@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from support import NATIVE, Calls, Results, small_mae, stacked
+from support import BATCHES, NATIVE, Calls, Results, assert_results, attends_otherwise, small_mae
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,6 @@ from maefast import reference
 from maefast.blocks import Block, Route
 from maefast.ops import _tokens
 from maefast.ops._tokens import RepeatedTokens, take_tokens
-from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MODES = {  # of the parameters and x, and what autocast is on
@@ -73,14 +72,8 @@ def samples(count: int, dtype: torch.dtype, rows: int = T) -> list[tuple[Tensor,
     return [(torch.randn(3, T, D).to(dtype), torch.randn(3, rows, D)) for _ in range(count)]
 
 
-def check(
-    got: list[Results], eager: list[Results], exact: list[Results], rule: Callable[..., None] = assert_close_to_float64
-) -> None:
-    mine, theirs, truth = stacked(got), stacked(eager), stacked(exact)
-    assert mine.keys() == theirs.keys() == truth.keys()
-    for name, value in mine.items():
-        assert value.dtype == theirs[name].dtype, name
-        rule(name, value, theirs[name], truth[name])
+def both(block: Block) -> list[nn.Module]:
+    return [plain(block), attends_otherwise(plain(block))]
 
 
 def through_ops(block: Block) -> Block:
@@ -98,13 +91,13 @@ WAYS = {Route.FUSED: lambda block: block, Route.OPS: through_ops, Route.MODULES:
 def test_every_route_against_float64(native, route, mode):
     dtype, cast = mode
     block = make_block(dtype)
-    eager, exact, mine = plain(block), plain(block).double(), WAYS[route](block)
+    exact, mine = plain(block).double(), WAYS[route](block)
     with autocast(cast):
         assert mine.route(torch.device("cpu"), dtype, T)[0] is route
-    cases = samples(8, dtype)
-    check(
+    cases = samples(BATCHES, dtype)
+    assert_results(
         [run(mine, x, dy, cast) for x, dy in cases],
-        [run(eager, x, dy, cast) for x, dy in cases],
+        [[run(eager, x, dy, cast) for x, dy in cases] for eager in both(block)],
         [run(exact, x.double(), dy.double()) for x, dy in cases],
     )
 
@@ -113,10 +106,10 @@ def test_every_route_against_float64(native, route, mode):
 def test_each_instruction_set(isa, mode):
     dtype, cast = mode
     block = make_block(dtype)
-    cases = samples(8, dtype)
-    check(
+    cases = samples(BATCHES, dtype)
+    assert_results(
         [run(block, x, dy, cast) for x, dy in cases],
-        [run(plain(block), x, dy, cast) for x, dy in cases],
+        [[run(eager, x, dy, cast) for x, dy in cases] for eager in both(block)],
         [run(plain(block).double(), x.double(), dy.double()) for x, dy in cases],
     )
 
@@ -137,7 +130,7 @@ def test_inference(mode):
                 results[1].append({"y": eager(x)})
             with context():
                 results[2].append({"y": exact(x.double())})
-        check(*results)
+        assert_results(results[0], [results[1]], results[2])
 
 
 def test_the_fused_path_is_taken(native):
@@ -301,10 +294,10 @@ def test_norms_in_fp32_beside_bf16(native):
     block.norm2.float()
     eager, exact = copy.deepcopy(through_modules(block)), plain(make_block()).double()
     exact.load_state_dict(block.state_dict())
-    cases = samples(8, BF16)
-    check(
+    cases = samples(BATCHES, BF16)
+    assert_results(
         [run(block, x, dy) for x, dy in cases],
-        [run(eager, x, dy) for x, dy in cases],
+        [[run(eager, x, dy) for x, dy in cases]],
         [run(exact, x.double(), dy.double()) for x, dy in cases],
     )
 
@@ -355,7 +348,7 @@ def test_tokens_of_ids(mode, rows):
     """Rows of the whole block, with the gradients that these alone would have."""
     dtype, cast = mode
     block = make_block(dtype)
-    cases = [(x, dy, random_ids(rows)) for x, dy in samples(8, dtype, rows)]
+    cases = [(x, dy, random_ids(rows)) for x, dy in samples(BATCHES, dtype, rows)]
 
     class Rows(nn.Module):
         """The plain block, then its rows."""
@@ -370,9 +363,9 @@ def test_tokens_of_ids(mode, rows):
     def by_rows(block: nn.Module, x: Tensor, dy: Tensor, ids: Tensor, dtype: torch.dtype | None = None) -> Results:
         return {name.removeprefix("block."): value for name, value in run(Rows(block), x, dy, dtype, ids).items()}
 
-    check(
+    assert_results(
         [run(block, x, dy, cast, ids) for x, dy, ids in cases],
-        [by_rows(plain(block), x, dy, ids, cast) for x, dy, ids in cases],
+        [[by_rows(eager, x, dy, ids, cast) for x, dy, ids in cases] for eager in both(block)],
         [by_rows(plain(block).double(), x.double(), dy.double(), ids) for x, dy, ids in cases],
     )
 
@@ -567,11 +560,11 @@ def test_repeated_tokens(path, mode):
     mine, eager = DecoderStart(path(block)).to(dtype), DecoderStart(plain(block)).to(dtype)
     exact = DecoderStart(plain(block)).double().requires_grad_()
     exact.load_state_dict(eager.state_dict())
-    cases = DecoderStart.samples(8, dtype)
+    cases = DecoderStart.samples(BATCHES, dtype)
     got = [run(mine, x, dy, cast, ids) for x, dy, ids in cases]
-    check(
+    assert_results(
         got,
-        [run(eager, x, dy, cast, ids) for x, dy, ids in cases],
+        [[run(start, x, dy, cast, ids) for x, dy, ids in cases] for start in (eager, attends_otherwise(eager))],
         [run(exact, x.double(), dy.double(), ids=ids) for x, dy, ids in cases],
     )
     for result, (x, _, ids) in zip(got, cases, strict=True):

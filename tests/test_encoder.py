@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from official import models_vit as plain_models
-from support import NATIVE, SIZES, Results, images_for, small_mae, stacked, widened
+from support import BATCHES, IMAGES, NATIVE, SIZES, Results, assert_results, attends_otherwise, images_for, small_mae, widened
 from torch import Tensor, nn
 
 import maefast
 from maefast import VisionTransformer, blocks, models_vit
-from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 SMALL = {"img_size": (64, 48), "patch_size": (8, 16), "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -58,14 +57,6 @@ def classify(model: nn.Module, imgs: Tensor, seed: int, mode: str = "fp32") -> R
     return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_rule(got: list[Results], eager: list[Results], exact: list[Results]) -> None:
-    mine, theirs, truth = stacked(got), stacked(eager), stacked(exact)
-    assert mine.keys() == theirs.keys() == truth.keys()
-    for name, value in mine.items():
-        assert value.dtype == theirs[name].dtype, name
-        assert_close_to_float64(name, value, theirs[name], truth[name])
-
-
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_against_a_plain_one(options, mode):
@@ -75,14 +66,16 @@ def test_against_a_plain_one(options, mode):
     model.load_state_dict(plain.state_dict())
     if mode == "bf16":
         model, plain = model.bfloat16(), plain.bfloat16()
-    exact_model = copy.deepcopy(plain).double()
-    got, eager, exact = [], [], []
-    for seed in range(8):
-        imgs = images_for(model, N=4, dtype=BF16 if mode == "bf16" else F32, seed=seed)
+    other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
+    got, eager, exact = [], ([], []), []
+    for seed in range(BATCHES):
+        imgs = images_for(model, IMAGES, BF16 if mode == "bf16" else F32, seed)
         got.append(classify(model, imgs, seed, mode))
-        eager.append(classify(plain, imgs, seed, mode))
+        eager[0].append(classify(plain, imgs, seed, mode))
+        eager[1].append(classify(other, imgs, seed, mode))
         exact.append(classify(exact_model, imgs.double(), seed))
-    assert_rule(got, eager, exact)
+    assert got[0].keys() == exact[0].keys()
+    assert_results(got, eager, exact)
 
 
 def test_against_torch_s_own_encoder():
@@ -272,11 +265,16 @@ def test_without_a_head():
 
 def test_uint8_images_are_normalised_ones():
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
-    exact_model = copy.deepcopy(plain).double()
-    imgs = images_for(model, dtype=U8, N=8)
-    pixels = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
-    exact = classify(exact_model, widened(imgs, model.mean, model.std), 0)
-    assert_rule([classify(model, imgs, 0)], [classify(plain, pixels, 0)], [exact])
+    other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
+    got, eager, exact = [], ([], []), []
+    for seed in range(BATCHES):
+        imgs = images_for(model, IMAGES, U8, seed)
+        pixels = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
+        got.append(classify(model, imgs, seed))
+        eager[0].append(classify(plain, pixels, seed))
+        eager[1].append(classify(other, pixels, seed))
+        exact.append(classify(exact_model, widened(imgs, model.mean, model.std), seed))
+    assert_results(got, eager, exact)
     assert not {"mean", "std"} & model.state_dict().keys()
     assert model.bfloat16().mean.dtype == F32
 
@@ -331,15 +329,16 @@ def test_feature_maps_of_any_size(size):
     """The model's own size, wider, higher, a row of patches, and 360 patches: maps and all gradients, with positions resized by
     hand."""
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
-    exact_model = copy.deepcopy(plain).double()
-    got, eager, exact = [], [], []
-    for seed in range(3):
-        imgs = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+    other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
+    got, eager, exact = [], ([], []), []
+    for seed in range(8):
+        imgs = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(seed))
         got.append(maps_of(model, imgs, [2, 0, -1], seed))
-        eager.append(maps_of(plain, imgs, [2, 0, -1], seed))
+        eager[0].append(maps_of(plain, imgs, [2, 0, -1], seed))
+        eager[1].append(maps_of(other, imgs, [2, 0, -1], seed))
         exact.append(maps_of(exact_model, imgs.double(), [2, 0, -1], seed))
     assert got[0].keys() >= {"pos_embed", "patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"}
-    assert_rule(got, eager, exact)
+    assert_results(got, eager, exact)
 
 
 def test_blocks_behind_the_last_map_do_not_run():

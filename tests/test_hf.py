@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import BATCHES, IMAGES, assert_results
 from torch import Tensor, nn
 
 from maefast.blocks import Attention, Mlp
 from maefast.hf import ViTMAEForPreTraining, ViTMAEModel
 from maefast.hf.capture import DroppingAttention, DroppingMlp
-from maefast.testing.errors import assert_close_to_float64
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -67,32 +67,34 @@ def gradients_of_theirs(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("N", "options"),
+    ("batches", "N", "options"),
     [
-        pytest.param(2, SMALL, id="small"),
-        pytest.param(2, SMALL | OPTIONS, id="options"),
-        pytest.param(1, BASE, id="ViT-B/16"),
+        pytest.param(BATCHES, IMAGES, SMALL, id="small"),
+        pytest.param(BATCHES, IMAGES, SMALL | OPTIONS, id="options"),
+        pytest.param(1, 1, BASE, id="ViT-B/16"),
     ],
 )
-def test_parity(N, options):
+def test_parity(batches, N, options):
+    """Loss, prediction and gradients; the yardstick is their model with either attention."""
     config = transformers.ViTMAEConfig(**options)
     model = theirs(config)
     mine = ViTMAEForPreTraining(config)
     mine.load_state_dict(model.state_dict())
+    other, exact_model = copy.deepcopy(model), copy.deepcopy(model).double()
+    model.set_attn_implementation("sdpa")
+    other.set_attn_implementation("eager")
     patches = (config.image_size // config.patch_size) ** 2
-    images, noise = torch.randn(N, config.num_channels, config.image_size, config.image_size), torch.rand(N, patches)
-    got, eager = results(mine, images, noise), results(model, images, noise)
-    got_gradients, eager_gradients = gradients(mine), gradients_of_theirs(model)
-    model.double()
-    exact = results(model, images.double(), noise)
-    exact_gradients = gradients_of_theirs(model)
-    for name in ("mask", "ids"):
-        assert torch.equal(got[name], eager[name]), name
-    for name in ("loss", "logits"):
-        assert_close_to_float64(name, got[name], eager[name], exact[name])
-    assert got_gradients.keys() == exact_gradients.keys()
-    for name, gradient in got_gradients.items():
-        assert_close_to_float64(name, gradient, eager_gradients[name], exact_gradients[name])
+    got, eager, exact = [], ([], []), []
+    for _ in range(batches):
+        images, noise = torch.randn(N, config.num_channels, config.image_size, config.image_size), torch.rand(N, patches)
+        got.append(results(mine, images, noise) | gradients(mine))
+        for m, runs in ((model, eager[0]), (other, eager[1])):
+            runs.append(results(m, images, noise) | gradients_of_theirs(m))
+        exact.append(results(exact_model, images.double(), noise) | gradients_of_theirs(exact_model))
+        assert got[-1].keys() == exact[-1].keys()
+        for name in ("mask", "ids"):
+            assert torch.equal(got[-1].pop(name), eager[0][-1][name]), name
+    assert_results(got, eager, exact)
 
 
 def test_checkpoints_both_ways(tmp_path):

@@ -1,13 +1,25 @@
 """MAE against ReferenceMAE: the same weights and seed give the same masks, and loss, pred and gradients within the error rule."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from loss_curves import train
-from support import Results, images_for, noise_for, small_mae, small_reference, stacked, step
+from support import (
+    BATCHES,
+    IMAGES,
+    Results,
+    assert_results,
+    attends_otherwise,
+    images_for,
+    noise_for,
+    small_mae,
+    small_reference,
+    step,
+)
 from torch import Tensor, nn
 
 import maefast
@@ -32,35 +44,38 @@ def load(model: nn.Module, reference: ReferenceMAE) -> nn.Module:
     return model
 
 
+def both(reference: ReferenceMAE) -> list[nn.Module]:
+    return [reference, attends_otherwise(reference)]
+
+
 def compare(
-    model: nn.Module, reference: ReferenceMAE, mode: str, batches: int, exact: list[Results] | None = None, **options
+    model: nn.Module, references: Sequence[nn.Module], mode: str, batches: int = BATCHES, exact: Results | None = None, **options
 ) -> None:
-    """The results of several batches, held to the error rule as one tensor each; `exact` saves computing the truth again."""
+    """Several batches against the references, of one function; `exact` saves computing the truth of a single batch of 2 again."""
     if mode in HALVES:
-        model, reference = model.to(HALVES[mode]), reference.to(HALVES[mode])
-    exact_model = None if exact else copy.deepcopy(reference).double()
-    got, eager, truth = [], [], exact or []
+        model, references = model.to(HALVES[mode]), [reference.to(HALVES[mode]) for reference in references]
+    exact_model = copy.deepcopy(references[0]).double()
+    got, eager, truth = [], [[] for _ in references], [exact] if exact else []
     for seed in range(batches):
-        imgs, noise = images_for(model, dtype=HALVES.get(mode, F32), seed=10 + seed), noise_for(model, seed=seed)
+        N = 2 if batches == 1 else IMAGES
+        imgs, noise = images_for(model, N, HALVES.get(mode, F32), seed=10 + seed), noise_for(model, N, seed=seed)
         got.append(step(model, imgs, noise, mode, **options))
-        eager.append(step(reference, imgs, noise, mode))
-        if exact_model is not None:
+        for reference, runs in zip(references, eager, strict=True):
+            runs.append(step(reference, imgs, noise, mode))
+        if exact is None:
             truth.append(step(exact_model, imgs.double(), noise))
-    mine, theirs, exactly = map(stacked, (got, eager, truth))
-    assert torch.equal(mine.pop("mask"), theirs.pop("mask"))
-    assert mine["loss"].dtype == F32
-    assert (mine.keys() == theirs.keys()) or options == {"return_pred": False}
-    if "pred" in mine:
-        assert mine["pred"].dtype == theirs["pred"].dtype
-    for name, value in mine.items():
-        assert_close_to_float64(f"{mode}, {name}", value, theirs[name], exactly[name])
+    for mine, theirs in zip(got, eager[0], strict=True):
+        assert torch.equal(mine.pop("mask"), theirs["mask"])
+        assert mine["loss"].dtype == F32
+    assert theirs.keys() - mine.keys() == {"mask"} | ({"pred"} if options else set())
+    assert_results(got, eager, truth, f"{mode}, ")
 
 
 @pytest.mark.parametrize("mode", [*MODES, "fp16"])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_small_models(options, mode):
     reference = small_reference(**options)
-    compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=24)
+    compare(load(small_mae(seed=9, **options), reference), both(reference), mode)
 
 
 @pytest.mark.parametrize("repeated", [0, 1 << 60], ids=["repeated", "all"])
@@ -71,7 +86,7 @@ def test_without_pred(options, mode, repeated, monkeypatch):
     monkeypatch.setattr(_tokens, "REPEATED_VALUES", repeated)
     options = {**options, "decoder_depth": 2}
     reference = small_reference(**options)
-    compare(load(small_mae(seed=9, **options), reference), reference, mode, batches=8, return_pred=False)
+    compare(load(small_mae(seed=9, **options), reference), both(reference), mode, return_pred=False)
 
 
 @pytest.mark.parametrize("mode", [*MODES, "fp16"])
@@ -79,7 +94,7 @@ def test_without_pred(options, mode, repeated, monkeypatch):
 def test_without_pred_for_any_depth_of_the_decoder(decoder_depth, mode):
     """The last block computes the removed patches alone; without a block they are taken from what it would read."""
     reference = small_reference(decoder_depth=decoder_depth)
-    compare(load(small_mae(seed=9, decoder_depth=decoder_depth), reference), reference, mode, batches=8, return_pred=False)
+    compare(load(small_mae(seed=9, decoder_depth=decoder_depth), reference), both(reference), mode, return_pred=False)
 
 
 BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12, "norm_layer": partial(nn.LayerNorm, eps=1e-6), "norm_pix_loss": True}
@@ -99,15 +114,15 @@ def base() -> tuple[nn.Module, ReferenceMAE, Results]:
 def test_base_patch16_at_224(base, mode):
     model, reference, exact = base
     if mode == "bf16":  # other weights, so another truth
-        compare(copy.deepcopy(model), copy.deepcopy(reference), mode, batches=1)
+        compare(copy.deepcopy(model), [copy.deepcopy(reference)], mode, batches=1)
     else:
-        compare(model, reference, mode, batches=1, exact=[exact])
+        compare(model, [reference], mode, batches=1, exact=exact)
 
 
 def test_attention_of_the_paper():
     """The reference with materialised scores is the same model."""
     reference = small_reference(attention="math")
-    compare(load(small_mae(seed=9), reference), reference, "fp32", batches=8)
+    compare(load(small_mae(seed=9), reference), both(reference), "fp32")
 
 
 @pytest.mark.parametrize("return_pred", [True, False], ids=["pred", "no_pred"])
@@ -174,14 +189,14 @@ def test_encode_is_the_encoder_with_nothing_masked(mode):
     """In the order of the image: the reference told to keep everything, with noise that shuffles nothing."""
     reference = small_reference()
     model = load(small_mae(seed=9), reference)
-    imgs = images_for(model, N=4)
+    imgs = images_for(model, IMAGES)
     if mode == "bf16":
         model, reference, imgs = model.bfloat16(), reference.bfloat16(), imgs.bfloat16()
-    in_order = torch.linspace(0, 1, 24).expand(4, -1)
+    in_order = torch.linspace(0, 1, 24).expand(IMAGES, -1)
     with torch.autocast("cpu", BF16) if mode == "autocast" else nullcontext():
-        got, eager = model.encode(imgs), reference.forward_encoder(imgs, 0.0, in_order)[0]
+        got, eager = model.encode(imgs), [m.forward_encoder(imgs, 0.0, in_order)[0] for m in both(reference)]
     exact = copy.deepcopy(reference).double().forward_encoder(imgs.double(), 0.0, in_order)[0]
-    assert got.dtype == eager.dtype
+    assert got.dtype == eager[0].dtype
     assert_close_to_float64("encode", got, eager, exact)
 
 
@@ -190,7 +205,7 @@ def test_official_methods(mode):
     """forward_encoder and forward_decoder, called as a script would."""
     reference = small_reference()
     model = load(small_mae(seed=9), reference)
-    imgs = images_for(model, N=4)
+    imgs = images_for(model, IMAGES)
     if mode == "bf16":
         model, reference, imgs = model.bfloat16(), reference.bfloat16(), imgs.bfloat16()
     exact_model = copy.deepcopy(reference).double()
@@ -203,11 +218,12 @@ def test_official_methods(mode):
             return mask, ids_restore, latent, pred
 
     context = partial(torch.autocast, "cpu", BF16) if mode == "autocast" else nullcontext
-    got, eager, exact = run(model, imgs, context), run(reference, imgs, context), run(exact_model, imgs.double())
+    got, exact = run(model, imgs, context), run(exact_model, imgs.double())
+    eager = [run(m, imgs, context) for m in both(reference)]
     for i in range(2):
-        assert torch.equal(got[i], eager[i])
-    for name, a, b, c in zip(("latent", "pred"), got[2:], eager[2:], exact[2:], strict=True):
-        assert_close_to_float64(name, a, b, c)
+        assert torch.equal(got[i], eager[0][i])
+    for i, name in enumerate(("latent", "pred"), 2):
+        assert_close_to_float64(name, got[i], [results[i] for results in eager], exact[i])
 
 
 def test_random_masking_of_tokens():
@@ -259,11 +275,12 @@ def test_a_hundred_steps_of_training(exact_curve, autocast):
 
 
 def accumulated(model: nn.Module, dtype: torch.dtype = F32, **options: object) -> Tensor:
-    """Losses of micro batches, two for each of four optimizer steps, each micro batch with a mask ratio of its own."""
+    """Losses of micro batches, two for each optimizer step, each micro batch with another mask ratio than its neighbours."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
     losses = []
-    for i in range(8):
-        loss = model(images_for(model, seed=i).to(dtype), 0.9 - 0.1 * i, noise=noise_for(model, seed=i), **options).loss
+    for i in range(24):
+        imgs, noise = images_for(model, IMAGES, seed=i).to(dtype), noise_for(model, IMAGES, seed=i)
+        loss = model(imgs, 0.9 - 0.1 * (i % 8), noise=noise, **options).loss
         losses.append(loss.item())
         loss /= 2
         loss.backward()
@@ -277,6 +294,6 @@ def accumulated(model: nn.Module, dtype: torch.dtype = F32, **options: object) -
 def test_accumulated_gradients_and_a_mask_ratio_of_each_batch(options):
     reference = small_reference()
     model, exact = load(small_mae(seed=9), reference), copy.deepcopy(reference).double()
-    truth = accumulated(exact, torch.float64)
+    eager, truth = [accumulated(m) for m in both(reference)], accumulated(exact, torch.float64)
     assert truth[0] - truth[-1] > 0.05  # it learns
-    assert_close_to_float64("losses", accumulated(model, **options), accumulated(reference), truth)
+    assert_close_to_float64("losses", accumulated(model, **options), eager, truth)

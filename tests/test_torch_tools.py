@@ -7,7 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from support import Results, images_for, noise_for, small_mae, small_reference, stacked, step, widened
+from support import (
+    BATCHES,
+    IMAGES,
+    Results,
+    assert_results,
+    attends_otherwise,
+    images_for,
+    noise_for,
+    small_mae,
+    small_reference,
+    step,
+    widened,
+)
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -39,27 +51,21 @@ def run(model: nn.Module, **options: object) -> Results:
     return step(model, images_for(model), noise_for(model), **options)
 
 
-def check(got: list[Results], eager: list[Results], exact: list[Results]) -> None:
-    mine, theirs, truth = map(stacked, (got, eager, exact))
-    for name, value in mine.items():
-        assert_close_to_float64(name, value, theirs[name], truth[name])
-
-
 def check_steps(model: nn.Module, **options: object) -> None:
-    """Loss, prediction and gradients of eight batches by the error rule, under the names that checkpointing hides."""
+    """Loss, prediction and gradients of several batches by the error rule, under the names that checkpointing hides."""
     reference = small_reference(decoder_depth=2)
-    exact = copy.deepcopy(reference).double()
-    runs: tuple[list[Results], ...] = ([], [], [])
-    for seed in range(8):
-        imgs, noise = images_for(model, seed=seed), noise_for(model, seed=seed)
+    other, exact_model = attends_otherwise(reference), copy.deepcopy(reference).double()
+    got, eager, exact = list[Results](), (list[Results](), list[Results]()), list[Results]()
+    for seed in range(BATCHES):
+        imgs, noise = images_for(model, IMAGES, seed=seed), noise_for(model, IMAGES, seed=seed)
         results = step(model, imgs, noise, **options)
-        runs[0].append({name.replace("_checkpoint_wrapped_module.", ""): value for name, value in results.items()})
-        runs[1].append(step(reference, imgs, noise))
-        runs[2].append(step(exact, imgs.double(), noise))
-        masks = [results[-1].pop("mask") for results in runs]
-        assert torch.equal(masks[0], masks[1])
-    assert runs[1][0].keys() - runs[0][0].keys() == ({"pred"} if options else set())
-    check(*runs)
+        got.append({name.replace("_checkpoint_wrapped_module.", ""): value for name, value in results.items()})
+        eager[0].append(step(reference, imgs, noise))
+        eager[1].append(step(other, imgs, noise))
+        exact.append(step(exact_model, imgs.double(), noise))
+        assert torch.equal(got[-1].pop("mask"), eager[0][-1]["mask"])
+    assert exact[0].keys() - got[0].keys() == {"mask"} | ({"pred"} if options else set())
+    assert_results(got, eager, exact)
 
 
 @OPTIONS
@@ -153,13 +159,13 @@ def test_without_gradients(context, cast):
     """Nothing requires a gradient, and the numbers are the reference's by the error rule."""
     model, reference = make(), small_reference(decoder_depth=2)
     exact = copy.deepcopy(reference).double()
-    runs: tuple[list[Results], ...] = ([], [], [])
-    for seed in range(6):
-        imgs, noise = images_for(model, seed=seed), noise_for(model, seed=seed)
+    runs: tuple[list[Results], ...] = ([], [], [], [])
+    for seed in range(BATCHES):
+        imgs, noise = images_for(model, IMAGES, seed=seed), noise_for(model, IMAGES, seed=seed)
         with context(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            runs[0].append(inference(model, imgs, noise))
-            runs[1].append(inference(reference, imgs, noise))
+            for i, m in enumerate((model, reference, attends_otherwise(reference))):
+                runs[i].append(inference(m, imgs, noise))
         with context():
-            runs[2].append(inference(exact, imgs.double(), noise))
+            runs[3].append(inference(exact, imgs.double(), noise))
         assert not any(value.requires_grad for value in runs[0][-1].values())
-    check(*runs)
+    assert_results(runs[0], runs[1:3], runs[3])

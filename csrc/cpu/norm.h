@@ -42,11 +42,25 @@ inline Moments moments_about(float center, const X* x, int64_t D) {
   return {center, residue, variance < 0.0f ? 0.0f : variance};
 }
 
-// The first values of a row tell about where it lies; one whose mean is further from there than half its spread is looked at
-// again, or the sums would round worse. A constant row has exactly variance zero.
+// About where a row lies: the mean of its first values, of as many for every instruction set. They are added by halves, which is
+// exact where all are equal.
+template <typename X>
+inline float first_center(const X* x, int64_t D) {
+  constexpr int kVectors = 16 / kLanes;
+  if (D < kVectors * kLanes) return load_first(x, 1)[0];
+  Vec first[kVectors];
+  for (int i = 0; i < kVectors; ++i) first[i] = load(x + i * kLanes);
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) first[i] += first[i + half];
+  }
+  return sum(first[0]) / (kVectors * kLanes);
+}
+
+// A row whose mean is further from its first center than half its spread is looked at again, or the sums would round worse. A
+// constant row has exactly variance zero.
 template <typename X>
 inline Moments moments(const X* x, int64_t D) {
-  const Moments found = moments_about(D < kLanes ? load_first(x, 1)[0] : sum(load(x)) / kLanes, x, D);
+  const Moments found = moments_about(first_center(x, D), x, D);
   const bool is_near = 4.0f * found.residue * found.residue <= found.variance;
   return is_near ? found : moments_about(found.center + found.residue, x, D);
 }

@@ -83,16 +83,24 @@ struct Sums {
 template <int N, typename Body>
 inline Sums<N> sum_row(int64_t n, Body body) {
   constexpr int kChains = 4;  // independent additions, to hide their latency
-  Vec totals[kChains][N] = {};
+  constexpr int64_t kStep = kChains * kLanes;
+  constexpr int64_t kRun = 32 * kStep;  // values after which the chains start anew: short ones round better
+  Vec totals[kChains][N] = {}, done[N] = {};
   int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+  for (int64_t run = kRun; i + kStep <= n; run += kRun) {
+    for (; i < run && i + kStep <= n; i += kStep) {
 #pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) body(Whole{}, i + chain * kLanes, totals[chain]);
+      for (int chain = 0; chain < kChains; ++chain) body(Whole{}, i + chain * kLanes, totals[chain]);
+    }
+    for (int s = 0; s < N; ++s) {
+      done[s] += (totals[0][s] + totals[1][s]) + (totals[2][s] + totals[3][s]);
+      for (int chain = 0; chain < kChains; ++chain) totals[chain][s] = Vec{};
+    }
   }
   for (; i + kLanes <= n; i += kLanes) body(Whole{}, i, totals[0]);
   if (i < n) body(First{n - i}, i, totals[0]);
   Sums<N> sums;
-  for (int s = 0; s < N; ++s) sums.of[s] = sum((totals[0][s] + totals[1][s]) + (totals[2][s] + totals[3][s]));
+  for (int s = 0; s < N; ++s) sums.of[s] = sum(done[s] + totals[0][s]);
   return sums;
 }
 

@@ -88,6 +88,13 @@ def test_widths(isa, D, dtypes):
     check([make(5, 7, D, dtypes=dtypes) for _ in range(8)], dtypes[2])
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (F32, F32, F32)], ids=["widening", "fp32"])
+def test_wide_rows_sum_in_short_chains(isa, dtypes):
+    """Widths of ViT-H and of a feature map: the statistics stay as exact as torch's, whatever the vectors are wide."""
+    for D in (1280, 5000):
+        check([make(3, D, dtypes=dtypes) for _ in range(8)], F32)
+
+
 @pytest.mark.parametrize("shape", [(20,), (1, 20), (16, 20), (17, 20), (2, 3, 5, 20), (2500, 20), (40_000, 3)], ids=str)
 @pytest.mark.parametrize("dtypes", FEW.values(), ids=FEW)
 def test_rows(isa, shape, dtypes):

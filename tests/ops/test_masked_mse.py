@@ -109,28 +109,28 @@ def test_reference_gradients(norm_pix, compact):
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("patch", PATCHES, ids=str)
 def test_patches(isa, patch, dtypes, norm_pix):
-    check([make(patch, dtypes=dtypes) for _ in range(6)], patch, norm_pix)
+    check([make(patch, dtypes=dtypes) for _ in range(16)], patch, norm_pix)
 
 
 @pytest.mark.parametrize("C", [1, 3, 4, 13])
 @pytest.mark.parametrize("dtypes", [FLOATS, BYTES, AUTOCAST], ids=["fp32", "uint8", "autocast"])
 def test_channels(isa, C, dtypes):
-    check([make((7, 5), C=C, dtypes=dtypes) for _ in range(6)], (7, 5))
+    check([make((7, 5), C=C, dtypes=dtypes) for _ in range(16)], (7, 5))
 
 
 def test_patches_of_one_value(isa):
-    check([make((1, 1), C=1, grid=(13, 17)) for _ in range(6)], (1, 1), norm_pix=False)
+    check([make((1, 1), C=1, grid=(13, 17)) for _ in range(16)], (1, 1), norm_pix=False)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtypes", [FLOATS, AUTOCAST], ids=["fp32", "autocast"])
 def test_weights(isa, weights, dtypes):
-    check([make((4, 4), N=3, dtypes=dtypes, weights=weights) for _ in range(6)], (4, 4))
+    check([make((4, 4), N=3, dtypes=dtypes, weights=weights) for _ in range(16)], (4, 4))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_removed_rows_alone(isa, dtypes):
-    check([make((7, 5), N=3, dtypes=dtypes, compact=True) for _ in range(6)], (7, 5))
+    check([make((7, 5), N=3, dtypes=dtypes, compact=True) for _ in range(16)], (7, 5))
 
 
 @pytest.mark.parametrize("norm_pix", [True, False], ids=["norm_pix", "pixels"])
@@ -192,7 +192,7 @@ def test_layouts(isa, layout, dtypes):
         other = layout if layout in LAYOUTS.values() else LAYOUTS["padded"]
         return {name: lay_out(layout if name == "imgs" else other, t) for name, t in inputs.items()}
 
-    check([make((8, 6), dtypes=dtypes) for _ in range(6)], (8, 6), layout=laid_out)
+    check([make((8, 6), dtypes=dtypes) for _ in range(16)], (8, 6), layout=laid_out)
 
 
 @pytest.mark.parametrize("dim", range(3))
