@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.labelled import Chosen, Labelled
+from ..data.open import tell
 from ..device import find_device
 from ..errors import UserError
 from ..evaluate import commands, finetune
@@ -68,9 +69,10 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
     if budget.images is not None and budget.images > len(data):
         raise UserError(f"--images must be at most {len(data)}, all that {base.data_path} has to train on; it is {budget.images}")
     labelled = Labelled(base.data_path, eval_split=budget.eval_split, label_fraction=budget.label_fraction)
-    _, taken, _ = labelled.opened(data.channels, base.seed)
+    _, taken, evaluated = labelled.opened(data.channels, base.seed)
     check_writable(folder, "--output_dir")
     done = _done(folder, _plan(base, budget))
+    tell(data, evaluated)
     if budget.images is not None:
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(base.seed))[: budget.images]
         data = Chosen(data, chosen)  # type: ignore[assignment]

@@ -75,7 +75,7 @@ class Labelled:
 
     def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
         """The data set to learn from, the indices of the images in it to take, and the one to score. Raises UserError."""
-        train, evaluated = open_images(self.data, self.train_split, channels), open_images(self.data, self.eval_split, channels)
+        train, evaluated = (open_images(self.data, split, channels) for split in (self.train_split, self.eval_split))
         for images, name in ((train, self.train_split), (evaluated, self.eval_split)):
             if len(images.classes) < 2:
                 raise UserError(f"DATA must have two classes or more; the {name} part of {self.data} has {len(images.classes)}")

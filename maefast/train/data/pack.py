@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..._files import replace_file
 from ..errors import UserError
-from .open import open_images
+from .open import open_images, tell
 from .sources import ArrayImages, ImageDataset
 
 
@@ -61,6 +61,8 @@ def _write(data: ImageDataset, folder: Path, size: int) -> int:
     with open(folder / "images.npy", "wb") as file:
         _write_header(file, (len(data), *shape))
         for index, image, stored_size in _squares(data, size):
+            if not kept:
+                tell(data)
             file.write(image.permute(1, 2, 0).contiguous().numpy().data)
             kept.append(index)
             sizes.append(stored_size)

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,7 @@ from torch import Tensor
 from ..errors import UnreadableImage, UserError, require
 from .crops import BoxOf, Size
 from .decode import MODES, channels_of, decode, part_of, resized, with_channels
-
-EXTENSIONS = frozenset(
-    (".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
-SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+from .folders import COMMON, listed, readable_extensions
 
 
 class ImageDataset:
@@ -27,14 +25,27 @@ class ImageDataset:
     labels     (len,) int64, -1 where there is none
     channels   of what `read` returns
     skipped    what `try_read` could not read, by index; a worker process has a list of its own
+    source     where the images come from, and of which kind; left_out  files there that are no images of the set, by reason
     """
+
+    kind = "images"
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], channels: int) -> None:
         self.labels, self.classes, self.channels = labels, classes, channels
         self.skipped: dict[int, UnreadableImage] = {}
+        self.source, self.left_out = self.kind, Counter[str]()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def described(self) -> str:
+        """What was opened, in a line."""
+        classes, unlabelled = len(self.classes), int((self.labels < 0).sum())
+        labels = (
+            f"{classes} classes" + (f", {unlabelled} images without a label" if unlabelled else "") if classes else "no labels"
+        )
+        left_out = f"; left out: {listed(self.left_out)}" if self.left_out else ""
+        return f"{self.source}: {len(self)} images, {labels}{left_out}"
 
     def read(self, index: int, size: Size | None = None, box: BoxOf | None = None) -> Tensor:
         """uint8 (channels, *size): the part box(height, width) of an image, resized to `size` = (height, width).
@@ -85,6 +96,8 @@ class EncodedImages(ImageDataset):
 class FileImages(EncodedImages):
     """One file per image."""
 
+    kind = "image files"
+
     def __init__(self, paths: Sequence[str], labels: Tensor, classes: tuple[str, ...], channels: int | None) -> None:
         self.paths = paths
         super().__init__(labels, classes, channels)
@@ -99,20 +112,23 @@ class TarImages(EncodedImages):
     The shards are scanned once; an image is then one seek and one read.
     """
 
+    kind = "tar shards"
+
     def __init__(self, shards: Sequence[Path], channels: int | None) -> None:
         self.shards, self.names, labels = shards, list[str](), list[int]()
-        spans = list[tuple[int, int, int]]()
+        spans, left_out = list[tuple[int, int, int]](), Counter[str]()
         for number, shard in enumerate(shards):
-            images, shard_labels = _scan(shard)
-            for key, member in images:
-                self.names.append(member.name)
-                spans.append((number, member.offset_data, member.size))
+            images, shard_labels = _scan(shard, left_out)
+            for key, (name, offset, size) in images:
+                self.names.append(name)
+                spans.append((number, offset, size))
                 labels.append(shard_labels.get(key, -1))
         if not spans:
-            raise UserError(f"no image ({' '.join(sorted(EXTENSIONS))}) in {_listed(shards)}")
+            raise UserError(f"no image ({COMMON}) in {_listed(shards)}")
         self.spans = torch.tensor(spans)  # (len, 3): shard, offset, bytes
         classes = tuple(str(label) for label in range(max(labels) + 1))
         super().__init__(torch.tensor(labels), classes, channels)
+        self.left_out = left_out
 
     def stored(self, index: int) -> tuple[str, bytes]:
         shard, offset, size = self.spans[index].tolist()
@@ -129,30 +145,51 @@ def _listed(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{len(paths)} tar files beside {paths[0]}"
 
 
-def _scan(shard: Path) -> tuple[list[tuple[str, tarfile.TarInfo]], dict[str, int]]:
-    """The image members of a tar file with their keys, and the labels by key."""
-    images, labels = list[tuple[str, tarfile.TarInfo]](), dict[str, int]()
+def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[str, int, int]]], dict[str, int]]:
+    """The image members of a tar file, each with its key, name, offset and size, and the labels by key."""
+    images, labels = list[tuple[str, tuple[str, int, int]]](), dict[str, int]()
+    stored, sparse = dict[str, tuple[int, int]](), (tarfile.GNUTYPE_SPARSE,)
+    extensions = readable_extensions()
     try:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
             for member in tar:
                 end = tar.offset
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                key = f"{folder}/{stem}"
-                if not member.isfile() or name.startswith("."):
-                    continue
-                if dot + extension.lower() in EXTENSIONS:
-                    images.append((key, member))
-                elif extension == "cls":
-                    file.seek(member.offset_data)
-                    labels[key] = _label(shard, member.name, file.read(member.size))
+                name = posixpath.normpath(member.name)
+                if member.isfile() and member.type not in sparse:
+                    stored[name] = member.offset_data, member.size
+                elif member.islnk():  # the same file under another name: its content was stored before
+                    stored[name] = stored.get(posixpath.normpath(member.linkname), (0, 0))
+                elif not member.isdir():
+                    left_out["links or special files"] += 1
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("its end-of-archive block is missing, so the end may have been cut off")
+            samples = {key_of(name)[0] for name in stored if key_of(name)[1] in extensions}
+            for name, (offset, size) in stored.items():
+                key, extension = key_of(name)
+                base, last = posixpath.splitext(name)
+                if posixpath.basename(name).startswith("."):
+                    left_out["hidden"] += 1
+                elif extension == ".cls" or (last == ".cls" and key not in samples):
+                    file.seek(offset)
+                    labels[key if extension == ".cls" else base] = _label(shard, name, file.read(size))
+                elif extension in extensions:
+                    images.append((key, (name, offset, size)))
+                elif last.lower() in extensions and key not in samples:  # the name itself has dots
+                    images.append((base, (name, offset, size)))
+                else:
+                    left_out[f"of another format ({extension or 'no ending'})"] += 1
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{shard} cannot be read as an uncompressed tar file: {error}") from error
     return images, labels
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """A member's sample and its part of it by webdataset's naming: the name up to its first dot, and from there on."""
+    folder, name = posixpath.split(name)
+    stem, dot, extension = name.partition(".")
+    return posixpath.join(folder, stem), (dot + extension).lower()
 
 
 def _label(shard: Path, name: str, content: bytes) -> int:
@@ -171,6 +208,8 @@ class ArrayImages(ImageDataset):
     names; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the images were stretched to one size, and
     boxes are in pixels of the original.
     """
+
+    kind = "array"
 
     def __init__(self, path: Path, channels: int | None) -> None:
         self.path = path

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .. import checkpoints
 from ..data.crops import still
 from ..data.labelled import Labelled, augmented, reading
+from ..data.open import tell
 from ..errors import UserError
 from ..optim import adamw
 from . import supervised
@@ -74,6 +75,7 @@ def finetune(
     learning: dict[str, Any] = {"model": encoder, "optimizer": optimizer} | ({} if average is None else {"average": average})
     identity = _identity(source, data, recipe, tuning, augmentation, len(train))
     records = _resumed(output, learning, identity)
+    tell(train.images, evaluated)
 
     view = still(encoder.patch_embed.img_size, data.crop_pct)
     scored = reading(evaluated, encoder.patch_embed.img_size, lambda epoch: view)

@@ -70,7 +70,7 @@ def robustness(path: Path, check: Check, out: Path | None = None) -> dict[str, A
 
 def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tensor]:
     """The images, and for each the class of the classifier."""
-    from ..data.open import open_images
+    from ..data.open import open_images, tell
 
     path = getattr(check, name)
     split = check.eval_split if name == "data" else None
@@ -90,6 +90,7 @@ def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tenso
     if strange := [its for its in names if its not in ours]:
         hint = nearest(strange[0], classifier.classes) if len(ours) < 50 else "--class_map tells which it is"
         raise UserError(f"{path} must have classes of the classifier; it has {strange[0]!r}: {hint}")
+    tell(images)
     return images, torch.tensor([ours[its] for its in names])[images.labels]
 
 

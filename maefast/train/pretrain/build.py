@@ -21,7 +21,7 @@ SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "
 
 def training_images(options: Options) -> ImageDataset:
     """The images to train on. Raises UserError."""
-    return open_images(options.data_path, "train", options.in_chans)
+    return open_images(options.data_path, "train", options.in_chans, options.output_dir)
 
 
 def check_options(options: Options, group: Group, batch: int, images: int) -> None:

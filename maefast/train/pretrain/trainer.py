@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from ...ops import len_keep
 from ..baseline import reference_on
 from ..checkpoints import Position
+from ..data.open import tell
 from ..data.pretraining import Augmented, Batch, Keys, dead_workers_reported, evenly_spaced, load_batches
+from ..data.sources import ImageDataset
 from ..device import find_device
 from ..errors import UserError
 from ..files import check_writable
@@ -34,14 +36,11 @@ from .saver import Saver
 from .signals import stop_signals
 from .state import RunState
 
-if TYPE_CHECKING:
-    from ..data.sources import ImageDataset
-
 # How many steps later a loss is looked at: on a GPU one, so that it never stands still for it.
 LAG = {"cpu": 0, "cuda": 1}
 
 
-def pretrain(options: Options, data: "ImageDataset | Callable[[], ImageDataset]") -> dict[str, Any]:
+def pretrain(options: Options, data: ImageDataset | Callable[[], ImageDataset]) -> dict[str, Any]:
     """Train, save, log and draw to options.output_dir; SIGTERM or SIGUSR2 to any process saves at the next step and returns.
 
     data     the images, or what opens them, called when the processes of the run, where there are several, have found each other
@@ -62,7 +61,7 @@ def pretrain(options: Options, data: "ImageDataset | Callable[[], ImageDataset]"
 class Trainer:
     """Takes a RunState through the steps of a run, in one of its processes."""
 
-    def __init__(self, options: Options, data: "ImageDataset", group: Group):
+    def __init__(self, options: Options, data: ImageDataset, group: Group):
         """Raises UserError, in all processes alike and before anything is written, for what does not fit together."""
         self.options, self.data, self.group = options, data, group
         self.batch = options.batch_size * options.accum_iter * group.world_size  # images of a step
@@ -158,6 +157,8 @@ class Trainer:
 
     def _introduce(self, journal: Journal | None) -> None:
         options, say = self.options, self.report.say
+        if self.group.main:
+            tell(self.data)
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
         processes = f" in each of {self.group.world_size} processes" if self.group.world_size > 1 else ""
