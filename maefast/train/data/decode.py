@@ -1,6 +1,7 @@
 """Pixels as uint8 tensors: image files of any mode, and arrays, cropped and resized in one step."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UnreadableImage
 from .crops import Box, BoxOf, Size
+from .metadata import without_metadata
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +32,8 @@ def _blamed_on(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a decoder may raise anything on a broken file
-        why = f"{type(error).__name__}: {error}".replace(name, Path(name).name)
+        why = re.sub("<_io.BytesIO object at 0x[0-9a-f]+>", repr(Path(name).name), f"{type(error).__name__}: {error}")
+        why = why.replace(name, Path(name).name)
         raise UnreadableImage(name, " ".join(why.split())) from error
 
 
@@ -50,16 +53,38 @@ def decode(name: str, file: str | bytes, channels: int, size: Size | None, box: 
 
     name     what errors call it
     file     its path, or its bytes
-    Raises UnreadableImage.
+    Raises UnreadableImage; metadata that cannot be read is no reason for it.
     """
+    try:
+        return _decode(name, file, channels, size, box)
+    except UnreadableImage as error:
+        bare = without_metadata(file if isinstance(file, bytes) else _content(error, file))
+        if bare is None:
+            raise
+        try:
+            return _decode(name, bare, channels, size, box)
+        except UnreadableImage:
+            raise error from error.__cause__
+
+
+def _content(error: UnreadableImage, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        raise error from error.__cause__
+
+
+def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
     with _blamed_on(name):
         image = None if channels not in MODES or (channels == 4 and is_tiff(file)) else _open(file)
     if image is None:
         return _decode_tiff(name, file, channels, size, box)
     with image:
         with _blamed_on(name):
-            turned = image.format == "TIFF"  # by Pillow, as it loads
-            turn = TURNS[1] if turned else TURNS.get(image.getexif().get(ORIENTATION, 1), TURNS[1])
+            turned = image.format == "TIFF"  # by Pillow, as it loads; releases before 11.1 change the size only then
+            if turned:
+                image.load()
+            turn = TURNS[1] if turned else TURNS.get(_orientation(image), TURNS[1])
             height, width = image.size if turn.swap else image.size[::-1]
         part = part_of(box, height, width)
         out = size or (round(part[3] - part[1]), round(part[2] - part[0]))
@@ -113,6 +138,14 @@ def _open(file: str | bytes) -> "Image | None":
         if is_tiff(file):
             return None
         raise
+
+
+def _orientation(image: "Image") -> Any:
+    """EXIF's orientation; 1 for EXIF that cannot be read, since the pixels can be."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a parser may raise anything on broken metadata
+        return 1
 
 
 def _readable(file: str | bytes) -> Any:

@@ -128,8 +128,8 @@ def _image_files(folder: Path, exclude: Path | None) -> list[Path]:
 def _parts(path: Path, exclude: Path | None) -> dict[str, list[Path]]:
     """Where each part of a folder lies: its subfolder, its list, its first shard, its idx file. Raises UserError."""
     parts = defaultdict[str, list[Path]](list)
-    for split, folder in split_folders(path, exclude).items():
-        parts[split].append(folder)
+    for name, folder in split_folders(path, exclude).items():
+        parts[name].append(folder)
     for file in _lists(path):
         if split := split_of(file.stem):
             parts[split].append(file)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from ...ops import len_keep
 from ..baseline import reference_on
 from ..checkpoints import Position
 from ..data.open import tell
-from ..data.pretraining import Augmented, Batch, Keys, dead_workers_reported, evenly_spaced, load_batches
+from ..data.pretraining import Augmented, Batch, Keys, Unreadable, dead_workers_reported, evenly_spaced, load_batches
 from ..data.sources import ImageDataset
 from ..device import find_device
 from ..errors import UserError
@@ -262,17 +262,18 @@ class Trainer:
             self.state.count(loss)
         return True
 
-    def _skip(self, unreadable: Sequence[str]) -> None:
-        """Count what cannot be read, and name it once."""
-        for line in sorted(set(unreadable) - self.state.unreadable):
-            self.report.say(f"skipped {line}")
-        self.state.unreadable.update(unreadable)
+    def _skip(self, unreadable: Iterable[Unreadable]) -> None:
+        """Count what cannot be read, and name it once, whatever the reason is at another crop of it."""
+        for name, why in sorted(unreadable):
+            if name not in self.state.unreadable:
+                self.report.say(f"skipped {name}: {why}" if why else f"skipped {name}")
+                self.state.unreadable[name] = why
 
     def _gather(self) -> None:
         """Read all losses, and share what could not be read."""
         self._read_losses()
-        for lines in self.group.all_gather(sorted(self.state.unreadable)):
-            self._skip(lines)
+        for unreadable in self.group.all_gather(sorted(self.state.unreadable.items())):
+            self._skip(unreadable)
 
     def _save(self) -> None:
         self._gather()
