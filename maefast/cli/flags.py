@@ -53,7 +53,12 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
 def add_labelled(parser: argparse.ArgumentParser) -> None:
     choice(parser, "--train_split", SPLITS, "the part of DATA to learn from (%(default)s)", default="train")
     choice(parser, "--eval_split", SPLITS, "the part of DATA to score (%(default)s)", default="val")
+    add_val_path(parser)
     parser.add_argument("--label_fraction", type=PART, default=1.0, help="of each class to learn from (%(default)s)")
+
+
+def add_val_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--val_path", type=Path, metavar="PATH", help="the images to score, where they are not in DATA")
 
 
 def add_recipe(parser: argparse.ArgumentParser, **defaults: float | None) -> None:

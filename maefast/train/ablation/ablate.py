@@ -40,6 +40,7 @@ class Budget:
     images: int | None = None  # of the training part, to pre-train on, by the seed; None: all
     label_fraction: float = 1.0  # of the training part, to learn from with labels
     eval_split: str = "val"
+    val_path: Path | None = None
     probe_epochs: int = 90
     probe_blr: float | None = None  # the best on held-out images
     finetune_epochs: int = 50
@@ -68,14 +69,15 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
         _check(row, base, data.channels)
     if budget.images is not None and budget.images > len(data):
         raise UserError(f"--images must be at most {len(data)}, all that {base.data_path} has to train on; it is {budget.images}")
-    labelled = Labelled(base.data_path, eval_split=budget.eval_split, label_fraction=budget.label_fraction)
+    chosen = {name: getattr(budget, name) for name in ("eval_split", "val_path", "label_fraction")}
+    labelled = Labelled(base.data_path, exclude=folder, **chosen)
     _, taken, evaluated = labelled.opened(data.channels, base.seed)
     check_writable(folder, "--output_dir")
     done = _done(folder, _plan(base, budget))
     tell(data, evaluated)
     if budget.images is not None:
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(base.seed))[: budget.images]
-        data = Chosen(data, chosen)  # type: ignore[assignment]
+        ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(base.seed))[: budget.images]
+        data = Chosen(data, ids)  # type: ignore[assignment]
     for row in rows:
         if row.name not in done:
             try:

@@ -18,7 +18,8 @@ from .folders import (
     split_of_shard,
     walk,
 )
-from .lists import LISTS, in_order, listed_images
+from .labels import named
+from .lists import LISTS, listed_images
 from .sources import ArrayImages, FileImages, ImageDataset, TarImages
 
 __all__ = ["Box", "ImageDataset", "UnreadableImage", "find_images", "folder_images", "open_images", "open_part", "tell"]
@@ -193,7 +194,7 @@ def folder_images(root: Path, channels: int | None = None, exclude: Path | None 
     left_out = Counter[str]()
     paths = find_images(root, exclude, left_out)
     parts = set() if is_part else {folder.name for folder in split_folders(root, exclude).values()}
-    labels, classes = in_order([_class_name(path.relative_to(root), parts) for path in paths])
+    labels, classes = named([_class_name(path.relative_to(root), parts) for path in paths])
     images = FileImages([str(path) for path in paths], labels, classes, channels)
     images.source, images.left_out = f"{root} ({images.kind}, all of it)", left_out
     return images

@@ -16,6 +16,9 @@ from ..errors import UnreadableImage, UserError, require
 from .crops import BoxOf, Size
 from .decode import MODES, channels_of, decode, part_of, resized, with_channels
 from .folders import COMMON, listed, readable_extensions
+from .labels import numbered
+
+MOST_DIGITS = 40  # of a label
 
 
 class ImageDataset:
@@ -126,8 +129,7 @@ class TarImages(EncodedImages):
         if not spans:
             raise UserError(f"no image ({COMMON}) in {_listed(shards)}")
         self.spans = torch.tensor(spans)  # (len, 3): shard, offset, bytes
-        classes = tuple(str(label) for label in range(max(labels) + 1))
-        super().__init__(torch.tensor(labels), classes, channels)
+        super().__init__(*numbered(labels), channels)
         self.left_out = left_out
 
     def stored(self, index: int) -> tuple[str, bytes]:
@@ -194,7 +196,7 @@ def key_of(name: str) -> tuple[str, str]:
 
 def _label(shard: Path, name: str, content: bytes) -> int:
     text = content.strip()
-    if not text.isdigit() or len(text) > 9:
+    if text != b"-1" and not (text.isdigit() and len(text) <= MOST_DIGITS):
         raise UserError(f"{name} in {shard} must hold a class number, 0 or more; it holds {content[:20]!r}")
     return int(text)
 
@@ -227,11 +229,16 @@ class ArrayImages(ImageDataset):
         if channels != stored and {channels, stored} != {1, 3}:
             raise UserError(f"channels must be {stored}, as {path} has; it is {channels}")
         beside = {what: _beside(path, what) for what in ("labels", "sizes", "classes")}
-        labels = torch.full((len(self.values),), -1)
-        if beside["labels"]:
-            labels = torch.from_numpy(_integers(beside["labels"], (len(labels),)))
-        self.sizes = torch.from_numpy(_integers(beside["sizes"], (len(labels), 2))) if beside["sizes"] else None
-        super().__init__(labels, _classes(beside["classes"], int(labels.max()) + 1), channels)
+        count = len(self.values)
+        numbers = _integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
+        if min(numbers) < -1:
+            raise UserError(f"{beside['labels']} must hold numbers of classes, or -1 for none; it holds {min(numbers)}")
+        self.sizes = torch.from_numpy(_integers(beside["sizes"], (count, 2)).astype("int64")) if beside["sizes"] else None
+        labels, classes = numbered(numbers)
+        if beside["classes"]:
+            classes = _classes(beside["classes"], max(numbers) + 1)
+            labels = torch.tensor(numbers)
+        super().__init__(labels, classes, channels)
 
     @property
     def values(self) -> Any:
@@ -301,13 +308,11 @@ def _integers(path: Path, shape: tuple[int, ...]) -> Any:
     values = _array(path)
     if values.dtype.kind not in "iu" or values.shape != shape:
         raise UserError(f"{path} must hold integers of the shape {shape}; it holds {values.dtype} of the shape {values.shape}")
-    return values.astype("int64")
+    return values
 
 
-def _classes(path: Path | None, count: int) -> tuple[str, ...]:
-    """The names in a JSON list, numbers without one."""
-    if path is None:
-        return tuple(str(label) for label in range(count))
+def _classes(path: Path, count: int) -> tuple[str, ...]:
+    """The names in a JSON list."""
     try:
         names = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -73,7 +73,7 @@ def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tenso
     from ..data.open import open_images, tell
 
     path = getattr(check, name)
-    split = check.eval_split if name == "data" else None
+    split = check.eval_split if name == "data" and not path.is_file() else None
     images = open_images(path, split, classifier.model.patch_embed.proj.in_channels)
     check_fits(classifier.model, images)
     if check.data is path and check.kinds and images.channels not in (1, 3):
