@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import mmap
 import pickle
 import re
 import zipfile
@@ -21,7 +22,7 @@ DEEPSPEED_WEIGHTS, DEEPSPEED_LATEST = "mp_rank_00_model_states.pt", "latest"
 PICKLED = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt")
-LARGEST_JSON = 64 << 20
+LARGEST_JSON, LARGEST_PICKLE = 64 << 20, 16 << 20  # an object of a pickle may be of 56 bytes for one
 
 # Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a log of mmengine, a loss scaler
 # of DeepSpeed. An inert object takes the place of each, and nothing of the package is imported or run.
@@ -29,6 +30,8 @@ BYSTANDERS = (
     "accelerate", "deepspeed", "easydict", "lightly", "lightning", "lightning_fabric", "lightning_utilities", "ml_collections",
     "mmcv", "mmengine", "mmpretrain", "mmselfsup", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "timm", "transformers",
 )  # fmt: skip
+
+ALLOCATES = b"\nbytearray\n"  # a type that torch's unpickler makes as large as a number says
 
 
 class CheckpointError(ValueError):
@@ -93,7 +96,7 @@ def _weights_of(folder: Path) -> Path:
     if (folder / DEEPSPEED_LATEST).is_file():
         tag = (folder / DEEPSPEED_LATEST).read_bytes()[:256].decode(errors="replace").strip()
         if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
-            raise CheckpointError(f"{folder / DEEPSPEED_LATEST} must name a folder beside it; it holds {tag!r}")
+            raise CheckpointError(f"{folder / DEEPSPEED_LATEST} must name a folder beside it; it holds {tag[:40]!r}")
         folder = folder / tag
     for name in (WEIGHTS, THEIR_WEIGHTS, DEEPSPEED_WEIGHTS):
         if (folder / name).exists():
@@ -139,6 +142,9 @@ def _read_file(path: Path) -> Contents:
     if head.startswith(b"PK"):
         entries = _read_zip(path)
     elif head.startswith(b"\x80"):  # torch.save's format before 1.6
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(ALLOCATES) >= 0:
+                raise _refusal(path, "builtins.bytearray")
         entries = _read_pickled(path, mapped=False)
     elif head[8:] == b"{":
         entries = _read_safetensors(path)
@@ -168,6 +174,11 @@ def _read_zip(path: Path) -> dict[Any, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
+            large = next((record.file_size for record in pickles if record.file_size > LARGEST_PICKLE), 0)
+            allocates = not large and any(
+                ALLOCATES in archive.read(record) for record in pickles if record.compress_type == zipfile.ZIP_STORED
+            )
     except Exception as error:  # whatever the bytes lead the parser to
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     names = {record.filename.rpartition("/")[2] for record in records}
@@ -177,6 +188,10 @@ def _read_zip(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path} is a zip archive that torch.save did not write: it has no data.pkl")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # they would be mapped as they lie there
         raise CheckpointError(f"{path} is a compressed zip archive; torch.save writes it without compression")
+    if large:
+        raise CheckpointError(f"{path} must have a pickle of at most {LARGEST_PICKLE >> 20} MiB; it has {large >> 20} MiB")
+    if allocates:
+        raise _refusal(path, "builtins.bytearray")
     return _read_pickled(path, mapped=True)
 
 
@@ -211,11 +226,11 @@ def _read_pickled(path: Path, mapped: bool) -> dict[Any, Any]:
     return loaded
 
 
-def _refusal(path: Path, name: str, error: Exception) -> CheckpointError:
+def _refusal(path: Path, name: str, error: Exception | None = None) -> CheckpointError:
     if re.search(r"\b(DTensor|ShardedTensor)", str(error)):
         return sharded(path)
     if not name:
-        return CheckpointError(f"{path} is damaged: {_first_line(error)}")
+        return CheckpointError(f"{path} is damaged: {_first_line(error) if error else 'its pickle names nothing'}")
     return CheckpointError(
         f"{path} holds a {name}, which could run code when it is read, and is refused: "
         "save the state_dict alone with torch.save, where the file is your own"

@@ -1,5 +1,6 @@
 """Pixels as uint8 tensors: image files of any mode, and arrays, cropped and resized in one step."""
 
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -86,6 +87,8 @@ def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box:
                 image.load()
             turn = TURNS[1] if turned else TURNS.get(_orientation(image), TURNS[1])
             height, width = image.size if turn.swap else image.size[::-1]
+            if not height or not width:
+                raise ValueError(f"it has {height} x {width} pixels")
         part = part_of(box, height, width)
         out = size or (round(part[3] - part[1]), round(part[2] - part[0]))
         part, out = turn.stored(part, height, width), out[::-1] if turn.swap else out
@@ -216,6 +219,8 @@ def tiff_bands(name: str, file: str | bytes) -> Any:
             import tifffile
         except ImportError as error:
             raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[train]"') from error
+        if not (log := logging.getLogger("tifffile")).level:
+            log.setLevel(logging.CRITICAL)  # a line for each tag of a broken file, which is named once already
         pixels = tifffile.imread(_readable(file), series=0)
         if pixels.ndim == 2:
             pixels = pixels[..., None]
@@ -246,6 +251,8 @@ def _decode_tiff(name: str, file: str | bytes, channels: int, size: Size | None,
     with _blamed_on(name):
         if pixels.shape[-1] != channels and {pixels.shape[-1], channels} != {1, 3}:
             raise ValueError(f"it has {pixels.shape[-1]} channels, not {channels}")
+        if not pixels.size:
+            raise ValueError(f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels")
         if pixels.dtype != "uint8":
             pixels = stretched(pixels)
     return with_channels(resized(pixels, part_of(box, *pixels.shape[:2]), size), channels)

@@ -1,7 +1,6 @@
 """Where images come from: files, tar shards, arrays. Each is an ImageDataset; `open.open_images` chooses."""
 
-import gzip
-import json
+import math
 import posixpath
 import tarfile
 from collections import Counter
@@ -13,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UnreadableImage, UserError, require
+from .arrays import find_beside, read_array, read_classes, read_integers
 from .crops import BoxOf, Size
 from .decode import MODES, channels_of, decode, part_of, resized, with_channels
 from .folders import COMMON, listed, readable_extensions
 from .labels import numbered
 
 MOST_DIGITS = 40  # of a label
+LARGEST_IMAGE = 1 << 27  # pixels that an array's image grows to
 
 
 class ImageDataset:
@@ -156,6 +157,8 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
             for member in tar:
+                if tar.offset <= end:
+                    raise tarfile.ReadError(f"the size of {member.name} leads back to where it has been read")
                 end = tar.offset
                 name = posixpath.normpath(member.name)
                 if member.isfile() and member.type not in sparse:
@@ -175,15 +178,18 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
                     left_out["hidden"] += 1
                 elif extension == ".cls" or (last == ".cls" and key not in samples):
                     file.seek(offset)
-                    labels[key if extension == ".cls" else base] = _label(shard, name, file.read(size))
+                    labels[key if extension == ".cls" else base] = _label(shard, name, file.read(min(size, tarfile.BLOCKSIZE)))
                 elif extension in extensions:
                     images.append((key, (name, offset, size)))
                 elif last.lower() in extensions and key not in samples:  # the name itself has dots
                     images.append((base, (name, offset, size)))
                 else:
                     left_out[f"of another format ({extension or 'no ending'})"] += 1
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{shard} cannot be read as an uncompressed tar file: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever the bytes lead the parser to
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{shard} cannot be read as an uncompressed tar file: {why}") from error
     return images, labels
 
 
@@ -228,22 +234,24 @@ class ArrayImages(ImageDataset):
         channels = channels or stored
         if channels != stored and {channels, stored} != {1, 3}:
             raise UserError(f"channels must be {stored}, as {path} has; it is {channels}")
-        beside = {what: _beside(path, what) for what in ("labels", "sizes", "classes")}
+        beside = {what: find_beside(path, what) for what in ("labels", "sizes", "classes")}
         count = len(self.values)
-        numbers = _integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
+        numbers = read_integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
         if min(numbers) < -1:
             raise UserError(f"{beside['labels']} must hold numbers of classes, or -1 for none; it holds {min(numbers)}")
-        self.sizes = torch.from_numpy(_integers(beside["sizes"], (count, 2)).astype("int64")) if beside["sizes"] else None
+        if beside["sizes"] and read_integers(beside["sizes"], (count, 2)).min() < 1:
+            raise UserError(f"{beside['sizes']} must hold heights and widths, each 1 or more; it holds another number")
+        self.sizes = torch.from_numpy(read_integers(beside["sizes"], (count, 2)).astype("int64")) if beside["sizes"] else None
         labels, classes = numbered(numbers)
         if beside["classes"]:
-            classes = _classes(beside["classes"], max(numbers) + 1)
+            classes = read_classes(beside["classes"], max(numbers) + 1)
             labels = torch.tensor(numbers)
         super().__init__(labels, classes, channels)
 
     @property
     def values(self) -> Any:
         if self._values is None:
-            self._values = _array(self.path)
+            self._values = read_array(self.path)
         return self._values
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,54 +277,8 @@ class ArrayImages(ImageDataset):
         height, width = (rows, columns) if self.sizes is None else self.sizes[index].tolist()
         left, top, right, bottom = part_of(box, height, width)
         size = size or (round(bottom - top), round(right - left))
+        if min(size) < 1 or math.prod(size) > LARGEST_IMAGE:
+            what = f"its original has {height} x {width} pixels, more than {LARGEST_IMAGE} are asked for; give a smaller size"
+            raise UnreadableImage(f"{self.path}: image {index}", what)
         part = (left * columns / width, top * rows / height, right * columns / width, bottom * rows / height)
         return with_channels(resized(pixels, part, size), self.channels)
-
-
-def _beside(path: Path, what: str) -> Path | None:
-    """The file that belongs to an images file by its name, None where there is none."""
-    if "images" not in path.name:
-        return None
-    name = path.name.replace("images", what).replace("idx3", "idx1")
-    if what == "classes":
-        name = name.split(".")[0] + ".json"
-    return path.with_name(name) if path.with_name(name).exists() else None
-
-
-def _array(path: Path) -> Any:
-    """The array in a .npy or idx file. Raises UserError."""
-    import numpy as np
-
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-        if content[:3] != b"\0\0\x08" or len(content) < 4:
-            raise ValueError(f"it starts with {content[:3].hex() or 'nothing'}; idx files of uint8 start with 000008")
-        axes = content[3]
-        shape = tuple(np.frombuffer(content, ">i4", axes, offset=4).tolist())
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
-        if values.size != np.prod(shape, dtype=np.int64):
-            raise ValueError(f"it holds {values.size} bytes for the shape {shape}")
-        return values.reshape(shape)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as {'.npy' if path.suffix == '.npy' else 'an idx file'}: {error}") from error
-
-
-def _integers(path: Path, shape: tuple[int, ...]) -> Any:
-    values = _array(path)
-    if values.dtype.kind not in "iu" or values.shape != shape:
-        raise UserError(f"{path} must hold integers of the shape {shape}; it holds {values.dtype} of the shape {values.shape}")
-    return values
-
-
-def _classes(path: Path, count: int) -> tuple[str, ...]:
-    """The names in a JSON list."""
-    try:
-        names = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(names, list) or len(names) < count:
-        raise UserError(f"{path} must hold a JSON list of {count} class names or more")
-    return tuple(str(name) for name in names)
