@@ -23,6 +23,11 @@ GREY = gzip.compress(idx(np.zeros((2, 40, 40), np.uint8)), mtime=0)
         ({"images.npy": b"PK\x03\x04" + ARRAY}, r"images\.npy cannot be read as \.npy: "),
         ({"train-images-idx3-ubyte.gz": GREY[:20] + b"\xff" * 8 + GREY[28:]}, "cannot be read as an idx file: "),
         ({"train-images-idx3-ubyte.gz": GREY + gzip.compress(b"a", mtime=0)}, r"it holds more bytes for the shape \(2, 40, 40\)"),
+        ({"train-images-idx3-ubyte": b"\0\0\x08\xff" + bytes(2000)}, "it has 255 axes"),
+        (
+            {"images.npy": ARRAY.replace(b"False", b"Fals_")},
+            "cannot be read as .npy: malformed node or string on line 1: <ast.Name object>",
+        ),
         ({"images.npy": ARRAY, "sizes.npy": npy(np.array([[0, 4], [4, 4]]))}, "must hold heights and widths, each 1 or more"),
         ({"images.npy": ARRAY, "classes.json": b"[" * 10**5}, r"classes\.json cannot be read: "),
     ],

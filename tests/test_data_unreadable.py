@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import tarfile
 import zlib
@@ -159,3 +160,27 @@ def test_turned_tiff_of_unequal_sides(tmp_path, orientation) -> None:
     turns = {1: 0, 3: 2, 6: -1, 8: 1, 2: 0, 4: 2, 5: 1, 7: -1}[orientation]
     expected = (image.flip(-1) if orientation in (2, 4, 5, 7) else image).rot90(turns, (1, 2))
     assert torch.equal(open_images(tmp_path).read(0), expected)
+
+
+@pytest.mark.parametrize("name", ["a\nb.jpg", "back\\slash\\u.jpg", os.fsdecode(b"\xff.jpg"), "\x1b[31m.jpg"])
+@pytest.mark.parametrize("in_tar", [False, True])
+def test_names_that_no_terminal_shows(tmp_path, capsys, name, in_tar) -> None:
+    (tmp_path / "files" / os.fsdecode(b"cl\xfess")).mkdir(parents=True)
+    (tmp_path / "files" / os.fsdecode(b"cl\xfess") / name).write_bytes(b"junk")
+    (tmp_path / "files" / "good.png").write_bytes(encoded("PNG"))
+    source = tmp_path / "files"
+    if in_tar:
+        with tarfile.open(source := tmp_path / "a.tar", "w") as tar:
+            tar.add(tmp_path / "files", "x")
+    assert cli.main(["pack", str(source), str(tmp_path / "out")]) == 0
+    streams = capsys.readouterr()
+    skipped, packed = streams.out.splitlines()
+    assert skipped.startswith(f"skipped {source}")
+    assert skipped.isprintable()
+    assert ".jpg: UnidentifiedImageError: cannot identify image file '" in skipped
+    assert packed.endswith("1 unreadable ones skipped")
+    assert streams.err.count("\n") == 1
+
+
+def test_a_long_reason_is_cut() -> None:
+    assert len(str(UnreadableImage("a", "why " * 1000))) < 520

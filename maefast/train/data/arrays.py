@@ -3,12 +3,14 @@
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 
 LARGEST_UNPACKED = 768 << 20  # bytes of a packed array, which is held in memory
+MOST_AXES = 8
 
 
 def find_beside(path: Path, what: str) -> Path | None:
@@ -29,7 +31,7 @@ def read_array(path: Path) -> Any:
         return open_memmap(path, mode="r") if path.suffix == ".npy" else _idx_array(path)
     except Exception as error:  # whatever the bytes lead the parser to
         kind = ".npy" if path.suffix == ".npy" else "an idx file"
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = re.sub(" at 0x[0-9a-f]+", "", " ".join(str(error).split())) or type(error).__name__
         raise UserError(f"{path} cannot be read as {kind}: {why}") from error
 
 
@@ -41,6 +43,8 @@ def _idx_array(path: Path) -> Any:
         head = file.read(4)
         if head[:3] != b"\0\0\x08" or len(head) < 4:
             raise ValueError(f"it starts with {head[:3].hex() or 'nothing'}; idx files of uint8 start with 000008")
+        if head[3] > MOST_AXES:
+            raise ValueError(f"it has {head[3]} axes")
         sizes = file.read(4 * head[3])
         shape = tuple(int.from_bytes(sizes[at : at + 4], "big") for at in range(0, 4 * head[3], 4))
         start, count = 4 + 4 * head[3], math.prod(shape)

@@ -33,8 +33,9 @@ def _blamed_on(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a decoder may raise anything on a broken file
-        why = re.sub("<_io.BytesIO object at 0x[0-9a-f]+>", repr(Path(name).name), f"{type(error).__name__}: {error}")
-        why = why.replace(name, Path(name).name)
+        last = Path(name).name
+        why = re.sub("<_io.BytesIO object at 0x[0-9a-f]+>", lambda found: repr(last), f"{type(error).__name__}: {error}")
+        why = why.replace(repr(name)[1:-1], repr(last)[1:-1])  # as messages quote it
         raise UnreadableImage(name, " ".join(why.split())) from error
 
 

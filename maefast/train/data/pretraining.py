@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import UnreadableImage, UserError
+from ..errors import UnreadableImage, UserError, shown
 from .crops import centred, drawn
 from .order import draw_of, epoch_order
 
@@ -90,7 +90,7 @@ class Augmented(Dataset[Sample]):
 
 
 def _named(error: UserError) -> Unreadable:
-    return (error.path, error.why) if isinstance(error, UnreadableImage) else (str(error), "")
+    return (shown(error.path), shown(error.why)) if isinstance(error, UnreadableImage) else (str(error), "")
 
 
 def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:

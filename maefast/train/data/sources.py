@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnreadableImage, UserError, require
+from ..errors import UnreadableImage, UserError, require, shown
 from .arrays import find_beside, read_array, read_classes, read_integers
 from .crops import BoxOf, Size
 from .decode import MODES, channels_of, decode, part_of, resized, with_channels
@@ -49,7 +49,7 @@ class ImageDataset:
             f"{classes} classes" + (f", {unlabelled} images without a label" if unlabelled else "") if classes else "no labels"
         )
         left_out = f"; left out: {listed(self.left_out)}" if self.left_out else ""
-        return f"{self.source}: {len(self)} images, {labels}{left_out}"
+        return shown(f"{self.source}: {len(self)} images, {labels}{left_out}", 4096)
 
     def read(self, index: int, size: Size | None = None, box: BoxOf | None = None) -> Tensor:
         """uint8 (channels, *size): the part box(height, width) of an image, resized to `size` = (height, width).
