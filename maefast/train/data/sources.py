@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnreadableImage, UserError, require
+from .axes import axes_told, likely_axes
 from .crops import BoxOf, Size
-from .decode import MODES, channels_of, decode, part_of, resized, with_channels
+from .decode import channels_of, decode, part_of, resized, with_channels
+from .modes import MODES
 
 EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
@@ -165,11 +167,12 @@ def _label(shard: Path, name: str, content: bytes) -> int:
 class ArrayImages(ImageDataset):
     """All images in one uint8 array: .npy, mapped into memory, or an idx file.
 
-    path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); the smaller one of the second and the last axis counts the channels, the
-           last where they are equal
+    path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); which of the second and the last counts the channels is told by a file
+           "axes", or by `channels` where one of them alone is as long, or else by "sizes", which go with NHWC; without any of
+           these it is the smaller one, the last where they are equal
     Beside it, named with another word in place of "images", where there are such files: "labels"; "classes", a JSON list of
-    names; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the images were stretched to one size, and
-    boxes are in pixels of the original.
+    names; "axes", NHWC or NCHW as a JSON string; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the
+    images were stretched to one size, and boxes are in pixels of the original.
     """
 
     def __init__(self, path: Path, channels: int | None) -> None:
@@ -182,12 +185,13 @@ class ArrayImages(ImageDataset):
             raise UserError(
                 f"{path} must have the axes (N, H, W), (N, H, W, C) or (N, C, H, W), none empty; its shape is {shape}"
             )
-        self.channels_first = len(shape) == 4 and shape[1] < shape[3]
-        stored = 1 if len(shape) == 3 else min(shape[1], shape[3])
+        beside = {what: _beside(path, what) for what in ("labels", "sizes", "classes", "axes")}
+        axes = axes_told(beside["axes"], shape) or likely_axes(shape, channels, beside["sizes"] is not None)
+        self.channels_first = axes == "NCHW"
+        stored = 1 if len(shape) == 3 else shape[axes.index("C")]
         channels = channels or stored
-        if channels != stored and {channels, stored} != {1, 3}:
-            raise UserError(f"channels must be {stored}, as {path} has; it is {channels}")
-        beside = {what: _beside(path, what) for what in ("labels", "sizes", "classes")}
+        if channels != stored and (stored not in (1, 3) or channels not in MODES):
+            raise UserError(f"channels must be {stored}, as {path} has in the axes {axes}, {shape}; it is {channels}")
         labels = torch.full((len(self.values),), -1)
         if beside["labels"]:
             labels = torch.from_numpy(_integers(beside["labels"], (len(labels),)))
@@ -232,7 +236,7 @@ def _beside(path: Path, what: str) -> Path | None:
     if "images" not in path.name:
         return None
     name = path.name.replace("images", what).replace("idx3", "idx1")
-    if what == "classes":
+    if what in ("classes", "axes"):
         name = name.split(".")[0] + ".json"
     return path.with_name(name) if path.with_name(name).exists() else None
 
