@@ -18,7 +18,7 @@ def find_beside(path: Path, what: str) -> Path | None:
     if "images" not in path.name:
         return None
     name = path.name.replace("images", what).replace("idx3", "idx1")
-    if what == "classes":
+    if what in ("classes", "axes"):
         name = name.split(".")[0] + ".json"
     return path.with_name(name) if path.with_name(name).exists() else None
 

@@ -1,6 +1,5 @@
 """Pixels as uint8 tensors: image files of any mode, and arrays, cropped and resized in one step."""
 
-import logging
 import math
 import re
 from collections.abc import Iterator
@@ -13,16 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UnreadableImage
+from . import tiff
 from .crops import Box, BoxOf, Size
 from .metadata import without_metadata
+from .modes import MODES, converted, stored_as, with_16_bit_grey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
-HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ORIENTATION = 0x0112
 # A JPEG decodes at 1/2, 1/4 or 1/8 of its size while that leaves the crop at least this many times the size asked for. Half of it
 # would show: Pillow's own thumbnail() takes the same margin.
 DRAFT_MARGIN = 2
@@ -78,15 +75,27 @@ def _content(error: UnreadableImage, path: str) -> bytes:
 
 def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
     with _blamed_on(name):
-        image = None if channels not in MODES or (channels == 4 and is_tiff(file)) else _open(file)
-    if image is None:
-        return _decode_tiff(name, file, channels, size, box)
+        image = _open(file, channels) if channels in MODES else None
+        stored = _read_tiff(file, channels) if image is None else None
+    if stored is not None:
+        with _blamed_on(name):
+            turn = TURNS.get(stored.orientation, TURNS[1])
+            bands = channels not in MODES or not stored.colours or (channels == 4 and stored.has_fourth_band)
+            image = None if bands else tiff.as_picture(stored)
+            pixels: Any = turn.turned(tiff.as_bands(stored, channels)) if bands else None
+            if bands and not pixels.size:
+                raise ValueError(f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels")
+        if bands:
+            return resized(pixels, part_of(box, *pixels.shape[:2]), size)
+    assert image is not None
     with image:
         with _blamed_on(name):
-            turned = image.format == "TIFF"  # by Pillow, as it loads; releases before 11.1 change the size only then
-            if turned:
-                image.load()
-            turn = TURNS[1] if turned else TURNS.get(_orientation(image), TURNS[1])
+            if stored is None:
+                turned = image.format == "TIFF"  # by Pillow, as it loads; releases before 11.1 change the size only then
+                if turned:
+                    image.load()
+                turn = TURNS[1] if turned else TURNS.get(_orientation(image), TURNS[1])
+                image = with_16_bit_grey(image, file)
             height, width = image.size if turn.swap else image.size[::-1]
             if not height or not width:
                 raise ValueError(f"it has {height} x {width} pixels")
@@ -119,6 +128,11 @@ class Turn(NamedTuple):
         image = image.transpose(1, 2) if self.swap else image
         return image.flip(axes) if axes else image
 
+    def turned(self, pixels: Any) -> Any:
+        """The same of an array (H, W, C)."""
+        pixels = pixels.transpose(1, 0, 2) if self.swap else pixels
+        return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+
 
 TURNS = {  # by the value of EXIF's orientation
     1: Turn(False, False, False),
@@ -132,22 +146,33 @@ TURNS = {  # by the value of EXIF's orientation
 }
 
 
-def _open(file: str | bytes) -> "Image | None":
-    """None for a TIFF that Pillow does not know."""
+def _open(file: str | bytes, channels: int | None) -> Any:
+    """None for a TIFF that Pillow does not know, or would give other pixels of."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(_readable(file))
+        image: Any = Image.open(_readable(file))
     except UnidentifiedImageError:
-        if is_tiff(file):
+        if tiff.is_tiff(file):
             return None
         raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(tiff.too_large(str(error).split("(")[1].split(")")[0])) from error
+    image.stored_as = stored_as(image)
+    if image.format == "TIFF" and tiff.is_misread(image, channels):
+        image.close()
+        return None
+    if image.format == "TIFF" and not isinstance(file, bytes) and image.tag_v2.get(tiff.ORIENTATION, 1) > 4:
+        # Pillow maps an uncompressed file of its own into memory by the sides as shown, where it is stored by the others.
+        image.close()
+        return Image.open(BytesIO(Path(file).read_bytes()))
+    return image
 
 
 def _orientation(image: "Image") -> Any:
     """EXIF's orientation; 1 for EXIF that cannot be read, since the pixels can be."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        return image.getexif().get(tiff.ORIENTATION, 1)
     except Exception:  # a parser may raise anything on broken metadata
         return 1
 
@@ -161,8 +186,11 @@ def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
 
     left, top, right, bottom = box
     factor = _draft(image, channels, min((bottom - top) / size[0], (right - left) / size[1]))
-    image = _converted(image, MODES[channels])
+    image = converted(image, MODES[channels])
     box = left * factor, top * factor, min(right * factor, image.width), min(bottom * factor, image.height)
+    if factor == 1 and size == (bottom - top, right - left) and left == int(left) and top == int(top):
+        # resize would multiply colours by their transparency and divide them again
+        return _tensor(image.crop((int(left), int(top), int(right), int(bottom))))
     return _tensor(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box))
 
 
@@ -176,29 +204,6 @@ def _draft(image: Any, channels: int, reduction: float) -> float:
     return drafted[1][2] / width if drafted else 1.0
 
 
-def _converted(image: "Image", mode: str) -> "Image":
-    import numpy as np
-    from PIL import Image
-
-    if image.mode in HIGH_DEPTH_MODES:
-        image = Image.fromarray(stretched(np.asarray(image)))
-    if mode != "RGBA" and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == mode else image.convert(mode)
-
-
-def stretched(values: Any) -> Any:
-    """An array of any real dtype as uint8, its least value at 0 and its greatest at 255. Raises ValueError for infinities."""
-    import numpy as np
-
-    values = values.astype(np.float64)
-    low, high = np.nanmin(values), np.nanmax(values)
-    if not np.isfinite(high - low):
-        raise ValueError("its pixels are not finite")
-    return np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8)
-
-
 def _tensor(image: "Image") -> Tensor:
     import numpy as np
 
@@ -206,37 +211,14 @@ def _tensor(image: "Image") -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def is_tiff(file: str | bytes) -> bool:
-    if isinstance(file, bytes):
-        return file[:4] in TIFF_MAGIC
-    with open(file, "rb") as stream:
-        return stream.read(4) in TIFF_MAGIC
-
-
-def tiff_bands(name: str, file: str | bytes) -> Any:
-    """The pixels of a TIFF as stored, (H, W, C): the smaller of the first and the last axis counts the channels."""
-    with _blamed_on(name):
-        try:
-            import tifffile
-        except ImportError as error:
-            raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[train]"') from error
-        if not (log := logging.getLogger("tifffile")).level:
-            log.setLevel(logging.CRITICAL)  # a line for each tag of a broken file, which is named once already
-        pixels = tifffile.imread(_readable(file), series=0)
-        if pixels.ndim == 2:
-            pixels = pixels[..., None]
-        if pixels.ndim != 3:
-            raise ValueError(f"its pixels have {pixels.ndim} axes, {tuple(pixels.shape)}; an image has two or three")
-        return pixels.transpose(1, 2, 0) if pixels.shape[0] < pixels.shape[-1] else pixels
-
-
 def channels_of(name: str, file: str | bytes) -> int:
-    """3, or the count of a TIFF that Pillow does not know; 3 for a broken file, which is to be reported when it is read."""
+    """3, or the number of bands of a TIFF that is no picture; 3 for a broken file, which is to be reported when it is read."""
     try:
         with _blamed_on(name):
-            image = _open(file)
-        if image is None:
-            return int(tiff_bands(name, file).shape[-1])
+            image = _open(file, None)
+            if image is None:
+                stored = tiff.read_tiff(file, None)
+                return 3 if stored.colours else int(stored.pixels.shape[-1])
         image.close()
     except UnreadableImage as error:
         if isinstance(error.__cause__, ImportError):
@@ -244,19 +226,10 @@ def channels_of(name: str, file: str | bytes) -> int:
     return 3
 
 
-def _decode_tiff(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
-    with _blamed_on(name):
-        if not is_tiff(file):
-            raise ValueError(f"{channels} channels can be read from TIFF alone")
-    pixels = tiff_bands(name, file)
-    with _blamed_on(name):
-        if pixels.shape[-1] != channels and {pixels.shape[-1], channels} != {1, 3}:
-            raise ValueError(f"it has {pixels.shape[-1]} channels, not {channels}")
-        if not pixels.size:
-            raise ValueError(f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels")
-        if pixels.dtype != "uint8":
-            pixels = stretched(pixels)
-    return with_channels(resized(pixels, part_of(box, *pixels.shape[:2]), size), channels)
+def _read_tiff(file: str | bytes, channels: int) -> tiff.Stored:
+    if not tiff.is_tiff(file):
+        raise ValueError(f"{channels} channels can be read from TIFF alone")
+    return tiff.read_tiff(file, channels)
 
 
 def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
@@ -280,9 +253,13 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """uint8 (..., C, H, W) as (..., channels, H, W): grey repeated, or colours as luminance (ITU-R 601-2, as Pillow rounds)."""
+    """uint8 (..., C, H, W) of 1 or 3 channels as (..., channels, H, W), channels 1, 3 or 4: grey repeated, colours as luminance
+    (ITU-R 601-2, as Pillow rounds), nothing transparent."""
     if image.shape[-3] == channels:
         return image
+    if channels == 4:
+        opaque = torch.full_like(image[..., :1, :, :], 255)
+        return torch.cat([with_channels(image, 3), opaque], dim=-3)
     if image.shape[-3] == 1:
         return image.expand(*image.shape[:-3], channels, -1, -1).contiguous()
     red, green, blue = image.int().unbind(dim=-3)

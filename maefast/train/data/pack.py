@@ -23,7 +23,8 @@ from .sources import ArrayImages, ImageDataset
 
 
 def pack(source: Path, out: Path, *, split: str | None = None, size: int = 256, channels: int | None = None) -> int:
-    """Write the folder `out`: images.npy (n, size, size, C) uint8, sizes.npy (n, 2), labels.npy (n,), classes.json; returns n.
+    """Write the folder `out`: images.npy (n, size, size, C) uint8, axes.json, sizes.npy (n, 2), labels.npy (n,), classes.json;
+    returns n.
 
     Unreadable images are left out and printed. Raises UserError with nothing written when there is no image left, `out` is there
     already, or does not fit on its disk.
@@ -72,6 +73,7 @@ def _write(data: ImageDataset, folder: Path, size: int) -> int:
         file.seek(0)
         _write_header(file, (len(kept), *shape))
     np.save(folder / "sizes.npy", np.array(sizes, np.int32))
+    (folder / "axes.json").write_text('"NHWC"\n')
     if data.classes:
         np.save(folder / "labels.npy", data.labels[kept].numpy())
         (folder / "classes.json").write_text(json.dumps(data.classes) + "\n")

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..errors import UnreadableImage, UserError, require, shown
 from .arrays import find_beside, read_array, read_classes, read_integers
+from .axes import axes_told, likely_axes
 from .crops import BoxOf, Size
-from .decode import MODES, channels_of, decode, part_of, resized, with_channels
+from .decode import channels_of, decode, part_of, resized, with_channels
 from .folders import COMMON, listed, readable_extensions
 from .labels import numbered
+from .modes import MODES
 
 MOST_DIGITS = 40  # of a label
 LARGEST_IMAGE = 1 << 27  # pixels that an array's image grows to
@@ -210,11 +212,12 @@ def _label(shard: Path, name: str, content: bytes) -> int:
 class ArrayImages(ImageDataset):
     """All images in one uint8 array: .npy, mapped into memory, or an idx file.
 
-    path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); the smaller one of the second and the last axis counts the channels, the
-           last where they are equal
+    path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); which of the second and the last counts the channels is told by a file
+           "axes", or by `channels` where one of them alone is as long, or else by "sizes", which go with NHWC; without any of
+           these it is the smaller one, the last where they are equal
     Beside it, named with another word in place of "images", where there are such files: "labels"; "classes", a JSON list of
-    names; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the images were stretched to one size, and
-    boxes are in pixels of the original.
+    names; "axes", NHWC or NCHW as a JSON string; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the
+    images were stretched to one size, and boxes are in pixels of the original.
     """
 
     kind = "array"
@@ -229,12 +232,13 @@ class ArrayImages(ImageDataset):
             raise UserError(
                 f"{path} must have the axes (N, H, W), (N, H, W, C) or (N, C, H, W), none empty; its shape is {shape}"
             )
-        self.channels_first = len(shape) == 4 and shape[1] < shape[3]
-        stored = 1 if len(shape) == 3 else min(shape[1], shape[3])
+        beside = {what: find_beside(path, what) for what in ("labels", "sizes", "classes", "axes")}
+        axes = axes_told(beside["axes"], shape) or likely_axes(shape, channels, beside["sizes"] is not None)
+        self.channels_first = axes == "NCHW"
+        stored = 1 if len(shape) == 3 else shape[axes.index("C")]
         channels = channels or stored
-        if channels != stored and {channels, stored} != {1, 3}:
-            raise UserError(f"channels must be {stored}, as {path} has; it is {channels}")
-        beside = {what: find_beside(path, what) for what in ("labels", "sizes", "classes")}
+        if channels != stored and (stored not in (1, 3) or channels not in MODES):
+            raise UserError(f"channels must be {stored}, as {path} has in the axes {axes}, {shape}; it is {channels}")
         count = len(self.values)
         numbers = read_integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
         if min(numbers) < -1:
