@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -212,3 +213,28 @@ def test_a_command_says_what_it_opens(tmp_path, capsys) -> None:
     assert cli.main(["pack", str(tmp_path / "data"), str(tmp_path / "out"), "--split", "train"]) == 0
     left_out = "left out: 1 of another format (.txt)"
     assert capsys.readouterr().err == f"{tmp_path}/data/train (image files, split train): 2 images, 2 classes; {left_out}\n"
+
+
+def test_a_run_within_its_data_goes_on_with_the_same_images(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(put(tmp_path, *(f"{i}.png" for i in range(9))))
+    sizes = "--input_size=8 --patch_size=4 --embed_dim=32 --depth=1 --num_heads=2 --decoder_embed_dim=32 --decoder_depth=1"
+    command = (
+        f"pretrain --data_path=. --output_dir=run --resume=auto {sizes} --decoder_num_heads=2 --batch_size=4 --warmup_epochs=1"
+    )
+    told = []
+    for epochs in (1, 2):
+        assert cli.main([*command.split(), f"--epochs={epochs}", "--num_workers=0"]) == 0
+        told.append(capsys.readouterr().err)
+    assert (tmp_path / "run" / "reconstructions" / "epoch-0001.png").exists()
+    assert told[0] == ". (image files, all of it): 9 images, no labels\n"
+    assert re.fullmatch(
+        r"\. \(image files, all of it\): 9 images, no labels; left out: \d in the folder of the output\n", told[1]
+    )
+
+
+def test_scripts_have_names_that_stay() -> None:
+    from maefast.train import UserError as TheirError
+    from maefast.train import dataset
+
+    assert dataset.open_images is open_images
+    assert TheirError is UserError
