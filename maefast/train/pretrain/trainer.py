@@ -157,8 +157,6 @@ class Trainer:
 
     def _introduce(self, journal: Journal | None) -> None:
         options, say = self.options, self.report.say
-        if self.group.main:
-            tell(self.data)
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
         processes = f" in each of {self.group.world_size} processes" if self.group.world_size > 1 else ""
@@ -173,6 +171,8 @@ class Trainer:
             say('no TensorBoard events: pip install "maefast[tensorboard]"')
         if options.pictures and find_spec("matplotlib") is None:
             say('no pictures: pip install "maefast[train]"')
+        if self.group.main:
+            tell(self.data)
 
     def _steps_done(self) -> int:
         return self.state.at.epoch * self.steps_per_epoch + self.state.at.step
