@@ -1,8 +1,8 @@
 """One picture in every mode and container that docs/data.md lists; `python tests/image_modes.py` writes the table there.
 
 The picture has three squares: black, white, and an orange one that is partly transparent where the mode can say so. Orange is
-looked at; black and white give grey of many bits its whole range. What orange must become is worked out here from the definitions, of
-luminance (ITU-R 601-2) and of transparency onto white.
+looked at; black and white give grey of many bits its whole range. What orange must become is worked out here from the
+definitions, of luminance (ITU-R 601-2) and of transparency onto white.
 """
 
 import io

@@ -336,7 +336,7 @@ def make_bad(kind: str, path: Path) -> Path:
         (path / "a.tar").write_bytes(gzip.compress(b"tar"))
     if kind in ("cut npy", "dtype", "axes", "labels"):
         np.save(path / "images.npy", images_array(4, *((2, 2, 2, 2) if kind == "axes" else (6, 7))).astype(
-            "float32" if kind == "dtype" else "uint8"))  # fmt: skip
+            "int32" if kind == "dtype" else "uint8"))  # fmt: skip
         if kind == "cut npy":
             truncated(path / "images.npy", (path / "images.npy").read_bytes(), 3)
         if kind == "labels":
@@ -367,7 +367,7 @@ def make_bad(kind: str, path: Path) -> Path:
         ("label", "must hold a class number, 0 or more; it holds b'cat'"),
         ("no image in tar", "no image (.bmp .gif"),
         ("cut npy", "images.npy cannot be read as .npy: mmap length is greater than file size"),
-        ("dtype", "must hold uint8; it holds float32"),
+        ("dtype", "must hold uint8 or floats; it holds int32"),
         ("axes", "its shape is (4, 2, 2, 2, 2)"),
         ("labels", "labels.npy must hold integers of the shape (4,); it holds int64 of the shape (3,)"),
         ("cut idx", "cannot be read as an idx file: it holds 167 bytes for the shape (4, 6, 7)"),

@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from .._files import replace_file
 
 WEIGHTS, THEIR_WEIGHTS, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
+PREPROCESSOR = "preprocessor_config.json"
 DEEPSPEED_WEIGHTS, DEEPSPEED_LATEST = "mp_rank_00_model_states.pt", "latest"
 PICKLED = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -49,12 +50,14 @@ class Contents:
     entries    as they were saved, tensors mapped from disk where the format allows it
     config     config.json of the folder; empty where there is none
     size       bytes of the files
+    preprocessor    preprocessor_config.json of the folder, likewise
     """
 
     path: Path
     entries: Mapping[Any, Any]
     config: Mapping[str, Any]
     size: int
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(path: str | Path) -> Contents:
@@ -71,10 +74,10 @@ def read(path: str | Path) -> Contents:
 
 
 def _read_folder(folder: Path) -> Contents:
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config, preprocessor = (_read_json(path) if path.exists() else {} for path in (folder / CONFIG, folder / PREPROCESSOR))
     index = _only(folder, sorted(folder.glob("*.index.json")))
     if index is None:
-        return replace(_read_file(_weights_of(folder)), path=folder, config=config)
+        return replace(_read_file(_weights_of(folder)), path=folder, config=config, preprocessor=preprocessor)
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
         raise CheckpointError(f"{index} has no weight_map of tensors to files of its folder")
@@ -88,7 +91,7 @@ def _read_folder(folder: Path) -> Contents:
         size += shard.size
     if absent := sorted(shards.keys() - entries.keys()):
         raise CheckpointError(f"{index} promises {listed(absent)}, which its files do not hold")
-    return Contents(folder, entries, config, size)
+    return Contents(folder, entries, config, size, preprocessor)
 
 
 def _weights_of(folder: Path) -> Path:

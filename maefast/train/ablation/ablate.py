@@ -135,7 +135,8 @@ def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labe
         summary = pretrain(options, data)
         if not summary["finished"]:
             return None
-        source = Source(Path(summary["checkpoint"]), device=str(find_device(base.device)), seed=base.seed)
+        device = str(find_device(base.device))
+        source = Source(Path(summary["checkpoint"]), nodata=base.nodata, device=device, seed=base.seed)
         epochs, sweep = budget.probe_epochs, budget.probe_blr is None
         probe = Recipe(epochs, epochs // 10, min(PROBE_BATCH, labels), budget.probe_blr or 0.0, 0.0, seed=base.seed)
         commands.linprobe(source, labelled, probe, kind="cls", sweep=sweep, output_dir=folder / "linprobe")

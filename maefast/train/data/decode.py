@@ -233,7 +233,8 @@ def _read_tiff(file: str | bytes, channels: int) -> tiff.Stored:
 
 
 def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
-    """The `part` of an array (H, W, C) uint8 as (C, *size), bicubic and antialiased."""
+    """The `part` of an array (H, W, C), uint8 or fp32, as (C, *size), bicubic and antialiased; NaN spreads to all that it is
+    weighed into."""
     import numpy as np
 
     left, top, right, bottom = part
@@ -247,7 +248,7 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
     first_row, first_column = max(0, math.floor(top - reach[0])), max(0, math.floor(left - reach[1]))
     pixels = pixels[first_row : math.ceil(bottom + reach[0]), first_column : math.ceil(right + reach[1])]  # Pillow copies it
     part = left - first_column, top - first_row, right - first_column, bottom - first_row
-    bands = [pixels] if pixels.shape[-1] == 3 else [pixels[..., i] for i in range(pixels.shape[-1])]
+    bands = [pixels] if pixels.shape[-1] == 3 and pixels.dtype == "uint8" else [pixels[..., i] for i in range(pixels.shape[-1])]
     images = (Image.fromarray(np.ascontiguousarray(band)) for band in bands)
     return torch.cat([_tensor(image.resize(out[::-1], Image.Resampling.BICUBIC, box=part)) for image in images])
 

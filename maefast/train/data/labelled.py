@@ -118,7 +118,7 @@ class Chosen:
 
     def __init__(self, images: Any, ids: Tensor):
         self.images, self.ids = images, ids
-        self.labels, self.channels = images.labels[ids], images.channels
+        self.labels, self.channels, self.classes, self.dtype = images.labels[ids], images.channels, images.classes, images.dtype
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -30,11 +30,13 @@ class ImageDataset:
     classes    names, () without labels
     labels     (len,) int64, -1 where there is none
     channels   of what `read` returns
+    dtype      of what `read` returns: uint8, or fp32 for float arrays, in their own unit, with NaN for what is missing
     skipped    what `try_read` could not read, by index; a worker process has a list of its own
     source     where the images come from, and of which kind; left_out  files there that are no images of the set, by reason
     """
 
     kind = "images"
+    dtype = torch.uint8
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], channels: int) -> None:
         self.labels, self.classes, self.channels = labels, classes, channels
@@ -210,7 +212,7 @@ def _label(shard: Path, name: str, content: bytes) -> int:
 
 
 class ArrayImages(ImageDataset):
-    """All images in one uint8 array: .npy, mapped into memory, or an idx file.
+    """All images in one array of uint8 or floats: .npy, mapped into memory, or an idx file.
 
     path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); which of the second and the last counts the channels is told by a file
            "axes", or by `channels` where one of them alone is as long, or else by "sizes", which go with NHWC; without any of
@@ -225,9 +227,12 @@ class ArrayImages(ImageDataset):
     def __init__(self, path: Path, channels: int | None) -> None:
         self.path = path
         self._values: Any = None
+        self.nodata: float | None = None  # what stands for a missing value in floats, as NaN and infinities do
         shape = self.values.shape
-        if self.values.dtype != "uint8":
-            raise UserError(f"{path} must hold uint8; it holds {self.values.dtype}")
+        if self.values.dtype.kind == "f":
+            self.dtype = torch.float32
+        elif self.values.dtype != "uint8":
+            raise UserError(f"{path} must hold uint8 or floats; it holds {self.values.dtype}")
         if len(shape) not in (3, 4) or 0 in shape:
             raise UserError(
                 f"{path} must have the axes (N, H, W), (N, H, W, C) or (N, C, H, W), none empty; its shape is {shape}"
@@ -237,7 +242,7 @@ class ArrayImages(ImageDataset):
         self.channels_first = axes == "NCHW"
         stored = 1 if len(shape) == 3 else shape[axes.index("C")]
         channels = channels or stored
-        if channels != stored and (stored not in (1, 3) or channels not in MODES):
+        if channels != stored and (stored not in (1, 3) or channels not in MODES or self.dtype != torch.uint8):
             raise UserError(f"channels must be {stored}, as {path} has in the axes {axes}, {shape}; it is {channels}")
         count = len(self.values)
         numbers = read_integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
@@ -267,12 +272,23 @@ class ArrayImages(ImageDataset):
             values = values.transpose(0, 2, 3, 1) if self.channels_first else values
             left, top, right, bottom = part_of(box, *values.shape[1:3])
             if size == (bottom - top, right - left) and left == int(left) and top == int(top):  # nothing is resized
-                pixels = values[list(indices), int(top) : int(bottom), int(left) : int(right)]
+                pixels = self._present(values[list(indices), int(top) : int(bottom), int(left) : int(right)])
                 return with_channels(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.channels).contiguous()
         return super().read_many(indices, size, box)
 
+    def _present(self, values: Any) -> Any:
+        """Floats as fp32, NaN where there is none."""
+        import numpy as np
+
+        if values.dtype == "uint8":
+            return values
+        missing = ~np.isfinite(values)
+        if self.nodata is not None:
+            missing |= values == values.dtype.type(self.nodata)
+        return np.where(missing, np.float32(np.nan), values).astype(np.float32)
+
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
-        pixels = self.values[index]
+        pixels = self._present(self.values[index])
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         elif self.channels_first:

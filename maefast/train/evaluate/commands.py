@@ -11,7 +11,7 @@ from ..data.open import open_images, tell
 from ..errors import UserError, require
 from ..files import writing
 from . import supervised
-from .features import check_fits, check_output, collect, features_of, write_features
+from .features import check_output, collect, features_of, fitted, write_features
 from .knn import knn_votes
 from .linprobe import LinearProbe, ProbedEncoder, best_blr, optimizer_of
 from .log import Log, check_run, print_score
@@ -26,7 +26,7 @@ def extract(
     check_output(out)
     encoder = source.encoder()
     images = open_images(data, split, encoder.patch_embed.proj.in_channels, out)
-    check_fits(encoder, images)
+    images = fitted(encoder, images, source.nodata)
     tell(images)
     shape = {"all": (1 + encoder.patch_embed.num_patches, encoder.embed_dim)}.get(kind, (encoder.embed_dim,))
     batches = features_of(encoder, images, kind, batch_size=batch_size, part=crop_pct)
@@ -81,7 +81,7 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
         raise UserError(f"OUT must be a .png file in a folder that exists; it is {out}")
     model = load_mae(source)
     images = open_images(data, split, model.patch_embed.proj.in_channels, out)
-    check_fits(model, images)
+    images = fitted(model, images, source.nodata)
     if images.channels not in (1, 3):
         raise UserError(f"pictures are of 1 or 3 channels; the images have {images.channels}")
     ids = torch.arange(min(count, len(images)))

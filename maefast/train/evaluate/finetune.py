@@ -61,6 +61,8 @@ def finetune(
         raise UserError("--resume must come with --output_dir, the folder of the run")
     encoder, train, evaluated = prepared(source, data, drop_path_rate=tuning.drop_path, global_pool=tuning.global_pool)
     check_run(recipe, train, output.folder)
+    if augmentation.aa is not None and train.dtype != torch.uint8:
+        raise UserError("--aa must be none for float images, whose values have no colours")
     classes = train.images.classes
     encoder.num_classes = len(classes)
     encoder.head = nn.Linear(encoder.embed_dim, encoder.num_classes).to(source.device)

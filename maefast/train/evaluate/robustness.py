@@ -18,7 +18,7 @@ from ..files import replace_file, writing
 from ..values import nearest
 from .classifier import Classifier, load_classifier
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from .features import check_fits
+from .features import fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Check:
     count: int | None = None  # of the images of `data`, evenly spaced; None: all
     folder: Path | None = None  # more images
     class_map: Path | None = None  # which class a class of `folder` is; None: the one of its name
+    nodata: float | None = None  # of float arrays
     seed: int = 0
     device: str = "cpu"
     batch_size: int = 256
@@ -75,9 +76,11 @@ def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tenso
     path = getattr(check, name)
     split = check.eval_split if name == "data" and not path.is_file() else None
     images = open_images(path, split, classifier.model.patch_embed.proj.in_channels)
-    check_fits(classifier.model, images)
+    images = fitted(classifier.model, images, check.nodata)
     if check.data is path and check.kinds and images.channels not in (1, 3):
         raise UserError(f"corruptions are of images of 1 or 3 channels; the classifier's have {images.channels}")
+    if check.data is path and check.kinds and images.dtype != torch.uint8:
+        raise UserError(f"corruptions are of uint8 images; {path} holds floats: --kinds none leaves them out")
     if not images.classes or (images.labels < 0).any():
         raise UserError(f"{path} must have a label for every image")
     names = images.classes

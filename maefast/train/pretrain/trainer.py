@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ops import len_keep
 from ..baseline import reference_on
 from ..checkpoints import Position
+from ..data.floats import fill_missing, in_unit_of
 from ..data.open import tell
 from ..data.pretraining import Augmented, Batch, Keys, Unreadable, dead_workers_reported, evenly_spaced, load_batches
 from ..data.sources import ImageDataset
@@ -28,7 +29,7 @@ from ..schedule import warmup_cosine
 from ..sharding import no_sync, replicate, shard_model
 from ..step import read_later
 from ..variants import PcaTarget
-from .build import build_model, check_options, find_autocast, init_model
+from .build import build_model, check_options, check_values, find_autocast, init_model
 from .journal import Journal, draw
 from .options import Options
 from .report import Report, conclude
@@ -72,7 +73,9 @@ class Trainer:
             check_options(options, group, self.batch, len(data))
             self.device = find_device(options.device, group.local_rank)
             self.autocast = find_autocast(options, self.device)
+            check_values(options, data)
             model = build_model(options, data.channels).to(self.device)
+            self.data = in_unit_of(model, data, options.nodata, fill=False)
             self.saver = Saver(options, group, model, self.batch, len(data))
             if group.main:
                 check_writable(options.output_dir, "--output_dir")
@@ -207,10 +210,14 @@ class Trainer:
         for i, noise in enumerate(self._noise()):
             if i:
                 images = self._next_images(feed)
+            images, weights = fill_missing(images, state.model.patch_embed.patch_size)
             images, last = images.to(self.device, non_blocking=True), i == options.accum_iter - 1
+            given = {} if weights is None else {"weights": weights.to(self.device)}
+            if weights is not None and not weights.any():
+                raise UserError("--data_path must hold patches without missing values; a batch has none")
             with nullcontext() if last else no_sync(self.forward):
                 with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
-                    loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
+                    loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred, **given).loss
                 state.scaler.scale(loss / options.accum_iter).backward()
             losses.append(loss.detach())
         self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean())), state.at, rate))
