@@ -224,12 +224,12 @@ def test_a_run_within_its_data_goes_on_with_the_same_images(tmp_path, monkeypatc
     told = []
     for epochs in (1, 2):
         assert cli.main([*command.split(), f"--epochs={epochs}", "--num_workers=0"]) == 0
-        told.append(capsys.readouterr().err)
+        told.append(capsys.readouterr())
     assert (tmp_path / "run" / "reconstructions" / "epoch-0001.png").exists()
-    assert told[0] == ". (image files, all of it): 9 images, no labels\n"
-    assert re.fullmatch(
-        r"\. \(image files, all of it\): 9 images, no labels; left out: \d in the folder of the output\n", told[1]
-    )
+    assert told[0].out.startswith(". (image files, all of it): 9 images, no labels\n")
+    assert told[0].err == ""
+    line = r"warning: \. \(image files, all of it\): 9 images, no labels; left out: \d in the folder of the output\n"
+    assert re.fullmatch(line, told[1].err)
 
 
 def test_scripts_have_names_that_stay() -> None:

@@ -15,7 +15,6 @@ from ...ops import len_keep
 from ..baseline import reference_on
 from ..checkpoints import Position
 from ..data.floats import fill_missing, in_unit_of
-from ..data.open import tell
 from ..data.pretraining import Augmented, Batch, Keys, Unreadable, dead_workers_reported, evenly_spaced, load_batches
 from ..data.sources import ImageDataset
 from ..device import find_device
@@ -160,6 +159,8 @@ class Trainer:
 
     def _introduce(self, journal: Journal | None) -> None:
         options, say = self.options, self.report.say
+        if isinstance(self.data, ImageDataset):  # other objects with its methods are taken too
+            (self.report.warn if self.data.left_out else say)(self.data.described())
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
         processes = f" in each of {self.group.world_size} processes" if self.group.world_size > 1 else ""
@@ -174,8 +175,6 @@ class Trainer:
             say('no TensorBoard events: pip install "maefast[tensorboard]"')
         if options.pictures and find_spec("matplotlib") is None:
             say('no pictures: pip install "maefast[train]"')
-        if self.group.main:
-            tell(self.data)
 
     def _steps_done(self) -> int:
         return self.state.at.epoch * self.steps_per_epoch + self.state.at.step
