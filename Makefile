@@ -12,6 +12,8 @@
 #   make test-aot         every GPU kernel compiled ahead of time, five minutes: no spills; writes docs/kernels.md, needs nvcc
 #   make gpu-check        on a machine with a GPU: builds, tests, benchmarks, at most nine minutes, no network (scripts/gpu_check.sh)
 #   make test-sanitize    the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+#   make fuzz             2,000 mutated images, containers and checkpoints from a seed, two minutes; COUNT=... SEED=...
+#   make test-pillow      the tests of what is read, on the oldest Pillow that pyproject.toml takes
 #
 # PYTHON=... chooses the interpreter; one that already has torch lends it, and torch is then not downloaded.
 
@@ -26,7 +28,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/attention_tiles.inc maefast/_version.py
 
-.PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-sanitize gpu-check bench lint clean
+.PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-pillow test-sanitize fuzz gpu-check bench lint clean
 .DELETE_ON_ERROR:
 
 # An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too. Naming
@@ -113,6 +115,16 @@ test-sanitize: $(VENV)/.environment
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:malloc_fill_byte=127:max_malloc_fill_size=16777216 \
 	UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest --capture=sys $(SANITIZED_TESTS)
+
+COUNT ?= 2000
+SEED ?= 0
+fuzz: $(VENV)/.build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --count $(COUNT) --seed $(SEED)
+
+PILLOW := $(shell sed -n 's/^train.*"pillow>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+test-pillow: $(VENV)/.build
+	$(BIN)/python -m pip install --no-deps --upgrade --target build/pillow-$(PILLOW) pillow==$(PILLOW)
+	PYTHONPATH=build/pillow-$(PILLOW) $(BIN)/python -m pytest tests/test_data*.py
 
 bench: $(VENV)/.build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full

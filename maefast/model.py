@@ -175,6 +175,7 @@ class MAE(Backbone):
         *,
         noise: Tensor | None = None,
         mask: Tensor | None = None,
+        weights: Tensor | None = None,
         return_pred: bool = True,
     ) -> MAEOutput:
         """One pre-training forward (He et al. 2022, section 3).
@@ -184,12 +185,14 @@ class MAE(Backbone):
         noise        (N, L)        fp32, decides the mask in place of a fresh uniform draw
         mask         (N, L)        bool or floating-point, 1 = removed, as many zeros in each row; mask_ratio is then not used.
                                    On a GPU this costs a synchronisation
+        weights      (N, L)        floating-point, 0 or more: how much a removed patch counts in the loss; 0 for one with missing
+                                   values, whatever stands in their place
         return_pred                False: pred is None and what the loss does not need is skipped; same loss, same gradients
         returns      (loss, pred, mask): scalar fp32, (N, L, P), (N, L) fp32 with 1 = removed
         Raises TypeError or ValueError for input that does not fit the model, and RuntimeError where an overridden method cannot
         honour an argument; nothing has then changed.
         """
-        self._check_forward(imgs, mask_ratio, noise, mask, return_pred)
+        self._check_forward(imgs, mask_ratio, noise, mask, return_pred, weights)
         official_encoder = any(self._overridden(name) for name in ENCODER_METHODS)
         official_decoder = any(self._overridden(name) for name in DECODER_METHODS)
         if official_encoder:
@@ -204,9 +207,10 @@ class MAE(Backbone):
                 noise = ops.masking_noise(imgs.shape[0], L, imgs.device)
             x, mask, ids_restore = self._embed_kept(imgs, noise, len_keep)
             latent = self._encode_tokens(x)
-        if return_pred or official_decoder:
+        if return_pred or official_decoder or weights is not None:
             pred = self.forward_decoder(latent, ids_restore)
-            return MAEOutput(self.forward_loss(imgs, pred, mask), pred, mask)
+            counted = mask if weights is None else mask * weights
+            return MAEOutput(self.forward_loss(imgs, pred, counted), pred if return_pred else None, mask)
         pred = self._predict_removed(latent, ids_restore, mask)
         return MAEOutput(self.forward_loss(imgs, pred, mask), None, mask)
 
@@ -284,7 +288,13 @@ class MAE(Backbone):
                 )
 
     def _check_forward(
-        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None, mask: Tensor | None, return_pred: bool
+        self,
+        imgs: Tensor,
+        mask_ratio: float,
+        noise: Tensor | None,
+        mask: Tensor | None,
+        return_pred: bool,
+        weights: Tensor | None,
     ) -> None:
         self._check_images(imgs)
         N, L = imgs.shape[0], self.patch_embed.num_patches
@@ -295,14 +305,17 @@ class MAE(Backbone):
         given: dict[str, Tensor] = {name: t for name, t in (("noise", noise), ("mask", mask)) if t is not None}
         if len(given) == 2:
             raise ValueError("noise and mask both decide what is removed; give one of them")
-        for name, tensor in given.items():
+        for name in given:
             self._refuse(f"{name}=", ENCODER_METHODS)
+        for name, tensor in (given | ({} if weights is None else {"weights": weights})).items():
             if tensor.shape != (N, L):
                 raise ValueError(f"{name} must be (N, L) = ({N}, {L}); its shape is {tuple(tensor.shape)}")
             if tensor.device != imgs.device:
                 raise ValueError(f"{name} must be on the device of imgs, {imgs.device}; it is on {tensor.device}")
         if noise is not None and noise.dtype != torch.float32:
             raise TypeError(f"noise must be float32; it is {str(noise.dtype).removeprefix('torch.')}")
+        if weights is not None and not weights.dtype.is_floating_point:
+            raise TypeError(f"weights must be floating-point; it is {str(weights.dtype).removeprefix('torch.')}")
         if mask is not None:
             if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
                 raise TypeError(f"mask must be bool or floating-point; it is {str(mask.dtype).removeprefix('torch.')}")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from maefast import cli
-from maefast.train.data.decode import stretched
+from maefast.train.data.modes import stretched
 from maefast.train.data.open import open_images
 from maefast.train.data.sources import TarImages
 from maefast.train.errors import UnreadableImage, UserError
@@ -238,8 +238,8 @@ def test_npy_labels_classes_and_channels(tmp_path: Path) -> None:
     data = open_images(tmp_path / "train_images.npy", "train", channels=3)
     assert (data.labels.tolist(), data.classes) == ([1, 0, -1, 1], ("a", "b"))
     assert torch.equal(data.read(1), torch.from_numpy(values[1]).expand(3, 6, 7))
-    with pytest.raises(UserError, match=r"channels must be 1, as .*train_images.npy has; it is 4"):
-        open_images(tmp_path / "train_images.npy", channels=4)
+    with pytest.raises(UserError, match=r"channels must be 1, as .*train_images.npy has .*; it is 2"):
+        open_images(tmp_path / "train_images.npy", channels=2)
     colours = images_array(2, 6, 7, 3)
     np.save(tmp_path / "colours.npy", colours)
     grey = open_images(tmp_path / "colours.npy", channels=1).read(1)
@@ -336,7 +336,7 @@ def make_bad(kind: str, path: Path) -> Path:
         (path / "a.tar").write_bytes(gzip.compress(b"tar"))
     if kind in ("cut npy", "dtype", "axes", "labels"):
         np.save(path / "images.npy", images_array(4, *((2, 2, 2, 2) if kind == "axes" else (6, 7))).astype(
-            "float32" if kind == "dtype" else "uint8"))  # fmt: skip
+            "int32" if kind == "dtype" else "uint8"))  # fmt: skip
         if kind == "cut npy":
             truncated(path / "images.npy", (path / "images.npy").read_bytes(), 3)
         if kind == "labels":
@@ -367,7 +367,7 @@ def make_bad(kind: str, path: Path) -> Path:
         ("label", "must hold a class number, 0 or more; it holds b'cat'"),
         ("no image in tar", "no image (.bmp .gif"),
         ("cut npy", "images.npy cannot be read as .npy: mmap length is greater than file size"),
-        ("dtype", "must hold uint8; it holds float32"),
+        ("dtype", "must hold uint8 or floats; it holds int32"),
         ("axes", "its shape is (4, 2, 2, 2, 2)"),
         ("labels", "labels.npy must hold integers of the shape (4,); it holds int64 of the shape (3,)"),
         ("cut idx", "cannot be read as an idx file: it holds 167 bytes for the shape (4, 6, 7)"),

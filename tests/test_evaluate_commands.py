@@ -22,7 +22,7 @@ def parts(tmp_path, monkeypatch):
     parts = {"train": Stripes(32), "val": Stripes(10, seed=1), None: Stripes(6)}
     monkeypatch.chdir(tmp_path)
     for module in (commands, labelled):
-        monkeypatch.setattr(module, "open_images", lambda path, split, channels: parts[split])
+        monkeypatch.setattr(module, "open_images", lambda path, split, channels, exclude=None: parts[split])
     small_mae(img_size=64, patch_size=16).save_pretrained("mae")
     return parts
 

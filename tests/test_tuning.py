@@ -34,7 +34,7 @@ def parts(root):
     parts = {"train": Stripes(32), "val": Stripes(10, seed=1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(labelled, "open_images", lambda path, split, channels: parts[split])
+        patch.setattr(labelled, "open_images", lambda path, split, channels, exclude=None: parts[split])
         small_mae(img_size=64, patch_size=16).save_pretrained("mae")
         yield parts
 

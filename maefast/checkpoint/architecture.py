@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..init import pair
+from . import statistics
 from .candidates import Weights
 from .files import CheckpointError, listed
 from .positions import Grid, grid_of
@@ -171,7 +172,10 @@ def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
     """What config.json or the training script's arguments tell; eps by layout where neither does."""
     config = weights.config
     default = Facts(layer_norm_eps=TRANSFORMERS_EPS if weights.layout == "transformers" else OFFICIAL_EPS)
+    told: Any = (None, None)
     try:
+        if weights.preprocessor:
+            told = statistics.of_preprocessor(weights.preprocessor, _channels(tensors)) or told
         if "embed_dim" in config:  # the constructor's arguments: maefast's own
             own = {field.name: config.get(field.name) for field in fields(Facts)}
             own |= {
@@ -180,11 +184,12 @@ def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
             }
             return Facts(**own)
         if "hidden_size" in config:
-            return _transformers_facts(config)
+            return replace(_transformers_facts(config), mean=told[0], std=told[1])
         if "pretrained_cfg" in config:  # timm's
             _, *size = config["pretrained_cfg"]["input_size"]
-            return replace(default, img_size=pair(tuple(size), "input_size"))
-    except (KeyError, TypeError, ValueError) as error:
+            mean, std = statistics.of_timm(config["pretrained_cfg"]) or told
+            return replace(default, img_size=pair(tuple(size), "input_size"), mean=mean, std=std)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"the config of {weights.path} is not that of a Masked Autoencoder: {error!r}") from error
     args = weights.args
     if OFFICIAL_MODELS.fullmatch(str(args.get("model"))):
@@ -195,6 +200,8 @@ def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
         default,
         norm_pix_loss=norm_pix_loss if isinstance(norm_pix_loss, bool) else None,
         mask_ratio=mask_ratio if isinstance(mask_ratio, float) and 0 <= mask_ratio < 1 else None,
+        mean=told[0],
+        std=told[1],
     )
 
 
@@ -209,6 +216,12 @@ def _transformers_facts(config: Mapping[str, Any]) -> Facts:
         layer_norm_eps=float(config.get("layer_norm_eps", TRANSFORMERS_EPS)),
         mask_ratio=config.get("mask_ratio"),
     )
+
+
+def _channels(tensors: Mapping[str, Tensor]) -> int:
+    """How many the patch embedding takes; 3 where there is none to tell."""
+    embedding = tensors.get("patch_embed.proj.weight")
+    return 3 if embedding is None or embedding.dim() != 4 else embedding.shape[1]
 
 
 def _width_heads(tensors: Mapping[str, Tensor], token: str, known: Mapping[int, int]) -> int | None:

@@ -31,6 +31,7 @@ class Weights:
     config     config.json, or the entry `config` of the file
     args       the training script's arguments, where the file has them
     ignored    the other entries, by their names
+    preprocessor    preprocessor_config.json, empty where there is none
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Weights:
     config: Mapping[str, Any]
     args: Mapping[str, Any]
     ignored: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def read(path: str | Path, key: str | None = None) -> Weights:
     known = {"config", "args", *candidate.entry[:1]}
     ignored = {name: entry for name, entry in entries.items() if name not in known}
     source, layout = candidate.source, candidate.layout.name
-    return Weights(contents.path, source, layout, tensors, beside, config, args, ignored)
+    return Weights(contents.path, source, layout, tensors, beside, config, args, ignored, contents.preprocessor)
 
 
 def _check(contents: Contents, candidate: Candidate) -> None:

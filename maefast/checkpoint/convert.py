@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from .._files import replace_file
-from . import files
+from . import files, statistics
 from .architecture import OFFICIAL_EPS, THEIR_MODEL_TYPE, Architecture, find_grid, infer, is_decoder
 from .files import CheckpointError
 from .layouts import transformers_names
-from .load import Checkpoint, LoadReport, read, unknown_target
+from .load import Checkpoint, LoadReport, read
 from .positions import Grid
+from .target import unknown_target
 
 LAYOUTS = {"official": files.PICKLED, "transformers": (), "timm": files.SUFFIXES}  # and the suffixes of their files
 
@@ -32,8 +33,9 @@ def convert(
 ) -> LoadReport:
     """Write the checkpoint `source`, of any known layout, to `out`; every tensor keeps its dtype and its bits.
 
-    to                              "official": a file `{"model": state_dict}`; "transformers": a folder with config.json and
-                                    model.safetensors; "timm": the encoder alone, as .safetensors or a pickled state_dict
+    to                              "official": a file `{"model": state_dict}`; "transformers": a folder with config.json,
+                                    model.safetensors and, where mean and std are known, preprocessor_config.json; "timm": the
+                                    encoder alone, as .safetensors or a pickled state_dict
     key                             which weights to take where the checkpoint holds several, as in `load`
     num_heads, decoder_num_heads    for transformers' config, where the checkpoint does not tell and the width does not imply them
     norm_pix_loss                   likewise; False by default
@@ -75,6 +77,7 @@ def convert(
         if architecture.layer_norm_eps != OFFICIAL_EPS:
             eps = architecture.layer_norm_eps
             warnings.append(f"the layout has no place for the LayerNorm eps, {eps}; its models take {OFFICIAL_EPS}")
+    warnings += statistics.warn_of_layout(to, checkpoint.statistics)
     return checkpoint.report(unexpected=left_out, warnings=warnings)
 
 
@@ -104,6 +107,8 @@ def _write_transformers(
     with replace_file(out) as folder:
         files.write_safetensors(transformers_names(tensors), folder / files.WEIGHTS)
         files.write_json(config, folder / files.CONFIG)
+        if (told := checkpoint.statistics) is not None and statistics.are_of_pixels(*told):
+            files.write_json(statistics.preprocessor(*told, architecture.img_size), folder / files.PREPROCESSOR)
 
 
 def _transformers_config(architecture: Architecture, decoder: bool, mask_ratio: float | None) -> dict[str, Any]:

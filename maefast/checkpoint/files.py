@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import mmap
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import Tensor
 from .._files import replace_file
 
 WEIGHTS, THEIR_WEIGHTS, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
+PREPROCESSOR = "preprocessor_config.json"
 DEEPSPEED_WEIGHTS, DEEPSPEED_LATEST = "mp_rank_00_model_states.pt", "latest"
 PICKLED = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt")
-LARGEST_JSON = 64 << 20
+LARGEST_JSON, LARGEST_PICKLE = 64 << 20, 16 << 20  # an object of a pickle may be of 56 bytes for one
 
 # Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a log of mmengine, a loss scaler
 # of DeepSpeed. An inert object takes the place of each, and nothing of the package is imported or run.
@@ -29,6 +31,8 @@ BYSTANDERS = (
     "accelerate", "deepspeed", "easydict", "lightly", "lightning", "lightning_fabric", "lightning_utilities", "ml_collections",
     "mmcv", "mmengine", "mmpretrain", "mmselfsup", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "timm", "transformers",
 )  # fmt: skip
+
+ALLOCATES = b"\nbytearray\n"  # a type that torch's unpickler makes as large as a number says
 
 
 class CheckpointError(ValueError):
@@ -46,12 +50,14 @@ class Contents:
     entries    as they were saved, tensors mapped from disk where the format allows it
     config     config.json of the folder; empty where there is none
     size       bytes of the files
+    preprocessor    preprocessor_config.json of the folder, likewise
     """
 
     path: Path
     entries: Mapping[Any, Any]
     config: Mapping[str, Any]
     size: int
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(path: str | Path) -> Contents:
@@ -68,10 +74,10 @@ def read(path: str | Path) -> Contents:
 
 
 def _read_folder(folder: Path) -> Contents:
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config, preprocessor = (_read_json(path) if path.exists() else {} for path in (folder / CONFIG, folder / PREPROCESSOR))
     index = _only(folder, sorted(folder.glob("*.index.json")))
     if index is None:
-        return replace(_read_file(_weights_of(folder)), path=folder, config=config)
+        return replace(_read_file(_weights_of(folder)), path=folder, config=config, preprocessor=preprocessor)
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
         raise CheckpointError(f"{index} has no weight_map of tensors to files of its folder")
@@ -85,7 +91,7 @@ def _read_folder(folder: Path) -> Contents:
         size += shard.size
     if absent := sorted(shards.keys() - entries.keys()):
         raise CheckpointError(f"{index} promises {listed(absent)}, which its files do not hold")
-    return Contents(folder, entries, config, size)
+    return Contents(folder, entries, config, size, preprocessor)
 
 
 def _weights_of(folder: Path) -> Path:
@@ -93,7 +99,7 @@ def _weights_of(folder: Path) -> Path:
     if (folder / DEEPSPEED_LATEST).is_file():
         tag = (folder / DEEPSPEED_LATEST).read_bytes()[:256].decode(errors="replace").strip()
         if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
-            raise CheckpointError(f"{folder / DEEPSPEED_LATEST} must name a folder beside it; it holds {tag!r}")
+            raise CheckpointError(f"{folder / DEEPSPEED_LATEST} must name a folder beside it; it holds {tag[:40]!r}")
         folder = folder / tag
     for name in (WEIGHTS, THEIR_WEIGHTS, DEEPSPEED_WEIGHTS):
         if (folder / name).exists():
@@ -139,6 +145,9 @@ def _read_file(path: Path) -> Contents:
     if head.startswith(b"PK"):
         entries = _read_zip(path)
     elif head.startswith(b"\x80"):  # torch.save's format before 1.6
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(ALLOCATES) >= 0:
+                raise _refusal(path, "builtins.bytearray")
         entries = _read_pickled(path, mapped=False)
     elif head[8:] == b"{":
         entries = _read_safetensors(path)
@@ -168,6 +177,11 @@ def _read_zip(path: Path) -> dict[Any, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
+            large = next((record.file_size for record in pickles if record.file_size > LARGEST_PICKLE), 0)
+            allocates = not large and any(
+                ALLOCATES in archive.read(record) for record in pickles if record.compress_type == zipfile.ZIP_STORED
+            )
     except Exception as error:  # whatever the bytes lead the parser to
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     names = {record.filename.rpartition("/")[2] for record in records}
@@ -177,6 +191,10 @@ def _read_zip(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path} is a zip archive that torch.save did not write: it has no data.pkl")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # they would be mapped as they lie there
         raise CheckpointError(f"{path} is a compressed zip archive; torch.save writes it without compression")
+    if large:
+        raise CheckpointError(f"{path} must have a pickle of at most {LARGEST_PICKLE >> 20} MiB; it has {large >> 20} MiB")
+    if allocates:
+        raise _refusal(path, "builtins.bytearray")
     return _read_pickled(path, mapped=True)
 
 
@@ -211,11 +229,11 @@ def _read_pickled(path: Path, mapped: bool) -> dict[Any, Any]:
     return loaded
 
 
-def _refusal(path: Path, name: str, error: Exception) -> CheckpointError:
+def _refusal(path: Path, name: str, error: Exception | None = None) -> CheckpointError:
     if re.search(r"\b(DTensor|ShardedTensor)", str(error)):
         return sharded(path)
     if not name:
-        return CheckpointError(f"{path} is damaged: {_first_line(error)}")
+        return CheckpointError(f"{path} is damaged: {_first_line(error) if error else 'its pickle names nothing'}")
     return CheckpointError(
         f"{path} holds a {name}, which could run code when it is read, and is refused: "
         "save the state_dict alone with torch.save, where the file is your own"

@@ -18,9 +18,10 @@ from .load import (
     read,
     refit,
     stored_positions,
-    warn_of_target,
 )
 from .positions import Grid
+from .statistics import warn_of_model
+from .target import warn_of_target
 
 
 def init_from(model: nn.Module, path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None) -> LoadReport:
@@ -61,6 +62,7 @@ def init_from(model: nn.Module, path: str | Path, *, key: str | None = None, sto
         warnings += checkpoint.warn_of_variant() + warn_of_target(checkpoint, bool(model.norm_pix_loss))
     elif not why:
         warnings.append("the checkpoint holds no decoder; the model keeps its own")
+    warnings += warn_of_model(model, checkpoint.statistics)
     return checkpoint.report(missing, left_out, positions, adapted, warnings)
 
 

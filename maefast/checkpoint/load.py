@@ -14,6 +14,8 @@ from . import candidates, files
 from .architecture import OUR_MODEL_TYPE, Facts, facts_of, find_grid, infer, is_decoder, is_head, misfit, of_model
 from .files import CheckpointError, listed
 from .positions import Grid, refitted
+from .statistics import Statistics, warn_of_model
+from .target import warn_of_target
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,6 +90,12 @@ class Checkpoint:
     counters: dict[str, Tensor]
     facts: Facts
     ignored: tuple[str, ...]
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Mean and std of the images, where the checkpoint tells them."""
+        mean, std = self.facts.mean, self.facts.std
+        return None if mean is None or std is None else (mean, std)
 
     @property
     def has_decoder(self) -> bool:
@@ -210,7 +218,8 @@ def from_pretrained(
     architecture.checked(checkpoint.without(checkpoint.head).tensors, checkpoint.path)
     architecture.require_heads(checkpoint.path, given=overrides.keys())
     model = cls(**architecture.arguments() | overrides)
-    return model, _load(model, checkpoint, grid, target_given="norm_pix_loss" in overrides)
+    given = {"target_given": "norm_pix_loss" in overrides, "statistics_given": "mean" in overrides}
+    return model, _load(model, checkpoint, grid, **given)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
@@ -225,7 +234,9 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     files.write_json(config, folder / files.CONFIG)
 
 
-def _load(model: nn.Module, checkpoint: Checkpoint, grid: Grid, target_given: bool = False) -> LoadReport:
+def _load(
+    model: nn.Module, checkpoint: Checkpoint, grid: Grid, target_given: bool = False, statistics_given: bool = False
+) -> LoadReport:
     ours = model.state_dict()
     checkpoint, left_out, warnings = without_other_head(model, checkpoint)
     counters = {name: tensor for name, tensor in checkpoint.counters.items() if name in ours}
@@ -239,6 +250,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint, grid: Grid, target_given: bo
     theirs, positions = refit(model, replace(checkpoint, tensors=theirs), grid)
     put(model, checkpoint, {name: theirs[name] for name in ours if name in theirs})
     warnings += _warnings(model, checkpoint, target_given)
+    warnings += [] if statistics_given else warn_of_model(model, checkpoint.statistics)
     return checkpoint.report(missing, [*unexpected, *left_out], positions, warnings=warnings)
 
 
@@ -336,18 +348,3 @@ def _warnings(model: nn.Module, checkpoint: Checkpoint, target_given: bool) -> l
     if not checkpoint.has_decoder:
         return ["the checkpoint holds no decoder; the model keeps its own"]
     return checkpoint.warn_of_variant() + ([] if target_given else warn_of_target(checkpoint, wanted))
-
-
-def warn_of_target(checkpoint: Checkpoint, wanted: bool) -> list[str]:
-    """What to say where its decoder may have been trained on another target."""
-    target = checkpoint.facts.norm_pix_loss
-    if target is None:
-        return [unknown_target(f"norm_pix_loss is {wanted}")]
-    if target != wanted:
-        return [f"norm_pix_loss is {wanted}, and the checkpoint was trained with norm_pix_loss={target}"]
-    return []
-
-
-def unknown_target(taken: str) -> str:
-    why = "the official visualize files, for one, are of raw ones"
-    return f"the checkpoint does not tell whether its target was normalised pixels; {taken}; {why}"

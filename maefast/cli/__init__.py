@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .._version import __version__
-from ..train.errors import ToldByAnother, UserError
+from ..train.errors import ToldByAnother, UserError, shown
 from . import ablate, convert, demo, extract, finetune, knn, linprobe, pack, partial, pretrain, reconstruct, robustness, submit
 from .parser import Parser
+
+LONGEST = 4096  # characters of an error
 
 
 class Command(Protocol):
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ToldByAnother:
         return 2
     except UserError as error:
-        print(f"maefast {command}: error: {error}", file=sys.stderr)
+        print(f"maefast {command}: error: {shown(str(error), LONGEST)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"maefast {command}: interrupted", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 from ..train.ablation.axes import AXES
 from ..train.pretrain.options import with_config
 from ..train.values import number, several_of, whole
-from .flags import PART, SPLITS, add_options, pop
+from .flags import PART, SPLITS, add_options, add_val_path, pop
 
 HELP = "compare what the paper compares, on images of your own"
 OF_SEVERAL_PROCESSES = ("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url")
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
     parser.add_argument("--eval_split", choices=SPLITS, default="val", help="the part of DATA to score (val)")
+    add_val_path(parser)
     add_options(parser, without=("data_path", "resume", "init", "key", "start_epoch", "reference", *OF_SEVERAL_PROCESSES))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..train.pretrain.options import Options
-from ..train.values import SEED, number, numbers, one_of, whole
+from ..train.values import ANY, SEED, number, numbers, one_of, sides, whole
 
 SPLITS = ("train", "val", "test")
 PART = number(0, 1, above=True)
@@ -24,10 +24,14 @@ def add_source(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of any layout that maefast convert reads")
     parser.add_argument("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
     add_key(parser)
-    parser.add_argument("--input_size", type=whole(1), help="side of the images, where not the checkpoint's")
+    help = "side of the images, or height and width, where not the checkpoint's"
+    parser.add_argument("--input_size", type=sides, metavar="S | H W", help=help)
     parser.add_argument("--num_heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
-    parser.add_argument("--mean", type=numbers(0), metavar="M,M,..", help="of the pixels in 0..1 per channel, likewise")
-    parser.add_argument("--std", type=numbers(0), metavar="S,S,..", help="likewise")
+    parser.add_argument(
+        "--mean", type=numbers(ANY), metavar="M,M,..", help="per channel, of pixels in 0..1, of floats in their own unit"
+    )
+    parser.add_argument("--std", type=numbers(0, above=True), metavar="S,S,..", help="likewise")
+    add_nodata(parser)
     parser.add_argument("--seed", type=SEED, default=0, help="of all that is drawn (%(default)s)")
     if moves:
         parser.add_argument("--random_init", action="store_true", help="the checkpoint's architecture with untrained weights")
@@ -42,6 +46,11 @@ def add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", help=help)
 
 
+def add_nodata(parser: argparse.ArgumentParser) -> None:
+    help = "the value of a float array that stands for a missing one, as NaN does"
+    parser.add_argument("--nodata", type=number(ANY), metavar="V", help=help)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
 
@@ -53,7 +62,12 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
 def add_labelled(parser: argparse.ArgumentParser) -> None:
     choice(parser, "--train_split", SPLITS, "the part of DATA to learn from (%(default)s)", default="train")
     choice(parser, "--eval_split", SPLITS, "the part of DATA to score (%(default)s)", default="val")
+    add_val_path(parser)
     parser.add_argument("--label_fraction", type=PART, default=1.0, help="of each class to learn from (%(default)s)")
+
+
+def add_val_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--val_path", type=Path, metavar="PATH", help="the images to score, where they are not in DATA")
 
 
 def add_recipe(parser: argparse.ArgumentParser, **defaults: float | None) -> None:

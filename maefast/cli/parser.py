@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ..train.values import sides
+
 FLAG = re.compile(r"(--[\w-]+)(=.*)?", re.DOTALL)
+NEGATIVE = re.compile(r"-[\d.].*")
 
 
 def with_underscores(words: Sequence[str]) -> list[str]:
@@ -17,20 +20,36 @@ def with_underscores(words: Sequence[str]) -> list[str]:
     return [f"--{m[1][2:].replace('-', '_')}{m[2] or ''}" if m else word for word, m in found] + list(words[end:])
 
 
+def joined(words: Sequence[str], pairs: Sequence[str]) -> list[str]:
+    """Write a flag and a value that begins with a minus, and one of `pairs` and its height and width, as one word."""
+    rest, out = list(words), list[str]()
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*out, word, *rest]
+        if word in pairs and len(rest) > 1 and rest[0].isdigit() and rest[1].isdigit():
+            word = f"{word}={rest.pop(0)},{rest.pop(0)}"
+        elif word.startswith("--") and "=" not in word and rest and NEGATIVE.fullmatch(rest[0]):
+            word = f"{word}={rest.pop(0)}"
+        out.append(word)
+    return out
+
+
 class Parser(argparse.ArgumentParser):
     """Takes - and _ in flags alike. Errors are one line, without the usage; an unknown flag is told the nearest one."""
 
     def __init__(self, **options: Any):
-        self.flags = list[str]()
+        self.flags, self.pairs = list[str](), list[str]()
         super().__init__(**options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         self.flags += [name for name in names if name.startswith("--")]
+        self.pairs += names if options.get("type") is sides else ()
         return super().add_argument(*names, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = with_underscores(sys.argv[1:] if args is None else args)
-        arguments, unknown = super().parse_known_args(words, namespace)
+        arguments, unknown = super().parse_known_args(joined(words, self.pairs), namespace)
         flag = next((word.split("=")[0] for word in unknown if word.startswith("--")), None)
         if flag is not None and (near := difflib.get_close_matches(flag, self.flags, n=1)):
             self.error(f"unrecognized argument {flag}; did you mean {near[0]}?")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..train.evaluate.corruptions import CORRUPTIONS, SEVERITIES
 from ..train.values import SEED, one_of, whole
-from .flags import SPLITS, add_batch_size, add_device, choice
+from .flags import SPLITS, add_batch_size, add_device, add_nodata, choice
 
 HELP = "score a classifier on corrupted images"
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, metavar="DIR", help="other images of its classes, such as ImageNet-R")
     parser.add_argument("--class_map", type=Path, metavar="FILE", help="lines of a folder in --folder and the class that it is")
     parser.add_argument("--out", type=Path, metavar="FILE", help="for the figures as JSON")
+    add_nodata(parser)
     add_batch_size(parser)
     add_device(parser)
     parser.add_argument("--seed", type=SEED, default=0, help="of the corruptions (%(default)s)")

@@ -12,9 +12,9 @@ from ..reference import MAEOutput, ReferenceMAE
 
 
 def reference_on(model: MAE) -> Callable[..., MAEOutput]:
-    """ReferenceMAE's forward on the parameters of `model`, called as `model` is with uint8 images (N, C, H, W).
+    """ReferenceMAE's forward on the parameters of `model`, called as `model` is.
 
-    The images are normalised first, in float, as a script around the official model does; `return_pred` makes no difference.
+    uint8 images are normalised first, in float, as a script around the official model does; `return_pred` makes no difference.
     """
     config = of_model(model).arguments() | {"mean": model.mean, "std": model.std}
     reference = ReferenceMAE(**{name: value for name, value in config.items() if name not in ("mean", "std")})
@@ -22,8 +22,14 @@ def reference_on(model: MAE) -> Callable[..., MAEOutput]:
         module, _, leaf = name.rpartition(".")
         setattr(reference.get_submodule(module), leaf, parameter)
 
-    def forward(imgs: Tensor, mask_ratio: float, *, noise: Tensor, return_pred: bool = True) -> MAEOutput:
-        return reference(normalised(imgs, config), mask_ratio, noise=noise)
+    def forward(
+        imgs: Tensor, mask_ratio: float, *, noise: Tensor, return_pred: bool = True, weights: Tensor | None = None
+    ) -> MAEOutput:
+        imgs = normalised(imgs, config) if imgs.dtype == torch.uint8 else imgs
+        output = reference(imgs, mask_ratio, noise=noise)
+        if weights is None or output.pred is None:
+            return output
+        return output._replace(loss=reference.forward_loss(imgs, output.pred, output.mask * weights))
 
     return forward
 

@@ -16,7 +16,13 @@ class UnreadableImage(UserError):  # noqa: N818 - like UserError's, its text is 
         self.path, self.why = path, why
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.why}"
+        return f"{shown(self.path)}: {shown(self.why)}"
+
+
+def shown(text: str, most: int = 500) -> str:
+    """One line that any stream can print: control characters and lone surrogates escaped, what is beyond `most` left out."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 class ToldByAnother(UserError):  # noqa: N818 - as above

@@ -27,18 +27,31 @@ class Panel:
 
 @torch.no_grad()
 def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int, sampler: str = "random") -> Panel:
-    """The panel of `model` (a maefast.MAE) for images (n, C, H, W) uint8, with masks drawn from `seed` by one of SAMPLERS. Of
-    images that are neither grey nor colour the first channel is shown."""
+    """The panel of `model` (a maefast.MAE) for images (n, C, H, W), uint8 or normalised floats.
+
+    Masks are drawn from `seed` by one of SAMPLERS. Of images that are neither grey nor colour the first channel is shown.
+    """
     grid, len_keep = model.patch_embed.grid_size, ops.len_keep(model.patch_embed.num_patches, mask_ratio)
     noise = draw_noise(sampler, len(images), grid, len_keep, torch.Generator().manual_seed(seed)).to(images.device)
+    shown_images, images = images, images.nan_to_num(0.0) if images.is_floating_point() else images
     mask = model(images, mask_ratio, noise=noise).mask
     ph, pw = model.patch_embed.patch_size
     hidden = mask.reshape(-1, 1, *grid).repeat_interleave(ph, dim=2).repeat_interleave(pw, dim=3) > 0
-    masked = torch.where(hidden, torch.full_like(images, round(GREY * 255)), images)
     pictures = model.reconstruct(images, mask_ratio, noise=noise)
+    if images.is_floating_point():
+        pictures, images = _in_grey_levels(pictures, shown_images), _in_grey_levels(shown_images, shown_images)
+    masked = torch.where(hidden, torch.full_like(images, round(GREY * 255)), images)
     shown = 3 if images.shape[1] == 3 else 1
-    rows = (images, masked, pictures.round().clamp(0, 255).to(torch.uint8))
-    return Panel(title, *(row[:, :shown].cpu() for row in rows))
+    rows = (images, masked, pictures.round().clamp(0, 255))
+    return Panel(title, *(row[:, :shown].to(torch.uint8).cpu() for row in rows))
+
+
+def _in_grey_levels(values: Tensor, images: Tensor) -> Tensor:
+    """Floats as 0..255, from the least to the greatest value of each of `images`; missing ones white."""
+    low = images.nan_to_num(torch.inf).amin(dim=(1, 2, 3), keepdim=True)
+    high = images.nan_to_num(-torch.inf).amax(dim=(1, 2, 3), keepdim=True)
+    levels = (values - low) / (high - low).clamp(min=1e-12) * 255
+    return levels.nan_to_num(255.0, 255.0, 0.0).round().clamp(0, 255)
 
 
 def as_one_picture(panel: Panel) -> Tensor:

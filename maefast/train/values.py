@@ -41,6 +41,7 @@ def whole(least: int) -> Parse:
 def number(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Parse:
     """A finite number from `least` to `most`; `above` leaves out the least, `below` the most."""
     limits = f" more than {least:g}" if above else f", {least:g} or more"
+    limits = "" if least == -math.inf else limits
     if most != math.inf:
         limits += f" and below {most:g}" if below else f" and at most {most:g}"
 
@@ -62,5 +63,15 @@ def numbers(least: float, *, above: bool = False) -> Parse:
     return lambda text: tuple(parse_one(part) for part in text.strip("[]()").split(","))
 
 
+def sides(text: str) -> int | tuple[int, int]:
+    """A side of a square, or height and width."""
+    parse_one, words = whole(1), text.replace(",", " ").strip("[]()").split()
+    if not 1 <= len(words) <= 2:
+        raise argparse.ArgumentTypeError(f"must be a side, or height and width; it is {text!r}")
+    height, width = map(parse_one, (words[0], words[-1]))
+    return height if height == width else (height, width)
+
+
 SEED = whole(0)
+ANY = -math.inf  # the least of a number without limits
 RATIO = number(0, 1, above=True, below=True)

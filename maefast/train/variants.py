@@ -64,6 +64,7 @@ class PcaTarget(MAE):
         """Take the principal components of the patches of `images`, (C, H, W) floating-point or uint8."""
         device = self.variant_pca_basis.device
         patches = (self.target_patches(image[None].to(device))[0].cpu() for image in images)
+        patches = (each[~each.isnan().any(dim=1)] for each in patches)  # the others have missing values
         mean, basis = principal_components(patches, self.variant_pca_basis.shape[1])
         self.variant_pca_mean.copy_(mean)
         self.variant_pca_basis.copy_(basis)

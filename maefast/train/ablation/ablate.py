@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.labelled import Chosen, Labelled
+from ..data.open import tell
 from ..device import find_device
 from ..errors import UserError
 from ..evaluate import commands, finetune
@@ -39,6 +40,7 @@ class Budget:
     images: int | None = None  # of the training part, to pre-train on, by the seed; None: all
     label_fraction: float = 1.0  # of the training part, to learn from with labels
     eval_split: str = "val"
+    val_path: Path | None = None
     probe_epochs: int = 90
     probe_blr: float | None = None  # the best on held-out images
     finetune_epochs: int = 50
@@ -67,13 +69,15 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
         _check(row, base, data.channels)
     if budget.images is not None and budget.images > len(data):
         raise UserError(f"--images must be at most {len(data)}, all that {base.data_path} has to train on; it is {budget.images}")
-    labelled = Labelled(base.data_path, eval_split=budget.eval_split, label_fraction=budget.label_fraction)
-    _, taken, _ = labelled.opened(data.channels, base.seed)
+    chosen = {name: getattr(budget, name) for name in ("eval_split", "val_path", "label_fraction")}
+    labelled = Labelled(base.data_path, exclude=folder, **chosen)
+    _, taken, evaluated = labelled.opened(data.channels, base.seed)
     check_writable(folder, "--output_dir")
     done = _done(folder, _plan(base, budget))
+    tell(data, evaluated)
     if budget.images is not None:
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(base.seed))[: budget.images]
-        data = Chosen(data, chosen)  # type: ignore[assignment]
+        ids = torch.randperm(len(data), generator=torch.Generator().manual_seed(base.seed))[: budget.images]
+        data = Chosen(data, ids)  # type: ignore[assignment]
     for row in rows:
         if row.name not in done:
             try:
@@ -131,7 +135,8 @@ def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labe
         summary = pretrain(options, data)
         if not summary["finished"]:
             return None
-        source = Source(Path(summary["checkpoint"]), device=str(find_device(base.device)), seed=base.seed)
+        device = str(find_device(base.device))
+        source = Source(Path(summary["checkpoint"]), nodata=base.nodata, device=device, seed=base.seed)
         epochs, sweep = budget.probe_epochs, budget.probe_blr is None
         probe = Recipe(epochs, epochs // 10, min(PROBE_BATCH, labels), budget.probe_blr or 0.0, 0.0, seed=base.seed)
         commands.linprobe(source, labelled, probe, kind="cls", sweep=sweep, output_dir=folder / "linprobe")

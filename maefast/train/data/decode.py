@@ -1,6 +1,7 @@
 """Pixels as uint8 tensors: image files of any mode, and arrays, cropped and resized in one step."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -11,15 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UnreadableImage
+from . import tiff
 from .crops import Box, BoxOf, Size
+from .metadata import without_metadata
+from .modes import MODES, converted, stored_as, with_16_bit_grey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
-HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ORIENTATION = 0x0112
 # A JPEG decodes at 1/2, 1/4 or 1/8 of its size while that leaves the crop at least this many times the size asked for. Half of it
 # would show: Pillow's own thumbnail() takes the same margin.
 DRAFT_MARGIN = 2
@@ -30,7 +30,9 @@ def _blamed_on(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a decoder may raise anything on a broken file
-        why = f"{type(error).__name__}: {error}".replace(name, Path(name).name)
+        last = Path(name).name
+        why = re.sub("<_io.BytesIO object at 0x[0-9a-f]+>", lambda found: repr(last), f"{type(error).__name__}: {error}")
+        why = why.replace(repr(name)[1:-1], repr(last)[1:-1])  # as messages quote it
         raise UnreadableImage(name, " ".join(why.split())) from error
 
 
@@ -50,17 +52,53 @@ def decode(name: str, file: str | bytes, channels: int, size: Size | None, box: 
 
     name     what errors call it
     file     its path, or its bytes
-    Raises UnreadableImage.
+    Raises UnreadableImage; metadata that cannot be read is no reason for it.
     """
+    try:
+        return _decode(name, file, channels, size, box)
+    except UnreadableImage as error:
+        bare = without_metadata(file if isinstance(file, bytes) else _content(error, file))
+        if bare is None:
+            raise
+        try:
+            return _decode(name, bare, channels, size, box)
+        except UnreadableImage:
+            raise error from error.__cause__
+
+
+def _content(error: UnreadableImage, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        raise error from error.__cause__
+
+
+def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
     with _blamed_on(name):
-        image = None if channels not in MODES or (channels == 4 and is_tiff(file)) else _open(file)
-    if image is None:
-        return _decode_tiff(name, file, channels, size, box)
+        image = _open(file, channels) if channels in MODES else None
+        stored = _read_tiff(file, channels) if image is None else None
+    if stored is not None:
+        with _blamed_on(name):
+            turn = TURNS.get(stored.orientation, TURNS[1])
+            bands = channels not in MODES or not stored.colours or (channels == 4 and stored.has_fourth_band)
+            image = None if bands else tiff.as_picture(stored)
+            pixels: Any = turn.turned(tiff.as_bands(stored, channels)) if bands else None
+            if bands and not pixels.size:
+                raise ValueError(f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels")
+        if bands:
+            return resized(pixels, part_of(box, *pixels.shape[:2]), size)
+    assert image is not None
     with image:
         with _blamed_on(name):
-            turned = image.format == "TIFF"  # by Pillow, as it loads
-            turn = TURNS[1] if turned else TURNS.get(image.getexif().get(ORIENTATION, 1), TURNS[1])
+            if stored is None:
+                turned = image.format == "TIFF"  # by Pillow, as it loads; releases before 11.1 change the size only then
+                if turned:
+                    image.load()
+                turn = TURNS[1] if turned else TURNS.get(_orientation(image), TURNS[1])
+                image = with_16_bit_grey(image, file)
             height, width = image.size if turn.swap else image.size[::-1]
+            if not height or not width:
+                raise ValueError(f"it has {height} x {width} pixels")
         part = part_of(box, height, width)
         out = size or (round(part[3] - part[1]), round(part[2] - part[0]))
         part, out = turn.stored(part, height, width), out[::-1] if turn.swap else out
@@ -90,6 +128,11 @@ class Turn(NamedTuple):
         image = image.transpose(1, 2) if self.swap else image
         return image.flip(axes) if axes else image
 
+    def turned(self, pixels: Any) -> Any:
+        """The same of an array (H, W, C)."""
+        pixels = pixels.transpose(1, 0, 2) if self.swap else pixels
+        return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+
 
 TURNS = {  # by the value of EXIF's orientation
     1: Turn(False, False, False),
@@ -103,16 +146,35 @@ TURNS = {  # by the value of EXIF's orientation
 }
 
 
-def _open(file: str | bytes) -> "Image | None":
-    """None for a TIFF that Pillow does not know."""
+def _open(file: str | bytes, channels: int | None) -> Any:
+    """None for a TIFF that Pillow does not know, or would give other pixels of."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(_readable(file))
+        image: Any = Image.open(_readable(file))
     except UnidentifiedImageError:
-        if is_tiff(file):
+        if tiff.is_tiff(file):
             return None
         raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(tiff.too_large(str(error).split("(")[1].split(")")[0])) from error
+    image.stored_as = stored_as(image)
+    if image.format == "TIFF" and tiff.is_misread(image, channels):
+        image.close()
+        return None
+    if image.format == "TIFF" and not isinstance(file, bytes) and image.tag_v2.get(tiff.ORIENTATION, 1) > 4:
+        # Pillow maps an uncompressed file of its own into memory by the sides as shown, where it is stored by the others.
+        image.close()
+        return Image.open(BytesIO(Path(file).read_bytes()))
+    return image
+
+
+def _orientation(image: "Image") -> Any:
+    """EXIF's orientation; 1 for EXIF that cannot be read, since the pixels can be."""
+    try:
+        return image.getexif().get(tiff.ORIENTATION, 1)
+    except Exception:  # a parser may raise anything on broken metadata
+        return 1
 
 
 def _readable(file: str | bytes) -> Any:
@@ -124,8 +186,11 @@ def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
 
     left, top, right, bottom = box
     factor = _draft(image, channels, min((bottom - top) / size[0], (right - left) / size[1]))
-    image = _converted(image, MODES[channels])
+    image = converted(image, MODES[channels])
     box = left * factor, top * factor, min(right * factor, image.width), min(bottom * factor, image.height)
+    if factor == 1 and size == (bottom - top, right - left) and left == int(left) and top == int(top):
+        # resize would multiply colours by their transparency and divide them again
+        return _tensor(image.crop((int(left), int(top), int(right), int(bottom))))
     return _tensor(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box))
 
 
@@ -139,29 +204,6 @@ def _draft(image: Any, channels: int, reduction: float) -> float:
     return drafted[1][2] / width if drafted else 1.0
 
 
-def _converted(image: "Image", mode: str) -> "Image":
-    import numpy as np
-    from PIL import Image
-
-    if image.mode in HIGH_DEPTH_MODES:
-        image = Image.fromarray(stretched(np.asarray(image)))
-    if mode != "RGBA" and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == mode else image.convert(mode)
-
-
-def stretched(values: Any) -> Any:
-    """An array of any real dtype as uint8, its least value at 0 and its greatest at 255. Raises ValueError for infinities."""
-    import numpy as np
-
-    values = values.astype(np.float64)
-    low, high = np.nanmin(values), np.nanmax(values)
-    if not np.isfinite(high - low):
-        raise ValueError("its pixels are not finite")
-    return np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8)
-
-
 def _tensor(image: "Image") -> Tensor:
     import numpy as np
 
@@ -169,35 +211,14 @@ def _tensor(image: "Image") -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def is_tiff(file: str | bytes) -> bool:
-    if isinstance(file, bytes):
-        return file[:4] in TIFF_MAGIC
-    with open(file, "rb") as stream:
-        return stream.read(4) in TIFF_MAGIC
-
-
-def tiff_bands(name: str, file: str | bytes) -> Any:
-    """The pixels of a TIFF as stored, (H, W, C): the smaller of the first and the last axis counts the channels."""
-    with _blamed_on(name):
-        try:
-            import tifffile
-        except ImportError as error:
-            raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[train]"') from error
-        pixels = tifffile.imread(_readable(file), series=0)
-        if pixels.ndim == 2:
-            pixels = pixels[..., None]
-        if pixels.ndim != 3:
-            raise ValueError(f"its pixels have {pixels.ndim} axes, {tuple(pixels.shape)}; an image has two or three")
-        return pixels.transpose(1, 2, 0) if pixels.shape[0] < pixels.shape[-1] else pixels
-
-
 def channels_of(name: str, file: str | bytes) -> int:
-    """3, or the count of a TIFF that Pillow does not know; 3 for a broken file, which is to be reported when it is read."""
+    """3, or the number of bands of a TIFF that is no picture; 3 for a broken file, which is to be reported when it is read."""
     try:
         with _blamed_on(name):
-            image = _open(file)
-        if image is None:
-            return int(tiff_bands(name, file).shape[-1])
+            image = _open(file, None)
+            if image is None:
+                stored = tiff.read_tiff(file, None)
+                return 3 if stored.colours else int(stored.pixels.shape[-1])
         image.close()
     except UnreadableImage as error:
         if isinstance(error.__cause__, ImportError):
@@ -205,21 +226,15 @@ def channels_of(name: str, file: str | bytes) -> int:
     return 3
 
 
-def _decode_tiff(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
-    with _blamed_on(name):
-        if not is_tiff(file):
-            raise ValueError(f"{channels} channels can be read from TIFF alone")
-    pixels = tiff_bands(name, file)
-    with _blamed_on(name):
-        if pixels.shape[-1] != channels and {pixels.shape[-1], channels} != {1, 3}:
-            raise ValueError(f"it has {pixels.shape[-1]} channels, not {channels}")
-        if pixels.dtype != "uint8":
-            pixels = stretched(pixels)
-    return with_channels(resized(pixels, part_of(box, *pixels.shape[:2]), size), channels)
+def _read_tiff(file: str | bytes, channels: int) -> tiff.Stored:
+    if not tiff.is_tiff(file):
+        raise ValueError(f"{channels} channels can be read from TIFF alone")
+    return tiff.read_tiff(file, channels)
 
 
 def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
-    """The `part` of an array (H, W, C) uint8 as (C, *size), bicubic and antialiased."""
+    """The `part` of an array (H, W, C), uint8 or fp32, as (C, *size), bicubic and antialiased; NaN spreads to all that it is
+    weighed into."""
     import numpy as np
 
     left, top, right, bottom = part
@@ -233,15 +248,19 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
     first_row, first_column = max(0, math.floor(top - reach[0])), max(0, math.floor(left - reach[1]))
     pixels = pixels[first_row : math.ceil(bottom + reach[0]), first_column : math.ceil(right + reach[1])]  # Pillow copies it
     part = left - first_column, top - first_row, right - first_column, bottom - first_row
-    bands = [pixels] if pixels.shape[-1] == 3 else [pixels[..., i] for i in range(pixels.shape[-1])]
+    bands = [pixels] if pixels.shape[-1] == 3 and pixels.dtype == "uint8" else [pixels[..., i] for i in range(pixels.shape[-1])]
     images = (Image.fromarray(np.ascontiguousarray(band)) for band in bands)
     return torch.cat([_tensor(image.resize(out[::-1], Image.Resampling.BICUBIC, box=part)) for image in images])
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """uint8 (..., C, H, W) as (..., channels, H, W): grey repeated, or colours as luminance (ITU-R 601-2, as Pillow rounds)."""
+    """uint8 (..., C, H, W) of 1 or 3 channels as (..., channels, H, W), channels 1, 3 or 4: grey repeated, colours as luminance
+    (ITU-R 601-2, as Pillow rounds), nothing transparent."""
     if image.shape[-3] == channels:
         return image
+    if channels == 4:
+        opaque = torch.full_like(image[..., :1, :, :], 255)
+        return torch.cat([with_channels(image, 3), opaque], dim=-3)
     if image.shape[-3] == 1:
         return image.expand(*image.shape[:-3], channels, -1, -1).contiguous()
     red, green, blue = image.int().unbind(dim=-3)

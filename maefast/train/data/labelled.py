@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .crops import TRAINING_AREA, Size, View, drawn
-from .open import open_images
+from .open import open_images, open_part
 from .order import draw_of
 from .sources import ImageDataset
 from .splits import stratified_split
@@ -64,7 +64,12 @@ def _collected(images: Any, ids: Tensor, futures: list[Future[Tensor]]) -> tuple
 
 @dataclass(frozen=True)
 class Labelled:
-    """A labelled data set in two parts, and how its images are looked at."""
+    """A labelled data set in two parts, and how its images are looked at.
+
+    data        both parts, or the one to learn from where there is a val_path; a file is one part as a whole
+    val_path    the images to score: the eval_split of a folder that has parts, all that is there otherwise
+    exclude     what a run writes, which is left out where it lies in them
+    """
 
     data: Path
     train_split: str = "train"
@@ -72,18 +77,32 @@ class Labelled:
     label_fraction: float = 1.0  # of each class of the first part, by the seed
     crop_pct: float | None = None  # of the largest centred box, per side; None: crops.usual_scale
     augment: str = "none"
+    val_path: Path | None = None
+    exclude: Path | None = None
 
     def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
         """The data set to learn from, the indices of the images in it to take, and the one to score. Raises UserError."""
-        train, evaluated = open_images(self.data, self.train_split, channels), open_images(self.data, self.eval_split, channels)
-        for images, name in ((train, self.train_split), (evaluated, self.eval_split)):
+        whole = Path(self.data).is_file()
+        train = open_images(self.data, None if whole else self.train_split, channels, self.exclude)
+        if self.val_path is not None:
+            evaluated, place = open_part(self.val_path, self.eval_split, channels, self.exclude), str(self.val_path)
+        elif whole:
+            raise UserError(f"--val_path must give the images to score where DATA is one file; DATA is {self.data}")
+        else:
+            evaluated = open_images(self.data, self.eval_split, channels, self.exclude)
+            place = f"the {self.eval_split} part of {self.data}"
+        count = len(evaluated.classes)
+        if train.classes[:count] == evaluated.classes == tuple(map(str, range(count))):  # numbers, up to the greatest there
+            evaluated.classes = train.classes
+        for images, name in ((train, f"the {self.train_split} part of {self.data}"), (evaluated, place)):
             if len(images.classes) < 2:
-                raise UserError(f"DATA must have two classes or more; the {name} part of {self.data} has {len(images.classes)}")
+                raise UserError(f"DATA must have two classes or more; {name} has {len(images.classes)}")
             if missing := int((images.labels < 0).sum()):
-                count = f"{missing} of {len(images)} images"
-                raise UserError(f"DATA must have a label for every image; in the {name} part of {self.data} {count} have none")
+                raise UserError(f"DATA must have a label for every image; in {name} {missing} of {len(images)} images have none")
         if train.classes != evaluated.classes:
             parts = f"the {self.train_split} and {self.eval_split} parts of {self.data}"
+            if self.val_path is not None:
+                parts = f"{self.data} and {self.val_path}"
             raise UserError(f"DATA must have the same classes in both parts; {parts} have others")
         taken = torch.arange(len(train))
         if self.label_fraction < 1:
@@ -99,7 +118,7 @@ class Chosen:
 
     def __init__(self, images: Any, ids: Tensor):
         self.images, self.ids = images, ids
-        self.labels, self.channels = images.labels[ids], images.channels
+        self.labels, self.channels, self.classes, self.dtype = images.labels[ids], images.channels, images.classes, images.dtype
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,29 +1,44 @@
 """Images of one's own for training: `open_images` finds out what is at a path."""
 
-import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from ..errors import UnreadableImage, UserError
 from .crops import Box
-from .sources import EXTENSIONS, SPLIT_FOLDERS, ArrayImages, FileImages, ImageDataset, TarImages
+from .folders import (
+    SPLIT_FOLDERS,
+    ambiguous,
+    find_images,
+    readable_extensions,
+    split_folders,
+    split_of,
+    split_of_shard,
+    walk,
+)
+from .labels import named
+from .lists import LISTS, listed_images
+from .sources import ArrayImages, FileImages, ImageDataset, TarImages
 
-__all__ = ["Box", "ImageDataset", "UnreadableImage", "find_images", "folder_images", "open_images"]
+__all__ = ["Box", "ImageDataset", "UnreadableImage", "find_images", "folder_images", "open_images", "open_part", "tell"]
 
 IDX_NAMES = {"train": "train", "val": "t10k", "test": "t10k"}
-LISTS = (".txt", ".lst")
 
 
-def open_images(path: str | Path, split: str | None = None, channels: int | None = None) -> ImageDataset:
+def open_images(
+    path: str | Path, split: str | None = None, channels: int | None = None, exclude: Path | None = None
+) -> ImageDataset:
     """The images at `path`, of any kind that docs/data.md lists: folders, lists, tar shards, .npy, idx.
 
-    split     "train", "val" or "test": that subfolder, or MNIST's pair of files; "train" is `path` itself where nothing
-              there is split. None: all of a folder, the training pair of MNIST's files.
+    split     "train", "val" or "test": that subfolder, the list or shards named so, or MNIST's pair of files; "train" is `path`
+              itself where nothing there is split. None: all of a folder, the training pair of MNIST's files.
     channels  of the images that are read: 1 and 3 convert, others need as many in the file. None: what an array has; 3 for files,
               or what the first one has if it is a TIFF of more than four.
-    Raises UserError when there is nothing to read, and for lists, shards and arrays that are broken as a whole.
+    exclude   a folder or file below `path` that is left out: what a run writes
+    Raises UserError when there is nothing to read, when a folder can be read in two ways, and for lists, shards and arrays that
+    are broken as a whole.
     """
     if split is not None and split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FOLDERS)}; it is {split!r}")
@@ -32,18 +47,62 @@ def open_images(path: str | Path, split: str | None = None, channels: int | None
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} is not there")
-    root = _idx_file(path, split) or _subfolder(path, split)
+    root = path if split is None else _part(path, split, exclude)
+    images, chosen = _opened(path, root, split, channels, exclude)
+    what = f"split {split}" if chosen or root != path else "all of it"
+    images.source = f"{root} ({images.kind}, {what})"
+    if root != path and root.is_dir() and (beside := sum(1 for _ in _image_files(path, exclude))):
+        images.left_out["beside the parts"] += beside
+    return images
+
+
+def open_part(path: Path, split: str, channels: int | None, exclude: Path | None = None) -> ImageDataset:
+    """`open_images` of a split where `path` is a folder that has some, of all that is there otherwise."""
+    return open_images(path, split if path.is_dir() and _parts(path, exclude) else None, channels, exclude)
+
+
+def tell(*opened: ImageDataset) -> None:
+    """Print a line on stderr for each data set, which says what was opened."""
+    for images in opened:
+        if isinstance(images, ImageDataset):  # other objects with its methods are taken too
+            print(images.described(), file=sys.stderr, flush=True)
+
+
+def _opened(path: Path, root: Path, split: str | None, channels: int | None, exclude: Path | None) -> tuple[ImageDataset, bool]:
+    """The images at `root`, which is `path` or a part of it, and whether they are those of `split` among others there."""
+    split = split if root == path else None
     if root.is_dir():
-        if (root / "images.npy").is_file():
-            return ArrayImages(root / "images.npy", channels)
-        shards = sorted(file for file in root.glob("*.tar") if file.is_file())
-        return TarImages(shards, channels) if shards else folder_images(root, channels)
+        left_out = Counter[str]()
+        idx, array, shards = _idx_file(root, split), root / "images.npy", _shards(root)
+        image = next(walk(root, exclude, left_out), None)
+        kinds = {
+            "idx files": idx and f"{idx.name}",
+            "the array": array.is_file() and array.name,
+            "tar files": shards and shards[0].name,
+            "image files": image and image.name,
+        }
+        found = [f"{kind} ({example})" for kind, example in kinds.items() if example]
+        if len(found) > 1:
+            raise UserError(
+                f"{root} can be read in two ways: {found[0]} or {found[1]} that lie beside; give the path of one, or move one"
+            )
+        if idx:
+            return ArrayImages(idx, channels), split is not None
+        if array.is_file():
+            return ArrayImages(array, channels), False
+        if shards:
+            left_out["of another format (.tar)"] -= len(shards)
+            return _shards_of(root, shards, split, channels, +left_out)
+        listed = [file for file in _lists(root) if image is None and (file.stem == "list" or split_of(file.stem))]
+        if len(listed) != 1:
+            return folder_images(root, channels, exclude, is_part=root != path), False
+        root = listed[0]
     if root.suffix == ".npy" or "-ubyte" in root.name:
-        return ArrayImages(root, channels)
+        return ArrayImages(root, channels), False
     if root.suffix == ".tar":
-        return TarImages([root], channels)
+        return TarImages([root], channels), False
     if root.suffix in LISTS:
-        return _listed_images(root, channels)
+        return listed_images(root, channels), False
     raise UserError(f"{root} must be a folder, a list ({', '.join(LISTS)}), .tar, .npy or an idx file (*-ubyte, also .gz)")
 
 
@@ -52,87 +111,97 @@ def _idx_file(folder: Path, split: str | None) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _subfolder(path: Path, split: str | None) -> Path:
-    """Where a split lies: its folder, or for "train" the path itself where there is no folder of any split."""
-    if split is None:
+def _shards(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.tar") if file.is_file())
+
+
+def _lists(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in LISTS and file.is_file())
+
+
+def _image_files(folder: Path, exclude: Path | None) -> list[Path]:
+    """Image files in the folder itself."""
+    extensions = readable_extensions()
+    files = (file for file in folder.iterdir() if file.suffix.lower() in extensions and not file.name.startswith("."))
+    return [file for file in files if file.is_file() and file != exclude]
+
+
+def _parts(path: Path, exclude: Path | None) -> dict[str, list[Path]]:
+    """Where each part of a folder lies: its subfolder, its list, its first shard, its idx file. Raises UserError."""
+    parts = defaultdict[str, list[Path]](list)
+    for name, folder in split_folders(path, exclude).items():
+        parts[name].append(folder)
+    for file in _lists(path):
+        if split := split_of(file.stem):
+            parts[split].append(file)
+    shards = {split_of_shard(shard.name): shard for shard in reversed(_shards(path))}
+    for name in SPLIT_FOLDERS:
+        parts[name] += filter(None, (shards.get(name), _idx_file(path, name)))
+    return {name: places for name, places in parts.items() if places}
+
+
+def _part(path: Path, split: str, exclude: Path | None) -> Path:
+    """Where a split lies, `path` itself for "train" where nothing there is split. Raises UserError."""
+    if not path.is_dir() and split == "train":
         return path
-    present = {name.lower(): path / name for name in sorted(os.listdir(path))} if path.is_dir() else {}
-    present = {name: folder for name, folder in present.items() if folder.is_dir()}
-    for name in SPLIT_FOLDERS[split]:
-        if name in present:
-            return present[name]
-    if split == "train" and not any(name in present for names in SPLIT_FOLDERS.values() for name in names):
+    names = SPLIT_FOLDERS[split]
+    missing = f"{path} has no part for {split!r}: a folder {' or '.join(names)}"
+    if not path.is_dir():
+        raise UserError(missing)
+    here = [folder for folder in path.iterdir() if folder.is_dir() and split_of(folder.name) == split]
+    try:
+        parts = _parts(path, exclude)
+    except UserError as error:
+        raise (error if here else UserError(f"{missing}; {error}")) from error
+    if places := parts.get(split):
+        if len(places) > 1:
+            ways = " or ".join(map(str, places))
+            raise UserError(f"{path} can be read in two ways: its part for {split!r} may be {ways}; give the path of one")
+        return places[0] if places[0].is_dir() or places[0].suffix in LISTS else path
+    if split == "train" and not parts:
         return path
-    raise UserError(f"{path} has no part for {split!r}: a folder {' or '.join(SPLIT_FOLDERS[split])}")
+    if here:
+        raise ambiguous(path, here, sorted(folder for folder in path.iterdir() if folder.is_dir() and folder != here[0]))
+    of_shards = [place.name for place in chain(*parts.values()) if place.suffix == ".tar"]
+    raise UserError(f"{missing}; its shards are of others, such as {of_shards[0]}" if of_shards else missing)
 
 
-def find_images(root: Path, exclude: Path | None = None) -> list[Path]:
-    """Image files below `root` by extension, sorted; hidden names and the folder `exclude` are left out.
+def _shards_of(
+    root: Path, shards: list[Path], split: str | None, channels: int | None, left_out: Counter[str]
+) -> tuple[TarImages, bool]:
+    """Shards of a folder; of a split, where their names tell one."""
+    splits = [None if split is None else split_of_shard(shard.name) for shard in shards]
+    named = any(splits)
+    if named and None in splits:
+        unnamed = shards[splits.index(None)].name
+        raise UserError(
+            f"{root} can be read in two ways: the names of some shards tell their part, others, such as {unnamed}, do not: they "
+            f"may belong to {split!r} or not"
+        )
+    chosen = [shard for shard, its in zip(shards, splits, strict=True) if its == split or not named]
+    images = TarImages(chosen, channels)
+    images.left_out += left_out
+    if others := len(shards) - len(chosen):
+        images.left_out["shards of other parts"] += others
+    return images, named
 
-    Raises UserError when `root` is no readable folder or holds no image.
+
+def folder_images(root: Path, channels: int | None = None, exclude: Path | None = None, *, is_part: bool = False) -> FileImages:
+    """The images below a folder. The class of one is the first folder on its way, below those of the parts of a data set.
+
+    is_part    `root` is such a part itself, so that all folders in it are classes
     """
-    if not root.is_dir():
-        raise UserError(f"{root} must be a folder of images; it is {'a file' if root.exists() else 'not there'}")
-    excluded, seen, found = exclude and exclude.resolve(), set[Path](), list[Path]()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = Path(folder).resolve()
-        if real in seen or real == excluded:  # a link back to a parent would not end
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
-    if not found:
-        raise UserError(f"{root} must hold images ({' '.join(sorted(EXTENSIONS))}); there is none below it")
-    return sorted(found)
+    left_out = Counter[str]()
+    paths = find_images(root, exclude, left_out)
+    parts = set() if is_part else {folder.name for folder in split_folders(root, exclude).values()}
+    labels, classes = named([_class_name(path.relative_to(root), parts) for path in paths])
+    images = FileImages([str(path) for path in paths], labels, classes, channels)
+    images.source, images.left_out = f"{root} ({images.kind}, all of it)", left_out
+    return images
 
 
-def folder_images(root: Path, channels: int | None = None, exclude: Path | None = None) -> FileImages:
-    """The images below a folder. The class of one is the first folder on its way, below `train`, `val` and the like."""
-    paths = find_images(root, exclude)
-    labels, classes = _numbered([_class_name(path.relative_to(root)) for path in paths])
-    return FileImages([str(path) for path in paths], labels, classes, channels)
-
-
-def _class_name(relative: Path) -> str | None:
+def _class_name(relative: Path, parts: Collection[str]) -> str | None:
     folders = list(relative.parts[:-1])
-    if folders and any(folders[0].lower() in names for names in SPLIT_FOLDERS.values()):
+    if folders and folders[0] in parts:
         folders.pop(0)
     return folders[0] if folders else None
-
-
-def _numbered(names: list[str | None]) -> tuple[Tensor, tuple[str, ...]]:
-    classes = tuple(sorted({name for name in names if name is not None}))
-    index = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([-1 if name is None else index[name] for name in names]), classes
-
-
-def _listed_images(path: Path, channels: int | None) -> FileImages:
-    """A line is `path` or `path label`, the path relative to the list's folder; a line that ends as an image's name has no label.
-
-    Labels that are all numbers are the classes' own, others are names, numbered in their order.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not lines:
-        raise UserError(f"{path} must list images, one a line; it is empty")
-    rows = [_list_row(line) for line in lines]
-    files = [str(path.parent / name) for name, _ in rows]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        raise UserError(f"{path} lists {len(missing)} of {len(files)} files that are not there; the first is {missing[0]}")
-    names = [label for _, label in rows]
-    numbers = [int(name) for name in names if name is not None and name.isascii() and name.isdigit()]
-    if len(numbers) == len(names) - names.count(None):
-        labels = torch.tensor([-1 if name is None else int(name) for name in names])
-        classes = tuple(str(label) for label in range(int(labels.max()) + 1))
-    else:
-        labels, classes = _numbered(names)
-    return FileImages(files, labels, classes, channels)
-
-
-def _list_row(line: str) -> tuple[str, str | None]:
-    name, *label = line.rsplit(maxsplit=1)
-    return (line, None) if not label or Path(line).suffix.lower() in EXTENSIONS else (name, label[0])

@@ -1,8 +1,8 @@
 """`maefast pack`: any images as one uint8 array, which a random crop is read from without decoding.
 
 An array and not shards of JPEGs, because decoding is most of what reading costs (docs/data.md). All images have one size there,
-so each is stretched to a square; sizes.npy keeps what it was, and a crop chosen in the original's pixels, with its aspect ratio,
-is read from the part of the square that shows it.
+so each is stretched, to a square as a rule; sizes.npy keeps what it was, and a crop chosen in the original's pixels, with its
+aspect ratio, is read from the part that shows it.
 """
 
 import json
@@ -18,32 +18,35 @@ from torch import Tensor
 
 from ..._files import replace_file
 from ..errors import UserError
-from .open import open_images
+from .crops import Size
+from .open import open_images, tell
 from .sources import ArrayImages, ImageDataset
 
 
-def pack(source: Path, out: Path, *, split: str | None = None, size: int = 256, channels: int | None = None) -> int:
-    """Write the folder `out`: images.npy (n, size, size, C) uint8, sizes.npy (n, 2), labels.npy (n,), classes.json; returns n.
+def pack(source: Path, out: Path, *, split: str | None = None, size: int | Size = 256, channels: int | None = None) -> int:
+    """Write the folder `out`: images.npy (n, *size, C) uint8, axes.json, sizes.npy (n, 2), labels.npy (n,), classes.json;
+    returns n.
 
     Unreadable images are left out and printed. Raises UserError with nothing written when there is no image left, `out` is there
     already, or does not fit on its disk.
     """
     if out.exists():
         raise UserError(f"{out} must be a folder to be made; it is there already")
+    height, width = (size, size) if isinstance(size, int) else size
     data = open_images(source, split, channels)
     if isinstance(data, ArrayImages):
         raise UserError(f"{data.path} is one array already; it needs no packing")
     try:
         with replace_file(out) as temporary:
             temporary.mkdir()
-            _check_space(temporary, len(data) * size * size * data.channels)
-            count = _write(data, temporary, size)
+            _check_space(temporary, len(data) * height * width * data.channels)
+            count = _write(data, temporary, (height, width))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     for failure in sorted(data.skipped.values(), key=lambda failure: failure.path):
         print(f"skipped {failure}")
     stored = (out / "images.npy").stat().st_size
-    print(f"{out}: {count} images of {size} x {size}, {stored / 1e6:.1f} MB, {len(data.skipped)} unreadable ones skipped")
+    print(f"{out}: {count} images of {height} x {width}, {stored / 1e6:.1f} MB, {len(data.skipped)} unreadable ones skipped")
     return count
 
 
@@ -53,14 +56,16 @@ def _check_space(folder: Path, needed: int) -> None:
         raise UserError(f"{folder.parent} has {free / 1e9:.1f} GB free; the images need {needed / 1e9:.1f} GB")
 
 
-def _write(data: ImageDataset, folder: Path, size: int) -> int:
+def _write(data: ImageDataset, folder: Path, size: Size) -> int:
     import numpy as np
 
-    shape = (size, size, data.channels)
+    shape = (*size, data.channels)
     kept, sizes = list[int](), list[tuple[int, int]]()
     with open(folder / "images.npy", "wb") as file:
         _write_header(file, (len(data), *shape))
         for index, image, stored_size in _squares(data, size):
+            if not kept:
+                tell(data)
             file.write(image.permute(1, 2, 0).contiguous().numpy().data)
             kept.append(index)
             sizes.append(stored_size)
@@ -70,6 +75,7 @@ def _write(data: ImageDataset, folder: Path, size: int) -> int:
         file.seek(0)
         _write_header(file, (len(kept), *shape))
     np.save(folder / "sizes.npy", np.array(sizes, np.int32))
+    (folder / "axes.json").write_text('"NHWC"\n')
     if data.classes:
         np.save(folder / "labels.npy", data.labels[kept].numpy())
         (folder / "classes.json").write_text(json.dumps(data.classes) + "\n")
@@ -83,7 +89,7 @@ def _write_header(file: Any, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _squares(data: ImageDataset, size: int) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+def _squares(data: ImageDataset, size: Size) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
     """Index, pixels and original (height, width) of each readable image, in order; decoded by all cores."""
 
     def square(index: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
@@ -93,7 +99,7 @@ def _squares(data: ImageDataset, size: int) -> Iterator[tuple[int, Tensor, tuple
             seen.append((height, width))
             return 0, 0, width, height
 
-        return data.try_read(index, (size, size), whole), seen
+        return data.try_read(index, size, whole), seen
 
     indices = iter(range(len(data)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import UserError
+from ..errors import UnreadableImage, UserError, shown
 from .crops import centred, drawn
 from .order import draw_of, epoch_order
 
@@ -26,8 +26,9 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 UNREADABLE_RUN = 100  # unreadable images in a row, from which on it is no accident
 
 Key = tuple[int, int]  # epoch, index
-Sample = tuple[Tensor | None, list[str]]  # an image, None where too many could not be read; what was unreadable on the way to it
-Batch = tuple[Tensor, list[str]]  # images (N, C, H, W) uint8, and what was unreadable
+Unreadable = tuple[str, str]  # the name of an image, and why
+Sample = tuple[Tensor | None, list[Unreadable]]  # an image, None where too many are unreadable; those on the way to it
+Batch = tuple[Tensor, list[Unreadable]]  # images (N, C, H, W) uint8, and what was unreadable
 
 
 def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
@@ -62,14 +63,14 @@ class Augmented(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
-        unreadable = list[str]()
+        unreadable = list[Unreadable]()
         while True:
             draw = draw_of(self.seed, epoch, index)
             view = drawn(draw, self.size, self.augment, self.flip)
             try:
                 image = self.data.read(index, self.size, view.box)
             except UserError as error:
-                unreadable.append(str(error))
+                unreadable.append(_named(error))
                 if len(unreadable) == min(UNREADABLE_RUN, len(self.data)):
                     return None, unreadable  # an exception would cross from the worker with its traceback in the message
                 index = (index + 1) % len(self.data)
@@ -88,13 +89,17 @@ class Augmented(Dataset[Sample]):
             return [self[key] for key in keys]  # each unreadable image is named, and gives way
 
 
+def _named(error: UserError) -> Unreadable:
+    return (shown(error.path), shown(error.why)) if isinstance(error, UnreadableImage) else (str(error), "")
+
+
 def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:
     """Up to `count` images of all of the data set, without augmentation; None with the reason for one that cannot be read."""
     for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
         try:
             yield data.read(index, size, partial(centred, size=size)), []
         except UserError as error:
-            yield None, [str(error)]
+            yield None, [_named(error)]
 
 
 class Keys(Sampler[list[Key]]):
@@ -123,7 +128,7 @@ class Keys(Sampler[list[Key]]):
 
 def _collate(samples: list[Sample]) -> Sample:
     images = [image for image, _ in samples if image is not None]
-    unreadable = [line for _, lines in samples for line in lines]
+    unreadable = [each for _, its in samples for each in its]
     return torch.stack(images) if len(images) == len(samples) else None, unreadable
 
 
@@ -149,7 +154,8 @@ def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) 
     )
     for images_or_none, unreadable in _reporting_deaths(iter(loader)) if workers else loader:
         if images_or_none is None:
-            raise UserError(f"--data_path must hold images that can be read; too many cannot be, such as {unreadable[-1]}")
+            such = ": ".join(filter(None, unreadable[-1]))
+            raise UserError(f"--data_path must hold images that can be read; too many cannot be, such as {such}")
         yield images_or_none, unreadable
 
 

@@ -1,8 +1,9 @@
 """Where images come from: files, tar shards, arrays. Each is an ImageDataset; `open.open_images` chooses."""
 
-import gzip
-import json
+import math
+import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnreadableImage, UserError, require
+from ..errors import UnreadableImage, UserError, require, shown
+from .arrays import find_beside, read_array, read_classes, read_integers
+from .axes import axes_told, likely_axes
 from .crops import BoxOf, Size
-from .decode import MODES, channels_of, decode, part_of, resized, with_channels
+from .decode import channels_of, decode, part_of, resized, with_channels
+from .folders import COMMON, listed, readable_extensions
+from .labels import numbered
+from .modes import MODES
 
-EXTENSIONS = frozenset(
-    (".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
-SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+MOST_DIGITS = 40  # of a label
+LARGEST_IMAGE = 1 << 27  # pixels that an array's image grows to
 
 
 class ImageDataset:
@@ -26,15 +30,30 @@ class ImageDataset:
     classes    names, () without labels
     labels     (len,) int64, -1 where there is none
     channels   of what `read` returns
+    dtype      of what `read` returns: uint8, or fp32 for float arrays, in their own unit, with NaN for what is missing
     skipped    what `try_read` could not read, by index; a worker process has a list of its own
+    source     where the images come from, and of which kind; left_out  files there that are no images of the set, by reason
     """
+
+    kind = "images"
+    dtype = torch.uint8
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], channels: int) -> None:
         self.labels, self.classes, self.channels = labels, classes, channels
         self.skipped: dict[int, UnreadableImage] = {}
+        self.source, self.left_out = self.kind, Counter[str]()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def described(self) -> str:
+        """What was opened, in a line."""
+        classes, unlabelled = len(self.classes), int((self.labels < 0).sum())
+        labels = (
+            f"{classes} classes" + (f", {unlabelled} images without a label" if unlabelled else "") if classes else "no labels"
+        )
+        left_out = f"; left out: {listed(self.left_out)}" if self.left_out else ""
+        return shown(f"{self.source}: {len(self)} images, {labels}{left_out}", 4096)
 
     def read(self, index: int, size: Size | None = None, box: BoxOf | None = None) -> Tensor:
         """uint8 (channels, *size): the part box(height, width) of an image, resized to `size` = (height, width).
@@ -85,6 +104,8 @@ class EncodedImages(ImageDataset):
 class FileImages(EncodedImages):
     """One file per image."""
 
+    kind = "image files"
+
     def __init__(self, paths: Sequence[str], labels: Tensor, classes: tuple[str, ...], channels: int | None) -> None:
         self.paths = paths
         super().__init__(labels, classes, channels)
@@ -99,20 +120,22 @@ class TarImages(EncodedImages):
     The shards are scanned once; an image is then one seek and one read.
     """
 
+    kind = "tar shards"
+
     def __init__(self, shards: Sequence[Path], channels: int | None) -> None:
         self.shards, self.names, labels = shards, list[str](), list[int]()
-        spans = list[tuple[int, int, int]]()
+        spans, left_out = list[tuple[int, int, int]](), Counter[str]()
         for number, shard in enumerate(shards):
-            images, shard_labels = _scan(shard)
-            for key, member in images:
-                self.names.append(member.name)
-                spans.append((number, member.offset_data, member.size))
+            images, shard_labels = _scan(shard, left_out)
+            for key, (name, offset, size) in images:
+                self.names.append(name)
+                spans.append((number, offset, size))
                 labels.append(shard_labels.get(key, -1))
         if not spans:
-            raise UserError(f"no image ({' '.join(sorted(EXTENSIONS))}) in {_listed(shards)}")
+            raise UserError(f"no image ({COMMON}) in {_listed(shards)}")
         self.spans = torch.tensor(spans)  # (len, 3): shard, offset, bytes
-        classes = tuple(str(label) for label in range(max(labels) + 1))
-        super().__init__(torch.tensor(labels), classes, channels)
+        super().__init__(*numbered(labels), channels)
+        self.left_out = left_out
 
     def stored(self, index: int) -> tuple[str, bytes]:
         shard, offset, size = self.spans[index].tolist()
@@ -129,75 +152,115 @@ def _listed(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{len(paths)} tar files beside {paths[0]}"
 
 
-def _scan(shard: Path) -> tuple[list[tuple[str, tarfile.TarInfo]], dict[str, int]]:
-    """The image members of a tar file with their keys, and the labels by key."""
-    images, labels = list[tuple[str, tarfile.TarInfo]](), dict[str, int]()
+def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[str, int, int]]], dict[str, int]]:
+    """The image members of a tar file, each with its key, name, offset and size, and the labels by key."""
+    images, labels = list[tuple[str, tuple[str, int, int]]](), dict[str, int]()
+    stored, sparse = dict[str, tuple[int, int]](), (tarfile.GNUTYPE_SPARSE,)
+    extensions = readable_extensions()
     try:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = 0
             for member in tar:
+                if tar.offset <= end:
+                    raise tarfile.ReadError(f"the size of {member.name} leads back to where it has been read")
                 end = tar.offset
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                key = f"{folder}/{stem}"
-                if not member.isfile() or name.startswith("."):
-                    continue
-                if dot + extension.lower() in EXTENSIONS:
-                    images.append((key, member))
-                elif extension == "cls":
-                    file.seek(member.offset_data)
-                    labels[key] = _label(shard, member.name, file.read(member.size))
+                name = posixpath.normpath(member.name)
+                if member.isfile() and member.type not in sparse:
+                    stored[name] = member.offset_data, member.size
+                elif member.islnk():  # the same file under another name: its content was stored before
+                    stored[name] = stored.get(posixpath.normpath(member.linkname), (0, 0))
+                elif not member.isdir():
+                    left_out["links or special files"] += 1
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("its end-of-archive block is missing, so the end may have been cut off")
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{shard} cannot be read as an uncompressed tar file: {error}") from error
+            samples = {key_of(name)[0] for name in stored if key_of(name)[1] in extensions}
+            for name, (offset, size) in stored.items():
+                key, extension = key_of(name)
+                base, last = posixpath.splitext(name)
+                if posixpath.basename(name).startswith("."):
+                    left_out["hidden"] += 1
+                elif extension == ".cls" or (last == ".cls" and key not in samples):
+                    file.seek(offset)
+                    labels[key if extension == ".cls" else base] = _label(shard, name, file.read(min(size, tarfile.BLOCKSIZE)))
+                elif extension in extensions:
+                    images.append((key, (name, offset, size)))
+                elif last.lower() in extensions and key not in samples:  # the name itself has dots
+                    images.append((base, (name, offset, size)))
+                else:
+                    left_out[f"of another format ({extension or 'no ending'})"] += 1
+    except UserError:
+        raise
+    except Exception as error:  # whatever the bytes lead the parser to
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{shard} cannot be read as an uncompressed tar file: {why}") from error
     return images, labels
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """A member's sample and its part of it by webdataset's naming: the name up to its first dot, and from there on."""
+    folder, name = posixpath.split(name)
+    stem, dot, extension = name.partition(".")
+    return posixpath.join(folder, stem), (dot + extension).lower()
 
 
 def _label(shard: Path, name: str, content: bytes) -> int:
     text = content.strip()
-    if not text.isdigit() or len(text) > 9:
+    if text != b"-1" and not (text.isdigit() and len(text) <= MOST_DIGITS):
         raise UserError(f"{name} in {shard} must hold a class number, 0 or more; it holds {content[:20]!r}")
     return int(text)
 
 
 class ArrayImages(ImageDataset):
-    """All images in one uint8 array: .npy, mapped into memory, or an idx file.
+    """All images in one array of uint8 or floats: .npy, mapped into memory, or an idx file.
 
-    path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); the smaller one of the second and the last axis counts the channels, the
-           last where they are equal
+    path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); which of the second and the last counts the channels is told by a file
+           "axes", or by `channels` where one of them alone is as long, or else by "sizes", which go with NHWC; without any of
+           these it is the smaller one, the last where they are equal
     Beside it, named with another word in place of "images", where there are such files: "labels"; "classes", a JSON list of
-    names; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the images were stretched to one size, and
-    boxes are in pixels of the original.
+    names; "axes", NHWC or NCHW as a JSON string; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the
+    images were stretched to one size, and boxes are in pixels of the original.
     """
+
+    kind = "array"
 
     def __init__(self, path: Path, channels: int | None) -> None:
         self.path = path
         self._values: Any = None
+        self.nodata: float | None = None  # what stands for a missing value in floats, as NaN and infinities do
         shape = self.values.shape
-        if self.values.dtype != "uint8":
-            raise UserError(f"{path} must hold uint8; it holds {self.values.dtype}")
+        if self.values.dtype.kind == "f":
+            self.dtype = torch.float32
+        elif self.values.dtype != "uint8":
+            raise UserError(f"{path} must hold uint8 or floats; it holds {self.values.dtype}")
         if len(shape) not in (3, 4) or 0 in shape:
             raise UserError(
                 f"{path} must have the axes (N, H, W), (N, H, W, C) or (N, C, H, W), none empty; its shape is {shape}"
             )
-        self.channels_first = len(shape) == 4 and shape[1] < shape[3]
-        stored = 1 if len(shape) == 3 else min(shape[1], shape[3])
+        beside = {what: find_beside(path, what) for what in ("labels", "sizes", "classes", "axes")}
+        axes = axes_told(beside["axes"], shape) or likely_axes(shape, channels, beside["sizes"] is not None)
+        self.channels_first = axes == "NCHW"
+        stored = 1 if len(shape) == 3 else shape[axes.index("C")]
         channels = channels or stored
-        if channels != stored and {channels, stored} != {1, 3}:
-            raise UserError(f"channels must be {stored}, as {path} has; it is {channels}")
-        beside = {what: _beside(path, what) for what in ("labels", "sizes", "classes")}
-        labels = torch.full((len(self.values),), -1)
-        if beside["labels"]:
-            labels = torch.from_numpy(_integers(beside["labels"], (len(labels),)))
-        self.sizes = torch.from_numpy(_integers(beside["sizes"], (len(labels), 2))) if beside["sizes"] else None
-        super().__init__(labels, _classes(beside["classes"], int(labels.max()) + 1), channels)
+        if channels != stored and (stored not in (1, 3) or channels not in MODES or self.dtype != torch.uint8):
+            raise UserError(f"channels must be {stored}, as {path} has in the axes {axes}, {shape}; it is {channels}")
+        count = len(self.values)
+        numbers = read_integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
+        if min(numbers) < -1:
+            raise UserError(f"{beside['labels']} must hold numbers of classes, or -1 for none; it holds {min(numbers)}")
+        if beside["sizes"] and read_integers(beside["sizes"], (count, 2)).min() < 1:
+            raise UserError(f"{beside['sizes']} must hold heights and widths, each 1 or more; it holds another number")
+        self.sizes = torch.from_numpy(read_integers(beside["sizes"], (count, 2)).astype("int64")) if beside["sizes"] else None
+        labels, classes = numbered(numbers)
+        if beside["classes"]:
+            classes = read_classes(beside["classes"], max(numbers) + 1)
+            labels = torch.tensor(numbers)
+        super().__init__(labels, classes, channels)
 
     @property
     def values(self) -> Any:
         if self._values is None:
-            self._values = _array(self.path)
+            self._values = read_array(self.path)
         return self._values
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,12 +272,23 @@ class ArrayImages(ImageDataset):
             values = values.transpose(0, 2, 3, 1) if self.channels_first else values
             left, top, right, bottom = part_of(box, *values.shape[1:3])
             if size == (bottom - top, right - left) and left == int(left) and top == int(top):  # nothing is resized
-                pixels = values[list(indices), int(top) : int(bottom), int(left) : int(right)]
+                pixels = self._present(values[list(indices), int(top) : int(bottom), int(left) : int(right)])
                 return with_channels(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.channels).contiguous()
         return super().read_many(indices, size, box)
 
+    def _present(self, values: Any) -> Any:
+        """Floats as fp32, NaN where there is none."""
+        import numpy as np
+
+        if values.dtype == "uint8":
+            return values
+        missing = ~np.isfinite(values)
+        if self.nodata is not None:
+            missing |= values == values.dtype.type(self.nodata)
+        return np.where(missing, np.float32(np.nan), values).astype(np.float32)
+
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
-        pixels = self.values[index]
+        pixels = self._present(self.values[index])
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         elif self.channels_first:
@@ -223,56 +297,8 @@ class ArrayImages(ImageDataset):
         height, width = (rows, columns) if self.sizes is None else self.sizes[index].tolist()
         left, top, right, bottom = part_of(box, height, width)
         size = size or (round(bottom - top), round(right - left))
+        if min(size) < 1 or math.prod(size) > LARGEST_IMAGE:
+            what = f"its original has {height} x {width} pixels, more than {LARGEST_IMAGE} are asked for; give a smaller size"
+            raise UnreadableImage(f"{self.path}: image {index}", what)
         part = (left * columns / width, top * rows / height, right * columns / width, bottom * rows / height)
         return with_channels(resized(pixels, part, size), self.channels)
-
-
-def _beside(path: Path, what: str) -> Path | None:
-    """The file that belongs to an images file by its name, None where there is none."""
-    if "images" not in path.name:
-        return None
-    name = path.name.replace("images", what).replace("idx3", "idx1")
-    if what == "classes":
-        name = name.split(".")[0] + ".json"
-    return path.with_name(name) if path.with_name(name).exists() else None
-
-
-def _array(path: Path) -> Any:
-    """The array in a .npy or idx file. Raises UserError."""
-    import numpy as np
-
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-        if content[:3] != b"\0\0\x08" or len(content) < 4:
-            raise ValueError(f"it starts with {content[:3].hex() or 'nothing'}; idx files of uint8 start with 000008")
-        axes = content[3]
-        shape = tuple(np.frombuffer(content, ">i4", axes, offset=4).tolist())
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
-        if values.size != np.prod(shape, dtype=np.int64):
-            raise ValueError(f"it holds {values.size} bytes for the shape {shape}")
-        return values.reshape(shape)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as {'.npy' if path.suffix == '.npy' else 'an idx file'}: {error}") from error
-
-
-def _integers(path: Path, shape: tuple[int, ...]) -> Any:
-    values = _array(path)
-    if values.dtype.kind not in "iu" or values.shape != shape:
-        raise UserError(f"{path} must hold integers of the shape {shape}; it holds {values.dtype} of the shape {values.shape}")
-    return values.astype("int64")
-
-
-def _classes(path: Path | None, count: int) -> tuple[str, ...]:
-    """The names in a JSON list, numbers without one."""
-    if path is None:
-        return tuple(str(label) for label in range(count))
-    try:
-        names = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(names, list) or len(names) < count:
-        raise UserError(f"{path} must hold a JSON list of {count} class names or more")
-    return tuple(str(name) for name in names)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.crops import centre_square
-from ..data.open import folder_images
+from ..data.open import folder_images, tell
 from ..data.splits import stratified_split
 from ..errors import UserError
 
@@ -94,6 +94,7 @@ def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude
         what = f"{len(images)} of {len(data)} files could be read"
         why = "".join(f"; {path}: {reason}" for path, reason in skipped[:3])
         raise UserError(f"{root} must hold at least two images, one to train on and one to hold out; {what}{why}")
+    tell(data)
     labels = data.labels[kept]
     train, held_out = stratified_split(labels, 1 / 5, seed)
     return ImageSet(torch.stack(images), train, held_out, labels, data.classes, tuple(sorted(skipped)))

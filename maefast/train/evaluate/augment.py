@@ -67,8 +67,10 @@ NO_AUGMENTATION = Augmentation()
 
 
 class Augment:
-    """An Augmentation of batches for a model with mean and std: uint8 (n, C, H, W) and labels (n,) to fp32, normalised, and
-    probabilities (n, classes)."""
+    """An Augmentation of batches for a model with mean and std.
+
+    Images (n, C, H, W), uint8 or normalised fp32, and labels (n,) become normalised fp32 and probabilities (n, classes).
+    """
 
     def __init__(self, augmentation: Augmentation, model: Any, classes: int):
         self.what, self.classes = augmentation, classes
@@ -80,10 +82,11 @@ class Augment:
             self.erase = RandomErasing(scale=ERASED_AREA, value=0.0, p=augmentation.reprob)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = x.float() / 255, F.one_hot(y, self.classes).float()
+        known, y = x.is_floating_point(), F.one_hot(y, self.classes).float()
+        x = x if known else x.float() / 255
         if self.what.aa is not None:
             x = torch.cat([_rand_augmented(group, self.what.aa) for group in x.split(GROUP)])
-        x = (x - self.mean) / self.std
+        x = x if known else (x - self.mean) / self.std
         if self.erase is not None:
             x = self.erase(x)
         cut = self.what.cutmix > 0 and (not self.what.mixup or bool(torch.rand(()) < 0.5))

@@ -7,11 +7,11 @@ import torch
 
 from ..data.crops import still
 from ..data.labelled import Labelled, augmented, read_batches
-from ..data.open import open_images
+from ..data.open import open_images, tell
 from ..errors import UserError, require
 from ..files import writing
 from . import supervised
-from .features import check_fits, check_output, collect, features_of, write_features
+from .features import check_output, collect, features_of, fitted, write_features
 from .knn import knn_votes
 from .linprobe import LinearProbe, ProbedEncoder, best_blr, optimizer_of
 from .log import Log, check_run, print_score
@@ -25,8 +25,9 @@ def extract(
     """Features of all images of `data` to `out`, a .npy or .parquet file."""
     check_output(out)
     encoder = source.encoder()
-    images = open_images(data, split, encoder.patch_embed.proj.in_channels)
-    check_fits(encoder, images)
+    images = open_images(data, split, encoder.patch_embed.proj.in_channels, out)
+    images = fitted(encoder, images, source.nodata)
+    tell(images)
     shape = {"all": (1 + encoder.patch_embed.num_patches, encoder.embed_dim)}.get(kind, (encoder.embed_dim,))
     batches = features_of(encoder, images, kind, batch_size=batch_size, part=crop_pct)
     write_features(batches, len(images), shape, out)
@@ -38,6 +39,7 @@ def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str
     encoder, train, evaluated = prepared(source, data)
     if k > len(train):
         raise UserError(f"--k must be at most {len(train)}, the number of images with labels; it is {k}")
+    tell(train.images, evaluated)
     (bank, labels), (queries, truth) = (
         collect(features_of(encoder, images, kind, batch_size=batch_size, part=data.crop_pct)) for images in (train, evaluated)
     )
@@ -52,6 +54,7 @@ def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, outpu
     """
     encoder, train, evaluated = prepared(source, data)
     check_run(recipe, train, output_dir)
+    tell(train.images, evaluated)
     probe = LinearProbe(encoder.embed_dim, len(train.images.classes)).to(source.device)
     scored = collect(features_of(encoder, evaluated, kind, part=data.crop_pct))
     model: torch.nn.Module = probe
@@ -77,8 +80,8 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UserError(f"OUT must be a .png file in a folder that exists; it is {out}")
     model = load_mae(source)
-    images = open_images(data, split, model.patch_embed.proj.in_channels)
-    check_fits(model, images)
+    images = open_images(data, split, model.patch_embed.proj.in_channels, out)
+    images = fitted(model, images, source.nodata)
     if images.channels not in (1, 3):
         raise UserError(f"pictures are of 1 or 3 channels; the images have {images.channels}")
     ids = torch.arange(min(count, len(images)))
@@ -88,6 +91,7 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
         panel = make_panel(f"{source.checkpoint.name}, mask ratio {mask_ratio:g}", model.eval(), pixels, mask_ratio, source.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
+    tell(images)
     with writing("OUT", out):
         save_reconstructions([panel], out)
     print(f"{out}: {len(ids)} images")

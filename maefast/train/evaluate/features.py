@@ -14,6 +14,7 @@ from ...checkpoint.architecture import encoder_arguments
 from ...encoder import VisionTransformer
 from ...init import sincos_positions
 from ..data.crops import still
+from ..data.floats import in_unit_of
 from ..data.labelled import read_batches
 from ..errors import UserError, require
 from ..files import replace_file, writing
@@ -49,12 +50,16 @@ def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any)
     return encoder
 
 
-def check_fits(model: Backbone, images: Any) -> None:
-    """Raise UserError unless `images` (an ImageDataset) has as many channels as the model takes, and mean and std are known."""
+def fitted(model: Backbone, images: Any, nodata: float | None = None) -> Any:
+    """The images of an ImageDataset as the model takes them; missing values of floats are read as the mean.
+
+    Raises UserError unless they have its channels, and mean and std are known.
+    """
     if (channels := model.patch_embed.proj.in_channels) != images.channels:
         raise UserError(f"the data must have {channels} channels, as the checkpoint's images; they have {images.channels}")
     if model.mean is None:
         raise UserError(f"--mean and --std must be given for images of {channels} channels: the checkpoint does not tell them")
+    return in_unit_of(model, images, nodata, fill=True)
 
 
 @torch.no_grad()

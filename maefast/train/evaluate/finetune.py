@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .. import checkpoints
 from ..data.crops import still
 from ..data.labelled import Labelled, augmented, reading
+from ..data.open import tell
 from ..errors import UserError
 from ..optim import adamw
 from . import supervised
@@ -60,6 +61,8 @@ def finetune(
         raise UserError("--resume must come with --output_dir, the folder of the run")
     encoder, train, evaluated = prepared(source, data, drop_path_rate=tuning.drop_path, global_pool=tuning.global_pool)
     check_run(recipe, train, output.folder)
+    if augmentation.aa is not None and train.dtype != torch.uint8:
+        raise UserError("--aa must be none for float images, whose values have no colours")
     classes = train.images.classes
     encoder.num_classes = len(classes)
     encoder.head = nn.Linear(encoder.embed_dim, encoder.num_classes).to(source.device)
@@ -74,6 +77,7 @@ def finetune(
     learning: dict[str, Any] = {"model": encoder, "optimizer": optimizer} | ({} if average is None else {"average": average})
     identity = _identity(source, data, recipe, tuning, augmentation, len(train))
     records = _resumed(output, learning, identity)
+    tell(train.images, evaluated)
 
     view = still(encoder.patch_embed.img_size, data.crop_pct)
     scored = reading(evaluated, encoder.patch_embed.img_size, lambda epoch: view)

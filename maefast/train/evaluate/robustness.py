@@ -18,7 +18,7 @@ from ..files import replace_file, writing
 from ..values import nearest
 from .classifier import Classifier, load_classifier
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from .features import check_fits
+from .features import fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Check:
     count: int | None = None  # of the images of `data`, evenly spaced; None: all
     folder: Path | None = None  # more images
     class_map: Path | None = None  # which class a class of `folder` is; None: the one of its name
+    nodata: float | None = None  # of float arrays
     seed: int = 0
     device: str = "cpu"
     batch_size: int = 256
@@ -70,14 +71,16 @@ def robustness(path: Path, check: Check, out: Path | None = None) -> dict[str, A
 
 def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tensor]:
     """The images, and for each the class of the classifier."""
-    from ..data.open import open_images
+    from ..data.open import open_images, tell
 
     path = getattr(check, name)
-    split = check.eval_split if name == "data" else None
+    split = check.eval_split if name == "data" and not path.is_file() else None
     images = open_images(path, split, classifier.model.patch_embed.proj.in_channels)
-    check_fits(classifier.model, images)
+    images = fitted(classifier.model, images, check.nodata)
     if check.data is path and check.kinds and images.channels not in (1, 3):
         raise UserError(f"corruptions are of images of 1 or 3 channels; the classifier's have {images.channels}")
+    if check.data is path and check.kinds and images.dtype != torch.uint8:
+        raise UserError(f"corruptions are of uint8 images; {path} holds floats: --kinds none leaves them out")
     if not images.classes or (images.labels < 0).any():
         raise UserError(f"{path} must have a label for every image")
     names = images.classes
@@ -90,6 +93,7 @@ def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tenso
     if strange := [its for its in names if its not in ours]:
         hint = nearest(strange[0], classifier.classes) if len(ours) < 50 else "--class_map tells which it is"
         raise UserError(f"{path} must have classes of the classifier; it has {strange[0]!r}: {hint}")
+    tell(images)
     return images, torch.tensor([ours[its] for its in names])[images.labels]
 
 

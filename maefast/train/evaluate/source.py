@@ -13,7 +13,7 @@ from ..data.labelled import Chosen, Labelled
 from ..device import find_device
 from ..errors import UserError
 from ..variants import variant_with
-from .features import check_fits, load_encoder
+from .features import fitted, load_encoder
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Source:
 
     checkpoint: Path
     key: str | None = None  # which weights, where it holds several
-    input_size: int | None = None
+    input_size: int | tuple[int, int] | None = None
     num_heads: int | None = None
     decoder_num_heads: int | None = None  # of reconstruct alone
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    nodata: float | None = None  # of float arrays
     random_init: bool = False
     device: str = "cpu"
     seed: int = 0
@@ -61,6 +62,5 @@ def prepared(source: Source, data: Labelled, **options: Any) -> tuple[VisionTran
     """The encoder, the images to learn from and those to score, which fit it."""
     encoder = source.encoder(**options)
     train, taken, evaluated = data.opened(encoder.patch_embed.proj.in_channels, source.seed)
-    for images in (train, evaluated):
-        check_fits(encoder, images)
+    train, evaluated = (fitted(encoder, images, source.nodata) for images in (train, evaluated))
     return encoder, Chosen(train, taken), evaluated

@@ -21,7 +21,7 @@ SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "
 
 def training_images(options: Options) -> ImageDataset:
     """The images to train on. Raises UserError."""
-    return open_images(options.data_path, "train", options.in_chans)
+    return open_images(options.data_path, "train", options.in_chans, options.output_dir)
 
 
 def check_options(options: Options, group: Group, batch: int, images: int) -> None:
@@ -54,6 +54,16 @@ def init_model(model: MAE, options: Options) -> checkpoint.LoadReport:
         raise UserError(f"--init must be a checkpoint that fits the model: {error}") from error
 
 
+def check_values(options: Options, images: Any) -> None:
+    """Raise UserError unless the options suit the dtype of the images."""
+    if images.dtype == torch.uint8:
+        return
+    if options.mean is None or options.std is None:
+        raise UserError("--mean and --std must be given for float images, in their own unit; --data_path holds floats")
+    if options.augment == "rrc+jitter":
+        raise UserError("--augment must be none, crop or rrc for float images, whose values have no colours; it is rrc+jitter")
+
+
 def build_model(options: Options, channels: int) -> MAE:
     """A fresh model, its weights from the seed. Raises UserError for sizes or a mask ratio that do not fit together."""
     given: dict[str, Any] = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
@@ -64,7 +74,8 @@ def build_model(options: Options, channels: int) -> MAE:
     try:
         model: MAE = getattr(models_mae, options.model)(img_size=options.input_size, in_chans=channels, **given)
     except ValueError as error:
-        raise UserError(f"--model {options.model} cannot be built with --input_size {options.input_size}: {error}") from error
+        size = options.input_size if isinstance(options.input_size, int) else " ".join(map(str, options.input_size))
+        raise UserError(f"--model {options.model} cannot be built with --input_size {size}: {error}") from error
     patches = model.patch_embed.num_patches
     try:
         kept = len_keep(patches, options.mask_ratio)

@@ -11,7 +11,7 @@ from ... import models_mae
 from ..data.pretraining import AUGMENTATIONS
 from ..errors import UserError
 from ..masks import SAMPLERS
-from ..values import RATIO, SEED, Parse, nearest, number, numbers, one_of, whole
+from ..values import ANY, RATIO, SEED, Parse, nearest, number, numbers, one_of, sides, whole
 from ..variants import TARGETS
 
 MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("mae_vit_")))
@@ -36,8 +36,10 @@ class Options:
     key: str | None = option(None, str, "which weights of --init to take, where it holds several")
     start_epoch: int = option(0, whole(0), "the number of the first epoch of a fresh run")
     model: str = option("mae_vit_large_patch16", one_of(MODELS), "a factory of maefast", "NAME")
-    input_size: int = option(224, whole(1), "side of the images")
-    patch_size: int | None = option(None, whole(1), "side of a patch, where not the model's")
+    input_size: int | tuple[int, int] = option(224, sides, "side of the images, or height and width", "S | H W")
+    patch_size: int | tuple[int, int] | None = option(
+        None, sides, "side of a patch, or height and width, where not the model's", "S | H W"
+    )
     embed_dim: int | None = option(None, whole(1), "width of the encoder, where not the model's")
     depth: int | None = option(None, whole(1), "blocks of the encoder, likewise")
     num_heads: int | None = option(None, whole(1), "heads of the encoder, likewise")
@@ -46,9 +48,10 @@ class Options:
     decoder_num_heads: int | None = option(None, whole(1), "heads of the decoder, likewise")
     in_chans: int | None = option(None, whole(1), "channels that the images are converted to, where not their own")
     mean: tuple[float, ...] | None = option(
-        None, numbers(0), "of the pixels in 0..1 per channel (3: ImageNet's, else 0.5)", "M,.."
+        None, numbers(ANY), "per channel, of pixels in 0..1 (3: ImageNet's, else 0.5), of floats in their own unit", "M,.."
     )
     std: tuple[float, ...] | None = option(None, numbers(0, above=True), "likewise", "S,..")
+    nodata: float | None = option(None, number(ANY), "the value of a float array that stands for a missing one, as NaN does", "V")
     mask_ratio: float = option(0.75, RATIO, "part of the patches that is removed")
     sampler: str = option("random", one_of(SAMPLERS), "which patches are removed: any, blocks, all but one of each 2 x 2")
     target: str = option(None, one_of(TARGETS), "pixels, normalised per patch, or their principal components (pixel)")

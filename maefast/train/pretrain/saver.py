@@ -32,7 +32,7 @@ class Saver:
         facts = {f"the model's {name}": value for name, value in self.architecture.items()}
         variant = {"the target": options.target, "--mask_tokens_in_encoder": options.mask_tokens_in_encoder}
         # A run cannot change its identity when it goes on, nor its pace within an epoch: the remaining batches would be others.
-        self.identity: dict[str, Any] = facts | variant | {"the number of images": images}
+        self.identity: dict[str, Any] = facts | variant | {"the number of images": images, "--nodata": options.nodata}
         self.pace = {"batch_size x accum_iter x processes": batch, "seed": options.seed}
 
     def find_resumable(self) -> Path | None:

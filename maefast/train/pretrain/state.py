@@ -29,7 +29,7 @@ class RunState:
     loss: float = math.nan  # of the last step, or the mean of the epoch that it ended
     rewinds: int = 0
     init: dict[str, Any] | None = None  # the report of what the run started from, where that was a checkpoint
-    unreadable: set[str] = field(default_factory=set)
+    unreadable: dict[str, str] = field(default_factory=dict)  # images that could not be read, by name, and why
 
     @property
     def lr(self) -> float:
@@ -50,7 +50,7 @@ class RunState:
 
     def entries(self) -> dict[str, Any]:
         """Return the entries of a checkpoint. All processes must call it."""
-        run = {"step": self.at.step, "masks": self.masks.get_state(), "unreadable": sorted(self.unreadable)}
+        run = {"step": self.at.step, "masks": self.masks.get_state(), "unreadable": dict(sorted(self.unreadable.items()))}
         run |= {name: getattr(self, name) for name in ("loss_sum", "counted", "rewinds", "loss", "init")}
         return {
             "model": full_state_dict(self.model.state_dict()),
@@ -69,7 +69,7 @@ class RunState:
         for name in ("loss_sum", "counted", "rewinds", "loss"):
             setattr(self, name, run[name])
         self.init = run.get("init")
-        self.unreadable.update(run["unreadable"])
+        self.unreadable.update(run["unreadable"] if isinstance(run["unreadable"], dict) else dict.fromkeys(run["unreadable"], ""))
 
     def rewind(self, entries: Mapping[str, Any]) -> None:
         """Take the weights of `entries` and stay where the run is."""

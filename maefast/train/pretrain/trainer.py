@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from ...ops import len_keep
 from ..baseline import reference_on
 from ..checkpoints import Position
-from ..data.pretraining import Augmented, Batch, Keys, dead_workers_reported, evenly_spaced, load_batches
+from ..data.floats import fill_missing, in_unit_of
+from ..data.pretraining import Augmented, Batch, Keys, Unreadable, dead_workers_reported, evenly_spaced, load_batches
+from ..data.sources import ImageDataset
 from ..device import find_device
 from ..errors import UserError
 from ..files import check_writable
@@ -26,7 +28,7 @@ from ..schedule import warmup_cosine
 from ..sharding import no_sync, replicate, shard_model
 from ..step import read_later
 from ..variants import PcaTarget
-from .build import build_model, check_options, find_autocast, init_model
+from .build import build_model, check_options, check_values, find_autocast, init_model
 from .journal import Journal, draw
 from .options import Options
 from .report import Report, conclude
@@ -34,14 +36,11 @@ from .saver import Saver
 from .signals import stop_signals
 from .state import RunState
 
-if TYPE_CHECKING:
-    from ..data.sources import ImageDataset
-
 # How many steps later a loss is looked at: on a GPU one, so that it never stands still for it.
 LAG = {"cpu": 0, "cuda": 1}
 
 
-def pretrain(options: Options, data: "ImageDataset | Callable[[], ImageDataset]") -> dict[str, Any]:
+def pretrain(options: Options, data: ImageDataset | Callable[[], ImageDataset]) -> dict[str, Any]:
     """Train, save, log and draw to options.output_dir; SIGTERM or SIGUSR2 to any process saves at the next step and returns.
 
     data     the images, or what opens them, called when the processes of the run, where there are several, have found each other
@@ -62,7 +61,7 @@ def pretrain(options: Options, data: "ImageDataset | Callable[[], ImageDataset]"
 class Trainer:
     """Takes a RunState through the steps of a run, in one of its processes."""
 
-    def __init__(self, options: Options, data: "ImageDataset", group: Group):
+    def __init__(self, options: Options, data: ImageDataset, group: Group):
         """Raises UserError, in all processes alike and before anything is written, for what does not fit together."""
         self.options, self.data, self.group = options, data, group
         self.batch = options.batch_size * options.accum_iter * group.world_size  # images of a step
@@ -73,7 +72,9 @@ class Trainer:
             check_options(options, group, self.batch, len(data))
             self.device = find_device(options.device, group.local_rank)
             self.autocast = find_autocast(options, self.device)
+            check_values(options, data)
             model = build_model(options, data.channels).to(self.device)
+            self.data = in_unit_of(model, data, options.nodata, fill=False)
             self.saver = Saver(options, group, model, self.batch, len(data))
             if group.main:
                 check_writable(options.output_dir, "--output_dir")
@@ -158,6 +159,8 @@ class Trainer:
 
     def _introduce(self, journal: Journal | None) -> None:
         options, say = self.options, self.report.say
+        if isinstance(self.data, ImageDataset):  # other objects with its methods are taken too
+            (self.report.warn if self.data.left_out else say)(self.data.described())
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
         processes = f" in each of {self.group.world_size} processes" if self.group.world_size > 1 else ""
@@ -206,10 +209,14 @@ class Trainer:
         for i, noise in enumerate(self._noise()):
             if i:
                 images = self._next_images(feed)
+            images, weights = fill_missing(images, state.model.patch_embed.patch_size)
             images, last = images.to(self.device, non_blocking=True), i == options.accum_iter - 1
+            given = {} if weights is None else {"weights": weights.to(self.device)}
+            if weights is not None and not weights.any():
+                raise UserError("--data_path must hold patches without missing values; a batch has none")
             with nullcontext() if last else no_sync(self.forward):
                 with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
-                    loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred).loss
+                    loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred, **given).loss
                 state.scaler.scale(loss / options.accum_iter).backward()
             losses.append(loss.detach())
         self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean())), state.at, rate))
@@ -261,17 +268,18 @@ class Trainer:
             self.state.count(loss)
         return True
 
-    def _skip(self, unreadable: Sequence[str]) -> None:
-        """Count what cannot be read, and name it once."""
-        for line in sorted(set(unreadable) - self.state.unreadable):
-            self.report.say(f"skipped {line}")
-        self.state.unreadable.update(unreadable)
+    def _skip(self, unreadable: Iterable[Unreadable]) -> None:
+        """Count what cannot be read, and name it once, whatever the reason is at another crop of it."""
+        for name, why in sorted(unreadable):
+            if name not in self.state.unreadable:
+                self.report.say(f"skipped {name}: {why}" if why else f"skipped {name}")
+                self.state.unreadable[name] = why
 
     def _gather(self) -> None:
         """Read all losses, and share what could not be read."""
         self._read_losses()
-        for lines in self.group.all_gather(sorted(self.state.unreadable)):
-            self._skip(lines)
+        for unreadable in self.group.all_gather(sorted(self.state.unreadable.items())):
+            self._skip(unreadable)
 
     def _save(self) -> None:
         self._gather()

@@ -1,0 +1,29 @@
+"""Which axis of an array holds the channels."""
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def axes_told(path: Path | None, shape: tuple[int, ...]) -> str | None:
+    """The axes of an array as the file beside it tells them."""
+    if path is None:
+        return None
+    try:
+        axes = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    known = ("NHW",) if len(shape) == 3 else ("NHWC", "NCHW")
+    if axes not in known:
+        raise UserError(f"{path} must hold {' or '.join(map(json.dumps, known))} for the shape {shape}; it holds {axes!r:.40}")
+    return str(axes)
+
+
+def likely_axes(shape: tuple[int, ...], channels: int | None, packed: bool) -> str:
+    if len(shape) == 3:
+        return "NHW"
+    second, last = shape[1] == channels, shape[3] == channels
+    if second != last:
+        return "NCHW" if second else "NHWC"
+    return "NCHW" if shape[1] < shape[3] and not packed else "NHWC"

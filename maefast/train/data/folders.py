@@ -1,0 +1,139 @@
+"""What lies below a folder: its images, the parts of a data set, and what is left out of it with the reason."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError
+
+# Of the formats that Pillow reads, those of pictures; a build of Pillow may lack some (.avif, .jp2, .webp).
+EXTENSIONS = frozenset((
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".icb", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc",
+    ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm",
+    ".ppm", ".qoi", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp",
+))  # fmt: skip
+COMMON = ".bmp .gif .jpeg .jpg .png .tif .webp, and others that Pillow reads"
+OF_A_RUN = {"log.txt", "reconstructions"}  # what the folder of a pre-training has beside its checkpoints
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+def readable_extensions() -> frozenset[str]:
+    """EXTENSIONS that the installed Pillow opens, all of them where it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return EXTENSIONS
+    known = Image.registered_extensions()  # which loads the formats
+    return EXTENSIONS & {extension for extension, kind in known.items() if kind in Image.OPEN} | {".tif", ".tiff"}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder of this name may hold."""
+    return next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), None)
+
+
+def split_of_shard(name: str) -> str | None:
+    """The split that a word of a shard's name tells, as in imagenet-train-000.tar; None without one. Raises UserError for two."""
+    splits = {split for word in re.split("[^a-z]+", name.lower()) if (split := split_of(word))}
+    if len(splits) > 1:
+        raise UserError(f"{name} must be named after one part; it has the words of {' and '.join(sorted(splits))}")
+    return next(iter(splits), None)
+
+
+def walk(root: Path, exclude: Path | None, left_out: Counter[str]) -> Iterator[Path]:
+    """Image files below `root`, in any order. A linked folder is walked unless it leads back to a folder that it lies in.
+
+    exclude   the folder or file that is left out; no matter where `root` lies in it
+    left_out  grows by the files that are no images, by reason
+    Raises UserError for a folder that cannot be read.
+    """
+    extensions, excluded = readable_extensions(), exclude and exclude.resolve()
+    if excluded is not None and excluded in root.resolve().parents:
+        excluded = None
+    waiting = [(root, frozenset[Path]())]
+    while waiting:
+        folder, above = waiting.pop()
+        real = folder.resolve()
+        if real in above:
+            continue
+        if excluded is not None and (real == excluded or excluded in real.parents):
+            left_out["in the folder of the output"] += sum(len(names) for *_, names in os.walk(real))
+            continue
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
+        if folder != root and {entry.name for entry in entries} >= OF_A_RUN:
+            left_out["in the folder of another run"] += sum(len(names) for *_, names in os.walk(real))
+            continue
+        for entry in entries:
+            extension = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif entry.is_dir():
+                waiting.append((Path(entry.path), above | {real}))
+            elif not entry.is_file():
+                left_out["broken links or special files"] += 1
+            elif extension not in extensions:
+                left_out[f"of another format ({extension or 'no ending'})"] += 1
+            elif excluded is not None and Path(entry.path).resolve() == excluded:
+                left_out["written by the command"] += 1
+            else:
+                yield Path(entry.path)
+
+
+def find_images(root: Path, exclude: Path | None = None, left_out: Counter[str] | None = None) -> list[Path]:
+    """Image files below `root` by extension, sorted; the rest joins `left_out`, as `walk` says.
+
+    Raises UserError when `root` is no readable folder, is `exclude`, or holds no image.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} must be a folder of images; it is {'a file' if root.exists() else 'not there'}")
+    if exclude is not None and root.resolve() == exclude.resolve():
+        raise UserError(f"{root} must not be the folder of the output too, whose pictures would be taken for images")
+    found = sorted(walk(root, exclude, left_out := Counter[str]() if left_out is None else left_out))
+    if not found:
+        passed_over = f"; left out: {listed(left_out)}" if left_out else ""
+        raise UserError(f"{root} must hold images ({COMMON}); there is none below it{passed_over}")
+    return found
+
+
+def listed(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
+
+
+def holds_images(folder: Path, exclude: Path | None = None) -> bool:
+    return next(walk(folder, exclude, Counter[str]()), None) is not None
+
+
+def split_folders(path: Path, exclude: Path | None = None) -> dict[str, Path]:
+    """The folder of each part of a data set, {} where `path` has none, or where a folder of such a name is a class among others.
+
+    Raises UserError where it may be either.
+    """
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    if exclude is not None:
+        written = {exclude.resolve(), exclude.resolve() / "reconstructions"}
+        folders = [folder for folder in folders if folder.resolve() not in written]
+    named = [folder for folder in folders if split_of(folder.name)]
+    parts = {split_of(folder.name) or "": folder for folder in named}
+    if len(parts) < len(named):
+        raise UserError(f"{path} must have one folder for each part; it has {', '.join(folder.name for folder in named)}")
+    with_images = [folder for folder in named if holds_images(folder, exclude)]  # others hold lists, shards or arrays
+    others = [f for f in folders if not split_of(f.name) and holds_images(f, exclude)] if with_images else []
+    if others and len(named) == 1 and not any(f.is_dir() and holds_images(f, exclude) for f in named[0].iterdir()):
+        return {}
+    if others:
+        raise ambiguous(path, named, others)
+    return parts
+
+
+def ambiguous(path: Path, named: list[Path], others: list[Path]) -> UserError:
+    """The refusal of a folder that may hold parts or classes."""
+    parts, rest = (", ".join(folder.name for folder in each[:5]) for each in (named, others))
+    return UserError(
+        f"{path} can be read in two ways: as the parts {parts}, beside which {rest} would be left out, or as classes, {parts} "
+        f"and {rest}; give the folder of a part, such as {named[0]}, or move one of them away"
+    )

@@ -1,0 +1,185 @@
+"""TIFFs whose pixels tifffile reads: bands of any number, and those that Pillow does not know or gives wrongly."""
+
+import logging
+from collections.abc import Callable
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .modes import HIGH_DEPTH_MODES, MODES, PHOTOMETRIC, WHITE_IS_ZERO, stretched
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BITS_PER_SAMPLE, DESCRIPTION, ORIENTATION, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 270, 274, 284, 338, 339
+GREYS, RGB, SEPARATED = (WHITE_IS_ZERO, 1), 2, 5  # values of PHOTOMETRIC
+UNSPECIFIED, PREMULTIPLIED, ALPHA = 0, 1, 2  # values of EXTRA_SAMPLES
+UNSIGNED, SIGNED = 1, 2  # values of SAMPLE_FORMAT
+NAMES_ITS_AXES = ("ImageJ=", "<OME", '"axes"')  # in descriptions
+
+
+class Stored(NamedTuple):
+    """The first image of a TIFF as it is stored.
+
+    pixels       (H, W, S)
+    photometric  what its samples are
+    extra        what its samples beyond the colours are
+    orientation  by the values of EXIF
+    """
+
+    pixels: Any
+    photometric: int
+    extra: tuple[int, ...]
+    orientation: int
+
+    @property
+    def colours(self) -> int:
+        """How many samples are grey or colours that can be shown; 0 where they are bands."""
+        samples = self.pixels.shape[-1]
+        if self.photometric in GREYS:
+            return {1: 1, 3: 3}.get(samples, 1 if samples == 2 and self.alpha is not None else 0)
+        known = {RGB: 3, SEPARATED: 4}.get(self.photometric, 0)
+        return known if samples >= known else 0
+
+    @property
+    def alpha(self) -> int | None:
+        """The kind of the first sample beyond the colours, where that is transparency."""
+        return self.extra[0] if self.extra and self.extra[0] in (PREMULTIPLIED, ALPHA) else None
+
+    @property
+    def has_fourth_band(self) -> bool:
+        """Whether there is one beside red, green and blue that is not transparency."""
+        return self.photometric == RGB and self.pixels.shape[-1] > 3 and self.alpha is None
+
+
+def is_tiff(file: str | bytes) -> bool:
+    if isinstance(file, bytes):
+        return file[:4] in MAGIC
+    with open(file, "rb") as stream:
+        return stream.read(4) in MAGIC
+
+
+def is_misread(image: Any, channels: int | None) -> bool:
+    """Whether Pillow, which has opened this TIFF, would give other pixels than it holds.
+
+    These are signed bytes, unsigned 32-bit values, separate planes of grey or of many bits, a fourth band that the file does not
+    call transparency, and bands that lie on pages.
+    """
+    tags = image.tag_v2
+    photometric, bits, kinds = tags.get(PHOTOMETRIC), _first(tags.get(BITS_PER_SAMPLE), 1), _first(tags.get(SAMPLE_FORMAT), 1)
+    separate = tags.get(PLANES) == 2 and (bits != 8 or photometric in GREYS)
+    if separate or (kinds, bits) in ((SIGNED, 8), (UNSIGNED, 32)):
+        return True
+    extra = tags.get(EXTRA_SAMPLES) or ()
+    if channels == 4 and photometric == RGB and _first(extra, ALPHA) == UNSPECIFIED:
+        return True
+    description = str(tags.get(DESCRIPTION, ""))
+    grey = image.mode in HIGH_DEPTH_MODES or image.mode == "L"
+    return grey and getattr(image, "n_frames", 1) > 1 and any(word in description for word in NAMES_ITS_AXES)
+
+
+def _first(values: Any, default: int) -> Any:
+    return values[0] if isinstance(values, tuple) and values else values if isinstance(values, int) else default
+
+
+def read_tiff(file: str | bytes, channels: int | None) -> Stored:
+    """The first image of a TIFF; its pages of one sample are bands where it calls them so, or as many are asked for."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[train]"') from error
+    if not (log := logging.getLogger("tifffile")).level:
+        log.setLevel(logging.CRITICAL)  # a line for each tag of a broken file, which is named once already
+    with tifffile.TiffFile(BytesIO(file) if isinstance(file, bytes) else file) as tiff:
+        page: Any = tiff.pages[0]
+        series = tiff.series[0]
+        orientation = page.tags.get(ORIENTATION)
+        turned = orientation.value if orientation is not None and isinstance(orientation.value, int) else 1
+        photometric = int(page.photometric)
+        if page.axes == "YX" and "C" in series.axes:
+            return Stored(_pages(series, series.axes.index("C")), photometric, (), turned)
+        if page.axes == "YX" and channels not in (None, *MODES) and len(series.pages) == channels:
+            return Stored(_pages(series, series.shape.index(channels)), photometric, (), turned)
+        if page.axes not in SAMPLES_LAST:
+            raise ValueError(f"its page has the axes {page.axes}, {tuple(page.shape)}; an image has rows, columns and samples")
+        _check_size(page.imagelength, page.imagewidth, page.samplesperpixel, page.dtype)
+        pixels = SAMPLES_LAST[page.axes](page.asarray())
+        return Stored(pixels, photometric, tuple(map(int, page.extrasamples)), turned)
+
+
+SAMPLES_LAST: dict[str, Callable[[Any], Any]] = {  # by the axes of a page, as tifffile names them
+    "YX": lambda pixels: pixels[..., None],
+    "YXS": lambda pixels: pixels,
+    "SYX": lambda pixels: pixels.transpose(1, 2, 0),
+}
+
+
+def _pages(series: Any, bands: int) -> Any:
+    """(H, W, C) of pages of one sample, axis `bands` counting the channels; of every other axis the first."""
+    kept = [series.axes.index("Y"), series.axes.index("X"), bands]
+    height, width, _ = (series.shape[axis] for axis in kept)
+    _check_size(height, width, series.size // max(1, height * width), series.dtype)
+    pixels = series.asarray()
+    pixels = pixels[tuple(slice(None) if axis in kept else 0 for axis in range(pixels.ndim))]
+    return pixels.transpose([sorted(kept).index(axis) for axis in kept])
+
+
+def _most_pixels() -> float:
+    """Twice the number from which on Pillow warns, as it reads no more in any format."""
+    from PIL import Image
+
+    return float("inf") if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
+def _check_size(height: int, width: int, samples: int, dtype: Any) -> None:
+    """Raise ValueError for an image of more pixels than Pillow reads, or of more bytes than RGBA of that many would have."""
+    most = _most_pixels()
+    if height * width > most or height * width * samples * dtype.itemsize > 4 * most:
+        raise ValueError(too_large(f"{width} x {height} pixels of {samples} x {8 * dtype.itemsize} bits"))
+
+
+def too_large(what: str) -> str:
+    return f"it has {what}, more than are read ({_most_pixels():.0f} pixels of 32 bits); cut it into parts"
+
+
+def as_bands(stored: Stored, channels: int) -> Any:
+    """(H, W, channels) uint8: the samples as they are, stretched together if they have another dtype."""
+    if (found := stored.pixels.shape[-1]) != channels:
+        raise ValueError(f"it has {found} channels, not {channels}")
+    return _in_8_bits(stored.pixels, stored.photometric)
+
+
+def _in_8_bits(pixels: Any, photometric: int) -> Any:
+    """Samples stretched together where they are no uint8; great ones bright."""
+    inverted = photometric == WHITE_IS_ZERO
+    if pixels.dtype != "uint8":
+        return stretched(-1.0 * pixels if inverted else pixels)
+    return 255 - pixels if inverted else pixels
+
+
+def as_picture(stored: Stored) -> "Image":
+    """An image of Pillow, of `stored.colours` grey or colour samples and their transparency, in 8 bits."""
+    import numpy as np
+    from PIL import Image
+
+    count = stored.colours
+    colours = stored.pixels[..., :count]
+    if colours.dtype == "uint16" and stored.photometric not in GREYS:
+        colours = (colours >> 8).astype(np.uint8)
+    colours = _in_8_bits(colours, stored.photometric)
+    samples = [np.ascontiguousarray(colours[..., i]) for i in range(count)]
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[count]
+    if stored.alpha is not None and count < min(4, stored.pixels.shape[-1]):
+        samples.append(np.ascontiguousarray(_alpha(stored.pixels[..., count])))
+        mode += "a" if stored.alpha == PREMULTIPLIED else "A"
+    image = Image.merge(mode.upper(), [Image.fromarray(sample) for sample in samples])
+    return image if mode == mode.upper() else Image.frombytes(mode, image.size, image.tobytes()).convert(mode.upper())
+
+
+def _alpha(values: Any) -> Any:
+    """Transparency as uint8: integers by their range, floating-point numbers from 0 to 1."""
+    import numpy as np
+
+    if values.dtype.kind == "f":
+        return np.nan_to_num(np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+    return (values >> (8 * values.dtype.itemsize - 8)).astype(np.uint8)
