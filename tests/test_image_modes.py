@@ -190,3 +190,12 @@ def test_16_bit_grey_with_transparency_keeps_its_range(tmp_path: Path) -> None:
     assert open_images(tmp_path, channels=1).read(0).flatten().tolist() == [0, 128, 255]
     png(deep(np.array([[[GREY], [0], [255]]], np.uint8)))(tmp_path)
     assert open_images(tmp_path, channels=1).read(0).flatten().tolist() == [GREY, 0, 255]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_first_of_several_frames(tmp_path: Path, name: str) -> None:
+    first, second = image(RGB), image(255 - RGB)
+    options: dict[str, object] = {"lossless": True} if name == "a.webp" else {}
+    first.save(tmp_path / name, save_all=True, append_images=[second], **options)
+    row, column = CENTRE
+    assert open_images(tmp_path).read(0)[:, row, column].tolist() == pytest.approx(ORANGE, abs=3)

@@ -267,6 +267,17 @@ def test_uint8_goes_its_old_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert seen == [(torch.uint8, {"noise", "return_pred"})] * 4
 
 
+def test_a_checkpoint_that_tells_no_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    """ImageNet's mean and std are not those of floats unasked."""
+    torch.save({"model": MAE(img_size=SIZE, patch_size=PATCH, **TINY).state_dict()}, "official.pth")
+    np.save("f32.npy", np.zeros((4, *SIZE, 3), np.float32))
+    assert maefast("extract official.pth f32.npy features.npy --num_heads 2") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--mean and --std must be given for float images, in their own unit: the checkpoint does not tell them" in line
+    assert not Path("features.npy").exists()
+    assert maefast("extract official.pth f32.npy features.npy --num_heads 2 --mean -1,0,1 --std 1,1,2") == 0
+
+
 def test_checkpoint_of_another_unit() -> None:
     """Statistics of floats are not those of bytes."""
     np.save("f32.npy", spectrograms())
