@@ -20,11 +20,13 @@ class Backbone(nn.Module):
     pos_embed: nn.Parameter  # (1, 1+L, D), the class token's first
     mean: Tensor | None  # (C,) fp32
     std: Tensor | None
+    statistics_given: bool  # or else ImageNet's by default
 
     def _set_pixel_statistics(self, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
         """Per channel; ImageNet's by default for three channels. Not in the state_dict, so that it stays the official one."""
         if (mean is None) != (std is None):
             raise ValueError("mean and std must be given together")
+        self.statistics_given = mean is not None
         if mean is None or std is None:
             mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else (None, None)
         for name, values in (("mean", mean), ("std", std)):

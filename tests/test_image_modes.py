@@ -118,6 +118,28 @@ def test_a_fourth_band_is_no_transparency(tmp_path: Path) -> None:
     assert open_images(tmp_path, channels=3).read(0)[:, row, column].tolist() == [*ORANGE]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_second_band_is_no_transparency(tmp_path: Path, dtype: type) -> None:
+    """Nor is it left out: two bands are two channels, by default too."""
+    write_tiff(tmp_path, BANDS[..., :2].astype(dtype), photometric="minisblack", planarconfig="contig")
+    assert open_images(tmp_path).channels == 2
+    with pytest.raises(UnreadableImage, match="it has 2 channels, not 3"):
+        open_images(tmp_path, channels=3).read(0)
+    if dtype == np.uint8:
+        assert torch.equal(open_images(tmp_path).read(0), torch.from_numpy(PAGES[:2].copy()))
+
+
+def test_values_without_order(tmp_path: Path) -> None:
+    write_tiff(tmp_path, BANDS[..., 0].astype(np.complex64), photometric="minisblack")
+    with pytest.raises(UnreadableImage, match="its pixels are complex64, which have no order"):
+        open_images(tmp_path, channels=1).read(0)
+
+
+def test_missing_values_of_a_picture_are_black(tmp_path: Path) -> None:
+    write_tiff(tmp_path, np.array([[np.nan, 1, 2, 3]], np.float32), photometric="minisblack")
+    assert open_images(tmp_path, channels=1).read(0).flatten().tolist() == [0, 0, 128, 255]
+
+
 def test_other_numbers_of_bands(tmp_path: Path) -> None:
     write_tiff(tmp_path, BANDS, photometric="minisblack", planarconfig="contig")
     with pytest.raises(UnreadableImage, match="it has 6 channels, not 4"):
@@ -179,7 +201,8 @@ def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnreadableImage, match=r"a.tif: ValueError: it has 48 x 16 pixels of 2 x 8 bits, more than are read"):
         bands.read(1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    assert data.read(0).shape == (3, 16, 48)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert data.read(0).shape == (3, 16, 48)
     assert bands.read(1).shape == (2, 16, 48)
 
 
@@ -190,3 +213,12 @@ def test_16_bit_grey_with_transparency_keeps_its_range(tmp_path: Path) -> None:
     assert open_images(tmp_path, channels=1).read(0).flatten().tolist() == [0, 128, 255]
     png(deep(np.array([[[GREY], [0], [255]]], np.uint8)))(tmp_path)
     assert open_images(tmp_path, channels=1).read(0).flatten().tolist() == [GREY, 0, 255]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_first_of_several_frames(tmp_path: Path, name: str) -> None:
+    first, second = image(RGB), image(255 - RGB)
+    options: dict[str, object] = {"lossless": True} if name == "a.webp" else {}
+    first.save(tmp_path / name, save_all=True, append_images=[second], **options)
+    row, column = CENTRE
+    assert open_images(tmp_path).read(0)[:, row, column].tolist() == pytest.approx(ORANGE, abs=3)

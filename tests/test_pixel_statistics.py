@@ -146,6 +146,15 @@ def test_timms_configuration_is_read(tmp_path: Path, told: dict[str, Any], expec
     assert statistics(MAE.from_pretrained(timm_folder(tmp_path, told))) == expected
 
 
+@pytest.mark.filterwarnings("ignore:.*the checkpoint holds no decoder")
+def test_timms_configuration_of_before(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, {"mean": [0.5] * 3, "std": [0.25] * 3})
+    config = json.loads((folder / "config.json").read_text())
+    about = config.pop("pretrained_cfg")
+    (folder / "config.json").write_text(json.dumps(config | about))
+    assert statistics(MAE.from_pretrained(folder)) == [[0.5] * 3, [0.25] * 3]
+
+
 def test_bad_timm_configuration(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="is not that of a Masked Autoencoder"):
         MAE.from_pretrained(timm_folder(tmp_path, {"mean": "dark", "std": [1, 1, 1]}))

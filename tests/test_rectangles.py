@@ -162,7 +162,7 @@ def test_units_of_bytes(flags: str, reason: str, capsys: pytest.CaptureFixture[s
 def test_nothing_but_missing_values(capsys: pytest.CaptureFixture[str]) -> None:
     np.save("f32.npy", np.full((4, *SIZE, 1), np.nan, np.float32))
     assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} --mean 0 --std 1 --pictures 0") == 2
-    [line] = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert "--data_path must hold patches without missing values; a batch has none" in line
 
 
@@ -265,6 +265,17 @@ def test_uint8_goes_its_old_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(MAE, "forward", watched)
     pretrain(options(tmp_path / "run"), ArrayImages(pictures()))
     assert seen == [(torch.uint8, {"noise", "return_pred"})] * 4
+
+
+def test_a_checkpoint_that_tells_no_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    """ImageNet's mean and std are not those of floats unasked."""
+    torch.save({"model": MAE(img_size=SIZE, patch_size=PATCH, **TINY).state_dict()}, "official.pth")
+    np.save("f32.npy", np.zeros((4, *SIZE, 3), np.float32))
+    assert maefast("extract official.pth f32.npy features.npy --num_heads 2") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--mean and --std must be given for float images, in their own unit: the checkpoint does not tell them" in line
+    assert not Path("features.npy").exists()
+    assert maefast("extract official.pth f32.npy features.npy --num_heads 2 --mean -1,0,1 --std 1,1,2") == 0
 
 
 def test_checkpoint_of_another_unit() -> None:

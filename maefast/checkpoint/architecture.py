@@ -185,9 +185,10 @@ def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
             return Facts(**own)
         if "hidden_size" in config:
             return replace(_transformers_facts(config), mean=told[0], std=told[1])
-        if "pretrained_cfg" in config:  # timm's
-            _, *size = config["pretrained_cfg"]["input_size"]
-            mean, std = statistics.of_timm(config["pretrained_cfg"]) or told
+        if "pretrained_cfg" in config or {"architecture", "input_size"} <= config.keys():  # timm's, and timm's of before
+            about = config.get("pretrained_cfg", config)
+            _, *size = about["input_size"]
+            mean, std = statistics.of_timm(about) or told
             return replace(default, img_size=pair(tuple(size), "input_size"), mean=mean, std=std)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"the config of {weights.path} is not that of a Masked Autoencoder: {error!r}") from error

@@ -51,6 +51,8 @@ def in_unit_of(model: Any, images: Any, nodata: float | None, *, fill: bool) -> 
                 told = ", ".join(f"{value:g}" for value in values.tolist())
                 raise UserError(f"--{name} must be of pixels in 0..1, as the images are uint8; it is {told}")
         return images
+    if not model.statistics_given:
+        raise UserError("--mean and --std must be given for float images, in their own unit: the checkpoint does not tell them")
     if nodata is not None:
         images.nodata = nodata
     return NormalisedImages(images, model.mean, model.std, fill)

@@ -88,9 +88,14 @@ def with_16_bit_grey(image: "Image", file: str | bytes) -> "Image":
 
 
 def stretched(values: Any) -> Any:
-    """An array of any real dtype as uint8, its least value at 0 and its greatest at 255. Raises ValueError for infinities."""
+    """An array of any real dtype as uint8, its least value at 0 and its greatest at 255, NaN at 0.
+
+    Raises ValueError for infinities and complex values.
+    """
     import numpy as np
 
+    if values.dtype.kind == "c":
+        raise ValueError(f"its pixels are {values.dtype}, which have no order")
     values = values.astype(np.float64)
     low, high = np.nanmin(values), np.nanmax(values)
     if not np.isfinite(high - low):

@@ -62,8 +62,8 @@ def is_tiff(file: str | bytes) -> bool:
 def is_misread(image: Any, channels: int | None) -> bool:
     """Whether Pillow, which has opened this TIFF, would give other pixels than it holds.
 
-    These are signed bytes, unsigned 32-bit values, separate planes of grey or of many bits, a fourth band that the file does not
-    call transparency, and bands that lie on pages.
+    These are signed bytes, unsigned 32-bit values, separate planes of grey or of many bits, a second or fourth band that the file
+    does not call transparency, and bands that lie on pages.
     """
     tags = image.tag_v2
     photometric, bits, kinds = tags.get(PHOTOMETRIC), _first(tags.get(BITS_PER_SAMPLE), 1), _first(tags.get(SAMPLE_FORMAT), 1)
@@ -71,7 +71,7 @@ def is_misread(image: Any, channels: int | None) -> bool:
     if separate or (kinds, bits) in ((SIGNED, 8), (UNSIGNED, 32)):
         return True
     extra = tags.get(EXTRA_SAMPLES) or ()
-    if channels == 4 and photometric == RGB and _first(extra, ALPHA) == UNSPECIFIED:
+    if _first(extra, ALPHA) == UNSPECIFIED and (photometric in GREYS or (channels == 4 and photometric == RGB)):
         return True
     description = str(tags.get(DESCRIPTION, ""))
     grey = image.mode in HIGH_DEPTH_MODES or image.mode == "L"

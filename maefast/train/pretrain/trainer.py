@@ -199,7 +199,7 @@ class Trainer:
     def _step(self, feed: Iterator[Batch]) -> bool:
         """Take one step of the optimizer, on `accum_iter` batches of each process; False where one was told to stop instead."""
         options, state, rate = self.options, self.state, self._lr()
-        images = self._next_images(feed)
+        images, weights = self._next_images(feed)
         if self.signal:
             return False
         for group in state.optimizer.param_groups:
@@ -208,12 +208,9 @@ class Trainer:
         state.model.train()
         for i, noise in enumerate(self._noise()):
             if i:
-                images = self._next_images(feed)
-            images, weights = fill_missing(images, state.model.patch_embed.patch_size)
+                images, weights = self._next_images(feed)
             images, last = images.to(self.device, non_blocking=True), i == options.accum_iter - 1
             given = {} if weights is None else {"weights": weights.to(self.device)}
-            if weights is not None and not weights.any():
-                raise UserError("--data_path must hold patches without missing values; a batch has none")
             with nullcontext() if last else no_sync(self.forward):
                 with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
                     loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred, **given).loss
@@ -230,12 +227,18 @@ class Trainer:
         state.at = Position(state.at.epoch, state.at.step + 1)
         return True
 
-    def _next_images(self, feed: Iterator[Batch]) -> Tensor:
-        """Return images of this process, when all have theirs. The wait is the longest one: the others wait for it too."""
+    def _next_images(self, feed: Iterator[Batch]) -> tuple[Tensor, Tensor | None]:
+        """Return images of this process and weights of their patches, where they differ, when all processes have theirs.
+
+        The wait is the longest one: the others wait for it too.
+        """
         started, error = time.perf_counter(), None
         try:
             with dead_workers_reported():
                 images, unreadable = next(feed)
+            images, weights = fill_missing(images, self.state.model.patch_embed.patch_size)
+            if weights is not None and not weights.any():
+                raise UserError("--data_path must hold patches without missing values; a batch has none")
         except UserError as caught:
             error = caught
         waited = time.perf_counter() - started
@@ -245,7 +248,7 @@ class Trainer:
         self.signal = max(self.signal, int(number))
         self.report.waited += waited
         self._skip(unreadable)
-        return images
+        return images, weights
 
     def _noise(self) -> Tensor:
         """(accum_iter, batch_size, L): this process's rows of what is drawn for the whole step, however many processes and
