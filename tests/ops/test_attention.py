@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
-from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out
+from op_inputs import BF16, F16, F32, Inputs
+from specs import SPECS
+from support import Op, forward_backward
 from torch import Tensor
 
 import maefast
@@ -11,38 +13,13 @@ from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
-TOKENS = (1, 2, 49, 50, 65, 197, 257, 300)
-WIDTHS = (1, 5, 8, 16, 32, 33, 64, 80, 128)
+
+def make(N: int, T: int, h: int, d: int, dtype: torch.dtype = F32, M: int | None = None) -> Inputs:
+    return SPECS["attention"].make((dtype,), N, T, h, d, M)
 
 
-def make(N: int, T: int, h: int, d: int, dtype: torch.dtype = F32, M: int | None = None) -> dict[str, Tensor]:
-    """Packed projections; with M also queries of their own."""
-    if M is None:
-        return {"qkv": torch.randn(N, T, 3 * h * d).to(dtype).requires_grad_()}
-    return {
-        "qkv": torch.randn(N, T, 2 * h * d).to(dtype).requires_grad_(),
-        "q": torch.randn(N, M, h * d).to(dtype).requires_grad_(),
-    }
-
-
-def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() for name, t in inputs.items()}
-
-
-def with_heads(h: int):
-    def op(qkv: Tensor, q: Tensor | None = None) -> Tensor:
-        return ops.attention(qkv, h, q)
-
-    return op
-
-
-def check(cases: list[dict[str, Tensor]], h: int, layout=lambda inputs: inputs, dy_layout=lambda dy: dy) -> None:
-    def dy(out: Tensor) -> Tensor:
-        return dy_layout(torch.randn(out.shape))
-
-    check_op(with_heads(h), cases, exact, dy, layout)
+def with_heads(h: int) -> Op:
+    return SPECS["attention"].op((), h)
 
 
 def by_loops(qkv: Tensor, h: int, q: Tensor | None = None) -> Tensor:
@@ -75,80 +52,12 @@ def test_by_hand(each_backend):
 
 def test_reference_is_the_definition():
     for M in (None, 4):
-        inputs = exact(make(2, 7, 3, 5, M=M))
+        inputs = SPECS["attention"].exact(make(2, 7, 3, 5, M=M))
         expected = by_loops(inputs["qkv"], 3, inputs.get("q"))
         torch.testing.assert_close(ops.attention_ref(inputs["qkv"], 3, inputs.get("q")), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("M", [None, 2], ids=["self", "q"])
-def test_reference_gradients(M):
-    inputs = [t.detach().requires_grad_() for t in exact(make(2, 5, 2, 3, M=M)).values()]
-    assert torch.autograd.gradcheck(with_heads(2), inputs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("T", TOKENS)
-def test_lengths(isa, T, dtype):
-    h, d = 3, 32
-    check([make(2, T, h, d, dtype) for _ in range(8 if T < 197 else 2)], h)
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("d", WIDTHS)
-def test_widths(isa, d, dtype):
-    h = 2
-    check([make(2, 50, h, d, dtype) for _ in range(8)], h)
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(("M", "T"), [(1, 197), (147, 197), (49, 50), (25, 1), (60, 7), (1, 1)])
-def test_queries_of_their_own(isa, M, T, dtype):
-    h, d = 3, 16
-    check([make(2, T, h, d, dtype, M) for _ in range(8)], h)
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("M", [None, 10], ids=["self", "q"])
-def test_layouts(isa, layout, dtype, M):
-    check(
-        [make(3, 19, 2, 9, dtype, M) for _ in range(8)],
-        2,
-        layout=lambda inputs: {name: lay_out(layout, t) for name, t in inputs.items()},
-        dy_layout=layout,
-    )
-
-
-@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("M", [None, 10], ids=["self", "q"])
-def test_zero_strides(isa, dims, M):
-    """The same bits as from a copy without them."""
-
-    def expanded(t: Tensor) -> Tensor:
-        shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
-        return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
-
-    inputs = {name: expanded(t) for name, t in make(3, 19, 2, 9, M=M).items()}
-    dy = expanded(torch.randn(3, M or 19, 18))
-    with maefast.backend("native"):
-        got = forward_backward(with_heads(2), inputs, dy)
-        copies = {name: t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for name, t in inputs.items()}
-        expected = forward_backward(with_heads(2), copies, dy.contiguous())
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
-
-
-@pytest.mark.parametrize(("N", "T", "M"), [(0, 5, None), (0, 5, 3), (2, 0, None), (2, 5, 0), (0, 5, 0)])
-def test_nothing_to_do(each_backend, N, T, M):
-    inputs = make(N, T, 2, 4, M=M)
-    results = forward_backward(with_heads(2), inputs, torch.ones(N, T if M is None else M, 8))
-    assert results["out"].shape == (N, T if M is None else M, 8)
-    for name, t in inputs.items():
-        assert results[f"d_{name}"].shape == t.shape
-        assert not results[f"d_{name}"].any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 def test_equal_logits_give_the_mean(isa, dtype):
     """Queries of zero attend to all tokens alike; whole numbers and a power of two of tokens: exact."""
     N, T, h, d = 2, 64, 3, 20
@@ -160,7 +69,7 @@ def test_equal_logits_give_the_mean(isa, dtype):
     assert torch.equal(out, mean.expand(N, T, h * d))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_extreme_logits(isa, dtype, size):
     """Scores up to +-1e4, far beyond what exp can take: no NaN, and right."""
@@ -172,10 +81,10 @@ def test_extreme_logits(isa, dtype, size):
         cases.append({"qkv": qkv.flatten(2).to(dtype).requires_grad_()})
     scores = cases[0]["qkv"].detach().double()
     assert (scores[..., : h * d] * scores[..., h * d : 2 * h * d]).unflatten(2, (h, d)).sum(dim=3).abs().max() > size
-    check(cases, h)
+    SPECS["attention"].check(cases, (dtype,), h=h)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 def test_one_key_takes_all(isa, dtype):
     """Scores of 1e4 against -1e4: the output is the one value, bit for bit, and nothing flows back to queries and keys."""
     N, T, h, d = 2, 50, 2, 16
@@ -194,7 +103,7 @@ def test_one_key_takes_all(isa, dtype):
     assert dv[:, 7].ne(0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
 @pytest.mark.parametrize("payload", [0x7FC00000, 0x7FC00001, -0x400000], ids=hex)
 def test_nan_stays_in_its_head_and_sample(isa, dtype, part, payload):
@@ -218,7 +127,7 @@ def test_nan_stays_in_its_head_and_sample(isa, dtype, part, payload):
 
 
 def test_other_dtypes_run_eagerly():
-    inputs = exact(make(2, 6, 2, 5))
+    inputs = SPECS["attention"].exact(make(2, 6, 2, 5))
     out = ops.attention(inputs["qkv"], 2)
     assert out.dtype == torch.float64
     torch.testing.assert_close(out, by_loops(inputs["qkv"], 2), rtol=1e-12, atol=1e-12)
@@ -248,25 +157,6 @@ def test_autocast(each_backend, M):
         assert torch.equal(grad, expected[f"d_{name}"].float())
 
 
-@pytest.mark.parametrize("leaf", ["qkv", "q"])
-def test_one_gradient_at_a_time(native, leaf):
-    inputs, dy = make(3, 20, 2, 9, M=5), torch.randn(3, 5, 18)
-    expected = forward_backward(with_heads(2), inputs, dy)[f"d_{leaf}"]
-    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
-    assert torch.equal(forward_backward(with_heads(2), alone, dy)[f"d_{leaf}"], expected)
-
-
-def test_once_differentiable(native):
-    assert_once_differentiable(with_heads(2), make(2, 20, 2, 6))
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("M", [None, 147], ids=["self", "q"])
-def test_deterministic(isa, dtype, M):
-    inputs, dy = make(5, 197, 3, 32, dtype, M), torch.randn(5, M or 197, 96)
-    assert_same_for_any_threads(lambda: forward_backward(with_heads(3), inputs, dy))
-
-
 @pytest.mark.huge
 def test_more_than_2_31_elements(native):
     """Samples that are one and the same in memory: every output is that of the first."""
@@ -280,7 +170,7 @@ def test_more_than_2_31_elements(native):
         assert torch.equal(out[n], expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("M", [None, 4], ids=["self", "q"])
 def test_backward_sums_the_columns(native, dtype, M):
     """The gradient of the bias of the projection that wrote qkv."""
@@ -296,12 +186,3 @@ def test_backward_sums_the_columns(native, dtype, M):
 
     assert total.dtype == F32
     assert_close_to_float64("dkv_sum", total, plain(dtype).to(F32), plain(torch.float64))
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("M", [None, 4], ids=["self", "q"])
-def test_opcheck(native, dtype, M):
-    inputs = {name: t.detach() for name, t in make(2, 9, 2, 5, dtype, M).items()}
-    q, qkv, dout = inputs.get("q"), inputs["qkv"], torch.randn(2, M or 9, 10).to(dtype)
-    torch.library.opcheck(torch.ops.maefast.attention_fwd.default, (q, qkv, 2))
-    torch.library.opcheck(torch.ops.maefast.attention_bwd.default, (dout, q, qkv, None, None, 2, M is None))

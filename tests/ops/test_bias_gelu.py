@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out, sliced
+from op_inputs import BF16, F16, F32, F64, GELU_DTYPES, Inputs
+from specs import SPECS
 from torch import Tensor
 
 from maefast import ops
@@ -10,77 +11,15 @@ from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-DTYPES = {  # x, bias
-    "fp32": (F32, F32),
-    "bf16": (BF16, BF16),
-    "fp16": (F16, F16),
-    "fp32_bias": (BF16, F32),
-    "bf16_bias": (F32, BF16),
-    "no_bias": (F32, None),
-    "no_bias_bf16": (BF16, None),
-}
-FEW = {name: DTYPES[name] for name in ("fp32", "bf16", "no_bias")}
 
-
-def make(*shape: int, dtypes: tuple[torch.dtype | None, ...] = DTYPES["fp32"]) -> dict[str, Tensor]:
-    inputs = {"x": (2 * torch.randn(shape)).to(dtypes[0]).requires_grad_()}
-    return inputs if dtypes[1] is None else inputs | {"bias": torch.randn(shape[-1]).to(dtypes[1]).requires_grad_()}
-
-
-def incoming(out: Tensor) -> Tensor:
-    """Gradients that bf16 holds exactly, so that their rounding hides nothing."""
-    return torch.randn(out.shape).bfloat16()
-
-
-def check(cases: list[dict[str, Tensor]], layout=lambda inputs: inputs, dy_layout=lambda dy: dy) -> None:
-    def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.double() for name, t in inputs.items()}
-
-    check_op(ops.bias_gelu, cases, exact, lambda out: dy_layout(incoming(out)), layout)
+def make(*shape: int, dtypes: tuple[torch.dtype | None, ...] = GELU_DTYPES["fp32"]) -> Inputs:
+    return SPECS["bias_gelu"].make(dtypes, shape)
 
 
 def test_reference_is_the_definition():
     x, bias = make(50, 5).values()
     for value, y in zip((x.double() + bias.double()).flatten(), ops.bias_gelu_ref(x.double(), bias).flatten(), strict=True):
         assert y.item() == pytest.approx(0.5 * value.item() * math.erfc(-value.item() / math.sqrt(2)), rel=1e-12, abs=1e-15)
-
-
-def test_reference_gradients():
-    inputs = {name: t.detach().double().requires_grad_() for name, t in make(2, 3, 4).items()}
-    assert torch.autograd.gradcheck(ops.bias_gelu, tuple(inputs.values()))
-
-
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("D", [1, 2, 15, 63, 130, 3072])
-def test_widths(isa, D, dtypes):
-    check([make(3, 7, D, dtypes=dtypes) for _ in range(8)])
-
-
-@pytest.mark.parametrize("shape", [(20,), (1, 20), (17, 20), (2, 3, 5, 20), (2500, 20), (40_000, 3)], ids=str)
-@pytest.mark.parametrize("dtypes", FEW.values(), ids=FEW)
-def test_rows(isa, shape, dtypes):
-    check([make(*shape, dtypes=dtypes) for _ in range(4)])
-
-
-@pytest.mark.parametrize("dtypes", FEW.values(), ids=FEW)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(isa, layout, dtypes):
-    check(
-        [make(3, 9, 21, dtypes=dtypes) for _ in range(8)],
-        layout=lambda inputs: {name: lay_out(layout if t.dim() > 1 else sliced, t) for name, t in inputs.items()},
-        dy_layout=layout,
-    )
-
-
-@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-def test_zero_strides(isa, dims):
-    def expanded(t: Tensor) -> Tensor:
-        shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
-        return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
-
-    cases = [make(3, 9, 21) for _ in range(20)]
-    check([inputs | {"x": expanded(inputs["x"])} for inputs in cases], dy_layout=expanded)
 
 
 RANGES = {
@@ -99,7 +38,7 @@ RANGES = {
 def test_everywhere(isa, limits, dtype):
     """Each part of the curve held to the rule on its own, so that the large values do not hide the small ones."""
     x = torch.linspace(*limits, 20_000).to(dtype).requires_grad_()
-    check([{"x": x}])
+    SPECS["bias_gelu"].check([{"x": x}], (dtype,), shape=x.shape)
 
 
 def test_the_tail_keeps_its_digits(isa):
@@ -142,39 +81,12 @@ def test_the_sum_is_not_rounded(isa):
     assert not torch.equal(ops.bias_gelu(-x, bias), ops.bias_gelu(-x))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)], ids=str)
-def test_no_rows(each_backend, shape):
-    inputs = make(*shape)
-    y = ops.bias_gelu(**inputs)
-    assert y.shape == shape
-    dx, dbias = torch.autograd.grad(y.sum(), list(inputs.values()))
-    assert dx.shape == shape
-    assert dbias.tolist() == [0] * 5
-
-
 def test_float64_runs_eagerly():
     inputs = {name: t.double() for name, t in make(4, 9).items()}
     assert torch.equal(ops.bias_gelu(**inputs), torch.nn.functional.gelu(inputs["x"] + inputs["bias"]))
 
 
-@pytest.mark.parametrize("leaf", ["x", "bias"])
-def test_one_gradient_at_a_time(native, leaf):
-    inputs, dy = make(40, 9), torch.randn(40, 9)
-    expected = forward_backward(ops.bias_gelu, inputs, dy)[f"d_{leaf}"]
-    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
-    assert torch.equal(forward_backward(ops.bias_gelu, alone, dy)[f"d_{leaf}"], expected)
-
-
-def test_once_differentiable(native):
-    assert_once_differentiable(ops.bias_gelu, make(20, 9))
-
-
-def test_deterministic(native):
-    inputs, dy = make(2000, 130), torch.randn(2000, 130)
-    assert_same_for_any_threads(lambda: forward_backward(ops.bias_gelu, inputs, dy))
-
-
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtypes", GELU_DTYPES.values(), ids=GELU_DTYPES)
 @pytest.mark.parametrize("D", [1, 63, 512])
 def test_backward_gives_the_forward_output_again_bit_for_bit(isa, D, dtypes):
     inputs = {name: t.detach() for name, t in make(70, D, dtypes=dtypes).items()}
@@ -227,11 +139,3 @@ def test_backward_of_more_than_2_31_elements(native):
     for row in (0, rows // 2, rows - 1):
         assert torch.equal(dx[row], dy[0] / 2)
     assert torch.equal(dbias, dy[0].float() / 2 * rows)  # multiples of one half below 2^23
-
-
-def test_opcheck(native):
-    x, bias = (t.detach() for t in make(2, 9, 5).values())
-    for b in (bias, bias.bfloat16(), None):
-        torch.library.opcheck(torch.ops.maefast.bias_gelu_fwd.default, (x, b))
-        for with_y in (False, True):
-            torch.library.opcheck(torch.ops.maefast.bias_gelu_bwd.default, (torch.randn(2, 9, 5), x, b, with_y))

@@ -1,8 +1,7 @@
-from collections.abc import Callable
-
 import pytest
 import torch
-from support import LAYOUTS, assert_once_differentiable, assert_same_for_any_threads, check_op, forward_backward, lay_out, sliced
+from op_inputs import BF16, EPS, F16, F32, F64, NORM_DTYPES, Inputs
+from specs import SPECS
 from torch import Tensor
 
 from maefast import ops
@@ -10,47 +9,14 @@ from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# x, weight and bias, result
-DTYPES = {
-    "fp32": (F32, F32, F32),
-    "bf16": (BF16, BF16, BF16),
-    "fp16": (F16, F16, F16),
-    "autocast": (F32, F32, BF16),
-    "fp32_parameters": (BF16, F32, BF16),
-    "bf16_parameters": (F32, BF16, F16),
-    "widening": (F16, BF16, F32),
-}
-FEW = {name: DTYPES[name] for name in ("fp32", "bf16", "autocast")}
-LEAVES = ("x", "weight", "bias")
-EPS = 1e-6
+
+def make(*shape: int, dtypes: tuple[torch.dtype, ...] = (F32, F32)) -> Inputs:
+    """dtypes of x, and of weight and bias."""
+    return SPECS["layer_norm"].make(dtypes, shape)
 
 
-def make(*shape: int, dtypes: tuple[torch.dtype, ...] = DTYPES["fp32"]) -> dict[str, Tensor]:
-    return {
-        "x": (2 * torch.randn(shape) + 1).to(dtypes[0]).requires_grad_(),
-        "weight": (1 + torch.randn(shape[-1])).to(dtypes[1]).requires_grad_(),
-        "bias": torch.randn(shape[-1]).to(dtypes[1]).requires_grad_(),
-    }
-
-
-def into(dtype: torch.dtype, eps: float = EPS) -> Callable[..., Tensor]:
-    """The op with a result of `dtype`, fp64 for the exact one."""
-    return lambda x, weight, bias: ops.layer_norm(x, weight, bias, eps, F64 if x.dtype == F64 else dtype)
-
-
-def incoming(out: Tensor) -> Tensor:
-    """Gradients that bf16 holds exactly, so that their rounding hides nothing."""
-    return torch.randn(out.shape).bfloat16()
-
-
-def check(
-    cases: list[dict[str, Tensor]], dtype: torch.dtype = F32, layout=lambda inputs: inputs, dy_layout=lambda dy: dy
-) -> None:
-    def exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.double() for name, t in inputs.items()}
-
-    check_op(into(dtype), cases, exact, lambda out: dy_layout(incoming(out)), layout)
+def check(cases: list[Inputs]) -> None:
+    SPECS["layer_norm"].check(cases, NORM_DTYPES["fp32"])
 
 
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -77,59 +43,14 @@ def test_reference_is_the_definition():
     torch.testing.assert_close(ops.layer_norm_ref(**inputs, eps=0.1, dtype=F64), by_hand(**inputs, eps=0.1))
 
 
-def test_reference_gradients():
-    inputs = {name: t.detach().double().requires_grad_() for name, t in make(2, 3, 4).items()}
-    assert torch.autograd.gradcheck(into(F64), tuple(inputs.values()))
-
-
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("D", [1, 2, 15, 63, 130, 768])
-def test_widths(isa, D, dtypes):
-    check([make(5, 7, D, dtypes=dtypes) for _ in range(8)], dtypes[2])
-
-
-@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (F32, F32, F32)], ids=["widening", "fp32"])
-def test_wide_rows_sum_in_short_chains(isa, dtypes):
-    """Widths of ViT-H and of a feature map: the statistics stay as exact as torch's, whatever the vectors are wide."""
-    for D in (1280, 5000):
-        check([make(3, D, dtypes=dtypes) for _ in range(8)], F32)
-
-
-@pytest.mark.parametrize("shape", [(20,), (1, 20), (16, 20), (17, 20), (2, 3, 5, 20), (2500, 20), (40_000, 3)], ids=str)
-@pytest.mark.parametrize("dtypes", FEW.values(), ids=FEW)
-def test_rows(isa, shape, dtypes):
-    """From one row to several chunks of every size."""
-    check([make(*shape, dtypes=dtypes) for _ in range(4)], dtypes[2])
-
-
-@pytest.mark.parametrize("dtypes", FEW.values(), ids=FEW)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(isa, layout, dtypes):
-    check(
-        [make(3, 9, 21, dtypes=dtypes) for _ in range(8)],
-        dtypes[2],
-        layout=lambda inputs: {name: lay_out(layout if t.dim() > 1 else sliced, t) for name, t in inputs.items()},
-        dy_layout=layout,
-    )
-
-
-@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
-def test_zero_strides(isa, dims):
-    def expanded(t: Tensor) -> Tensor:
-        shape = [1 if dim in dims else size for dim, size in enumerate(t.shape)]
-        return t.detach()[tuple(slice(size) for size in shape)].expand(t.shape).requires_grad_(t.requires_grad)
-
-    cases = [make(3, 9, 21) for _ in range(20)]
-    check([inputs | {"x": expanded(inputs["x"])} for inputs in cases], dy_layout=expanded)
-
-
 def test_part_of_a_batch(isa):
     """Rows that are dense, but not equally far apart: tokens without their class token, as a slice of them."""
-    check([make(4, 6, 33) for _ in range(8)], layout=lambda inputs: inputs | {"x": with_class_token(inputs["x"])[:, 1:]})
 
+    def behind_class_token(x: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(x[:, :1], torch.nan), x], dim=1)[:, 1:]
 
-def with_class_token(x: Tensor) -> Tensor:
-    return torch.cat([torch.full_like(x[:, :1], torch.nan), x], dim=1)
+    cases = [make(4, 6, 33) for _ in range(8)]
+    SPECS["layer_norm"].check(cases, NORM_DTYPES["fp32"], lambda t: behind_class_token(t) if t.dim() == 3 else t)
 
 
 @pytest.mark.parametrize("mean", [1e3, -1e3])
@@ -170,16 +91,6 @@ def test_a_row_that_is_not_finite_stays_alone(isa, value):
     assert torch.equal(y[::2], expected[::2])
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)], ids=str)
-def test_no_rows(each_backend, shape):
-    inputs = make(*shape)
-    y = ops.layer_norm(**inputs)
-    assert y.shape == shape
-    dx, dweight, dbias = torch.autograd.grad(y.sum(), [inputs[name] for name in LEAVES])
-    assert dx.shape == shape
-    assert dweight.tolist() == dbias.tolist() == [0] * 5
-
-
 def test_default_dtype_is_that_of_x(each_backend):
     for dtype in (F32, BF16, F16):
         inputs = make(2, 5, dtypes=(dtype, F32))
@@ -192,23 +103,6 @@ def test_float64_runs_eagerly():
     torch.testing.assert_close(ops.layer_norm(**inputs, eps=0.1), by_hand(**inputs, eps=0.1))
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_one_gradient_at_a_time(native, leaf):
-    inputs, dy = make(40, 9), torch.randn(40, 9)
-    expected = forward_backward(ops.layer_norm, inputs, dy)[f"d_{leaf}"]
-    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
-    assert torch.equal(forward_backward(ops.layer_norm, alone, dy)[f"d_{leaf}"], expected)
-
-
-def test_once_differentiable(native):
-    assert_once_differentiable(ops.layer_norm, make(20, 9))
-
-
-def test_deterministic(native):
-    inputs, dy = make(2000, 130), torch.randn(2000, 130)
-    assert_same_for_any_threads(lambda: forward_backward(ops.layer_norm, inputs, dy))
-
-
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dresidual=None, y_dtype=None, cast_dtype=None, with_dx_sum=False
 ) -> list[Tensor]:
@@ -217,7 +111,7 @@ def backward(
     return [y, *torch.ops.maefast.layer_norm_bwd(*args)]
 
 
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtypes", NORM_DTYPES.values(), ids=NORM_DTYPES)
 @pytest.mark.parametrize("D", [1, 63, 512])
 def test_backward_gives_the_forward_output_again_bit_for_bit(isa, D, dtypes):
     inputs = {name: t.detach() for name, t in make(70, D, dtypes=dtypes).items()}
@@ -274,7 +168,7 @@ def test_backward_sums_the_columns_of_dx(isa, rows, dtype):
 @pytest.mark.huge
 def test_forward_of_more_than_2_31_elements(native):
     rows, D = 2**18 + 3, 8192
-    inputs = {name: t.detach() for name, t in make(1, D, dtypes=DTYPES["bf16"]).items()}
+    inputs = {name: t.detach() for name, t in make(1, D, dtypes=NORM_DTYPES["bf16"]).items()}
     expected = ops.layer_norm(**inputs)[0]
     y = ops.layer_norm(**inputs | {"x": inputs["x"].expand(rows, D)})
     assert y.numel() > 2**31
@@ -294,13 +188,3 @@ def test_backward_of_more_than_2_31_elements(native):
         assert torch.equal(dx[row], dx[0])
     assert torch.equal(dbias, dy[0].float() * rows)  # whole numbers below 2^24
     assert torch.equal(dweight, dy[0].float() * x[0].float() * rows)
-
-
-def test_opcheck(native):
-    x, weight, bias = (t.detach() for t in make(2, 9, 5).values())
-    torch.library.opcheck(torch.ops.maefast.layer_norm_fwd.default, (x, weight, bias, EPS, BF16))
-    _, center, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, F32)
-    dy = torch.randn(2, 9, 5)
-    for dresidual, y_dtype, cast_dtype in ((None, None, None), (dy, BF16, None), (dy.half(), None, F16)):
-        args = (dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype, y_dtype is None)
-        torch.library.opcheck(torch.ops.maefast.layer_norm_bwd.default, args)

@@ -5,16 +5,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support import (
-    LAYOUTS,
-    TRANSFORMER_BLOCK,
-    Calls,
-    assert_once_differentiable,
-    assert_same_for_any_threads,
-    check_op,
-    lay_out,
-    small_mae,
-)
+from op_inputs import BF16, EPS, F32, HEADS, Inputs
+from op_inputs import BLOCK_WIDTH as D
+from specs import SPECS
+from support import TRANSFORMER_BLOCK, Calls, small_mae
 from torch import Tensor
 
 import maefast
@@ -24,35 +18,16 @@ from maefast.ops import BlockWeights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-D, HEADS, HIDDEN, EPS = 24, 3, 40, 1e-6
-Inputs = dict[str, Tensor]
+SPEC = SPECS["transformer_block"]
+block = SPEC.op()
 
 
-def make(N: int = 2, T: int = 9, pending: bool = True, dtype: torch.dtype = F32, norm: torch.dtype | None = None) -> Inputs:
-    shapes = {"norm1": (D,), "qkv": (3 * D, D), "proj": (D, D), "norm2": (D,), "fc1": (HIDDEN, D), "fc2": (D, HIDDEN)}
-    inputs = {"x": torch.randn(N, T, D).to(dtype)}
-    if pending:
-        inputs["pending"] = torch.randn(N, T, D).to(dtype)
-    for name, shape in shapes.items():
-        weight = torch.randn(shape) * (1 if len(shape) == 1 else shape[-1] ** -0.5)
-        wanted = norm or dtype if name.startswith("norm") else dtype
-        inputs |= {f"{name}_weight": weight.to(wanted), f"{name}_bias": torch.randn(shape[0]).to(wanted)}
-    return {name: t.requires_grad_() for name, t in inputs.items()}
+def make(pending: bool = True) -> Inputs:
+    return SPEC.make((F32,), pending=pending)
 
 
-def block(x: Tensor, pending: Tensor | None = None, **weights: Tensor) -> Tensor:
-    """Both results side by side, since check_op takes one."""
-    stream, branch = ops.transformer_block(x, pending, BlockWeights(**weights), HEADS, EPS)
-    return torch.cat([stream, branch.to(stream.dtype)])
-
-
-def widened(inputs: Inputs) -> Inputs:
-    return {name: t.double() for name, t in inputs.items()}
-
-
-def check(cases: list[Inputs], layout=lambda inputs: inputs) -> None:
-    check_op(block, cases, widened, lambda out: torch.randn(out.shape), layout)
+def check(cases: list[Inputs]) -> None:
+    SPEC.check(cases, (F32,))
 
 
 def by_hand(x: Tensor, pending: Tensor | None = None, **w: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,24 +48,14 @@ def by_hand(x: Tensor, pending: Tensor | None = None, **w: Tensor) -> tuple[Tens
 
 @pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
 def test_reference_is_the_definition(pending):
-    inputs = widened(make(pending=pending))
+    inputs = SPEC.exact(make(pending=pending))
     with maefast.backend("eager"):
         assert torch.allclose(block(**inputs), torch.cat(by_hand(**inputs)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
-def test_against_float64(isa, dtype, pending):
-    check([make(pending=pending, dtype=dtype) for _ in range(8)])
-
-
 @pytest.mark.parametrize("T", [1, 50, 65, 197])
 def test_lengths(native, T):
-    check([make(T=T) for _ in range(4)])
-
-
-def test_norms_of_another_dtype(native):
-    check([make(dtype=BF16, norm=F32) for _ in range(8)])
+    check([SPEC.make((F32,), T=T) for _ in range(4)])
 
 
 @pytest.mark.parametrize("stream", [F32, BF16], ids=str)
@@ -113,23 +78,6 @@ def split(inputs: Inputs) -> dict[str, object]:
     return {"x": inputs["x"], "pending": inputs.get("pending"), "weights": BlockWeights(**weights)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(native, layout):
-    def laid_out(inputs: Inputs) -> Inputs:
-        return {name: lay_out(layout, t) if t.dim() > 1 else t for name, t in inputs.items()}
-
-    check([make() for _ in range(8)], laid_out)
-
-
-@pytest.mark.parametrize("shape", [(0, 9), (2, 0)], ids=str)
-def test_nothing_to_do(each_backend, shape):
-    inputs = make(*shape)
-    out = ops.transformer_block(**split(inputs), num_heads=HEADS)
-    assert [t.shape for t in out] == [(*shape, D)] * 2
-    grads = torch.autograd.grad(sum(t.sum() for t in out), list(inputs.values()))
-    assert all(not grad.any() for grad in grads)
-
-
 @pytest.mark.parametrize("unused", [0, 1], ids=["stream", "branch"])
 def test_one_of_the_results_is_enough(native, unused):
     """The gradient of the other is zero."""
@@ -140,29 +88,6 @@ def test_one_of_the_results_is_enough(native, unused):
     expected = torch.autograd.grad(by_hand(**inputs)[1 - unused].square().sum(), leaves, allow_unused=True)
     for name, mine, theirs in zip(inputs, got, expected, strict=True):
         torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-3, atol=1e-3, msg=name)
-
-
-@pytest.mark.parametrize("leaf", ["x", "pending", "qkv_weight", "fc1_bias", "norm2_weight"])
-def test_one_gradient_at_a_time(native, leaf):
-    inputs = make()
-    expected = torch.autograd.grad(block(**inputs).sum(), inputs[leaf])[0]
-    alone = {name: t.detach().requires_grad_(name == leaf) for name, t in inputs.items()}
-    assert torch.equal(torch.autograd.grad(block(**alone).sum(), alone[leaf])[0], expected)
-
-
-def test_once_differentiable(native):
-    assert_once_differentiable(block, make())
-
-
-def test_deterministic(native):
-    inputs, dy = make(3, 50), torch.randn(6, 50, D)
-
-    def run() -> Inputs:
-        out = block(**inputs)
-        return {"out": out, **dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dy), strict=True))}
-
-    with maefast.backend("native"):  # torch's product takes the gradients for weights from few rows
-        assert_same_for_any_threads(run)
 
 
 @pytest.mark.parametrize("autocast", [None, BF16], ids=["fp32", "autocast"])
@@ -250,7 +175,7 @@ def test_bad_input(each_backend, changed, error, message):
 
 def test_a_request_that_cannot_run_raises_with_the_reason(native):
     with maefast.backend("native"), pytest.raises(RuntimeError, match=r"transformer_block cannot run .*'native'.*float64"):
-        ops.transformer_block(**split(widened(make())), num_heads=HEADS)
+        ops.transformer_block(**split(SPEC.exact(make())), num_heads=HEADS)
 
 
 def test_each_block_of_a_model_is_one_op(native):
