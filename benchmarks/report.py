@@ -1,7 +1,8 @@
-"""From pytest-benchmark's JSON: a Markdown table and a bar chart, under results/<machine>/, losses shown like wins.
+"""Turn pytest-benchmark's JSON into a Markdown table and a bar chart under results/<machine>/, losses shown like wins.
 
-`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md and <size>.png, size being
-quick or full. Of several files from one machine, groups of a later one replace those of an earlier one.
+`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md and <size>.png, where
+size is quick or full, and <size>-step.png with the training steps where there are any. Several files must come from one
+machine; a group in a later file replaces the same group in an earlier one.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
 
 
 def write(results: dict[str, Any], out: Path) -> list[Path]:
-    """The three files of a run; returns their paths."""
+    """Write the files of a run and return their paths."""
     if not results["benchmarks"]:
         raise ValueError("the JSON holds no benchmarks")
     out.mkdir(parents=True, exist_ok=True)
@@ -159,6 +160,9 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     files[1].write_text(markdown(results))
     chart(results, files[2])
+    if steps := [bench for bench in results["benchmarks"] if bench["group"].startswith("step-")]:
+        files.append(out / f"{results['machine_info']['size']}-step.png")
+        chart(results | {"benchmarks": steps}, files[3])
     return files
 
 
