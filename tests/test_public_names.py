@@ -1,4 +1,4 @@
-"""The public names: an entry that goes, or a new one, is a change of this file. tests/test_cli.py holds the commands and flags."""
+"""The public names, written out. Flags of the commands stand in commands.json, which tests/test_cli.py holds."""
 
 import importlib
 import json
