@@ -1,4 +1,5 @@
-"""Checkpoint files and folders: what is in them, and how they are written. No knowledge of any model."""
+"""Checkpoint files and folders: what is in them, and how they are written. No knowledge of any
+model."""
 
 import argparse
 import json
@@ -23,8 +24,9 @@ SUFFIXES = (".safetensors", *PICKLED)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt")
 LARGEST_JSON = 64 << 20
 
-# Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a log of mmengine, a loss scaler
-# of DeepSpeed. An inert object takes the place of each, and nothing of the package is imported or run.
+# Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a
+# log of mmengine, a loss scaler of DeepSpeed. An inert object takes the place of each, and nothing
+# of the package is imported or run.
 BYSTANDERS = (
     "accelerate", "deepspeed", "easydict", "lightly", "lightning", "lightning_fabric", "lightning_utilities", "ml_collections",
     "mmcv", "mmengine", "mmpretrain", "mmselfsup", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "timm", "transformers",
@@ -55,11 +57,13 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """The contents of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, or of a folder with one of them or its shards.
+    """Return the contents of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, or of a
+    folder with one of them or its shards.
 
-    The kind of a file is told by its first bytes. Nothing that a file holds is run: a pickle may hold tensors, numbers, strings,
-    containers and argparse.Namespace alone, and objects of BYSTANDERS, which are not made.
-    Raises FileNotFoundError, CheckpointError for a file that is damaged, refused or of another kind, MissingPackageError.
+    The kind of a file is told by its first bytes. Nothing that a file holds is run: a pickle may
+    hold tensors, numbers, strings, containers and argparse.Namespace alone, and objects of
+    BYSTANDERS, which are not made. Raises FileNotFoundError, CheckpointError for a file that is
+    damaged, refused or of another kind, MissingPackageError.
     """
     path = Path(path)
     if not path.exists():
@@ -89,7 +93,7 @@ def _read_folder(folder: Path) -> Contents:
 
 
 def _weights_of(folder: Path) -> Path:
-    """The file of a folder that holds the weights."""
+    """Return the file of a folder that holds the weights."""
     if (folder / DEEPSPEED_LATEST).is_file():
         tag = (folder / DEEPSPEED_LATEST).read_bytes()[:256].decode(errors="replace").strip()
         if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
@@ -175,13 +179,14 @@ def _read_zip(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path} is a TorchScript archive, which holds code; save the state_dict alone with torch.save")
     if "data.pkl" not in names:
         raise CheckpointError(f"{path} is a zip archive that torch.save did not write: it has no data.pkl")
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # they would be mapped as they lie there
+    # they would be mapped as they lie there
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise CheckpointError(f"{path} is a compressed zip archive; torch.save writes it without compression")
     return _read_pickled(path, mapped=True)
 
 
 class _Bystander:
-    """Stands where a pickle has an object of another package."""
+    """A stand-in for an object of another package in a pickle."""
 
     def __init__(self, *_: Any):
         pass
@@ -240,7 +245,7 @@ def write_pickled(entries: Mapping[str, Any], path: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Overlapping tensors, which the format does not have, become copies."""
+    """Write tensors; overlapping ones, which the format does not have, become copies."""
     safetensors = _safetensors(path)
     dense: dict[str, Tensor] = {}
     ends: dict[int, int] = {}  # of the bytes that are written, by their start
@@ -260,6 +265,6 @@ def write_json(entries: Mapping[str, Any], path: Path) -> None:
 
 
 def listed(names: list[str], most: int = 4) -> str:
-    """The names in a sentence; of a long list the first few, and how many there are."""
+    """Return the names for a sentence: of a long list the first few, and how many there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} ... ({len(names)} in all)"
