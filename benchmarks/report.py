@@ -1,8 +1,10 @@
-"""Turn pytest-benchmark's JSON into a Markdown table and a bar chart under results/<machine>/, losses shown like wins.
+"""Turn pytest-benchmark's JSON into a Markdown table and a bar chart under results/<machine>/,
+losses shown like wins.
 
-`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md and <size>.png, where
-size is quick or full, and <size>-step.png with the training steps where there are any. Several files must come from one
-machine; a group in a later file replaces the same group in an earlier one.
+`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md
+and <size>.png, where size is quick or full, and <size>-step.png with the training steps where there
+are any. Several files must come from one machine; a group in a later file replaces the same group
+in an earlier one.
 """
 
 import argparse
@@ -19,7 +21,8 @@ OTHER = "#d9a441"
 
 
 def write_rows(name: str, info: dict[str, Any], rows: list[dict[str, Any]], out: Path | None) -> Path:
-    """What a script of its own measured, to `out` or results/<machine>/<name>.json; returns the file."""
+    """What a script of its own measured, to `out` or results/<machine>/<name>.json; returns the
+    file."""
     out = out or RESULTS / info["machine"] / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
@@ -40,7 +43,8 @@ def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run of several from the same machine: each group as the last run that holds it has it; raises ValueError for others."""
+    """One run of several from the same machine: each group as the last run that holds it has it;
+    raises ValueError for others."""
 
     def comparable(run: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in run["machine_info"].items() if key not in ("commit", "maefast")}
@@ -122,7 +126,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
-    """One panel per group: speed of each contender against the eager reference, with its median time."""
+    """One panel per group: speed of each contender against the eager reference, with its median
+    time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,7 +172,7 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>")
     args = parser.parse_args()

@@ -326,7 +326,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m maefast.kernels.tune", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m maefast.kernels.tune", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"of {','.join(PARTS)}; all by default")
     parser.add_argument("--output", type=Path, default=tuned.TABLE, metavar="FILE", help="instead of the installed table")
     options = parser.parse_args(arguments)
