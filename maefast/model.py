@@ -344,7 +344,7 @@ class MAE(Backbone):
         # One transfer: the extremes of the counts, and whether there is anything but 0 and 1.
         facts = torch.stack([counts.min(), counts.max(), ((removed != 0) & (removed != 1)).any().float()]).tolist()
         if facts[2]:
-            raise ValueError("mask must hold 0 (kept) and 1 (removed) alone")
+            raise ValueError("mask must hold only 0 (kept) and 1 (removed)")
         if facts[0] != facts[1]:
             raise ValueError(f"mask must remove as many patches in each row; rows remove {int(facts[0])} to {int(facts[1])}")
         L, M = mask.shape[1], int(facts[0])

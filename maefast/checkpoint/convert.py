@@ -105,7 +105,7 @@ def _write_transformers(
     for name in ("img_size", "patch_size"):
         height, width = getattr(architecture, name)
         if height != width:
-            raise CheckpointError(f"{name} of {checkpoint.path} is {height} x {width}; transformers' ViTMAE takes squares alone")
+            raise CheckpointError(f"{name} of {checkpoint.path} is {height} x {width}; transformers' ViTMAE takes only squares")
     config = _transformers_config(architecture, checkpoint.has_decoder, mask_ratio)
     config["torch_dtype"] = str(tensors["cls_token"].dtype).removeprefix("torch.")
     with replace_file(out) as folder:

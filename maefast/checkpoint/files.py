@@ -176,7 +176,7 @@ def _read_zip(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     names = {record.filename.rpartition("/")[2] for record in records}
     if "constants.pkl" in names:
-        raise CheckpointError(f"{path} is a TorchScript archive, which holds code; save the state_dict alone with torch.save")
+        raise CheckpointError(f"{path} is a TorchScript archive, which holds code; save only the state_dict with torch.save")
     if "data.pkl" not in names:
         raise CheckpointError(f"{path} is a zip archive that torch.save did not write: it has no data.pkl")
     # they would be mapped as they lie there
@@ -223,7 +223,7 @@ def _refusal(path: Path, name: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{path} is damaged: {_first_line(error)}")
     return CheckpointError(
         f"{path} holds a {name}, which could run code when it is read, and is refused: "
-        "save the state_dict alone with torch.save, where the file is your own"
+        "save only the state_dict with torch.save, where the file is your own"
     )
 
 

@@ -83,7 +83,7 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
             except UserError as error:
                 raise UserError(f"{row.axis} {row.value}: {error}") from error
             if record is None:
-                print("stopped by a signal, the same command goes on", flush=True)
+                print("stopped by a signal; the same command resumes it", flush=True)
                 return []
             done[row.name] = record
             with replace_file(folder / "rows.jsonl") as temporary:
@@ -118,7 +118,7 @@ def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if differing := [name for name in plan if there.get(name) != plan[name]]:
         name = differing[0]
         what = f"in {folder} {name} is {there.get(name)}, here it is {plan[name]}; another folder starts anew"
-        raise UserError(f"--output_dir must hold rows of the same options alone; {what}")
+        raise UserError(f"--output_dir must hold only rows of the same options; {what}")
     lines = rows.read_text().splitlines() if rows.exists() else []
     return {record["name"]: record for record in map(json.loads, lines)}
 
