@@ -9,7 +9,7 @@
 #   make test-aarch64     the sources cross-compiled, and tests of ops under qemu; needs what docs/install.md lists
 #   make bench   the full benchmarks: JSON, table and chart under benchmarks/results/<machine>/
 #   make lint    ruff, clang-format, mypy
-#   make test-aot         every GPU kernel compiled ahead of time, five minutes: no spills; writes docs/kernels.md, needs nvcc
+#   make test-aot         every GPU kernel compiled ahead of time, five minutes: no spills; writes docs/kernels.csv, needs nvcc
 #   make gpu-check        on a machine with a GPU: builds, tests, benchmarks, at most nine minutes, no network (scripts/gpu_check.sh)
 #   make test-sanitize    the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fuzz             2,000 mutated images, containers and checkpoints from a seed, two minutes; COUNT=... SEED=...

@@ -1,9 +1,11 @@
-"""Time and memory of converting a ViT-B/16 checkpoint with decoder, 112 M parameters in fp32, between layouts.
+"""Time and memory of converting a ViT-B/16 checkpoint with decoder, 112 M parameters in fp32,
+between layouts.
 
     python benchmarks/convert.py [--repeats 5] [--out FILE]
 
-Each conversion runs in a fresh process, its source in the page cache; the peak is that process's high-water mark less what it
-held once torch and maefast were imported. Prints a table and writes results/<machine>/convert.json. Needs safetensors.
+Each conversion runs in a fresh process, its source in the page cache; the peak is that process's
+high-water mark less what it held once torch and maefast were imported. Prints a table and writes
+results/<machine>/convert.json. Needs safetensors.
 """
 
 import argparse
@@ -63,7 +65,7 @@ def measure(folder: Path, source: str, target: str, to: str, repeats: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>/convert.json")
     parser.add_argument("--one", nargs=3, metavar=("IN", "OUT", "TO"), help=argparse.SUPPRESS)

@@ -1,12 +1,14 @@
-"""Images per second that one core reads for pre-training with random resized crops, the loader alone.
+"""Images per second that one core reads for pre-training with random resized crops, the loader
+alone.
 
     python benchmarks/loader.py [--rounds 7] [--images 24] [--out FILE]
 
-The pictures are scikit-learn's two photographs, mirrored side by side to the size asked for and saved as JPEG of quality 90.
-Against each other, on one thread and in turns, with the same crops: torchvision's usual pipeline in plain Pillow and torch
-(decode, crop, resize, float, normalise: what a model without uint8 kernels needs), and the sources of maefast, which return
-uint8. The files are in the page cache. Prints a table, with the mean difference from the plain pipeline in grey levels of
-255, and writes results/<machine>/loader.json. Needs scikit-learn and pillow.
+The pictures are scikit-learn's two photographs, mirrored side by side to the size asked for and
+saved as JPEG of quality 90. Against each other, on one thread and in turns, with the same crops:
+torchvision's usual pipeline in plain Pillow and torch (decode, crop, resize, float, normalise: what
+a model without uint8 kernels needs), and the sources of maefast, which return uint8. The files are
+in the page cache. Prints a table, with the mean difference from the plain pipeline in grey levels
+of 255, and writes results/<machine>/loader.json. Needs scikit-learn and pillow.
 """
 
 import argparse
@@ -36,13 +38,15 @@ from maefast.train.data.open import open_images
 from maefast.train.data.pack import pack
 from maefast.train.data.sources import ImageDataset
 
-PHOTOGRAPHS = {"500 x 375": (375, 500), "2560 x 1920": (1920, 2560)}  # ImageNet's average, and five megapixels
+# ImageNet's average, and five megapixels
+PHOTOGRAPHS = {"500 x 375": (375, 500), "2560 x 1920": (1920, 2560)}
 SIDE = 224
 MEAN, STD = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def make_photographs(folder: Path, count: int, height: int, width: int) -> None:
-    """JPEGs as detailed as a photograph of this size: mirrored copies tiled, each cut out at another place."""
+    """JPEGs as detailed as a photograph of this size: mirrored copies tiled, each cut out at
+    another place."""
     folder.mkdir()
     draw = random.Random(0)
     for i in range(count):
@@ -139,7 +143,7 @@ def measure(folder: Path, name: str, count: int, rounds: int) -> list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=24, help="of each size")
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>/loader.json")

@@ -1,8 +1,10 @@
-"""Trains maefast and the reference from one seed on the same real images and draws both loss curves.
+"""Trains maefast and the reference from one seed on the same real images and draws both loss
+curves.
 
     python benchmarks/loss_curves.py [--steps 200] [--output docs]
 
-Writes loss_curves.png and loss_curves.json: the losses in fp32 and under bf16 autocast, and the largest differences.
+Writes loss_curves.png and loss_curves.json: the losses in fp32 and under bf16 autocast, and the
+largest differences.
 """
 
 import argparse
@@ -82,7 +84,7 @@ def largest_difference(losses: dict[str, list[float]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("docs"))
     options = parser.parse_args()

@@ -1,7 +1,10 @@
-"""From pytest-benchmark's JSON: a Markdown table and a bar chart, under results/<machine>/, losses shown like wins.
+"""Turn pytest-benchmark's JSON into a Markdown table and a bar chart under results/<machine>/,
+losses shown like wins.
 
-`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md and <size>.png, size being
-quick or full. Of several files from one machine, groups of a later one replace those of an earlier one.
+`python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md
+and <size>.png, where size is quick or full, and <size>-step.png with the training steps where there
+are any. Several files must come from one machine; a group in a later file replaces the same group
+in an earlier one.
 """
 
 import argparse
@@ -18,7 +21,8 @@ OTHER = "#d9a441"
 
 
 def write_rows(name: str, info: dict[str, Any], rows: list[dict[str, Any]], out: Path | None) -> Path:
-    """What a script of its own measured, to `out` or results/<machine>/<name>.json; returns the file."""
+    """What a script of its own measured, to `out` or results/<machine>/<name>.json; returns the
+    file."""
     out = out or RESULTS / info["machine"] / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
@@ -39,7 +43,8 @@ def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run of several from the same machine: each group as the last run that holds it has it; raises ValueError for others."""
+    """One run of several from the same machine: each group as the last run that holds it has it;
+    raises ValueError for others."""
 
     def comparable(run: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in run["machine_info"].items() if key not in ("commit", "maefast")}
@@ -121,7 +126,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
-    """One panel per group: speed of each contender against the eager reference, with its median time."""
+    """One panel per group: speed of each contender against the eager reference, with its median
+    time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,7 +157,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
 
 
 def write(results: dict[str, Any], out: Path) -> list[Path]:
-    """The three files of a run; returns their paths."""
+    """Write the files of a run and return their paths."""
     if not results["benchmarks"]:
         raise ValueError("the JSON holds no benchmarks")
     out.mkdir(parents=True, exist_ok=True)
@@ -159,11 +165,14 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     files[1].write_text(markdown(results))
     chart(results, files[2])
+    if steps := [bench for bench in results["benchmarks"] if bench["group"].startswith("step-")]:
+        files.append(out / f"{results['machine_info']['size']}-step.png")
+        chart(results | {"benchmarks": steps}, files[3])
     return files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>")
     args = parser.parse_args()

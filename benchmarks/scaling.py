@@ -1,6 +1,8 @@
-"""How a ViT-B/16 training step grows with the batch and the threads: the eager reference and maefast in rotation.
+"""How a ViT-B/16 training step grows with the batch and the threads: the eager reference and
+maefast in rotation.
 
-    PYTHONPATH=tests python benchmarks/scaling.py [--batches 1 2 4 16 64] [--dtypes fp32 bf16] [--out FILE]
+    PYTHONPATH=tests python benchmarks/scaling.py [--batches 1 2 4 16 64] [--dtypes fp32 bf16]
+    [--out FILE]
 
 prints a table and writes results/<machine>/scaling.json.
 """
@@ -39,7 +41,7 @@ def measure(label: str, workload: StepWorkload, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 16, 64])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--out", type=Path, help="instead of benchmarks/results/<machine>/scaling.json")

@@ -1,4 +1,5 @@
-"""Where a ViT-B/16 training step spends its time, by category, for the eager reference (before) and maefast (after).
+"""Where a ViT-B/16 training step spends its time, by category, for the eager reference (before) and
+maefast (after).
 
     PYTHONPATH=tests python benchmarks/step_profile.py [--dtype fp32|bf16]
 
@@ -44,7 +45,7 @@ def milliseconds(workload: StepWorkload, contender: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     workload = StepWorkload("vit_b16", CPU["vit_b16"], parser.parse_args().dtype, torch.device("cpu"))
     spent = {contender: milliseconds(workload, contender) for contender in CONTENDERS}

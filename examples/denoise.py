@@ -1,10 +1,12 @@
-"""Denoising with a fine-tuned MAE, against the noisy picture and a median filter. Under two minutes on two cores.
+"""Denoising with a fine-tuned MAE, against the noisy picture and a median filter. Under two minutes
+on two cores.
 
-    python examples/denoise.py [--sigma 25] [--steps 150] [--pretrain_steps 300] [--seed 0] [--picture denoise.png]
+    python examples/denoise.py [--sigma 25] [--steps 150] [--pretrain_steps 300] [--seed 0]
+    [--picture denoise.png]
 
-Needs maefast[demo]. Noise is Gaussian, independent in each pixel and channel. Encoder and decoder of a MAE learn to predict what
-to add to the noisy picture; one was pre-trained on the clean tiles, the other starts from scratch, with the same budget.
-docs/restoration.md has the figures.
+Needs maefast[demo]. Noise is Gaussian, independent in each pixel and channel. Encoder and decoder
+of a MAE learn to predict what to add to the noisy picture; one was pre-trained on the clean tiles,
+the other starts from scratch, with the same budget. docs/restoration.md has the figures.
 """
 
 import torch
@@ -25,7 +27,7 @@ def run(sigma: float, pretrain_steps: int, steps: int, seed: int) -> Pictures:
 
 
 def main() -> None:
-    flags = parser(__doc__.splitlines()[0], pretrain_steps=300, steps=150)
+    flags = parser(__doc__.split("\n\n")[0], pretrain_steps=300, steps=150)
     flags.add_argument("--sigma", type=float, default=25.0, help="standard deviation of the noise, pixels being 0..255")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")

@@ -1,7 +1,10 @@
-"""What docs/fashion_mnist.md needs beside the commands of maefast: the baseline on pixels, and the picture of the curves.
+"""What docs/fashion_mnist.md needs beside the commands of maefast: the baseline on pixels, and the
+picture of the curves.
 
-python examples/fashion_mnist.py pixels DATA                       # logistic regression: its accuracy on the test images
-python examples/fashion_mnist.py curves OUT.png NAME=LOG.TXT ...   # losses of pre-training runs over their own time
+python examples/fashion_mnist.py pixels DATA                       # logistic regression: its
+                                                                   accuracy on the test images
+python examples/fashion_mnist.py curves OUT.png NAME=LOG.TXT ...   # losses of pre-training runs
+                                                                   over their own time
 """
 
 import argparse
@@ -14,7 +17,8 @@ from maefast.train.data.open import open_images
 
 
 def pixels(data: Path) -> None:
-    """Multinomial logistic regression on the pixels, standardised; the L2 penalty is chosen on a tenth of the training images."""
+    """Multinomial logistic regression on the pixels, standardised; the L2 penalty is chosen on a
+    tenth of the training images."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -40,7 +44,8 @@ def flattened(data: Path, split: str):
 
 
 def curves(out: Path, logs: list[str]) -> None:
-    """Loss after each epoch over the minutes that the run had taken, one line for each NAME=LOG.TXT."""
+    """Loss after each epoch over the minutes that the run had taken, one line for each
+    NAME=LOG.TXT."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")
@@ -54,7 +59,7 @@ def curves(out: Path, logs: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("pixels").add_argument("data", type=Path)
     plot = commands.add_parser("curves")

@@ -1,11 +1,12 @@
-"""Inpainting with a pre-trained MAE and a mask of one's own, against smooth interpolation. Under two minutes on two cores.
+"""Inpainting with a pre-trained MAE and a mask of one's own, against smooth interpolation. Under
+two minutes on two cores.
 
     python examples/inpaint.py [--hole 16] [--pretrain_steps 400] [--seed 0] [--picture inpaint.png]
 
-Needs maefast[demo]. The hole is a square in the middle of each tile, made of whole patches. Nothing is fine-tuned: `mask=` says
-which patches are missing, and `reconstruct` fills them in. What stands in the hole is never read; here it is grey.
-The smooth filling is what a stretched membrane would give: each missing pixel is the mean of its neighbours.
-docs/restoration.md has the figures.
+Needs maefast[demo]. The hole is a square in the middle of each tile, made of whole patches. Nothing
+is fine-tuned: `mask=` says which patches are missing, and `reconstruct` fills them in. What stands
+in the hole is never read; here it is grey. The smooth filling is what a stretched membrane would
+give: each missing pixel is the mean of its neighbours. docs/restoration.md has the figures.
 """
 
 import torch
@@ -41,7 +42,8 @@ def mean_filling(damaged: Tensor, hole: Tensor) -> Tensor:
 
 
 def smooth_filling(damaged: Tensor, hole: Tensor) -> Tensor:
-    """The solution of Laplace's equation in the hole: each missing pixel is the mean of its four neighbours."""
+    """The solution of Laplace's equation in the hole: each missing pixel is the mean of its four
+    neighbours."""
     cross = torch.tensor([[0.0, 0.25, 0.0], [0.25, 0.0, 0.25], [0.0, 0.25, 0.0]]).view(1, 1, 3, 3)
 
     def neighbours(pictures: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def run(hole: int, pretrain_steps: int, seed: int) -> tuple[Pictures, Tensor]:
 
 
 def main() -> None:
-    flags = parser(__doc__.splitlines()[0], pretrain_steps=400)
+    flags = parser(__doc__.split("\n\n")[0], pretrain_steps=400)
     flags.add_argument("--hole", type=int, default=16, help="its side in pixels")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")

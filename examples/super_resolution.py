@@ -1,11 +1,13 @@
-"""Super-resolution with a fine-tuned MAE, against bicubic interpolation. Under two minutes on two cores.
+"""Super-resolution with a fine-tuned MAE, against bicubic interpolation. Under two minutes on two
+cores.
 
-    python examples/super_resolution.py [--factor 2] [--steps 150] [--pretrain_steps 300] [--seed 0] [--picture sr.png]
+    python examples/super_resolution.py [--factor 2] [--steps 150] [--pretrain_steps 300] [--seed 0]
+    [--picture sr.png]
 
-Needs maefast[demo]. Tiles are made smaller (bicubic, antialiased, rounded to 8 bits) and enlarged again by bicubic interpolation.
-Encoder and decoder of a MAE learn to predict what to add to the bicubic picture; one was pre-trained on the clean tiles, the
-other starts from scratch, with the same budget.
-docs/restoration.md has the figures.
+Needs maefast[demo]. Tiles are made smaller (bicubic, antialiased, rounded to 8 bits) and enlarged
+again by bicubic interpolation. Encoder and decoder of a MAE learn to predict what to add to the
+bicubic picture; one was pre-trained on the clean tiles, the other starts from scratch, with the
+same budget. docs/restoration.md has the figures.
 """
 
 import torch
@@ -37,7 +39,7 @@ def run(factor: int, pretrain_steps: int, steps: int, seed: int) -> Pictures:
 
 
 def main() -> None:
-    flags = parser(__doc__.splitlines()[0], pretrain_steps=300, steps=150)
+    flags = parser(__doc__.split("\n\n")[0], pretrain_steps=300, steps=150)
     flags.add_argument("--factor", type=int, default=2, choices=(2, 4, 8))
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")

@@ -1,4 +1,5 @@
-"""Whether NVIDIA's apex is here: found without an import, and told by its modules from the package of that name on PyPI."""
+"""Whether NVIDIA's apex is here: found without an import, and told by its modules from the package
+of that name on PyPI."""
 
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -7,7 +8,8 @@ SOURCE = "https://github.com/NVIDIA/apex"
 
 
 def why_not(module: str, extension: str) -> str | None:
-    """None where NVIDIA's apex has `apex.<module>` and its CUDA extension, else the reason, in one sentence."""
+    """Return None where NVIDIA's apex has `apex.<module>` and its CUDA extension, else the reason,
+    in one sentence."""
     apex = find_spec("apex")
     if apex is None:
         return f"NVIDIA's apex is not installed ({SOURCE}; the package named apex on PyPI is an unrelated one)"

@@ -1,4 +1,4 @@
-"""Output that is never half-written."""
+"""Files that are never half-written."""
 
 import os
 import shutil
@@ -9,7 +9,8 @@ from pathlib import Path
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` for a file or folder, which becomes `path` at the end, or goes if there was an error."""
+    """Yield a temporary path beside `path` for a file or folder. It is renamed to `path` at the
+    end, or removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

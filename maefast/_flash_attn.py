@@ -1,6 +1,6 @@
-"""The flash-attn package (https://github.com/Dao-AILab/flash-attention) as a backend of attention: its release 2, whose functions
-torch.compile sees through, or 4, whose kernels are written in CuTe and become ops of torch here. Neither is imported before it
-runs.
+"""The flash-attn package (https://github.com/Dao-AILab/flash-attention) as a backend of attention:
+its release 2, whose functions torch.compile sees through, or 4, whose kernels are written in CuTe
+and become ops of torch here. Neither is imported before it runs.
 """
 
 import importlib
@@ -21,7 +21,8 @@ _DEVICE = "cuda"
 
 
 def _installed() -> int | None:
-    """Its release, where it is installed. Release 2 may hold the sources of 4, so it comes first."""
+    """Return the installed release, or None. Release 2 may hold the sources of 4, so it comes
+    first."""
     spec = importlib.util.find_spec("flash_attn")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
     for release, file in ((2, "flash_attn_interface.py"), (4, "cute/interface.py")):
@@ -42,7 +43,8 @@ def _why_not_loaded() -> str | None:
     return None
 
 
-if RELEASE is not None:  # else the decorator, which imports the whole of torch.compile, would delay every import of maefast
+# else the decorator, which imports the whole of torch.compile, would delay every import of maefast
+if RELEASE is not None:
     _why_not_loaded = torch.compiler.assume_constant_result(_why_not_loaded)
 
 
@@ -73,8 +75,9 @@ def why_not(
 
 
 def attention(qkv: Tensor, num_heads: int, q: Tensor | None) -> Tensor:
-    """As ops.attention, for inputs that `why_not` has nothing against and that hold a token."""
-    packed = _aligned(qkv).unflatten(2, (3 if q is None else 2, num_heads, -1))  # [N, T, 3 or 2, h, d]
+    """Compute ops.attention for inputs that `why_not` accepts and that hold at least one token."""
+    # [N, T, 3 or 2, h, d]
+    packed = _aligned(qkv).unflatten(2, (3 if q is None else 2, num_heads, -1))
     queries = None if q is None else _aligned(q).unflatten(2, (num_heads, -1))
     if RELEASE == 4:
         parts = packed.unbind(2)
@@ -90,7 +93,7 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where a row does not start at a multiple of 16 bytes."""
+    """Return `tensor`, or a copy if a row does not start at a multiple of 16 bytes."""
     # Where a tensor starts is not to be seen in compiled code.
     starts_aligned = torch.compiler.is_compiling() or tensor.storage_offset() * tensor.itemsize % _ALIGNMENT == 0
     rows_aligned = all(stride * tensor.itemsize % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
@@ -101,7 +104,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @torch.library.custom_op("maefast_flash_attn::fwd", mutates_args=())
 def _flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """q (N, M, h, d), k and v (N, T, h, d) -> out (N, M, h, d), lse (N, h, M). Releases of 4 return more behind these two."""
+    """q (N, M, h, d), k and v (N, T, h, d) -> out (N, M, h, d), lse (N, h, M). Releases of 4 return
+    more behind these two."""
     out, lse, *_ = importlib.import_module(_CUTE)._flash_attn_fwd(q, k, v, return_lse=True)
     return out, lse
 

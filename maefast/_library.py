@@ -1,7 +1,9 @@
-"""Loads libmaefast.so, or, without one, defines the schemas of the ops in Python; what every backend's ops share: schemas, fakes.
+"""Loads libmaefast.so, or, without one, defines the schemas of the ops in Python; what every
+backend's ops share: schemas, fakes.
 
-Where a native library is present but does not load, or is of another release, importing maefast fails: nothing falls back
-silently. libmaefast_cuda.so, the kernels on GPUs, is loaded where torch has CUDA.
+Where a native library is present but does not load, or is of another release, importing maefast
+fails: nothing falls back silently. libmaefast_cuda.so, the kernels on GPUs, is loaded where torch
+has CUDA.
 """
 
 import ctypes
@@ -21,12 +23,14 @@ _NATIVE_CUDA = _PACKAGE / "libmaefast_cuda.so"
 
 HAS_NATIVE = _NATIVE.exists()
 HAS_CUDA = HAS_NATIVE and _NATIVE_CUDA.exists() and torch.version.cuda is not None
-# Facts about the loaded objects by their file names: version, compiler, build_type, and kernels: CPU instruction sets, or CUDA
-# architectures as CMake names them.
+# Facts about the loaded objects by their file names: version, compiler, build_type, and kernels:
+# CPU instruction sets, or CUDA architectures as CMake names them.
 BUILD_INFO: dict[str, dict[str, str]] = {}
-NAMESPACES = ("maefast", "maefast_triton")  # of the native and of the Triton ops, the same schemas in each
+# of the native and of the Triton ops, the same schemas in each
+NAMESPACES = ("maefast", "maefast_triton")
 
-# Ops whose body is Python on every device. A fragment, so that it may come before or after the native definitions.
+# Ops whose body is Python on every device. A fragment, so that it may come before or after the
+# native definitions.
 fragment = torch.library.Library("maefast", "FRAGMENT")
 
 
@@ -35,7 +39,8 @@ def schemas() -> list[str]:
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the fake of an op that Triton has too: what shapes and dtypes it gives, the same for every backend."""
+    """Register the fake of an op for every backend that has it: native and Triton return the same
+    shapes and dtypes."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         for namespace in NAMESPACES:

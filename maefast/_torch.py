@@ -1,4 +1,5 @@
-"""What differs between releases of torch, and every private name of torch that maefast needs: asked for here alone."""
+"""What differs between releases of torch, and every private name of torch that maefast needs: asked
+for here alone."""
 
 import re
 import sys
@@ -20,30 +21,33 @@ def check_version(version: str) -> None:
 
 check_version(torch.__version__)
 
-# Device types that autocast knows. Dynamo of torch 2.11 does not trace torch.amp.is_autocast_available.
+# Device types that autocast knows. Dynamo of torch 2.11 does not trace
+# torch.amp.is_autocast_available.
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(device)
 )
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` runs a hook."""
+    """Return whether a call of `module` runs a hook."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or _has_any_global_hook()
 
 
 def has_kernel(op: str, key: str) -> bool:
-    """Whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key, "CPU" or "CUDA"."""
+    """Return whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key,
+    "CPU" or "CUDA"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether module.compile() was called."""
+    """Return whether module.compile() was called."""
     return module._compiled_call_impl is not None
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """The torch.nn.attention.SDPBackend, as a number, that scaled_dot_product_attention runs on these inputs."""
+    """Return the number of the torch.nn.attention.SDPBackend that scaled_dot_product_attention runs
+    on these inputs."""
     return torch._fused_sdp_choice(q, k, v)
 
 
@@ -53,13 +57,15 @@ def sleep_on_gpu(cycles: int) -> None:
 
 
 def in_onnx_export() -> bool:
-    """Whether torch.onnx.export runs: torch.onnx.is_in_onnx_export(), which code that torch.compile traces takes for False."""
+    """Return whether torch.onnx.export runs: torch.onnx.is_in_onnx_export(), which code that
+    torch.compile traces takes for False."""
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")
     return getattr(flags, "_is_onnx_exporting", False) or torch.onnx.is_in_onnx_export()
 
 
 def checkpointed(module: nn.Module, use_reentrant: bool, **options: Any) -> nn.Module:
-    """A module whose call is `module`'s under activation checkpointing. options: of torch.utils.checkpoint.checkpoint."""
+    """Return a module that calls `module` under activation checkpointing. options: of
+    torch.utils.checkpoint.checkpoint."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
     impl = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
@@ -67,5 +73,5 @@ def checkpointed(module: nn.Module, use_reentrant: bool, **options: Any) -> nn.M
 
 
 def without_checkpointing(module: nn.Module) -> nn.Module:
-    """What `checkpointed` was called with, or the module itself."""
+    """Return the module that `checkpointed` wraps, or the module itself."""
     return getattr(module, "_checkpoint_wrapped_module", module)

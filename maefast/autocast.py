@@ -1,4 +1,4 @@
-"""What autocast makes of a matrix product."""
+"""The dtype of matrix products under autocast."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,14 @@ from ._torch import AUTOCAST_DEVICES
 
 
 def is_autocast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether autocast has a say in matrix products of such tensors; as in torch it leaves float64 alone."""
+    """Return whether autocast has a say in matrix products of such tensors; as in torch it leaves
+    float64 alone."""
     return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type) and dtype != torch.float64
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that matrix products of such tensors run in: autocast's where it is on, else their own."""
+    """Return the dtype that matrix products of such tensors run in: autocast's where it is on, else
+    their own."""
     return torch.get_autocast_dtype(device.type) if is_autocast(device, dtype) else dtype
 
 

@@ -13,7 +13,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """A model with a patch embedding, a class token and positions; uint8 images are read as (x/255 - mean)/std."""
+    """A model with a patch embedding, a class token and positions; uint8 images are read as (x/255
+    - mean)/std."""
 
     patch_embed: PatchEmbed
     cls_token: nn.Parameter  # (1, 1, D)
@@ -23,7 +24,8 @@ class Backbone(nn.Module):
     statistics_given: bool  # or else ImageNet's by default
 
     def _set_pixel_statistics(self, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        """Per channel; ImageNet's by default for three channels. Not in the state_dict, so that it stays the official one."""
+        """Set mean and std per channel, by default ImageNet's for three channels. Not in the
+        state_dict, so that it stays the official one."""
         if (mean is None) != (std is None):
             raise ValueError("mean and std must be given together")
         self.statistics_given = mean is not None
@@ -43,8 +45,8 @@ class Backbone(nn.Module):
         self.register_load_state_dict_post_hook(follow_parameters)
 
     def _place_statistic(self, name: str, value: Tensor, device: torch.device) -> None:
-        """Pixel statistics that lie on the meta device are held beside it: they are not in the state_dict that a model is filled
-        from."""
+        """Pixel statistics that lie on the meta device are held beside it: they are not in the
+        state_dict that a model is filled from."""
         if value.is_meta:
             value = self._held[name]
         if device.type == "meta":
@@ -52,7 +54,8 @@ class Backbone(nn.Module):
         setattr(self, name, value.to(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
-        # Pixel statistics keep their values: to_empty would lose them, and rounded to bf16 they would shift every uint8 image.
+        # Pixel statistics keep their values: to_empty would lose them, and rounded to bf16 they
+        # would shift every uint8 image.
         statistics = {name: value for name in ("mean", "std") if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, value in statistics.items():
@@ -79,7 +82,7 @@ class Backbone(nn.Module):
         return self.patch_embed(imgs, None, *self._statistics_for(imgs), **options)
 
     def _with_class_token(self, x: Tensor) -> Tensor:
-        """Patch tokens x (N, K, D), positions added -> (N, 1+K, D)."""
+        """Prepend the class token: patch tokens x (N, K, D), positions added -> (N, 1+K, D)."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token, x], dim=1)
 
@@ -96,7 +99,7 @@ def _check_graph(model: str) -> None:
 
 
 def follow_parameters(model: Backbone, *_: Any) -> None:
-    """Pixel statistics go where load_state_dict(assign=True) has put the parameters."""
+    """Move pixel statistics to where load_state_dict(assign=True) put the parameters."""
     for name in ("mean", "std"):
         value, device = getattr(model, name), model.pos_embed.device
         if value is not None and value.device != device:

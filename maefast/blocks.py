@@ -1,4 +1,5 @@
-"""The modules of a Vision Transformer's stack, with the field's parameter names, and the route that a block takes."""
+"""The modules of a Vision Transformer's stack, with the field's parameter names, and the route that
+a block takes."""
 
 from collections.abc import Callable, Iterable
 from enum import Enum
@@ -24,7 +25,7 @@ from .plain import is_plain, project
 
 
 class Route(Enum):
-    """What a block runs as."""
+    """How a block runs."""
 
     FUSED = "one op"
     OPS = "a chain of ops"
@@ -35,7 +36,7 @@ class Attention(nn.Module):
     """Multi-head self-attention over the whole sequence; x (N, T, D) -> (N, T, D).
 
     drop      rate of dropout after the projection
-    backend   that of ops.attention
+    backend   the backend of ops.attention
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, drop: float = 0.0, *, backend: str = "auto"):
@@ -67,8 +68,9 @@ class Mlp(nn.Module):
 
 
 def drop_path(y: Tensor, rate: float) -> Tensor:
-    """Stochastic depth (Huang et al. 2016) on a residual branch y (N, ...): each sample becomes 0 with probability `rate`, else
-    y / (1 - rate). The draw is that of torch.empty(N, ...).bernoulli_(1 - rate)."""
+    """Stochastic depth (Huang et al. 2016) on a residual branch y (N, ...): each sample becomes 0
+    with probability `rate`, else y / (1 - rate). The draw is that of torch.empty(N,
+    ...).bernoulli_(1 - rate)."""
     wide = torch.promote_types(y.dtype, torch.float32)
     kept = torch.empty(y.shape[0], *[1] * (y.dim() - 1), dtype=wide, device=y.device).bernoulli_(1 - rate)
     return (y * (kept / (1 - rate))).to(y.dtype)
@@ -78,7 +80,7 @@ class Block(nn.Module):
     """A pre-norm transformer block; x (N, T, D) -> (N, T, D).
 
     drop, drop_path   rates of dropout and of stochastic depth on both branches, in training
-    attn_backend      the `backend` of its attention
+    attn_backend      the backend of its attention
     """
 
     norm1: Any  # an nn.LayerNorm where its parameters are read
@@ -104,7 +106,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, ids: Tensor | None = None, repeated: RepeatedTokens | None = None) -> Tensor:
-        """The whole block; with ids (N, M) of tokens (N, M, D): what the block makes of these, and nothing else computed.
+        """Return the block's output; with ids (N, M) only that of these tokens, (N, M, D), and
+        nothing else is computed.
 
         repeated   x again, for ops.transformer_block; the other routes do without
         """
@@ -114,7 +117,8 @@ class Block(nn.Module):
     def advance(
         self, x: Tensor, pending: Tensor | None, ids: Tensor | None = None, repeated: RepeatedTokens | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return forward of x + pending as two summands: the residual stream, and the branch that is still to be added."""
+        """Return forward of x + pending as two summands: the residual stream, and the branch that
+        is still to be added."""
         if ids is not None and not self._takes_queries(x):
             return _taken(self.advance(x, pending), ids)
         route, _ = self.route(x.device, x.dtype, x.shape[1], ids is not None)
@@ -132,7 +136,8 @@ class Block(nn.Module):
                 return (x, branch) if ids is None else _taken((x, branch), ids)
 
     def _advance_by_ops(self, x: Tensor, pending: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """With ids (N, M): keys and values of every token; queries, projection and MLP of those in ids only."""
+        """Run the chain of ops; with ids (N, M), keys and values of every token, but queries,
+        projection and MLP only of ids."""
         w, D, dtype = self._weights(), x.shape[2], compute_dtype(x)
         if pending is None:
             y = ops.layer_norm(x, w.norm1_weight, w.norm1_bias, self.norm1.eps, dtype)
@@ -151,7 +156,8 @@ class Block(nn.Module):
         return x, self._branch(ops.linear(hidden, w.fc2_weight, w.fc2_bias))
 
     def route(self, device: torch.device, dtype: torch.dtype, tokens: int, some: bool = False) -> tuple[Route, str]:
-        """Return what a call on x (N, tokens, D) of this device and dtype runs as, and why it is nothing faster.
+        """Return what a call on x (N, tokens, D) of this device and dtype runs as, and why it is
+        nothing faster.
 
         some   whether the output of some tokens only is wanted
         """
@@ -199,7 +205,8 @@ class Block(nn.Module):
         return drop_path(y, self.drop_path) if self._drops_paths() else y
 
     def _takes_queries(self, x: Tensor) -> bool:
-        """Return whether the attention that was asked for, if any was, takes queries of some tokens."""
+        """Return whether the attention that was asked for, if any was, takes queries of some
+        tokens."""
         dtype, head_width = compute_dtype(x), x.shape[2] // self.attn.num_heads
         ask = AttentionAsk(x.device, dtype, x.shape[1], head_width, queries=True)
         requested = dispatch.request_for(ATTENTION, x.device, self.attn.backend)
@@ -232,12 +239,16 @@ def run_blocks(
     ids: Tensor | None = None,
     unshuffled: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """x (N, T, D) through a stack of blocks, then through `norm`; each block adds the branch of the one before it.
+    """Run x (N, T, D) through a stack of blocks, then through `norm`; each block adds the branch of
+    the one before it.
 
-    ids          (N, M): the tokens that are wanted; the last block then computes the queries, projection and MLP of these only
-    unshuffled   the arguments of ops.unshuffle that x was made of; the first block then computes what its mask tokens share once
+    ids          (N, M): the tokens that are wanted; the last block then computes the queries,
+                 projection and MLP of these only
+    unshuffled   the arguments of ops.unshuffle that x was made of; the first block then computes
+                 what its mask tokens share once
     returns      (N, T, D), with ids (N, M, D)
-    A block that is hooked, wrapped or of another class is called as block(x), one that was compiled by itself as a whole.
+    A block that is hooked, wrapped or of another class is called as block(x), one that was compiled
+    by itself as a whole.
     """
     pending: Tensor | None = None
     stack = list(blocks)

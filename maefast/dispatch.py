@@ -1,7 +1,8 @@
 """Choose the backend of an op: the fastest that can run, or the one that was asked for.
 
-An op says in its own file what its kernels take (`Kernel`) and in which order `auto` tries them (`Op`); this module walks.
-A request, by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, never falls back: it raises.
+An op says in its own file what its kernels take (`Kernel`) and in which order `auto` tries them
+(`Op`); this module walks. A request, by the environment variable MAEFAST_BACKEND (read at import)
+or by `backend(...)`, never falls back: it raises.
 """
 
 import functools
@@ -16,7 +17,9 @@ import torch
 
 from . import _apex, _flash_attn, _library, cpu, gpu, kernels
 
-Ask = Any  # a NamedTuple: `device`, the dtype of each tensor under its argument's name, and what else a choice depends on
+# a NamedTuple: `device`, the dtype of each tensor under its argument's name, and what else a choice
+# depends on
+Ask = Any
 Dtypes = tuple[torch.dtype, ...]
 
 BACKENDS = ("native", "triton", "apex", "flash_attn", "sdpa", "eager")
@@ -32,7 +35,7 @@ def _no_reason(ask: Ask) -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the kernels of one backend take.
+    """The devices, dtypes and sizes that the kernels of one backend take.
 
     devices      types of device; empty for all
     dtypes       of every tensor, or by argument; arguments that are not named may have any
@@ -51,7 +54,8 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """The kernels of an op, and the backends that `auto` tries on each type of device, the fastest first.
+    """The kernels of an op, and the backends that `auto` tries on each type of device, the fastest
+    first.
 
     example   makes the ask of a usual call for a device and a dtype
     """
@@ -77,7 +81,7 @@ _WHY_ABSENT: dict[str, Callable[[], str | None]] = {
 
 
 class CannotRunError(RuntimeError):
-    """A backend that was asked for cannot run an op, or is not installed."""
+    """A forced backend cannot run an op, or is not installed."""
 
 
 def names_of(dtypes: Dtypes) -> str:
@@ -136,7 +140,8 @@ def _checked(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str |
 
 
 def check_backend(op: Op, name: str, source: str) -> None:
-    """Raise ValueError unless `name` is "auto", "eager" or a backend of `op`, RuntimeError where it is not installed."""
+    """Raise ValueError unless `name` is "auto", "eager" or a backend of `op`, RuntimeError where it
+    is not installed."""
     mine = {kernel.backend for kernel in op.kernels} | {"eager"}
     _checked(name, source, tuple(backend for backend in BACKENDS if backend in mine))
 
@@ -146,10 +151,11 @@ _requested: str | None = _checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MA
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every op of the process on `name` within the block; "auto" lets maefast choose. Compiled code notices the switch.
+    """Run every op of the process on `name` within the block; "auto" lets maefast choose. Compiled
+    code notices the switch.
 
-    Raises ValueError for an unknown name and RuntimeError where this installation has no such backend. An op that cannot run on
-    it raises RuntimeError with the reason.
+    Raises ValueError for an unknown name and RuntimeError where this installation has no such
+    backend. An op that cannot run on it raises RuntimeError with the reason.
     """
     global _requested
     before, _requested = _requested, _checked(name, "backend")
@@ -167,7 +173,8 @@ def requested() -> str | None:
 def binds(name: str, op: Op, device: torch.device) -> bool:
     """Return whether a request for the backend `name` applies to `op` on `device`.
 
-    It applies to each op of which the backend has a kernel: on this type of device, or on any where it has none for this type.
+    It applies to each op of which the backend has a kernel: on this type of device, or on any where
+    it has none for this type.
     """
     if name == "eager":
         return True
@@ -176,7 +183,8 @@ def binds(name: str, op: Op, device: torch.device) -> bool:
 
 
 def request_for(op: Op, device: torch.device, asked: str = "auto") -> str | None:
-    """Return the backend that `op` must run on: the process's request where it binds `op`, else the caller's, else None."""
+    """Return the backend that `op` must run on: the process's request where it binds `op`, else the
+    caller's, else None."""
     if _requested is not None and binds(_requested, op, device):
         return _requested
     return None if asked == "auto" else asked
@@ -187,7 +195,8 @@ _remembered: list[dict[Any, Any]] = []
 
 
 def remembered(decide: Callable[..., Decision]) -> Callable[..., Decision]:
-    """Decorate a decision that follows from its arguments and the process's request: it is made once for each kind of them."""
+    """Decorate a decision that follows from its arguments and the process's request: it is made
+    once for each kind of them."""
     decisions: dict[Any, Decision] = {}
     _remembered.append(decisions)
 
@@ -217,7 +226,8 @@ def forget() -> None:
 
 @remembered
 def choose(op: Op, ask: Ask, asked: str = "auto") -> str:
-    """Return the backend that runs `op`; `asked` is the caller's request, which one for the process overrides.
+    """Return the backend that runs `op`; `asked` is the caller's request, which one for the process
+    overrides.
 
     Raises RuntimeError with the reason where the requested backend cannot run.
     """
@@ -232,7 +242,8 @@ def choose(op: Op, ask: Ask, asked: str = "auto") -> str:
 
 
 def ops_of(backend: str) -> Any:
-    """Return the namespace of torch.ops that holds the kernels of `backend`, `<op>_fwd` and `<op>_bwd`; eager has none."""
+    """Return the namespace of torch.ops that holds the kernels of `backend`, `<op>_fwd` and
+    `<op>_bwd`; eager has none."""
     return torch.ops.maefast_triton if backend == "triton" else torch.ops.maefast
 
 

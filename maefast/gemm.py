@@ -1,6 +1,8 @@
-"""Products of a Linear on a GPU of compute capability 9.0: which of them the kernels of csrc/cuda/gemm take over from cuBLAS.
+"""Products of a Linear on a GPU of compute capability 9.0: which of them the kernels of
+csrc/cuda/gemm take over from cuBLAS.
 
-A product gives y (rows, features) from x (rows, depth). Its kind says what else happens in the same kernel:
+A product gives y (rows, features) from x (rows, depth). Its kind says what else happens in the same
+kernel:
 
     linear               x W^T + bias, weight (features, depth)
     linear_gelu_fwd      the same and its exact GELU
@@ -24,7 +26,8 @@ _MULTIPLE = 8  # values in the 16 bytes that TMA counts by
 
 
 def why_not(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
-    """Return None where a kernel can compute the product of x (..., depth) and weight in `dtype`, else the reason."""
+    """Return None where a kernel can compute the product of x (..., depth) and weight in `dtype`,
+    else the reason."""
     if not HAS_KERNELS:
         return "maefast was built without CUTLASS"
     if x.device.type != _DEVICE:
@@ -48,7 +51,8 @@ def why_not(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str | N
 
 
 def is_faster(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a kernel can compute this product and the committed table has it as faster than cuBLAS.
+    """Return whether a kernel can compute this product and the committed table has it as faster
+    than cuBLAS.
 
     An exported graph keeps to cuBLAS: it runs on other GPUs and with other numbers of rows.
     """
@@ -59,11 +63,11 @@ def is_faster(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _sizes(kind: str, x: Tensor, weight: Tensor) -> tuple[int, int, int]:
-    """Rows, depth and features."""
+    """Return rows, depth and features."""
     depth = x.shape[-1]
     return x.numel() // max(depth, 1), depth, weight.shape[0 if kind in FORWARD else 1]
 
 
 def _is_readable(t: Tensor) -> bool:
-    """Whether TMA can step through the rows of t (..., D); the kernels copy what is not so."""
+    """Return whether TMA can step through the rows of t (..., D); the kernels copy other tensors."""
     return t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) % _MULTIPLE == 0 and t.stride(0) >= t.shape[1])

@@ -1,4 +1,4 @@
-"""What dispatch and the launchers of kernels ask of a GPU; torch.compile takes both functions below for constants.
+"""Facts about a GPU for dispatch and launchers; torch.compile treats both functions as constants.
 
 Where torch finds no GPU the tensors are fake ones, and the answers are those of an A100.
 """
@@ -12,7 +12,7 @@ _SHARED_MEMORY_OF_A100 = 163 << 10
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability, (major, minor)."""
+    """Return the compute capability, (major, minor)."""
     if not torch.cuda.is_available():
         return _CAPABILITY_OF_A100
     properties = torch.cuda.get_device_properties(device)
@@ -20,7 +20,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block of threads may ask for."""
+    """Return the bytes of shared memory that one block of threads may use."""
     if not torch.cuda.is_available():
         return _SHARED_MEMORY_OF_A100
     properties: Any = torch.cuda.get_device_properties(device)  # its stub knows less than it does

@@ -1,4 +1,4 @@
-"""What a model starts from: sizes, positions, initial weights."""
+"""Sizes, positions and initial weights of a model."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class MAEOutput(NamedTuple):
-    """What a Masked Autoencoder's forward returns; unpacks like the official triple."""
+    """The output of a Masked Autoencoder's forward; unpacks like the official triple."""
 
     loss: Tensor  # () fp32
     pred: Tensor | None  # (N, L, P), channel-fastest patch order (ph, pw, C)
@@ -15,7 +15,7 @@ class MAEOutput(NamedTuple):
 
 
 def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
-    """`size` as (height, width); an int stands for both."""
+    """Return `size` as (height, width); an int stands for both."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"{name} must be positive; it is {size}")
@@ -23,10 +23,11 @@ def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed sin-cos positions of a grid of patches, after a zero row for the class token.
+    """Return fixed sin-cos positions of a grid of patches, after a zero row for the class token.
 
-    Half of the width encodes the column and half the row, each as [sin | cos] of pos * 10000^(-k / (dim/4)), k = 0 .. dim/4-1
-    (the 2-D form of Vaswani et al. 2017, section 3.5). Computed in float64, returned as (1, 1+L, dim) fp32.
+    Half of the width encodes the column and half the row, each as [sin | cos] of pos * 10000^(-k /
+    (dim/4)), k = 0 .. dim/4-1 (the 2-D form of Vaswani et al. 2017, section 3.5). Computed in
+    float64, returned as (1, 1+L, dim) fp32.
     """
     if dim % 4:
         raise ValueError(f"the width of sin-cos positions must be divisible by 4, it is {dim}")
@@ -39,9 +40,11 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model: Any) -> None:
-    """The official initialisation; consumes random numbers in the official order, so one seed gives the same weights.
+    """The official initialisation; consumes random numbers in the official order, so one seed gives
+    the same weights.
 
-    `model` has just been built with torch's default initialisation. The bias of the patch embedding keeps its default draw.
+    `model` has just been built with torch's default initialisation. The bias of the patch embedding
+    keeps its default draw.
     """
     model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[-1], model.patch_embed.grid_size))
     model.decoder_pos_embed.copy_(sincos_positions(model.decoder_pos_embed.shape[-1], model.patch_embed.grid_size))

@@ -19,18 +19,22 @@ from .ops.masked_mse import VAR_EPS
 from .patch_embed import PatchEmbed
 from .plain import project
 
-# The methods of the official model that a forward goes through, and so the ones that an override takes off the fused path.
+# The methods of the official model that a forward goes through, and so the ones that an override
+# takes off the fused path.
 ENCODER_METHODS = ("forward_encoder", "random_masking")
 DECODER_METHODS = ("forward_decoder", "forward_loss", "patchify")
 
 
 class MAE(Backbone):
-    """Masked Autoencoder with a Vision Transformer backbone; the official constructor, parameter names and initialisation.
+    """Masked Autoencoder with a Vision Transformer backbone; the official constructor, parameter
+    names and initialisation.
 
     img_size, patch_size     int or (H, W)
-    mean, std                per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's by default for three channels
-    attn_backend             "auto", "native", "flash_attn", "sdpa" or "eager": what attention runs on, unless maefast.backend()
-                             or MAEFAST_BACKEND asks for one that has attention. What it cannot run raises RuntimeError
+    mean, std                per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's
+                             by default for three channels
+    attn_backend             "auto", "native", "flash_attn", "sdpa" or "eager": what attention runs
+                             on, unless maefast.backend() or MAEFAST_BACKEND asks for one that has
+                             attention. What it cannot run raises RuntimeError
     """
 
     def __init__(
@@ -74,22 +78,27 @@ class MAE(Backbone):
 
         self._set_pixel_statistics(in_chans, mean, std)
 
-    # -- checkpoints ------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None, **overrides: Any
     ) -> "MAE":
-        """A model with the architecture and the weights of a checkpoint, a file or folder in any layout of maefast.checkpoint.
+        """Return a model with the architecture and the weights of a checkpoint, a file or folder in
+        any layout of maefast.checkpoint.
 
-        overrides      arguments of the constructor that the checkpoint does not tell, or that shall differ: img_size resizes the
-                       positions; num_heads is required where neither a config, nor the training arguments, nor a width of the
-                       factories tells it
-        key            which weights to take where the checkpoint holds several: an entry's name, a prefix, or both with a dot
-        stored_grid    (rows, columns) of the stored positions, where they are trained, not square, and no config tells it
-        What may be wrong although everything fitted, a decoder that is absent for one, is a UserWarning; maefast.checkpoint.load
-        has it in its report. Raises FileNotFoundError, CheckpointError (a ValueError) that says what does not fit, and
-        RuntimeError where safetensors is needed and not installed.
+        overrides      arguments of the constructor that the checkpoint does not tell, or that shall
+                       differ: img_size resizes the positions; num_heads is required where neither a
+                       config, nor the training arguments, nor a width of the factories tells it
+        key            which weights to take where the checkpoint holds several: an entry's name, a
+                       prefix, or both with a dot
+        stored_grid    (rows, columns) of the stored positions, where they are trained, not square,
+                       and no config tells it
+        What may be wrong although everything fitted, a decoder that is absent for one, is a
+        UserWarning; maefast.checkpoint.load has it in its report. Raises FileNotFoundError,
+        CheckpointError (a ValueError) that says what does not fit, and RuntimeError where
+        safetensors is needed and not installed.
         """
         model, report = checkpoint.from_pretrained(cls, path, key=key, stored_grid=stored_grid, **overrides)
         for warning in report.warnings:
@@ -99,8 +108,9 @@ class MAE(Backbone):
     def init_from(
         self, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None
     ) -> checkpoint.LoadReport:
-        """Start from the weights of a checkpoint in any layout of maefast.checkpoint, whose report is returned: the encoder, and
-        the decoder where the file has one of the same sizes. Images of another size or number of channels are provided for.
+        """Start from the weights of a checkpoint in any layout of maefast.checkpoint, whose report
+        is returned: the encoder, and the decoder where the file has one of the same sizes. Images
+        of another size or number of channels are provided for.
 
         key, stored_grid    as in from_pretrained
         Raises as from_pretrained; the model is then as it was.
@@ -108,11 +118,13 @@ class MAE(Backbone):
         return checkpoint.init_from(self, path, key=key, stored_grid=stored_grid)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors, with the official names, and config.json, with all arguments of the constructor, to `folder`;
-        from_pretrained gives the same model again. Needs safetensors."""
+        """Write model.safetensors, with the official names, and config.json, with all arguments of
+        the constructor, to `folder`; from_pretrained gives the same model again. Needs safetensors.
+        """
         checkpoint.save_pretrained(self, folder)
 
-    # -- the official methods ---------------------------------------------------------------------------
+    # -- the official methods
+    # ---------------------------------------------------------------------------
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """imgs (N, C, H, W) -> (N, L, ph*pw*C), patches in row-major order, values channel-fastest."""
@@ -131,7 +143,8 @@ class MAE(Backbone):
         return x.reshape(x.shape[0], C, grid_h * ph, grid_w * pw)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedded tokens x (N, L, D) -> the kept ones (N, K, D), mask (N, L), 1 = removed, ids_restore (N, L)."""
+        """Embedded tokens x (N, L, D) -> the kept ones (N, K, D), mask (N, L), 1 = removed,
+        ids_restore (N, L)."""
         N, L, _ = x.shape
         len_keep = ops.len_keep(L, mask_ratio)
         ids_keep, ids_restore, mask = ops.random_masking(ops.masking_noise(N, L, x.device), len_keep)
@@ -154,7 +167,8 @@ class MAE(Backbone):
         return project(self.decoder_pred, self._decode(x, ids_restore))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """imgs (N, C, H, W), pred (N, L, P), mask (N, L), 1 = removed -> scalar loss, the mean over removed patches."""
+        """imgs (N, C, H, W), pred (N, L, P), mask (N, L), 1 = removed -> scalar loss, the mean over
+        removed patches."""
         if self._overridden("patchify"):
             target = self.patchify(imgs if imgs.dtype.is_floating_point else self._float_pixels(imgs))
             if self.norm_pix_loss:
@@ -166,7 +180,8 @@ class MAE(Backbone):
             pred, imgs, mask.float(), self.patch_embed.patch_size, self.norm_pix_loss, *self._statistics_for(imgs)
         )
 
-    # -- forward ----------------------------------------------------------------------------------------
+    # -- forward
+    # ----------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -178,19 +193,22 @@ class MAE(Backbone):
         weights: Tensor | None = None,
         return_pred: bool = True,
     ) -> MAEOutput:
-        """One pre-training forward (He et al. 2022, section 3).
+        """Run one pre-training forward (He et al. 2022, section 3).
 
         imgs         (N, C, H, W)  floating-point, or uint8 where mean and std are known
-        mask_ratio                 share of the patches that is removed; K = int(L * (1 - mask_ratio)) are kept
+        mask_ratio                 share of the patches that is removed; K = int(L * (1 -
+                                   mask_ratio)) are kept
         noise        (N, L)        fp32, decides the mask in place of a fresh uniform draw
-        mask         (N, L)        bool or floating-point, 1 = removed, as many zeros in each row; mask_ratio is then not used.
+        mask         (N, L)        bool or floating-point, 1 = removed, as many zeros in each row;
+                     mask_ratio is then not used.
                                    On a GPU this costs a synchronisation
-        weights      (N, L)        floating-point, 0 or more: how much a removed patch counts in the loss; 0 for one with missing
-                                   values, whatever stands in their place
-        return_pred                False: pred is None and what the loss does not need is skipped; same loss, same gradients
+        weights      (N, L)        floating-point, 0 or more: how much a removed patch counts in the
+                                   loss; 0 for one with missing values, whatever stands there
+        return_pred                False: pred is None and what the loss does not need is skipped;
+                                   same loss, same gradients
         returns      (loss, pred, mask): scalar fp32, (N, L, P), (N, L) fp32 with 1 = removed
-        Raises TypeError or ValueError for input that does not fit the model, and RuntimeError where an overridden method cannot
-        honour an argument; nothing has then changed.
+        Raises TypeError or ValueError for input that does not fit the model, and RuntimeError where
+        an overridden method cannot honour an argument; nothing has then changed.
         """
         self._check_forward(imgs, mask_ratio, noise, mask, return_pred, weights)
         official_encoder = any(self._overridden(name) for name in ENCODER_METHODS)
@@ -215,8 +233,8 @@ class MAE(Backbone):
         return MAEOutput(self.forward_loss(imgs, pred, mask), None, mask)
 
     def encode(self, imgs: Tensor) -> Tensor:
-        """Features of whole images, nothing masked: imgs (N, C, H, W) -> (N, 1+L, D) after `norm`, class token first, patches in
-        row-major order."""
+        """Return features of whole images, nothing masked: imgs (N, C, H, W) -> (N, 1+L, D) after
+        `norm`, class token first, patches in row-major order."""
         self._check_images(imgs)
         return self._encode_tokens(self._embed(imgs) + self.pos_embed[:, 1:])
 
@@ -224,8 +242,9 @@ class MAE(Backbone):
     def reconstruct(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, noise: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Pictures (N, C, H, W), fp32, in the range of imgs (0..255 for uint8): the visible patches of imgs, and the predictions
-        of the removed ones, de-normalised with the statistics of their own patch where the target is normalised."""
+        """Return pictures (N, C, H, W), fp32, in the range of imgs (0..255 for uint8): the visible
+        patches of imgs, and the predictions of the removed ones, de-normalised with the statistics
+        of their own patch where the target is normalised."""
         _, pred, mask = self(imgs, mask_ratio, noise=noise, mask=mask)
         target, pred = MAE.patchify(self, self._float_pixels(imgs)), pred.float()
         if self.norm_pix_loss:
@@ -238,7 +257,8 @@ class MAE(Backbone):
         removed = self.unpatchify(mask[..., None].expand_as(target))
         return torch.where(removed == 1, predicted, imgs.float())
 
-    # -- what forward is made of ------------------------------------------------------------------------
+    # -- what forward is made of
+    # ------------------------------------------------------------------------
 
     def _float_pixels(self, imgs: Tensor) -> Tensor:
         mean, std = self._statistics_for(imgs)
@@ -260,24 +280,28 @@ class MAE(Backbone):
         return run_blocks(self.blocks, self.norm, self._with_class_token(x))
 
     def _decode(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
-        """latent (N, 1+K, D) -> (N, 1+L, decoder D) after decoder_norm; with ids (N, M) these tokens, (N, M, decoder D)."""
+        """latent (N, 1+K, D) -> (N, 1+L, decoder D) after decoder_norm; with ids (N, M) these
+        tokens, (N, M, decoder D)."""
         tokens = (project(self.decoder_embed, latent), ids_restore, self.mask_token, self.decoder_pos_embed)
         x = ops.unshuffle(*tokens)
         return run_blocks(self.decoder_blocks, self.decoder_norm, x, ids=ids, unshuffled=None if ids is None else tokens)
 
     def _predict_removed(self, latent: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
-        """(N, M, P): predictions of the removed patches only, in ascending patch index."""
+        """Return predictions (N, M, P) of only the removed patches, in ascending patch index."""
         removed = mask.shape[1] + 1 - latent.shape[1]
-        ids_removed = ops.random_masking(1 - mask, removed)[0]  # ranks of 0 and 1: the removed ones first, in ascending order
+        # ranks of 0 and 1: the removed ones first, in ascending order
+        ids_removed = ops.random_masking(1 - mask, removed)[0]
         return project(self.decoder_pred, self._decode(latent, ids_restore, 1 + ids_removed))
 
-    # -- overrides and checks ---------------------------------------------------------------------------
+    # -- overrides and checks
+    # ---------------------------------------------------------------------------
 
     def _overridden(self, name: str) -> bool:
         return name in self.__dict__ or getattr(type(self), name) is not getattr(MAE, name)
 
     def overridden_methods(self) -> tuple[str, ...]:
-        """The official methods that a subclass or the instance replaces; forward calls them with their official arguments."""
+        """Return the official methods that a subclass or the instance replaces; forward calls them
+        with their official arguments."""
         return tuple(name for name in ENCODER_METHODS + DECODER_METHODS if self._overridden(name))
 
     def _refuse(self, argument: str, names: Sequence[str]) -> None:
@@ -327,13 +351,13 @@ class MAE(Backbone):
             )
 
     def _noise_of_mask(self, mask: Tensor) -> tuple[Tensor, int]:
-        """A mask of 0 and 1 as noise that ranks its zeros first, and their number."""
+        """Return a mask of 0 and 1 as noise that ranks its zeros first, and their number."""
         removed = mask.float()
         counts = removed.sum(dim=1)
         # One transfer: the extremes of the counts, and whether there is anything but 0 and 1.
         facts = torch.stack([counts.min(), counts.max(), ((removed != 0) & (removed != 1)).any().float()]).tolist()
         if facts[2]:
-            raise ValueError("mask must hold 0 (kept) and 1 (removed) alone")
+            raise ValueError("mask must hold only 0 (kept) and 1 (removed)")
         if facts[0] != facts[1]:
             raise ValueError(f"mask must remove as many patches in each row; rows remove {int(facts[0])} to {int(facts[1])}")
         L, M = mask.shape[1], int(facts[0])

@@ -1,11 +1,12 @@
-"""Positions of one grid of patches as those of another."""
+"""Resizing of positions from one grid of patches to another."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Positions of the patches of `grid` (rows, columns), (1, L, D), as those of `new_grid`, (1, L', D): in 2-D, bicubic."""
+    """Resize positions (1, L, D) of `grid` (rows, columns) to (1, L', D) of `new_grid`: in 2-D,
+    bicubic."""
     if new_grid == grid:
         return positions
     table = positions.unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]

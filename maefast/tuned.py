@@ -1,7 +1,9 @@
-"""The committed table of measurements, tuned.json: what `auto` and the launchers of the Triton kernels choose by on a GPU.
+"""The committed table of measurements, tuned.json: what `auto` and the launchers of the Triton
+kernels choose by on a GPU.
 
-`python -m maefast.kernels.tune` writes it; nothing is ever timed in the user's process. A size or an architecture without an
-entry takes what needs no measurement: SDPA for attention, a kernel's own rule for its tile.
+`python -m maefast.kernels.tune` writes it; nothing is ever timed in the user's process. A size or
+an architecture without an entry takes what needs no measurement: SDPA for attention, a kernel's own
+rule for its tile.
 """
 
 import json
@@ -21,14 +23,17 @@ DEFAULT_ATTENTION = "sdpa"
 
 
 class Attention(NamedTuple):
-    """On a GPU of this capability `backend` is the fastest for heads of this width and `first` to `last` tokens."""
+    """On a GPU of this capability `backend` is the fastest for heads of this width and `first` to
+    `last` tokens."""
 
     capability: str  # "9.0"
     head_width: int
     first: int
     last: int
     backend: str
-    speedup: float  # forward and backward over those of DEFAULT_ATTENTION, the least of what was measured in this range
+    # forward and backward over those of DEFAULT_ATTENTION, the least of what was measured in this
+    # range
+    speedup: float
     measured: str  # where
 
 
@@ -44,7 +49,8 @@ class Tile(NamedTuple):
 
 
 class Gemm(NamedTuple):
-    """On a GPU of this capability the kernels of csrc/cuda/gemm are faster than cuBLAS, and than it and a kernel for the rest."""
+    """On a GPU of this capability the kernels of csrc/cuda/gemm are faster than cuBLAS, and than it
+    and a kernel for the rest."""
 
     capability: str
     kind: str  # as maefast/gemm.py names it
@@ -69,7 +75,7 @@ class NativeTile(NamedTuple):
 
 
 def attention_tables() -> dict[str, list[dict[str, int]]]:
-    """The numbers in the lines of attention_tiles.inc, FORWARD and BACKWARD."""
+    """Return the numbers in the lines of attention_tiles.inc, FORWARD and BACKWARD."""
     tables: dict[str, list[dict[str, int]]] = {"FORWARD": [], "BACKWARD": []}
     for table, columns in re.findall(r"^(\w+)\((.*)\)$", _ATTENTION_TILES.read_text(), re.MULTILINE):
         tables[table].append({name: int(value) for name, value in re.findall(r"\.(\w+) = *(\d+)", columns)})
@@ -77,7 +83,7 @@ def attention_tables() -> dict[str, list[dict[str, int]]]:
 
 
 def _native_attention() -> dict[int, tuple[NativeTile, ...]]:
-    """The lines of attention_tiles.inc that forward and backward take, by head width."""
+    """Return the lines of attention_tiles.inc that forward and backward take, by head width."""
     tables = attention_tables()
 
     def shared_memory(width: int, tokens: int) -> int:
@@ -94,12 +100,12 @@ NATIVE_ATTENTION = _native_attention()
 
 
 def native_tile(head_width: int, tokens: int) -> NativeTile | None:
-    """The tile of native attention on a GPU; None where it has none."""
+    """Return the tile of native attention on a GPU, or None."""
     return next((tile for tile in NATIVE_ATTENTION.get(head_width, ()) if tokens <= tile.last), None)
 
 
 def native_range(head_width: int, tokens: int) -> tuple[int, int]:
-    """First and last number of tokens of the tile that holds `tokens`."""
+    """Return the first and last number of tokens of the tile that holds `tokens`."""
     tiles = NATIVE_ATTENTION[head_width]
     i = next(i for i, tile in enumerate(tiles) if tokens <= tile.last)
     return (tiles[i - 1].last + 1 if i else 1), tiles[i].last
@@ -114,7 +120,7 @@ def read(path: Path = TABLE) -> Table:
 
 
 def write(table: Table, path: Path = TABLE) -> None:
-    """One entry a line, sorted, so that a diff shows what changed."""
+    """Write one entry a line, sorted, so that a diff shows what changed."""
 
     def lines(rows: Iterable[Any]) -> str:
         ordered = sorted(rows, key=lambda row: (_numbers(row.capability), *row[1:3]))
@@ -134,11 +140,12 @@ def name_of(capability: tuple[int, int]) -> str:
 
 _committed = read()
 _tiles = {(entry.kernel, entry.width, entry.capability): entry.tile for entry in _committed.tiles}
-_tuned = {key[:2] for key in _tiles}  # what the architecture matters for: asking for it takes longer than a launch has
+# what the architecture matters for: asking for it takes longer than a launch has
+_tuned = {key[:2] for key in _tiles}
 
 
 def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int) -> str:
-    """The backend that was measured to be the fastest on such a GPU, or DEFAULT_ATTENTION."""
+    """Return the backend that measured fastest on such a GPU, or DEFAULT_ATTENTION."""
     name = name_of(capability)
     for entry in _committed.attention:
         if entry.capability == name and entry.head_width == head_width and entry.first <= tokens <= entry.last:
@@ -147,7 +154,8 @@ def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int)
 
 
 def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth: int, features: int) -> bool:
-    """Whether the table has the kernels of csrc/cuda/gemm as faster than cuBLAS; its committed entries are a prototype's."""
+    """Return whether the table says that the kernels of csrc/cuda/gemm are faster than cuBLAS. Its
+    committed entries are a prototype's."""
     name = name_of(capability)
     return any(
         entry.kind == kind
@@ -160,18 +168,21 @@ def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth:
 
 
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:
-    """What a launcher cuts rows of `width` by on `device`: its own rule, with what is in the table in its place."""
+    """Return the tile for rows of `width` on `device`: the launcher's own rule, overridden by the
+    table."""
     return rule | _tiles.get((kernel, width, architecture(device)), {}) if (kernel, width) in _tuned else rule
 
 
 def architecture(device: torch.device) -> str:
-    """What the table calls a device: "9.0"; "cpu" where Triton's interpreter runs the kernels."""
+    """Return the table's name for a device: "9.0"; "cpu" where Triton's interpreter runs the
+    kernels."""
     return name_of(gpu.capability(device)) if device.type == "cuda" else device.type
 
 
 @contextmanager
 def trying(kernel: str, width: int, device: torch.device, tile: dict[str, int]) -> Iterator[None]:
-    """Within the block the launcher of `kernel` takes `tile`, whatever the table says; {} is its own rule."""
+    """Make the launcher of `kernel` take `tile` within the block, whatever the table says; {} is
+    its own rule."""
     global _tiles, _tuned
     before = _tiles, _tuned
     _tiles, _tuned = _tiles | {(kernel, width, architecture(device)): tile}, _tuned | {(kernel, width)}

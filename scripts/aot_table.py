@@ -1,9 +1,11 @@
-"""Compiles every kernel for GPUs ahead of time, without one, and writes what each takes into docs/kernels.csv.
+"""Compiles every kernel for GPUs ahead of time, without one, and writes what each takes into
+docs/kernels.csv.
 
     python scripts/aot_table.py [--jobs 2]
 
-Needs Triton and nvcc (on PATH or in CUDACXX). Exits with 1 where a kernel keeps something in local memory that SPILLS does not
-explain, stores fewer than 8 bytes at a time where NARROW_STORES does not, or rounds fp32 to TF32.
+Needs Triton and nvcc (on PATH or in CUDACXX). Exits with 1 where a kernel keeps something in local
+memory that SPILLS does not explain, stores fewer than 8 bytes at a time where NARROW_STORES does
+not, or rounds fp32 to TF32.
 """
 
 import argparse
@@ -100,7 +102,7 @@ def version(tool: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     args = parser.parse_args()
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
@@ -116,7 +118,8 @@ def main() -> None:
             _, shape, *dtypes = case.split("-")
             for kernel, cell in cells:
                 known = table.setdefault((kernel, shape, " ".join(dtypes) or "fp32"), {})
-                known[arch] = max(cell, known.get(arch, cell))  # several ops launch _column_sum_kernel, norms with and without y
+                # several ops launch _column_sum_kernel, norms with and without y
+                known[arch] = max(cell, known.get(arch, cell))
             problems += wrong
         for arch, future in cuda:
             found, wrong = future.result()

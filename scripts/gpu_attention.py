@@ -1,8 +1,10 @@
-"""attention(qkv, num_heads) on a GPU: builds the kernels alone, checks them against float64, times them against SDPA.
+"""attention(qkv, num_heads) on a GPU: builds the kernels alone, checks them against float64, times
+them against SDPA.
 
     python scripts/gpu_attention.py [--no-timing]
 
-Needs torch with CUDA and nvcc. Writes attention.json and the build log to $OUT (or build/gpu) and prints a short table last.
+Needs torch with CUDA and nvcc. Writes attention.json and the build log to $OUT (or build/gpu) and
+prints a short table last.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(os.environ.get("OUT", ROOT / "build" / "gpu"))
 SHAPES = [(50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32)]  # (T, h, d)
-BARS = {(50, 12, 64), (65, 16, 80), (197, 16, 32)}  # forward + backward at least twice as fast as SDPA
+# forward + backward at least twice as fast as SDPA
+BARS = {(50, 12, 64), (65, 16, 80), (197, 16, 32)}
 RAGGED = (1, 2, 7, 49, 50, 63, 64, 65, 66, 196, 197, 198, 256, 257, 288)
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -239,7 +242,8 @@ def sdpa_runs(qkv, dout, h, backend):
 
 
 def rotate(runs, rounds):
-    """Median milliseconds of each run, one after the other in a shuffled order, each behind a write that evicts the L2."""
+    """Median milliseconds of each run, one after the other in a shuffled order, each behind a write
+    that evicts the L2."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     samples = {name: [] for name in runs}
@@ -256,7 +260,8 @@ def rotate(runs, rounds):
 
 
 def traffic(N, T, h, d):
-    """Bytes that must be moved (forward, backward) and those the backward's delta adds where it reads O."""
+    """Bytes that must be moved (forward, backward) and those the backward's delta adds where it
+    reads O."""
     token = N * T * h * d * 2
     return 4 * token, (7 if T <= 80 else 8) * token
 
@@ -304,7 +309,7 @@ def copy_rate():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--no-timing", action="store_true")
     parser.add_argument("--rounds", type=int, default=21)
     args = parser.parse_args()

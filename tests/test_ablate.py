@@ -61,7 +61,7 @@ def test_rows_are_run_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert {path: path.read_text() for path in out.rglob("log.txt")} == logs
 
     assert run(data, out, axes="target", epochs=2) == 2
-    assert "must hold rows of the same options alone; in " in capsys.readouterr().err
+    assert "must hold only rows of the same options; in " in capsys.readouterr().err
 
 
 BAD = {

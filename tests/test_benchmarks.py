@@ -333,9 +333,14 @@ def test_report_of_several_runs_has_each_group_once():
         report.merged([early, late])
 
 
-def test_report_writes_three_files(tmp_path):
+def test_report_writes_a_chart_of_the_steps_beside_that_of_all_groups(tmp_path):
     pytest.importorskip("matplotlib")
     files = report.write(results(), tmp_path / "machine")
     assert [path.name for path in files] == ["quick.json", "quick.md", "quick.png"]
     assert json.loads(files[0].read_text()) == results()
     assert files[2].read_bytes().startswith(b"\x89PNG")
+    steps = [bench | {"group": "step-fp32"} for bench in results()["benchmarks"]]
+    files = report.write(results() | {"benchmarks": results()["benchmarks"] + steps}, tmp_path / "machine")
+    assert [path.name for path in files] == ["quick.json", "quick.md", "quick.png", "quick-step.png"]
+    assert files[3].read_bytes().startswith(b"\x89PNG")
+    assert files[3].read_bytes() != files[2].read_bytes()

@@ -230,7 +230,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, legacy):
 
 def test_a_pickled_model_is_named(tmp_path):
     torch.save(small_mae(**SIZES), tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"holds a maefast.model.MAE, .* save the state_dict alone"):
+    with pytest.raises(CheckpointError, match=r"holds a maefast.model.MAE, .* save only the state_dict"):
         checkpoint.load(small_mae(**SIZES), tmp_path / "a.pth")
 
 
@@ -263,7 +263,7 @@ def test_heads_that_nothing_tells(tmp_path):
 def test_transformers_takes_squares(tmp_path, options):
     path = save(tmp_path / "a.pth", healthy(**options))
     with pytest.raises(
-        CheckpointError, match=rf"{next(iter(options))} of .* is \d+ x \d+; transformers' ViTMAE takes squares alone"
+        CheckpointError, match=rf"{next(iter(options))} of .* is \d+ x \d+; transformers' ViTMAE takes only squares"
     ):
         checkpoint.convert(path, tmp_path / "out", "transformers", **HEADS)
     assert sorted(tmp_path.iterdir()) == [path]

@@ -577,7 +577,7 @@ def deepspeed(path: Path, tag: str) -> Path:
 
 
 FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "TorchScript": (script, "is a TorchScript archive, which holds code; save the state_dict alone"),
+    "TorchScript": (script, "is a TorchScript archive, which holds code; save only the state_dict"),
     "npz": (lambda p: write_zip(p, zipfile.ZIP_STORED, "a.npy"), "is a zip archive that torch.save did not write"),
     "compressed": (lambda p: write_zip(p, zipfile.ZIP_DEFLATED), "is a compressed zip archive; torch.save writes it without"),
     "sharded by torch": (

@@ -1,4 +1,4 @@
-// What the boxed entries share: dtypes, images, rows and parameters, checked. For the baseline compilation alone.
+// What the boxed entries share: dtypes, images, rows and parameters, checked. Only for the baseline compilation.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint: from the shapes of its tensors, and from what its configuration tells beyond them."""
+"""The architecture of a checkpoint, from the shapes of its tensors and from its configuration."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint tells beyond its shapes; None where it does not."""
+    """What a checkpoint states beyond its shapes; None where it is silent."""
 
     num_heads: int | None = None
     decoder_num_heads: int | None = None
@@ -64,7 +64,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The arguments of MAE's constructor, with layer_norm_eps in place of norm_layer. Heads are None where nothing tells them."""
+    """The arguments of MAE's constructor, with layer_norm_eps in place of norm_layer. Heads are
+    None if unknown."""
 
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -86,12 +87,13 @@ class Architecture:
         return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
 
     def arguments(self) -> dict[str, Any]:
-        """Of MAE's constructor."""
+        """Return the arguments of MAE's constructor."""
         arguments = asdict(self)
         return arguments | {"norm_layer": partial(nn.LayerNorm, eps=arguments.pop("layer_norm_eps"))}
 
     def require_heads(self, path: Path, given: Collection[str] = ()) -> None:
-        """Raise CheckpointError where a number of heads is neither known nor given, or does not divide the width."""
+        """Raise CheckpointError where a number of heads is neither known nor given, or does not
+        divide the width."""
         for name, width, known in (
             ("num_heads", self.embed_dim, HEADS),
             ("decoder_num_heads", self.decoder_embed_dim, DECODER_HEADS),
@@ -106,7 +108,8 @@ class Architecture:
                 )
 
     def shapes(self, decoder: bool) -> dict[str, Shape]:
-        """The state_dict of MAE, or of its encoder alone: official names, in their order, and shapes."""
+        """Return official names, in their order, and shapes of MAE's state_dict, or of only its
+        encoder's."""
         (rows, columns), (ph, pw), D, width = self.grid, self.patch_size, self.embed_dim, self.decoder_embed_dim
         tokens = 1 + rows * columns
         shapes: dict[str, Shape] = {"cls_token": (1, 1, D), "pos_embed": (1, tokens, D)}
@@ -121,8 +124,9 @@ class Architecture:
         return shapes
 
     def checked(self, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        """The tensors in the order of the official state_dict. Raises CheckpointError unless names and shapes are those of this
-        architecture, the decoder's included where there is one."""
+        """Return the tensors in the order of the official state_dict. Raises CheckpointError unless
+        names and shapes are those of this architecture, the decoder's included where there is one.
+        """
         has_decoder = any(map(is_decoder, tensors))
         shapes = self.shapes(has_decoder)
         strange, lacking = [name for name in tensors if name not in shapes], [name for name in shapes if name not in tensors]
@@ -147,7 +151,7 @@ class Architecture:
 
 
 def encoder_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of MAE's arguments that VisionTransformer has too."""
+    """Return the arguments of MAE that VisionTransformer also has."""
     return {name: value for name, value in arguments.items() if not name.startswith("decoder_") and name != "norm_pix_loss"}
 
 
@@ -169,7 +173,8 @@ def is_head(name: str) -> bool:
 
 
 def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
-    """What config.json or the training script's arguments tell; eps by layout where neither does."""
+    """Return the facts in config.json or in the training script's arguments. The layout implies eps
+    if neither has it."""
     config = weights.config
     default = Facts(layer_norm_eps=TRANSFORMERS_EPS if weights.layout == "transformers" else OFFICIAL_EPS)
     told: Any = (None, None)
@@ -230,7 +235,8 @@ def _width_heads(tensors: Mapping[str, Tensor], token: str, known: Mapping[int, 
 
 
 def find_grid(tensors: Mapping[str, Tensor], facts: Facts, path: Path, given: Grid | None, models: Grid | None = None) -> Grid:
-    """The grid of the stored positions: the one given, else what `facts` tells, else as `grid_of` finds it."""
+    """Return the grid of the stored positions: the one given, else that of `facts`, else the one
+    that `grid_of` finds."""
     _, _, ph, pw = _shape(tensors, "patch_embed.proj.weight", 4, path)
     _shape(tensors, "pos_embed", 3, path)
     if given is None and facts.img_size is not None:
@@ -239,9 +245,10 @@ def find_grid(tensors: Mapping[str, Tensor], facts: Facts, path: Path, given: Gr
 
 
 def infer(tensors: Mapping[str, Tensor], facts: Facts, path: Path, grid: Grid) -> Architecture:
-    """The architecture of tensors with official names, and positions of that grid.
+    """Return the architecture of tensors with official names and with positions of that grid.
 
-    Raises CheckpointError where a tensor that tells a size is absent or has another number of dimensions.
+    Raises CheckpointError where a tensor that tells a size is absent or has another number of
+    dimensions.
     """
     embed_dim, in_chans, ph, pw = _shape(tensors, "patch_embed.proj.weight", 4, path)
     depth, decoder_depth = _depth(tensors, "blocks"), _depth(tensors, "decoder_blocks")
@@ -284,7 +291,8 @@ def _depth(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 def _mlp_ratio(layers: list[Shape]) -> float:
-    """A ratio for which int(width * ratio) is hidden for each fc1 (hidden, width), or nearly so where there is none."""
+    """Return a ratio for which int(width * ratio) is hidden for each fc1 (hidden, width), or nearly
+    so where there is none."""
     if not layers:
         return 4.0
     least = max(hidden / width for hidden, width in layers)
@@ -294,9 +302,10 @@ def _mlp_ratio(layers: list[Shape]) -> float:
 
 
 def of_model(model: Any) -> Architecture:
-    """The architecture of an MAE.
+    """Return the architecture of an MAE.
 
-    Raises ValueError where its norm_layer is not nn.LayerNorm, which neither its shapes nor a config.json can tell.
+    Raises ValueError where its norm_layer is not nn.LayerNorm, which neither its shapes nor a
+    config.json can tell.
     """
     if type(model.norm) is not nn.LayerNorm:
         raise ValueError(f"norm_layer must be nn.LayerNorm to be saved; it is {type(model.norm).__name__}")

@@ -1,4 +1,5 @@
-"""Weights in a checkpoint, found by the names of their tensors: in any entry, below any prefix, in any layout."""
+"""Weights in a checkpoint, found by the names of their tensors: in any entry, below any prefix, in
+any layout."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,8 @@ from . import files
 from .files import CheckpointError, Contents, listed
 from .layouts import DECODER_ANCHOR, KNOWN, Layout, OfficialNames
 
-# Parts of names that a wrapper adds: DistributedDataParallel and AveragedModel, torch.compile, FSDP, checkpointing, Lightning.
+# Parts of names that a wrapper adds: DistributedDataParallel and AveragedModel, torch.compile,
+# FSDP, checkpointing, Lightning.
 WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
 DEPTH = 4  # of entries within entries
 TOP = "."  # the key of weights that lie at the top of a file, without a prefix
@@ -74,8 +76,8 @@ class Candidate:
 
     @cached_property
     def official(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """The tensors by their official names, and the names of those beside it. A name below a prefix of the model that the
-        layout does not have stays as it is."""
+        """Return the tensors by their official names, and the names of the other tensors. A name
+        below a prefix of the model that the layout does not have stays as it is."""
         names, beside = OfficialNames(self.path, self.layout), list[str]()
         nested = self.decoder is not None and self.decoder != self.prefix and self.prefix.startswith(self.decoder)
         for name, tensor in self.state.items():
@@ -101,7 +103,7 @@ class Candidate:
         return names.joined(), tuple(beside)
 
     def _take_mask_token(self, names: OfficialNames, beside: list[str]) -> None:
-        """The decoder's mask token may be a parameter of the module around it."""
+        """Take the decoder's mask token, which may be a parameter of the module around it."""
         shape = (1, 1, *self.state[f"{self.decoder}{DECODER_ANCHOR}"].shape[:1])
         tokens = [name for name in beside if _parts(name)[-1:] == ("mask_token",) and self.state[name].shape == shape]
         if len(tokens) == 1:
@@ -110,7 +112,7 @@ class Candidate:
 
 
 def read(path: str | Path, key: str | None = None) -> Weights:
-    """The weights in a checkpoint of any known layout.
+    """Return the weights in a checkpoint of any known layout.
 
     key    which of several to take: the name of its entry, its prefix, or both, joined by dots
     Raises as files.read, and CheckpointError where there are none or several, which it lists.
@@ -155,7 +157,7 @@ def _check(contents: Contents, candidate: Candidate) -> None:
 
 
 def _unusable(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being read as plain numbers."""
+    """Return why a tensor cannot be read as plain numbers, or None."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.layout != torch.strided:
@@ -166,7 +168,8 @@ def _unusable(tensor: Tensor) -> str | None:
 
 
 def official_names(tensors: State, path: Path) -> dict[str, Tensor]:
-    """The tensors of one model by their official names. Raises CheckpointError where they are none."""
+    """Return the tensors of one model by their official names. Raises CheckpointError if there are
+    none."""
     candidates = _candidates(path, (), tensors)
     if not candidates:
         raise CheckpointError(_why_none(Contents(path, tensors, {}, 0), [((), tensors)]))
@@ -174,7 +177,8 @@ def official_names(tensors: State, path: Path) -> dict[str, Tensor]:
 
 
 def _states(contents: Contents) -> Iterator[tuple[tuple[str, ...], State]]:
-    """Every dict of the file that has tensors of its own, by the names of the entries that lead to it."""
+    """Yield every dict of the file that holds tensors, with the names of the entries that lead to
+    it."""
     seen: set[int] = set()
 
     def walk(entries: Mapping[Any, Any], entry: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], State]]:
@@ -210,7 +214,7 @@ def _candidates(path: Path, entry: tuple[str, ...], state: State) -> list[Candid
 
 
 def _unwrapped(path: Path, state: State) -> State:
-    """The tensors by their names without the parts that wrappers add."""
+    """Return the tensors by their names without the parts that wrappers add."""
     bare: dict[str, Tensor] = {}
     for name, tensor in state.items():
         clean = ".".join(part for part in name.split(".") if part not in WRAPPERS) or name
@@ -225,7 +229,7 @@ def _parts(prefix: str) -> tuple[str, ...]:
 
 
 def _nearest(prefix: str, others: list[str]) -> list[str]:
-    """Those of `others` that share the most leading parts with a prefix."""
+    """Return the `others` that share the most leading parts with a prefix."""
 
     def shared(other: str) -> int:
         pairs = list(zip(_parts(prefix), _parts(other), strict=False))
@@ -236,7 +240,8 @@ def _nearest(prefix: str, others: list[str]) -> list[str]:
 
 
 def _chosen(contents: Contents, candidates: list[Candidate], key: str | None) -> Candidate:
-    """The candidate that `key` names. Without a key the only one; copies of another's weights do not count."""
+    """Return the candidate that `key` names, or the only one. Copies of another's weights do not
+    count."""
     if key is not None:
         named = [candidate for candidate in candidates if candidate.key == key]
         named = named or [candidate for candidate in candidates if _names(key, candidate.key)]
@@ -257,7 +262,7 @@ def _chosen(contents: Contents, candidates: list[Candidate], key: str | None) ->
 
 
 def _names(key: str, full: str) -> bool:
-    """Whether the parts of a key follow each other in those of a candidate's."""
+    """Return whether the parts of a key follow each other in a candidate's."""
     return f".{key}." in f".{full}."
 
 

@@ -1,4 +1,5 @@
-"""From any known layout to one that the official code, transformers or timm reads with nothing missing or unexpected."""
+"""Conversion from any known layout to one that the official code, transformers or timm reads with
+nothing missing or unexpected."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ from .load import Checkpoint, LoadReport, read
 from .positions import Grid
 from .target import unknown_target
 
-LAYOUTS = {"official": files.PICKLED, "transformers": (), "timm": files.SUFFIXES}  # and the suffixes of their files
+# and the suffixes of their files
+LAYOUTS = {"official": files.PICKLED, "transformers": (), "timm": files.SUFFIXES}
 
 
 def convert(
@@ -31,18 +33,23 @@ def convert(
     norm_pix_loss: bool | None = None,
     stored_grid: Grid | None = None,
 ) -> LoadReport:
-    """Write the checkpoint `source`, of any known layout, to `out`; every tensor keeps its dtype and its bits.
+    """Write the checkpoint `source`, of any known layout, to `out`; every tensor keeps its dtype
+    and its bits.
 
-    to                              "official": a file `{"model": state_dict}`; "transformers": a folder with config.json,
-                                    model.safetensors and, where mean and std are known, preprocessor_config.json; "timm": the
-                                    encoder alone, as .safetensors or a pickled state_dict
-    key                             which weights to take where the checkpoint holds several, as in `load`
-    num_heads, decoder_num_heads    for transformers' config, where the checkpoint does not tell and the width does not imply them
+    to                              "official": a file `{"model": state_dict}`; "transformers": a
+                                    folder with config.json, model.safetensors and, where mean and
+                                    std are known, preprocessor_config.json; "timm": the encoder
+                                    alone, as .safetensors or a pickled state_dict
+    key                             which weights to take where the checkpoint holds several, as in
+                                    `load`
+    num_heads, decoder_num_heads    for transformers' config, where the checkpoint does not tell and
+                                    the width does not imply them
     norm_pix_loss                   likewise; False by default
     stored_grid                     likewise: (rows, columns) of the stored positions
     Returns a report in which `unexpected` is what the layout has no place for.
-    Raises ValueError for an unknown `to` or suffix, FileExistsError where there is something at `out`, FileNotFoundError,
-    CheckpointError (a ValueError), and RuntimeError where safetensors is needed and not installed; `out` is then not there.
+    Raises ValueError for an unknown `to` or suffix, FileExistsError where there is something at
+    `out`, FileNotFoundError, CheckpointError (a ValueError), and RuntimeError where safetensors is
+    needed and not installed; `out` is then not there.
     """
     out = Path(out)
     _check_output(out, to)
@@ -101,7 +108,7 @@ def _write_transformers(
     for name in ("img_size", "patch_size"):
         height, width = getattr(architecture, name)
         if height != width:
-            raise CheckpointError(f"{name} of {checkpoint.path} is {height} x {width}; transformers' ViTMAE takes squares alone")
+            raise CheckpointError(f"{name} of {checkpoint.path} is {height} x {width}; transformers' ViTMAE takes only squares")
     config = _transformers_config(architecture, checkpoint.has_decoder, mask_ratio)
     config["torch_dtype"] = str(tensors["cls_token"].dtype).removeprefix("torch.")
     with replace_file(out) as folder:
@@ -112,7 +119,7 @@ def _write_transformers(
 
 
 def _transformers_config(architecture: Architecture, decoder: bool, mask_ratio: float | None) -> dict[str, Any]:
-    """A ViTMAEConfig, complete, as save_pretrained writes it."""
+    """Return a complete ViTMAEConfig, as save_pretrained writes it."""
     return {
         "architectures": ["ViTMAEForPreTraining" if decoder else "ViTMAEModel"],
         "model_type": THEIR_MODEL_TYPE,

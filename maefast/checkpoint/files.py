@@ -1,4 +1,5 @@
-"""Checkpoint files and folders: what is in them, and how they are written. No knowledge of any model."""
+"""Checkpoint files and folders: what is in them, and how they are written. No knowledge of any
+model."""
 
 import argparse
 import json
@@ -25,8 +26,9 @@ SUFFIXES = (".safetensors", *PICKLED)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt")
 LARGEST_JSON, LARGEST_PICKLE = 64 << 20, 16 << 20  # an object of a pickle may be of 56 bytes for one
 
-# Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a log of mmengine, a loss scaler
-# of DeepSpeed. An inert object takes the place of each, and nothing of the package is imported or run.
+# Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a
+# log of mmengine, a loss scaler of DeepSpeed. An inert object takes the place of each, and nothing
+# of the package is imported or run.
 BYSTANDERS = (
     "accelerate", "deepspeed", "easydict", "lightly", "lightning", "lightning_fabric", "lightning_utilities", "ml_collections",
     "mmcv", "mmengine", "mmpretrain", "mmselfsup", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "timm", "transformers",
@@ -61,11 +63,13 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """The contents of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, or of a folder with one of them or its shards.
+    """Return the contents of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, or of a
+    folder with one of them or its shards.
 
-    The kind of a file is told by its first bytes. Nothing that a file holds is run: a pickle may hold tensors, numbers, strings,
-    containers and argparse.Namespace alone, and objects of BYSTANDERS, which are not made.
-    Raises FileNotFoundError, CheckpointError for a file that is damaged, refused or of another kind, MissingPackageError.
+    The kind of a file is told by its first bytes. Nothing that a file holds is run: a pickle may
+    hold tensors, numbers, strings, containers and argparse.Namespace alone, and objects of
+    BYSTANDERS, which are not made. Raises FileNotFoundError, CheckpointError for a file that is
+    damaged, refused or of another kind, MissingPackageError.
     """
     path = Path(path)
     if not path.exists():
@@ -95,7 +99,7 @@ def _read_folder(folder: Path) -> Contents:
 
 
 def _weights_of(folder: Path) -> Path:
-    """The file of a folder that holds the weights."""
+    """Return the file of a folder that holds the weights."""
     if (folder / DEEPSPEED_LATEST).is_file():
         tag = (folder / DEEPSPEED_LATEST).read_bytes()[:256].decode(errors="replace").strip()
         if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
@@ -186,10 +190,11 @@ def _read_zip(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     names = {record.filename.rpartition("/")[2] for record in records}
     if "constants.pkl" in names:
-        raise CheckpointError(f"{path} is a TorchScript archive, which holds code; save the state_dict alone with torch.save")
+        raise CheckpointError(f"{path} is a TorchScript archive, which holds code; save only the state_dict with torch.save")
     if "data.pkl" not in names:
         raise CheckpointError(f"{path} is a zip archive that torch.save did not write: it has no data.pkl")
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):  # they would be mapped as they lie there
+    # they would be mapped as they lie there
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise CheckpointError(f"{path} is a compressed zip archive; torch.save writes it without compression")
     if large:
         raise CheckpointError(f"{path} must have a pickle of at most {LARGEST_PICKLE >> 20} MiB; it has {large >> 20} MiB")
@@ -199,7 +204,7 @@ def _read_zip(path: Path) -> dict[Any, Any]:
 
 
 class _Bystander:
-    """Stands where a pickle has an object of another package."""
+    """A stand-in for an object of another package in a pickle."""
 
     def __init__(self, *_: Any):
         pass
@@ -236,7 +241,7 @@ def _refusal(path: Path, name: str, error: Exception | None = None) -> Checkpoin
         return CheckpointError(f"{path} is damaged: {_first_line(error) if error else 'its pickle names nothing'}")
     return CheckpointError(
         f"{path} holds a {name}, which could run code when it is read, and is refused: "
-        "save the state_dict alone with torch.save, where the file is your own"
+        "save only the state_dict with torch.save, where the file is your own"
     )
 
 
@@ -258,7 +263,7 @@ def write_pickled(entries: Mapping[str, Any], path: Path) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Overlapping tensors, which the format does not have, become copies."""
+    """Write tensors; overlapping ones, which the format does not have, become copies."""
     safetensors = _safetensors(path)
     dense: dict[str, Tensor] = {}
     ends: dict[int, int] = {}  # of the bytes that are written, by their start
@@ -278,6 +283,6 @@ def write_json(entries: Mapping[str, Any], path: Path) -> None:
 
 
 def listed(names: list[str], most: int = 4) -> str:
-    """The names in a sentence; of a long list the first few, and how many there are."""
+    """Return the names for a sentence: of a long list the first few, and how many there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} ... ({len(names)} in all)"

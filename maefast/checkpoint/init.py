@@ -1,4 +1,5 @@
-"""Training that starts from the weights of a checkpoint, of a model that may differ in its images, its decoder and its head."""
+"""Training that starts from the weights of a checkpoint, of a model that may differ in its images,
+its decoder and its head."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +26,16 @@ from .target import warn_of_target
 
 
 def init_from(model: nn.Module, path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None) -> LoadReport:
-    """Start an MAE from a checkpoint of any known layout: the encoder, and the decoder where the file has one that fits.
+    """Start an MAE from a checkpoint of any known layout: the encoder, and the decoder where the
+    file has one that fits.
 
     key, stored_grid    as in `load`
 
-    Positions of another grid are computed or resized as in `load`. With another number of channels the patch embedding and the
-    predictions are repeated or averaged, so that an image whose channels are all alike has the tokens that it had before. A head,
-    a `fc_norm` and a decoder of other sizes are left out, and the model keeps its own; the report says so.
-    Raises as `load`; the model is then as it was, bit for bit.
+    Positions of another grid are computed or resized as in `load`. With another number of channels
+    the patch embedding and the predictions are repeated or averaged, so that an image whose
+    channels are all alike has the tokens that it had before. A head, a `fc_norm` and a decoder of
+    other sizes are left out, and the model keeps its own; the report says so. Raises as `load`; the
+    model is then as it was, bit for bit.
     """
     check_model(model)
     ours = model.state_dict()
@@ -67,12 +70,13 @@ def init_from(model: nn.Module, path: str | Path, *, key: str | None = None, sto
 
 
 def _keeps_own(name: str, left_out: list[str]) -> bool:
-    """Whether a tensor that the checkpoint lacks may stay as it was drawn."""
+    """Return whether a tensor that the checkpoint lacks may keep its initial values."""
     return is_decoder(name) or name.startswith(VARIANT) or (name.startswith("norm.") and f"fc_{name}" in left_out)
 
 
 def _without_classifier(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """The names of a classifier's head and of its norm of pooled tokens, and warnings of leaving them out."""
+    """Return the names of a classifier's head and of its norm of pooled tokens, and warnings that
+    they are left out."""
     pooled = [name for name in checkpoint.tensors if name.startswith("fc_norm.")]
     warnings = checkpoint.warn_of_head("training starts without it")
     if pooled and "norm.weight" not in checkpoint.tensors:
@@ -81,7 +85,8 @@ def _without_classifier(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
 
 
 def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint with the patch embedding and the predictions of the model's channels, and what was done to them."""
+    """Return the checkpoint with patch embedding and predictions fitted to the model's channels,
+    and what was done."""
     ours, theirs = model.state_dict(), dict(checkpoint.tensors)
     embedding = theirs["patch_embed.proj.weight"]  # [D, C, ph, pw], as find_grid has checked
     channels, wanted = embedding.shape[1], ours["patch_embed.proj.weight"].shape[1]
@@ -99,7 +104,8 @@ def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint
     adapted = [f"patch_embed.proj.weight {change}"]
     for name in ("decoder_pred.weight", "decoder_pred.bias"):
         if name in theirs and theirs[name].dim() and len(theirs[name]) == embedding[0].numel():
-            by_channel = theirs[name].unflatten(0, (-1, channels))  # [ph*pw, C, ...], as the values of a patch lie
+            # [ph*pw, C, ...], as the values of a patch lie
+            by_channel = theirs[name].unflatten(0, (-1, channels))
             if wanted < channels:
                 by_channel = by_channel.mean(dim=1, keepdim=True)
             theirs[name] = by_channel[:, source % by_channel.shape[1]].flatten(0, 1)
@@ -109,7 +115,7 @@ def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint
 
 
 def _unfit_decoder(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], str]:
-    """The names of the checkpoint's decoder, and a warning where it does not fit the model's."""
+    """Return the names of the checkpoint's decoder, and a warning if it does not fit the model's."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if is_decoder(name)}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if is_decoder(name)}
     if not theirs:

@@ -1,4 +1,5 @@
-"""The names that tensors have in each layout, and their official names, which are also timm's and maefast's own; bit for bit."""
+"""The names that tensors have in each layout, and their official names, which are also timm's and
+maefast's own; bit for bit."""
 
 import re
 from collections import defaultdict
@@ -35,7 +36,8 @@ class Names:
         return re.compile(rf"({'|'.join(map(re.escape, self.blocks))})([0-9]+)\.(.+)(?:\.|(?<=in_proj)_)(weight|bias)")
 
     def official(self, name: str) -> tuple[str, int | None] | None:
-        """The official name of a tensor and which third of it q, k or v is; None for a name that the layout does not have."""
+        """Return the official name of a tensor and which third of it q, k or v is; None for a name
+        that the layout does not have."""
         if found := self._block.fullmatch(name):
             before, index, module, kind = found.groups()
             block = f"{self.blocks[before]}.{index}"
@@ -48,8 +50,8 @@ class Names:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a layout has the patch embedding, by which its encoder is found, and the names of its encoder and decoder, each
-    relative to the prefix that they share."""
+    """Where a layout has the patch embedding, by which its encoder is found, and the names of its
+    encoder and decoder, each relative to the prefix that they share."""
 
     name: str
     anchor: str
@@ -71,7 +73,8 @@ _OFFICIAL = Layout(
     _OFFICIAL_DECODER,
 )
 
-# transformers' published spelling first, then those of version 5: in its modules, and for the decoder in the files it saves.
+# transformers' published spelling first, then those of version 5: in its modules, and for the
+# decoder in the files it saves.
 _THEIR_BLOCKS = {"blocks": ("encoder.layer", "layers"), "decoder_blocks": ("decoder_layers", "decoder_encoder.layer")}
 _THEIR_PARTS = (("attention.attention.query", "attention.q_proj"),
                 ("attention.attention.key", "attention.k_proj"),
@@ -183,14 +186,14 @@ class OfficialNames:
         self._thirds: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def add(self, name: str, part: int | None, tensor: Tensor) -> None:
-        """Raises CheckpointError for a name that is taken."""
+        """Add a tensor. Raises CheckpointError for a name that is taken."""
         taken: dict[str, Tensor] | dict[int, Tensor] = self.named if part is None else self._thirds[name]
         if (name if part is None else part) in taken:
             raise CheckpointError(f"{self.path} holds {name} twice, under two of the spellings of {self.layout.name}")
         taken[name if part is None else part] = tensor  # type: ignore[index]
 
     def joined(self) -> dict[str, Tensor]:
-        """Raises CheckpointError unless q, k and v are complete and fit each other."""
+        """Join q, k and v. Raises CheckpointError unless they are complete and fit each other."""
         for name, parts in self._thirds.items():
             found = [parts[part] for part in sorted(parts)]
             if len(found) < len(_THEIR_PARTS) or len({(part.shape, part.dtype) for part in found}) > 1:
@@ -204,7 +207,7 @@ class OfficialNames:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A module's name and ".weight" or ".bias", or a parameter's name and nothing."""
+    """Return a module's name and ".weight" or ".bias", or a parameter's name and nothing."""
     module, _, kind = name.rpartition(".")
     return (module, f".{kind}") if kind in ("weight", "bias") else (name, "")
 
@@ -215,7 +218,8 @@ _THEIR_OUTSIDE = {ours: f"vit.{theirs}" for theirs, ours in _THEIR_ENCODER.items
 
 
 def transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of official names by transformers' published names, which its versions 4 and 5 read; q, k, v are views of qkv."""
+    """Tensors of official names by transformers' published names, which its versions 4 and 5 read;
+    q, k, v are views of qkv."""
     return dict(_transformers_names(tensors))
 
 

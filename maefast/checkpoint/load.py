@@ -1,4 +1,4 @@
-"""Checkpoints into models, and models into maefast's own layout."""
+"""Loading checkpoints into models, and saving models in maefast's own layout."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,25 +19,31 @@ from .target import warn_of_target
 
 M = TypeVar("M", bound=nn.Module)
 
-VARIANT = "variant_"  # begins the names of what a variant of MAE (maefast.train.variants) has beyond it
+# begins the names of what a variant of MAE (maefast.train.variants) has beyond it
+VARIANT = "variant_"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT = re.compile(r"(?!head\.).*\.(weight|bias)|cls_token|pos_embed|mask_token|decoder_pos_embed")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint; print it.
+    """What was loaded of a checkpoint and what was not, to print.
 
-    layout          "official" (also timm's and maefast's own names), "transformers", "mmpretrain" or "torchvision"
-    source          where in the checkpoint the weights were: the entry, and the prefixes of their names
+    layout          "official" (also timm's and maefast's own names), "transformers", "mmpretrain"
+                    or "torchvision"
+    source          where in the checkpoint the weights were: the entry, and the prefixes of their
+                    names
     missing         tensors that the model, or the layout written, has and the checkpoint has not
-    unexpected      tensors of the checkpoint that the model, or the layout written, has no place for
+    unexpected      tensors of the checkpoint that the model, or the layout written, has no place
+                    for
     has_decoder     whether the checkpoint holds the decoder
-    norm_pix_loss   whether its target was normalised pixels; None where the checkpoint does not tell
+    norm_pix_loss   whether its target was normalised pixels; None where the checkpoint does not
+                    tell
     positions       what was done to positions stored for another grid, a sentence each
     adapted         what was done to other tensors so that they fit, a sentence each
-    ignored         what a checkpoint holds beside the model: the optimizer's state, the epoch, counters of normalisation and of
-                    averages, other modules, what a variant of MAE has beyond it
+    ignored         what a checkpoint holds beside the model: the optimizer's state, the epoch,
+                    counters of normalisation and of averages, other modules, what a variant of MAE
+                    has beyond it
     warnings        what may be wrong although everything fitted
     """
 
@@ -54,7 +60,7 @@ class LoadReport:
     warnings: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """The report in values of JSON, with the name of the file alone."""
+        """Return the report as JSON values, with only the name of the file."""
         entries = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"file": self.path.name} | {name: value for name, value in entries.items() if name != "path"}
 
@@ -106,7 +112,7 @@ class Checkpoint:
         return [name for name in (*self.tensors, *self.counters) if is_head(name)]
 
     def without(self, names: Iterable[str]) -> "Checkpoint":
-        """The same checkpoint with less in it."""
+        """Return the checkpoint without some of its tensors."""
         names = set(names)
         kept = ({name: t for name, t in part.items() if name not in names} for part in (self.tensors, self.counters))
         tensors, counters = kept
@@ -135,18 +141,19 @@ class Checkpoint:
         )
 
     def warn_of_variant(self) -> list[str]:
-        """What to say where its decoder is put to use."""
+        """Return a warning for when its decoder is used."""
         if not self.variant or not self.has_decoder:
             return []
         return [f"the checkpoint is of a variant of MAE, with {listed(list(self.variant))}, and so is its decoder"]
 
     def warn_of_head(self, wanted: str) -> list[str]:
-        """What to say where its head is left out."""
+        """Return a warning for when its head is left out."""
         return [f"the head of the checkpoint, {_shape_of(self.head, self.tensors)}, is left out: {wanted}"] if self.head else []
 
 
 def read(path: str | Path, key: str | None = None) -> Checkpoint:
-    """A checkpoint of any known layout. Raises as candidates.read, and CheckpointError for weights that are no floats."""
+    """Return a checkpoint of any known layout. Raises as candidates.read, and CheckpointError for
+    weights that are no floats."""
     weights = candidates.read(path, key)
     tensors, counters, variant = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in weights.tensors.items():
@@ -171,20 +178,24 @@ def read(path: str | Path, key: str | None = None) -> Checkpoint:
 
 
 def load(model: nn.Module, path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None) -> LoadReport:
-    """Load a checkpoint of any known layout into a model with official names, an MAE or its encoder.
+    """Load a checkpoint of any known layout into a model with official names, an MAE or its
+    encoder.
 
-    key            which weights to take where the checkpoint holds several, such as an average beside them: the name of the
-                   entry, the prefix of the names, or both, joined by dots
-    stored_grid    (rows, columns) of the stored positions, where the checkpoint tells something else or nothing: by default
-                   config.json's, else the grid whose sin-cos they are, else the model's if it has as many patches, else a square
+    key            which weights to take where the checkpoint holds several, such as an average
+                   beside them: the name of the entry, the prefix of the names, or both, joined by
+                   dots
+    stored_grid    (rows, columns) of the stored positions, where the checkpoint tells something
+                   else or nothing: by default config.json's, else the grid whose sin-cos they are,
+                   else the model's if it has as many patches, else a square
 
-    Positions of another grid are computed anew where they are sin-cos, and resized where they were trained. A checkpoint may lack
-    the decoder, and a model may have a `head` or `fc_norm` that the checkpoint lacks; the report names them. A model without
-    decoder leaves the checkpoint's where it is. A head that is not the model's is left out, with a warning. Counters, which are
-    integers, are loaded where the model has them. Everything else must fit. A model on the meta device gets its tensors from the
-    checkpoint, which must have all of them.
-    Raises TypeError for another kind of model, FileNotFoundError, CheckpointError (a ValueError), and RuntimeError where
-    safetensors is needed and not installed; the model is then as it was, bit for bit.
+    Positions of another grid are computed anew where they are sin-cos, and resized where they were
+    trained. A checkpoint may lack the decoder, and a model may have a `head` or `fc_norm` that the
+    checkpoint lacks; the report names them. A model without decoder leaves the checkpoint's where
+    it is. A head that is not the model's is left out, with a warning. Counters, which are integers,
+    are loaded where the model has them. Everything else must fit. A model on the meta device gets
+    its tensors from the checkpoint, which must have all of them. Raises TypeError for another kind
+    of model, FileNotFoundError, CheckpointError (a ValueError), and RuntimeError where safetensors
+    is needed and not installed; the model is then as it was, bit for bit.
     """
     check_model(model)
     checkpoint = read(path, key)
@@ -197,19 +208,21 @@ def check_model(model: nn.Module) -> None:
 
 
 def stored_positions(model: Any, checkpoint: Checkpoint, stored_grid: Grid | None) -> Grid:
-    """The grid of a checkpoint's positions, where nothing else tells it the model's."""
+    """Return the grid of a checkpoint's positions, by default the model's."""
     return find_grid(checkpoint.tensors, checkpoint.facts, checkpoint.path, stored_grid, model.patch_embed.grid_size)
 
 
 def from_pretrained(
     cls: Callable[..., M], path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None, **overrides: Any
 ) -> tuple[M, LoadReport]:
-    """A model of class `cls`, which has MAE's constructor, with the architecture and the weights of a checkpoint.
+    """Return a model of class `cls`, which has MAE's constructor, with the architecture and the
+    weights of a checkpoint.
 
     cls            a class, or a function that takes MAE's arguments and makes an encoder of them
-    overrides      arguments of the constructor that the checkpoint does not tell, or that shall differ, such as img_size
-    Raises as `load`, and CheckpointError where num_heads or decoder_num_heads is neither told, nor implied by the width, nor
-    given.
+    overrides      arguments of the constructor that the checkpoint does not tell, or that shall
+                   differ, such as img_size
+    Raises as `load`, and CheckpointError where num_heads or decoder_num_heads is neither told, nor
+    implied by the width, nor given.
     """
     checkpoint = read(path, key)
     about = (checkpoint.tensors, checkpoint.facts, checkpoint.path)
@@ -223,10 +236,11 @@ def from_pretrained(
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Write an MAE to `folder`, made where there is none: model.safetensors with the official names, and config.json with the
-    constructor's arguments. Files of these names are replaced.
+    """Write an MAE to `folder`, made where there is none: model.safetensors with the official
+    names, and config.json with the constructor's arguments. Files of these names are replaced.
 
-    Raises ValueError for a norm_layer other than nn.LayerNorm, OSError, and RuntimeError where safetensors is not installed.
+    Raises ValueError for a norm_layer other than nn.LayerNorm, OSError, and RuntimeError where
+    safetensors is not installed.
     """
     config = {"model_type": OUR_MODEL_TYPE, "maefast_version": __version__} | asdict(of_model(model))
     folder = Path(folder)
@@ -255,7 +269,7 @@ def _load(
 
 
 def without_other_head(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str], list[str]]:
-    """The checkpoint without a head that is not the model's, the names that this leaves out, and warnings of it."""
+    """Return the checkpoint without a head of other classes, the names left out, and warnings."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if is_head(name)}
     everything = checkpoint.tensors | checkpoint.counters
     theirs = {name: everything[name] for name in checkpoint.head}
@@ -263,12 +277,13 @@ def without_other_head(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkp
     if same or not theirs:
         return checkpoint, [], []
     wanted = f"{type(model).__name__} has {_shape_of(list(ours), ours) if ours else 'none'}"
-    warn = bool(ours) or has_decoder(model)  # an encoder that was made without a head has no use for one
+    # an encoder that was made without a head has no use for one
+    warn = bool(ours) or has_decoder(model)
     return checkpoint.without(theirs), list(theirs), checkpoint.warn_of_head(wanted) if warn else []
 
 
 def _shape_of(names: list[str], tensors: Mapping[str, Tensor]) -> str:
-    """The last matrix of a head, by which it is known."""
+    """Return the shape of the last matrix of a head, which identifies it."""
     matrices = [name for name in names if name in tensors and tensors[name].dim() == 2]
     return f"{matrices[-1]} {tuple(tensors[matrices[-1]].shape)}" if matrices else listed(names)
 
@@ -278,7 +293,8 @@ def has_decoder(model: nn.Module) -> bool:
 
 
 def refit(model: Any, checkpoint: Checkpoint, grid: Grid) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a checkpoint with the positions of the model's grid, and what was done to them."""
+    """Return the tensors of a checkpoint with positions fitted to the model's grid, and what was
+    done."""
     fitted, changes = dict(checkpoint.tensors), list[str]()
     for name in sorted({"pos_embed", "decoder_pos_embed"} & fitted.keys() & model.state_dict().keys()):
         L = grid[0] * grid[1]
@@ -291,8 +307,8 @@ def refit(model: Any, checkpoint: Checkpoint, grid: Grid) -> tuple[dict[str, Ten
 
 
 def put(model: nn.Module, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights, all of which the model has, into it. Raises CheckpointError, before any is copied, where one does not
-    fit."""
+    """Copy the weights, all of which the model has, into it. Raises CheckpointError, before any is
+    copied, where one does not fit."""
     ours = model.state_dict()
     for name, tensor in weights.items():
         if tensor.shape != ours[name].shape:
@@ -316,7 +332,8 @@ def put(model: nn.Module, checkpoint: Checkpoint, weights: Mapping[str, Tensor])
 
 
 def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> None:
-    """Raise unless what is missing is a whole decoder or a head, and what is left over is one that the model does not have."""
+    """Raise unless what is missing is a whole decoder or a head, and what is left over is one that
+    the model does not have."""
     names = model.state_dict().keys()
     decoder, fc_norm = any(map(is_decoder, names)), any(name.startswith("fc_norm.") for name in names)
 
@@ -332,7 +349,8 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], u
 
 
 def check_heads(model: Any, checkpoint: Checkpoint, stacks: Iterable[str] = ("blocks", "decoder_blocks")) -> None:
-    """Raise where the checkpoint tells other heads: the shapes would fit, and the model compute something else."""
+    """Raise where the checkpoint tells other heads: the shapes would fit, and the model compute
+    something else."""
     for name, blocks in (("num_heads", "blocks"), ("decoder_num_heads", "decoder_blocks")):
         told, theirs = getattr(checkpoint.facts, name), f"{blocks}.0.attn.qkv.weight"
         if blocks not in stacks or told is None or theirs not in checkpoint.tensors or not len(getattr(model, blocks, ())):

@@ -13,7 +13,7 @@ HELP = "write images as one uint8 array, the form that is read fastest"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="DIR", help="a folder of images, a list, or tar shards")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    parser.add_argument("--split", choices=SPLITS, help="that subfolder of DIR alone")
+    parser.add_argument("--split", choices=SPLITS, help="only that subfolder of DIR")
     help = "side of the stored images in pixels, or height and width (%(default)s)"
     parser.add_argument("--size", type=sides, default=256, metavar="S | H W", help=help)
     parser.add_argument("--channels", type=whole(1), help="of the stored images; 3 for most files")

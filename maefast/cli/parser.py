@@ -36,7 +36,8 @@ def joined(words: Sequence[str], pairs: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes - and _ in flags alike. Errors are one line, without the usage; an unknown flag is told the nearest one."""
+    """A parser that takes - and _ in flags alike. Errors are one line, without the usage, and name
+    the nearest known flag."""
 
     def __init__(self, **options: Any):
         self.flags, self.pairs = list[str](), list[str]()

@@ -1,4 +1,5 @@
-"""What transformers' configuration asks for and maefast's blocks do not have: dropout, hidden states, attention weights."""
+"""Features of transformers' configuration that maefast's blocks lack: dropout, hidden states,
+attention weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,8 +55,8 @@ def add_dropout(blocks: nn.ModuleList, hidden: float, weights: float) -> None:
 
 @contextmanager
 def captured(blocks: nn.ModuleList, hidden: bool, attentions: bool) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Within the block, the tokens before each of `blocks` and after the last, and the attention weights (N, h, T, T) of each, as
-    far as they are asked for."""
+    """Within the block, the tokens before each of `blocks` and after the last, and the attention
+    weights (N, h, T, T) of each, as far as they are asked for."""
     states, weights = list[Tensor](), list[Tensor]()
     with ExitStack() as stack:
         block: Any
@@ -79,6 +80,6 @@ def _keep_weights(weights: list[Tensor], num_heads: int) -> Callable[[nn.Module,
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, T, 3 h d) -> queries, keys and values, each (N, h, T, d)."""
+    """Split (N, T, 3 h d) into queries, keys and values, each (N, h, T, d)."""
     q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v

@@ -1,4 +1,5 @@
-"""Where from_pretrained finds what it reads, in folders, files, the hub's local cache or the hub; what save_pretrained writes."""
+"""The files of from_pretrained (folders, files, the hub and its local cache) and of
+save_pretrained."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,8 @@ from ..checkpoint.files import CONFIG, THEIR_WEIGHTS, WEIGHTS, write_json, write
 
 INDEX = ".index.json"
 MODEL_TYPES = ("vit_mae", "vit")
-# Arguments of transformers' from_pretrained that have no meaning here, and what may be passed for each.
+# Arguments of transformers' from_pretrained that have no meaning here, and what may be passed for
+# each.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "adapter_kwargs": (None, {}),
     "distributed_config": (None,),
@@ -51,7 +53,8 @@ class Source:
         return Path(self.path).exists()
 
     def weights(self, safe: bool | None) -> Path:
-        """The folder or file with the weights, in the local cache where `path` is a model of the hub.
+        """Return the folder or file with the weights, in the local cache if `path` is a model of
+        the hub.
 
         safe    True: safetensors alone; False: pickles alone
         Raises OSError where there are none, as transformers does.
@@ -72,7 +75,7 @@ class Source:
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """OSError of the hub's client in one sentence."""
+        """Turn an error of the hub's client into an OSError of one sentence."""
         try:
             yield
         except OSError as error:
@@ -96,7 +99,8 @@ def require_transformers() -> Any:
 
 
 def neutral(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that are not in NEUTRAL. Raises ValueError for one that is, with a value that would be ignored."""
+    """Return the arguments that are not in NEUTRAL. Raises ValueError for one of NEUTRAL whose
+    value would be ignored."""
     for name in NEUTRAL.keys() & arguments.keys():
         if not any(arguments[name] is value or arguments[name] == value for value in NEUTRAL[name]):
             allowed = " or ".join(map(repr, NEUTRAL[name]))
@@ -105,7 +109,8 @@ def neutral(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(source: Source, config: Any, overrides: dict[str, Any]) -> Any:
-    """The configuration: that which is given, or the one read from `config` or beside the weights, with overrides."""
+    """Return the given configuration, or the one read from `config` or beside the weights, with
+    overrides."""
     if config is not None and not isinstance(config, str | Path):
         if overrides:
             raise TypeError(f"{', '.join(overrides)} must be in config, where that is given; got both")
@@ -127,7 +132,7 @@ def read_config(source: Source, config: Any, overrides: dict[str, Any]) -> Any:
 
 
 def wanted_dtype(dtype: Any, config: Any) -> torch.dtype | None:
-    """The dtype that `dtype` stands for; None leaves fp32. "auto" is what the configuration tells."""
+    """Return the dtype that `dtype` names; None leaves fp32, and "auto" is the configuration's."""
     if dtype == "auto":
         dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
@@ -138,7 +143,7 @@ def wanted_dtype(dtype: Any, config: Any) -> torch.dtype | None:
 
 
 def wanted_device(device_map: Any) -> torch.device | None:
-    """The one device of a device_map."""
+    """Return the one device of a device_map."""
     if isinstance(device_map, dict) and device_map.keys() == {""}:
         device_map = device_map[""]
     if device_map is None:
@@ -150,7 +155,8 @@ def wanted_device(device_map: Any) -> torch.device | None:
 
 
 def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], max_shard_size: int | str, safe: bool) -> None:
-    """config.json, and the weights as safetensors or pickled, in shards where they are larger than max_shard_size."""
+    """Write config.json and the weights, as safetensors or pickled, in shards if larger than
+    max_shard_size."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     name = WEIGHTS if safe else THEIR_WEIGHTS

@@ -1,4 +1,4 @@
-"""The two classes, and what they share."""
+"""ViTMAEForPreTraining, ViTMAEModel and their base class."""
 
 import copy
 import warnings
@@ -21,12 +21,13 @@ from ..model import MAE
 from .capture import DroppingAttention, add_dropout, captured
 from .loading import Source, neutral, read_config, require_transformers, wanted_device, wanted_dtype, write
 
-ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attn"}  # transformers' names of backends
+# transformers' names of backends
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attn"}
 A = TypeVar("A", bound="Adapter")
 
 
 class Adapter(nn.Module):
-    """What ViTMAEModel and ViTMAEForPreTraining share with transformers' PreTrainedModel.
+    """The methods of transformers' PreTrainedModel that ViTMAEModel and ViTMAEForPreTraining have.
 
     _inner    the name of the submodule with official names that holds the parameters
     _outer    begins transformers' names that the class has not, its base model being the whole
@@ -75,7 +76,8 @@ class Adapter(nn.Module):
         return getattr(self, self.base_model_prefix, self)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many values the parameters have. exclude_embeddings: without the patch embedding."""
+        """Return how many values the parameters have. exclude_embeddings: without the patch
+        embedding."""
         left_out = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
         counted = (p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable))
         return sum(p.numel() for p in counted)
@@ -90,7 +92,7 @@ class Adapter(nn.Module):
         """No weights are tied."""
 
     def init_weights(self) -> None:
-        """The official initialisation, anew."""
+        """Initialise all weights again, as the official model does."""
         init_weights(self._mae)
 
     @classmethod
@@ -99,13 +101,14 @@ class Adapter(nn.Module):
 
     @classmethod
     def _from_config(cls: type[A], config: Any, *, dtype: Any = None, attn_implementation: str | None = None) -> A:
-        """A fresh model, as transformers' AutoModel makes it."""
+        """Return a fresh model, as transformers' AutoModel makes it."""
         model = cls(copy.deepcopy(config))
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         return model.to(dtype=wanted_dtype(dtype, config))
 
-    # -- attention ---------------------------------------------------------------------------------------
+    # -- attention
+    # ---------------------------------------------------------------------------------------
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -127,7 +130,8 @@ class Adapter(nn.Module):
         self.config._attn_implementation = attn_implementation
 
     def enable_input_require_grads(self) -> None:
-        """Let the embedded patches require gradients, which adapters on a frozen model need under activation checkpointing."""
+        """Let the embedded patches require gradients, which adapters on a frozen model need under
+        activation checkpointing."""
         self.disable_input_require_grads()
         self._require_grads_hook = self.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
 
@@ -136,7 +140,8 @@ class Adapter(nn.Module):
             self._require_grads_hook.remove()
         self._require_grads_hook = None
 
-    # -- activation checkpointing ------------------------------------------------------------------------
+    # -- activation checkpointing
+    # ------------------------------------------------------------------------
 
     @property
     def _stacks(self) -> list[nn.ModuleList]:
@@ -147,8 +152,10 @@ class Adapter(nn.Module):
     ) -> None:
         """Compute the activations of blocks again in their backward pass.
 
-        activation_checkpointing_kwargs    of torch.utils.checkpoint.checkpoint; use_reentrant is False by default
-        every_n_layers                     which blocks: every n-th of the encoder, and of the decoder
+        activation_checkpointing_kwargs    of torch.utils.checkpoint.checkpoint; use_reentrant is
+                                           False by default
+        every_n_layers                     which blocks: every n-th of the encoder, and of the
+                                           decoder
         Raises ValueError for offload=True, and for an every_n_layers below 1.
         """
         if offload:
@@ -184,7 +191,8 @@ class Adapter(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return self.is_activation_checkpointing
 
-    # -- checkpoints -------------------------------------------------------------------------------------
+    # -- checkpoints
+    # -------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -208,20 +216,28 @@ class Adapter(nn.Module):
         output_loading_info: bool = False,
         **overrides: Any,
     ) -> Any:
-        """A model in eval mode with the weights of a checkpoint, of any layout that `maefast.checkpoint` reads.
+        """Return a model in eval mode with the weights of a checkpoint, of any layout that
+        `maefast.checkpoint` reads.
 
-        pretrained_model_name_or_path    a folder, a file, or a model of the hub, which is looked for in the local cache first;
-                                         with HF_HUB_OFFLINE=1 or local_files_only there alone
-        state_dict                       by transformers' names, in place of a checkpoint, which is then None; needs config
-        config                           a ViTMAEConfig, or where one is read from; by default that beside the weights
-        dtype                            of the model; "auto": as the configuration tells, else fp32. torch_dtype is its old name
+        pretrained_model_name_or_path    a folder, a file, or a model of the hub, which is looked
+                                         for in the local cache first; with HF_HUB_OFFLINE=1 or
+                                         local_files_only there alone
+        state_dict                       by transformers' names, in place of a checkpoint, which is
+                                         then None; needs config
+        config                           a ViTMAEConfig, or where one is read from; by default that
+                                         beside the weights
+        dtype                            of the model; "auto": as the configuration tells, else
+                                         fp32. torch_dtype is its old name
         device_map                       None or one device
-        attn_implementation              "eager", "sdpa" or "flash_attention_2"; by default maefast chooses
+        attn_implementation              "eager", "sdpa" or "flash_attention_2"; by default maefast
+                                         chooses
         key                              which weights to take where the checkpoint holds several
-        output_loading_info              True: (model, dict of missing_keys and unexpected_keys, by transformers' names)
+        output_loading_info              True: (model, dict of missing_keys and unexpected_keys, by
+                                         transformers' names)
         overrides                        entries of the configuration, such as mask_ratio
-        Warns as `MAE.from_pretrained`. Raises as `maefast.checkpoint.load`, OSError for a model that is not found, TypeError or
-        ValueError for arguments that the model cannot honour, RuntimeError where transformers is missing.
+        Warns as `MAE.from_pretrained`. Raises as `maefast.checkpoint.load`, OSError for a model
+        that is not found, TypeError or ValueError for arguments that the model cannot honour,
+        RuntimeError where transformers is missing.
         """
         options = {
             "cache_dir": cache_dir,
@@ -263,7 +279,8 @@ class Adapter(nn.Module):
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write config.json and model.safetensors to a folder, made where there is none; transformers' class reads them.
+        """Write config.json and model.safetensors to a folder, made where there is none;
+        transformers' class reads them.
 
         is_main_process       False: write nothing
         state_dict            written in place of the model's own
@@ -287,7 +304,7 @@ class Adapter(nn.Module):
         raise ValueError("push_to_hub is not offered: upload the folder of save_pretrained with huggingface_hub.upload_folder")
 
     def _their_names(self, names: tuple[str, ...]) -> set[str]:
-        """Official names by transformers' names, as far as it has them."""
+        """Return official names by transformers' names, for those that it has."""
         placed = {name: torch.empty(3, 1) for name in names}
         known: set[str] = set()
         for name, tensor in placed.items():
@@ -297,14 +314,16 @@ class Adapter(nn.Module):
                 known.add(name)
         return {name.removeprefix(self._outer) for name in known}
 
-    # -- forward -----------------------------------------------------------------------------------------
+    # -- forward
+    # -----------------------------------------------------------------------------------------
 
     def _flag(self, given: bool | None, name: str, default: bool = False) -> bool:
-        """An argument of forward, by default the configuration's."""
+        """Return an argument of forward, by default the configuration's."""
         return bool(getattr(self.config, name, default) if given is None else given)
 
     def _noise_for(self, pixel_values: Tensor | None, noise: Tensor | None, refused: Mapping[str, Any]) -> Tensor:
-        """Noise (N, L) in fp32 that ranks as `noise`, or a fresh draw. Raises for arguments that are refused."""
+        """Return noise (N, L) in fp32 that ranks as `noise`, or a fresh draw. Raises for arguments
+        that are refused."""
         if pixel_values is None:
             raise ValueError("pixel_values must be given; it is None")
         if refused["interpolate_pos_encoding"]:
@@ -315,7 +334,8 @@ class Adapter(nn.Module):
             return ops.masking_noise(pixel_values.shape[0], self._weights.patch_embed.num_patches, pixel_values.device)
         if noise.dtype == torch.float32 or not noise.dtype.is_floating_point:
             return noise
-        return noise.argsort(dim=1, stable=True).argsort(dim=1).float()  # ranks, which rounding cannot tie
+        # ranks, which rounding cannot tie
+        return noise.argsort(dim=1, stable=True).argsort(dim=1).float()
 
 
 class _Encoder(nn.Module):
@@ -323,7 +343,8 @@ class _Encoder(nn.Module):
 
     def __init__(self, mae: MAE):
         super().__init__()
-        object.__setattr__(self, "mae", mae)  # not a submodule: its decoder is none of the encoder's
+        # not a submodule: its decoder is none of the encoder's
+        object.__setattr__(self, "mae", mae)
         self.patch_embed, self.blocks, self.norm = mae.patch_embed, mae.blocks, mae.norm
         self.cls_token, self.pos_embed = mae.cls_token, mae.pos_embed
         self.register_load_state_dict_post_hook(_share_tokens)
@@ -336,13 +357,14 @@ class _Encoder(nn.Module):
 
 
 def _share_tokens(encoder: Any, _: Any) -> None:
-    """load_state_dict(assign=True) makes parameters of its own."""
+    """Share the tokens again after load_state_dict(assign=True), which makes new parameters."""
     encoder.mae.cls_token, encoder.mae.pos_embed = encoder.cls_token, encoder.pos_embed
     follow_parameters(encoder.mae)
 
 
 class ViTMAEModel(Adapter):
-    """transformers' class of this name, the encoder on masked images, around the encoder of a `maefast.MAE`.
+    """transformers' class of this name, the encoder on masked images, around the encoder of a
+    `maefast.MAE`.
 
     config    a transformers.ViTMAEConfig, or any object with its attributes
     """
@@ -356,7 +378,7 @@ class ViTMAEModel(Adapter):
 
     @classmethod
     def _around(cls, config: Any, mae: MAE) -> "ViTMAEModel":
-        """The encoder of `mae`, with which it shares its parameters."""
+        """Return the encoder of `mae`, which shares its parameters."""
         model = cls.__new__(cls)
         Adapter.__init__(model, config)
         model.encoder_weights = _Encoder(mae)
@@ -380,7 +402,8 @@ class ViTMAEModel(Adapter):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """pixel_values (N, C, H, W), noise (N, L) -> ViTMAEModelOutput: last_hidden_state (N, 1+K, D), mask, ids_restore (N, L).
+        """pixel_values (N, C, H, W), noise (N, L) -> ViTMAEModelOutput: last_hidden_state (N, 1+K,
+        D), mask, ids_restore (N, L).
 
         Arguments and errors are those of ViTMAEForPreTraining.forward.
         """
@@ -404,13 +427,15 @@ class ViTMAEModel(Adapter):
 
 
 class ViTMAEForPreTraining(Adapter):
-    """transformers' class of this name around a `maefast.MAE`, which is `.mae`; its state_dict has transformers' published names.
+    """transformers' class of this name around a `maefast.MAE`, which is `.mae`; its state_dict has
+    transformers' published names.
 
     config    a transformers.ViTMAEConfig, or any object with its attributes
 
     A fresh model is initialised as the official one is.
-    Raises ValueError for what the model has no place for: qkv without bias, an activation other than GELU, MLPs of different
-    ratios in encoder and decoder; RuntimeError where transformers is missing.
+    Raises ValueError for what the model has no place for: qkv without bias, an activation other
+    than GELU, MLPs of different ratios in encoder and decoder; RuntimeError where transformers is
+    missing.
     """
 
     _inner, _outer = "mae", ""
@@ -440,14 +465,17 @@ class ViTMAEForPreTraining(Adapter):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """pixel_values (N, C, H, W) -> ViTMAEForPreTrainingOutput: loss, logits (N, L, P), mask (N, L), ids_restore (N, L).
+        """pixel_values (N, C, H, W) -> ViTMAEForPreTrainingOutput: loss, logits (N, L, P), mask (N,
+        L), ids_restore (N, L).
 
-        noise (N, L)                               decides the mask in place of a fresh draw; config.mask_ratio of the patches are
-                                                   removed
-        output_attentions, output_hidden_states    of the encoder; by default as config says. Blocks then run module by module
+        noise (N, L)                               decides the mask in place of a fresh draw;
+                                                   config.mask_ratio of the patches are removed
+        output_attentions, output_hidden_states    of the encoder; by default as config says. Blocks
+                                                   then run module by module
         return_dict                                False: a tuple
-        Raises ValueError for interpolate_pos_encoding: a model for another size is made with that `image_size` in its
-        configuration, and from_pretrained fits the positions. `model.mae` takes more, such as return_pred=False.
+        Raises ValueError for interpolate_pos_encoding: a model for another size is made with that
+        `image_size` in its configuration, and from_pretrained fits the positions. `model.mae` takes
+        more, such as return_pred=False.
         """
         refused = {"interpolate_pos_encoding": interpolate_pos_encoding, "attention_mask": attention_mask}
         noise = self._noise_for(pixel_values, noise, refused)
@@ -482,7 +510,7 @@ def _outputs() -> Any:
 
 
 def _mae_of(config: Any, **decoder: Any) -> MAE:
-    """The MAE of a configuration. Raises ValueError for what it has no place for."""
+    """Return the MAE of a configuration. Raises ValueError for settings that MAE lacks."""
     require_transformers()
     for name, wanted in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if (value := getattr(config, name, wanted)) != wanted:

@@ -1,5 +1,5 @@
-"""What the kernels share: how tiles are cut, the device that a launch goes to, sums of columns, the normalisation of a uint8
-pixel."""
+"""What the kernels share: how tiles are cut, the device that a launch goes to, sums of columns, the
+normalisation of a uint8 pixel."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,41 +10,45 @@ from torch import Tensor
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: within the block that is the one of `tensor`."""
+    """Make the device of `tensor` current within the block, since Triton launches on the current
+    device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """`tensor` itself where its last dimension is dense, else a contiguous copy."""
+    """Return `tensor` itself if its last dimension is dense, else a contiguous copy."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def dense_statistics(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The statistics of uint8 images as kernels read them: both dense, or none."""
+    """Return the statistics of uint8 images as kernels read them: both dense, or none."""
     return (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
 
 
 def strides_of(imgs: Tensor) -> dict[str, int]:
-    """The strides of images (N, C, H, W) under the names that the kernels give them."""
+    """Return the strides of images (N, C, H, W) under the names that the kernels give them."""
     return dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), imgs.stride(), strict=True))
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """`tensor` (..., D) as (rows, D) with dense rows, a copy only where its strides allow no view."""
+    """Return `tensor` (..., D) as (rows, D) with dense rows, a copy only if its strides allow no
+    view."""
     return dense_rows(tensor.reshape(-1, tensor.shape[-1]))
 
 
 def column_block(width: int) -> int:
-    """The power of two, up to 512, that cuts `width` with the least waste; the largest of those that waste the same."""
+    """Return the power of two, up to 512, that cuts `width` with the least waste; the largest of
+    those that waste the same."""
     if width <= 128:
         return triton.next_power_of_2(width)
     return min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block)
 
 
 def rows_per_chunk(rows: int, least: int = 16) -> int:
-    """A rule of the shape alone, so that the order of a sum is: about 2000 chunks, or chunks of `least` .. 128 rows."""
+    """A rule of the shape alone, so that the order of a sum is: about 2000 chunks, or chunks of
+    `least` .. 128 rows."""
     return min(128, max(least, triton.next_power_of_2(triton.cdiv(rows, 2048))))
 
 
@@ -67,7 +71,8 @@ def _column_sum_kernel(
 
 
 def sum_columns(partial: Tensor, *totals: Tensor) -> None:
-    """Add the chunks of partial (chunks, k D), fp32, into k <= 3 totals of D values: the second stage of a sum over rows.
+    """Add the chunks of partial (chunks, k D), fp32, into k <= 3 totals of D values: the second
+    stage of a sum over rows.
 
     The order of the additions depends on the number of chunks alone.
     """
@@ -89,7 +94,8 @@ def sum_columns(partial: Tensor, *totals: Tensor) -> None:
 
 @triton.jit
 def normalised(pixel, mean, rstd):
-    """(pixel / 255 - mean) * rstd for uint8 values; the quotient correctly rounded, as a division would give it."""
+    """(pixel / 255 - mean) * rstd for uint8 values; the quotient correctly rounded, as a division
+    would give it."""
     pixel = pixel.to(tl.float32)
     quotient = pixel * (1 / 255)
     quotient = tl.fma(tl.fma(quotient, -255.0, pixel), 1 / 255, quotient)

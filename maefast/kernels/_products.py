@@ -1,4 +1,5 @@
-"""What `python -m maefast.kernels.tune` times of the products of maefast/gemm.py, and the entries of the table that follow."""
+"""Timing of maefast/gemm.py's products for `python -m maefast.kernels.tune`, and the resulting
+table entries."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,8 @@ from .. import gemm, kernels
 from ..testing.timing import Run
 from ..tuned import Gemm
 
-_BLOCKS = ((201_728, 512), (51_200, 768), (25_600, 1024), (16_640, 1280))  # rows of a step, width: decoder; encoders B, L, H
+# rows of a step, width: decoder; encoders B, L, H
+_BLOCKS = ((201_728, 512), (51_200, 768), (25_600, 1024), (16_640, 1280))
 _CHECKED_ROWS = 392
 SETS = 2  # of inputs, that rotate
 
@@ -24,11 +26,13 @@ class Size(NamedTuple):
 
 
 Timed = tuple[str, Size, Mapping[str, float]]  # kind, size, time of "cublas" and of "cutlass"
-Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # of x, weight, bias, hidden
+# of x, weight, bias, hidden
+Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def sizes(kind: str) -> tuple[Size, ...]:
-    """The products of a kind in the blocks of ViT-B, -L and -H; with GELU the one between the MLP's two layers."""
+    """Yield the products of a kind in the blocks of ViT-B, -L and -H; with GELU the one between the
+    MLP's two layers."""
     shapes = ((1, 4),) if "gelu" in kind else ((1, 1), (1, 3), (1, 4), (4, 1))
     return tuple(Size(rows, width * a, width * b) for rows, width in _BLOCKS for a, b in shapes)
 
@@ -58,7 +62,8 @@ _CUBLAS: dict[str, Contender] = {
     "input_gradient": lambda x, weight, bias, hidden: (x @ weight,),
     "linear_gelu_fwd": _linear_gelu,
     "linear_gelu_bwd": lambda x, weight, bias, hidden: (_gelu_gradient(x @ weight, hidden),),
-    "linear_gelu_bwd_sum": _separate_sum,  # asked for only where linear_gelu_bwd is faster than cuBLAS
+    # asked for only where linear_gelu_bwd is faster than cuBLAS
+    "linear_gelu_bwd_sum": _separate_sum,
 }
 _CUTLASS: dict[str, Contender] = {
     "linear": lambda x, weight, bias, hidden: (torch.ops.maefast.linear_fwd(x, weight, bias, False),),
@@ -70,7 +75,7 @@ _CUTLASS: dict[str, Contender] = {
 
 
 def plain(kind: str, x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-    """The results of a kind by torch's own ops, in the dtype of x."""
+    """Return the results of a kind by torch's own ops, in the dtype of x."""
     y = F.linear(x, weight, bias) if kind in gemm.FORWARD else x @ weight
     if kind == "linear_gelu_fwd":
         return F.gelu(y), y
@@ -97,7 +102,7 @@ def time_product(
     rotate: Callable[[Mapping[str, Run], int], dict[str, float]],
     is_right: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], bool],
 ) -> dict[str, float]:
-    """The time of "cublas", and of "cutlass" where it can run and is right."""
+    """Return the time of "cublas", and of "cutlass" if it can run and its result is right."""
     contenders = {"cublas": _CUBLAS[kind], "cutlass": _CUTLASS[kind]}
     small = inputs(kind, size._replace(rows=_CHECKED_ROWS), device, dtype)
     eager, exact = plain(kind, *small), plain(kind, *(t.double() for t in small))
@@ -112,10 +117,10 @@ def time_product(
 
 
 def entries(timed: Iterable[Timed], gain: float, capability: str, measured: str) -> tuple[Gemm, ...]:
-    """What is at least `gain` faster than cuBLAS.
+    """Return the entries of products that are at least `gain` faster than cuBLAS.
 
-    An entry covers depths and features from two thirds of those that were measured, but no other measured ones, and rows from two
-    thirds of the fewest that were measured for its kind.
+    An entry covers depths and features from two thirds of those that were measured, but no other
+    measured ones, and rows from two thirds of the fewest that were measured for its kind.
     """
     rows = [row for row in timed if row[2]]
     found = []

@@ -1,8 +1,10 @@
-"""Times attention backends and tiles of the Triton kernels on this GPU and rewrites tuned.json, by which maefast chooses.
+"""Times attention backends and tiles of the Triton kernels on this GPU and rewrites tuned.json, by
+which maefast chooses.
 
     python -m maefast.kernels.tune [--only attention,layer_norm] [--output FILE]
 
-A few minutes. Whatever is timed is first held against float64. An entry stays where its backend is not installed here.
+A few minutes. Whatever is timed is first held against float64. An entry stays where its backend is
+not installed here.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from ..testing.timing import Budget, CudaTimer, Run, rotate
 from ..tuned import Attention, Table, Tile
 from . import _products
 
-SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))  # T, h, d in ViT-B, -L and -H
+# T, h, d in ViT-B, -L and -H
+SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))
 WIDTHS = {512: 197, 768: 50, 1024: 50, 1280: 65}  # of the residual stream -> tokens of a sample
 PATCHES = {768: 16, 588: 14}  # P of three channels -> the side of a patch
 IMAGE, EPS = 224, 1e-6
@@ -45,7 +48,8 @@ _GELU_BWD = tuple(
     {"ROWS": rows, "COLS": columns, "STAGES": stages, "num_warps": 4}
     for rows, columns, stages in ((8, 128, 1), (8, 128, 3), (16, 128, 3), (4, 256, 3), (8, 256, 3))
 )
-# Kernel -> what to try in place of its rule. GROUP of masked_mse depends on the batch, so it is left to the rule.
+# Kernel -> what to try in place of its rule. GROUP of masked_mse depends on the batch, so it is
+# left to the rule.
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "gather_patches_fwd": _ROWS,
     "unshuffle_fwd": _ROWS,
@@ -63,11 +67,12 @@ PARTS = ("attention", "gemm", *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
-Rotate = Callable[[Mapping[str, Run], int], dict[str, float]]  # runs, sets of inputs -> time of each
+# runs, sets of inputs -> time of each
+Rotate = Callable[[Mapping[str, Run], int], dict[str, float]]
 
 
 class Setting(NamedTuple):
-    """Where, and on what, everything is timed."""
+    """The device and the inputs of all timings."""
 
     rotate: Rotate
     device: torch.device
@@ -93,12 +98,13 @@ class Graph:
         return torch.autograd.grad(self.outputs, self.leaves, self.incoming, retain_graph=True)
 
     def results(self) -> list[Tensor]:
-        """Outputs and gradients, all computed again."""
+        """Compute outputs and gradients again and return them."""
         self.outputs = self.forward()
         return [out.detach() for out in self.outputs] + (list(self.backward()) if self.leaves else [])
 
     def on(self, backend: str, dtype: torch.dtype | None = None) -> "Graph":
-        """The op on another backend, on these inputs and incoming gradients, or on what they are in `dtype`."""
+        """The op on another backend, on these inputs and incoming gradients, or on what they are in
+        `dtype`."""
 
         def cast(name: str, t: Tensor) -> Tensor:
             wanted = t.dtype if dtype is None or name == "mask" or not t.is_floating_point() else dtype
@@ -144,10 +150,11 @@ def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, f
 def attention_entries(
     timed: Iterable[tuple[int, int, Mapping[str, float]]], capability: str, measured: str
 ) -> tuple[Attention, ...]:
-    """What is at least GAIN faster than the default, from rows of (T, head width, time of each backend).
+    """Return the entries at least GAIN faster than the default, from rows of (T, head width, time
+    of each backend).
 
-    An entry holds from two thirds of the T that was measured, up to the end of the tile that native attention shares there, or to
-    that T. Rows of one T and width count by the one that gains least.
+    An entry holds from two thirds of the T that was measured, up to the end of the tile that native
+    attention shares there, or to that T. Rows of one T and width count by the one that gains least.
     """
     rows = sorted(timed, key=lambda row: (row[1], row[0]))
     entries: list[Attention] = []
@@ -213,7 +220,8 @@ def cases(op: str, N: int, setting: Setting) -> Iterator[tuple[int, Op, Tensors]
 
 
 def time_tiles(op: str, setting: Setting) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """Kernel, width, and the time of its rule and of each candidate that is right, under what `label` calls them."""
+    """Kernel, width, and the time of its rule and of each candidate that is right, under what
+    `label` calls them."""
     large = cases(op, setting.batch, setting)
     for width, function, inputs in cases(op, min(CHECKED, setting.batch), setting):
         checked = Graph(function, inputs, "eager")
@@ -276,8 +284,8 @@ def medians_on(device: torch.device) -> Rotate:
 
 
 def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: str, measured: str) -> Table:
-    """`old` with what was measured for `parts` in place of this architecture's entries; those of a backend that could not be
-    timed stay, and nothing takes their place."""
+    """`old` with what was measured for `parts` in place of this architecture's entries; those of a
+    backend that could not be timed stay, and nothing takes their place."""
     attention, tiles, products = list(old.attention), list(old.tiles), list(old.gemm)
     if "attention" in parts:
         timed = [(T, d, time_attention((T, h, d), setting)) for T, h, d in SHAPES]
@@ -305,7 +313,7 @@ def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: 
 
 
 def changes(old: Table, new: Table) -> list[str]:
-    """One line for each entry that is gone or has come."""
+    """Return a line for each entry that was removed or added."""
     before, after = ([*table.attention, *table.tiles, *table.gemm] for table in (old, new))
     return [f"- {e}" for e in before if e not in after] + [f"+ {e}" for e in after if e not in before]
 
@@ -318,7 +326,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m maefast.kernels.tune", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m maefast.kernels.tune", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"of {','.join(PARTS)}; all by default")
     parser.add_argument("--output", type=Path, default=tuned.TABLE, metavar="FILE", help="instead of the installed table")
     options = parser.parse_args(arguments)

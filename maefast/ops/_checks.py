@@ -53,7 +53,8 @@ def check_patch_size(patch_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_images(imgs: Tensor, patch_size: tuple[int, int], mean: Tensor | None, std: Tensor | None) -> None:
-    """imgs (N, C, H, W), floating-point or uint8, H and W multiples of the patch; mean and std (C,) fp32, both or none."""
+    """imgs (N, C, H, W), floating-point or uint8, H and W multiples of the patch; mean and std (C,)
+    fp32, both or none."""
     if imgs.dim() != 4:
         raise ValueError(f"imgs must be (N, C, H, W); its shape is {shape_of(imgs)}")
     if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
@@ -76,7 +77,7 @@ def check_images(imgs: Tensor, patch_size: tuple[int, int], mean: Tensor | None,
 
 
 def to_float_pixels(imgs: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
-    """Floating-point images as they are; uint8 ones as fp32 (x/255 - mean)/std."""
+    """Return floating-point images unchanged, and uint8 ones as fp32 (x/255 - mean)/std."""
     if imgs.dtype != torch.uint8:
         return imgs
     pixels = imgs.float() / 255
@@ -86,7 +87,8 @@ def to_float_pixels(imgs: Tensor, mean: Tensor | None, std: Tensor | None) -> Te
 
 
 def values_are_known(tensor: Tensor) -> bool:
-    """Whether a check may look at values: on the CPU, and not while a graph is being traced. On a GPU nothing syncs."""
+    """Return whether a check may read values: on the CPU, and not while a graph is being traced. On
+    a GPU nothing syncs."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
 
 

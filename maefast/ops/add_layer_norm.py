@@ -1,4 +1,5 @@
-"""Add + layer norm: a branch added to the residual stream, and the sum normalised for the next branch, in one pass."""
+"""Add + layer norm: a branch added to the residual stream, and the sum normalised for the next
+branch, in one pass."""
 
 from typing import Any, NamedTuple
 
@@ -41,13 +42,15 @@ OP = Op("add_layer_norm", KERNELS, AUTO, lambda device, dtype: AddNormAsk(device
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The new residual x + residual, and its layer norm: what a pre-norm block does between two branches.
+    """Return the new residual x + residual and its layer norm, as a pre-norm block needs between
+    two branches.
 
     x             (..., D)  floating-point, a branch's output
     residual      (..., D)  floating-point, of any dtype
     weight, bias  (D,)      floating-point, of any dtype
     dtype                   of the normalised sum; by default that of the sum
-    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is stored, and the sum, in the
+    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is
+                  stored, and the sum, in the
                                       promoted dtype of x and residual
     Gradients for x, residual, weight and bias, deterministic.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
@@ -93,7 +96,8 @@ class _AddLayerNorm(torch.autograd.Function):
             dx = None if dtotal is None or not needs_x else dtotal.to(ctx.x_dtype)
             dresidual = None if dtotal is None or not needs_residual else dtotal.to(ctx.residual_dtype)
             return None, dx, dresidual, None, None, None, None
-        # at most one of the two has another dtype than the sum; fp16 and bf16, where both have, take a cast of their own
+        # at most one of the two has another dtype than the sum; fp16 and bf16, where both have,
+        # take a cast of their own
         cast = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype != total.dtype), None)
         dsum, dweight, dbias, _, dsum_cast, _ = dispatch.ops_of(ctx.backend).layer_norm_bwd(
             dy, dtotal, total, weight, bias, center, rstd, None, cast

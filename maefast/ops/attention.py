@@ -1,4 +1,5 @@
-"""Attention: softmax(q k^T / sqrt(d)) v for every head, from the packed projections of a Vision Transformer."""
+"""Attention: softmax(q k^T / sqrt(d)) v for every head, from the packed projections of a Vision
+Transformer."""
 
 from typing import Any, NamedTuple
 
@@ -49,7 +50,8 @@ def _why_not_cuda(ask: AttentionAsk) -> str | None:
 
 
 def _why_slow_cuda(ask: AttentionAsk) -> str | None:
-    """Return what the committed table of measurements has against the CUDA kernel. It has none with queries of their own."""
+    """Return what the committed table of measurements has against the CUDA kernel. It has none with
+    queries of their own."""
     capability = gpu.capability(ask.device)
     if not ask.queries and tuned.fastest_attention(capability, ask.head_width, ask.tokens) == "native":
         return None
@@ -77,15 +79,20 @@ OP = Op(
 
 
 def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Multi-head self-attention without its projections (Vaswani et al. 2017, section 3.2), h = num_heads.
+    """Multi-head self-attention without its projections (Vaswani et al. 2017, section 3.2), h =
+    num_heads.
 
-    qkv      (N, T, 3 h d)  queries, keys and values of every token as the qkv Linear writes them: [q | k | v], each h heads of d
-    q        (N, M, h d)    queries of their own; then qkv holds keys and values alone, (N, T, 2 h d): [k | v]
+    qkv      (N, T, 3 h d)  queries, keys and values of every token as the qkv Linear writes them:
+             [q | k | v], each h heads of d
+    q        (N, M, h d)    queries of their own; then qkv holds keys and values alone, (N, T, 2 h
+             d): [k | v]
     returns  (N, T, h d), with q (N, M, h d); in the dtype of qkv, or under autocast in its dtype
-    backend                 "auto", or what must run it, unless maefast.backend(...) or MAEFAST_BACKEND binds attention: "native",
-                            "flash_attn", "sdpa" or "eager"
-    Scores are scaled by 1 / sqrt(d). Gradients for qkv and q, native ones deterministic and independent of the number of threads.
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, RuntimeError where what was asked for cannot run.
+    backend                 "auto", or what must run it, unless maefast.backend(...) or
+                            MAEFAST_BACKEND binds attention: "native", "flash_attn", "sdpa" or
+                            "eager"
+    Scores are scaled by 1 / sqrt(d). Gradients for qkv and q, native ones deterministic and
+    independent of the number of threads. Raises TypeError or ValueError when shapes, dtypes or
+    devices do not fit, RuntimeError where what was asked for cannot run.
     """
     dispatch.check_backend(OP, backend, "backend")
     check_floating(qkv=qkv)
@@ -116,8 +123,9 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: 
 
 
 def attention_ref(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
-    """torch's own attention, on views: the backend `sdpa` too."""
-    heads = qkv.unflatten(2, (3 if q is None else 2, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, h, T, d]
+    """torch's own attention on views, which is also the backend `sdpa`."""
+    # each [N, h, T, d]
+    heads = qkv.unflatten(2, (3 if q is None else 2, num_heads, -1)).permute(2, 0, 3, 1, 4)
     if q is None:
         queries, keys, values = heads
     else:

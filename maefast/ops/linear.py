@@ -1,7 +1,8 @@
 """Linear: y = x W^T + b and its gradients, each on the faster GEMM of the machine.
 
-torch sends fp32 products on x86 to MKL, which runs below its own rate on CPUs that are not Intel's (benchmarks/results, group
-linear); there maefast's take over, and in bf16 where the CPU multiplies pairs of it. The rest is on the fastest one already.
+torch sends fp32 products on x86 to MKL, which runs below its own rate on CPUs that are not Intel's
+(benchmarks/results, group linear); there maefast's take over, and in bf16 where the CPU multiplies
+pairs of it. The rest is on the fastest one already.
 """
 
 from typing import Any, NamedTuple
@@ -44,14 +45,14 @@ OP = Op("linear", KERNELS, AUTO, lambda device, dtype: LinearAsk(device, dtype, 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As F.linear.
+    """Compute F.linear.
 
     x        (..., in)   floating-point
     weight   (out, in)
     bias     (out,)
     returns  (..., out)  in the dtype of x, or under autocast in its dtype
-    Under autocast the weight is cast once, in forward, and kept for backward. Gradients for x, weight and bias.
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    Under autocast the weight is cast once, in forward, and kept for backward. Gradients for x,
+    weight and bias. Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
     given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     check_floating(**given)
@@ -75,8 +76,9 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Products(NamedTuple):
-    """Of the three matrix products of a Linear, which are maefast's; that of the weight from so many summed rows on, compared in
-    backward alone, so that an exported forward is not bound to the rows of its example."""
+    """The matrix products of a Linear that are maefast's; that of the weight from so many summed
+    rows on, compared in backward alone, so that an exported forward is not bound to the rows of its
+    example."""
 
     forward: bool
     input_gradient: bool
@@ -86,8 +88,8 @@ class Products(NamedTuple):
 
 @dispatch.remembered
 def native_products(ask: LinearAsk) -> Products:
-    """Return which products are maefast's. Where it may choose, torch keeps what it is faster at: in bf16 the gradient for the
-    input, and the gradient for the weight where few rows are summed.
+    """Return which products are maefast's. Where it may choose, torch keeps what it is faster at:
+    in bf16 the gradient for the input, and the gradient for the weight where few rows are summed.
     """
     if ask.device.type == "cuda":
         return Products(False, False, None, gemm.HAS_KERNELS and dispatch.request_for(OP, ask.device) != "eager")
@@ -99,16 +101,18 @@ def native_products(ask: LinearAsk) -> Products:
 
 
 def is_fused(kind: str, x: Tensor, weight: Tensor, native: Products, dtype: torch.dtype | None = None) -> bool:
-    """Return whether a product of a kind of maefast/gemm.py runs on a GPU as one of maefast's kernels.
+    """Return whether a product of a kind of maefast/gemm.py runs on a GPU as one of maefast's
+    kernels.
 
-    That of linear_gelu_fwd is then torch.ops.maefast.linear_gelu_fwd, those of linear_gelu_bwd and linear_gelu_bwd_sum are
-    torch.ops.maefast.linear_gelu_bwd.
+    That of linear_gelu_fwd is then torch.ops.maefast.linear_gelu_fwd, those of linear_gelu_bwd and
+    linear_gelu_bwd_sum are torch.ops.maefast.linear_gelu_bwd.
     """
     return native.on_gpu and gemm.is_faster(kind, x, weight, dtype or x.dtype)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, gelu: bool = False) -> Tensor:
-    """linear without its gradients, for inputs of one dtype; with gelu the exact GELU of it, in a native kernel's epilogue."""
+    """Compute linear without gradients, for inputs of one dtype; `gelu` adds exact GELU, in a
+    native kernel's epilogue."""
     if native.forward or is_fused("linear_gelu_fwd" if gelu else "linear", x, weight, native):
         return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
@@ -116,15 +120,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, ge
 
 
 def input_gradient(dy: Tensor, weight: Tensor, native: Products) -> Tensor:
-    """dy (..., out), weight (out, in) -> (..., in)."""
+    """Return dx: dy (..., out), weight (out, in) -> (..., in)."""
     if native.input_gradient or is_fused("input_gradient", dy, weight, native):
         return torch.ops.maefast.linear_fwd(dy, weight.t(), None, False)
     return dy @ weight
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products) -> Tensor:
-    """dy (..., out), x (..., in) -> (out, in) in dtype; sums of 16-bit products are stored in fp32 without being rounded to 16,
-    by native products and on a GPU."""
+    """Return dw: dy (..., out), x (..., in) -> (out, in) in dtype; sums of 16-bit products are
+    stored in fp32 without being rounded to 16, by native products and on a GPU."""
     dy, x = rows(dy), rows(x)
     if x.is_cuda and dtype == torch.float32 != x.dtype:
         return torch.mm(dy.t(), x, out_dtype=dtype)
@@ -135,12 +139,12 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products)
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
-    """dy (..., out) -> (out,)."""
+    """Return the bias's gradient: dy (..., out) -> (out,)."""
     return rows(dy).sum(dim=0)
 
 
 def rows(t: Tensor) -> Tensor:
-    """(..., D) as (rows, D)."""
+    """Return (..., D) as (rows, D)."""
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 

@@ -1,4 +1,5 @@
-"""Mask patches: random masking, and the patches that it keeps. A GPU reads them in the launch that ranks the noise."""
+"""Mask patches: random masking, and the patches that it keeps. A GPU reads them in the launch that
+ranks the noise."""
 
 from typing import NamedTuple
 
@@ -71,18 +72,21 @@ def mask_patches(
     std: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """random_masking of the noise, then gather_patches of what it keeps (He et al. 2022, section 3, "Masking").
+    """Run random_masking on the noise, then gather_patches on what it keeps (He et al. 2022,
+    section 3, "Masking").
 
     imgs         (N, C, H, W)  floating-point, or uint8, which is read as (x/255 - mean)/std
     noise        (N, L)        fp32, L = (H/ph)(W/pw)
     mean, std    (C,)          fp32, for uint8 images; both or none
     dtype                      of the patches; by default that of imgs, fp32 for uint8
     returns
-    patches      (N, K, P)     the kept ones in the order of their noise, P = C*ph*pw in the order (C, ph, pw)
+    patches      (N, K, P)     the kept ones in the order of their noise, P = C*ph*pw in the order
+                 (C, ph, pw)
     ids_keep     (N, K)        int64
     ids_restore  (N, L)        int64
     mask         (N, L)        fp32, 1 = removed
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, or len_keep is not in [0, L].
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, or len_keep is not in
+    [0, L].
     """
     ph, pw = check_patch_size(patch_size)
     check_images(imgs, (ph, pw), mean, std)

@@ -1,4 +1,5 @@
-"""Transformer block: a pre-norm block with its weights as one op, each addition inside the pass of the norm that follows it."""
+"""Transformer block: a pre-norm block with its weights as one op, each addition inside the pass of
+the norm that follows it."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from .linear import LinearAsk, Products, bias_gradient, input_gradient, is_fused
 
 
 class BlockWeights(NamedTuple):
-    """The parameters of a block, in the order in which it uses them; hidden is the width of its MLP."""
+    """The parameters of a block, in the order in which it uses them; hidden is the width of its
+    MLP."""
 
     norm1_weight: Tensor  # (D,)
     norm1_bias: Tensor
@@ -76,7 +78,8 @@ def _why_not(rows: str, ask: BlockAsk) -> str | None:
     return next((f"its {op} runs on {chosen[op]}" for op in chosen if chosen[op] != wanted[op]), None)
 
 
-KEEPING = ("cuda",)  # types of device that have the memory to keep what the backward pass would recompute
+# types of device that have the memory to keep what the backward pass would recompute
+KEEPING = ("cuda",)
 KERNELS = (
     Kernel("native", ("cpu",), FLOATS, why_not=lambda ask: _why_not("native", ask)),
     Kernel("triton", kernels.DEVICES, FLOATS, why_not=lambda ask: _why_not("triton", ask)),
@@ -92,7 +95,8 @@ OP = Op(
 
 @dispatch.remembered
 def fused_backend(ask: BlockAsk) -> tuple[str | None, str]:
-    """Return the backend of the norms and GELU of a block as one op, or None and the reason why it is not one."""
+    """Return the backend of the norms and GELU of a block as one op, or None and the reason why it
+    is not one."""
     requested = dispatch.request_for(OP, ask.device)
     reason = "no kernel is asked for"
     for name in AUTO.get(ask.device.type, ()) if requested is None else (requested,):
@@ -111,19 +115,24 @@ def transformer_block(
     repeated: RepeatedTokens | None = None,
     attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """A pre-norm block (Dosovitskiy et al. 2021, equations 2 and 3) between two branches of the residual stream.
+    """A pre-norm block (Dosovitskiy et al. 2021, equations 2 and 3) between two branches of the
+    residual stream.
 
     x          (N, T, D)  floating-point, the residual stream
-    pending    (N, T, D)  floating-point, of any dtype: the last branch, which has not been added to x; or None
+    pending    (N, T, D)  floating-point, of any dtype: the last branch, which has not been added to
+               x; or None
     weights               BlockWeights, D = h d
     num_heads             h
-    repeated              x again, each distinct token once; norm1 and qkv then run once for each of them. Without pending
+    repeated              x again, each distinct token once; norm1 and qkv then run once for each of
+                          them. Without pending
     attention             the `backend` of ops.attention
-    returns    (N, T, D), (N, T, D)  the residual stream before the MLP, and the MLP's branch: their sum is the block's output
-    With s = x + pending: r = s + proj(attention(qkv(norm1(s)))), and the branch is fc2(GELU(fc1(norm2(r)))).
-    The stream has the promoted dtype of x and pending, the branch the dtype that matrix products of x run in.
-    Gradients for x, pending, repeated.rows and all weights, deterministic; differentiable once where a kernel runs.
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
+    returns    (N, T, D), (N, T, D)  the residual stream before the MLP, and the MLP's branch: their
+               sum is the block's output
+    With s = x + pending: r = s + proj(attention(qkv(norm1(s)))), and the branch is
+    fc2(GELU(fc1(norm2(r)))). The stream has the promoted dtype of x and pending, the branch the
+    dtype that matrix products of x run in. Gradients for x, pending, repeated.rows and all weights,
+    deterministic; differentiable once where a kernel runs. Raises TypeError or ValueError when
+    shapes, dtypes or devices do not fit.
     """
     _check(x, pending, weights, num_heads, repeated)
     D, norm, weight = x.shape[2], weights.norm1_weight.dtype, weights.qkv_weight.dtype
@@ -143,7 +152,7 @@ def run_block(
     eps: float,
     repeated: RepeatedTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """transformer_block on the backend that was chosen for `ask`, for arguments that were checked."""
+    """Run transformer_block on the backend chosen for `ask`, with checked arguments."""
     native = native_products(LinearAsk(ask.device, ask.x, ask.weight, ask.weight, ask.out))
     plan = _Plan(backend, ask.width // ask.head_width, eps, ask.out, native, keep=ask.device.type in KEEPING)
     rows, ids_restore = repeated or (None, None)
@@ -190,13 +199,14 @@ class _Plan(NamedTuple):
     eps: float
     dtype: torch.dtype  # of the matrix products
     native: Products
-    keep: bool  # whether the outputs of norms and GELU are saved; else the backward pass recomputes them
+    # whether the outputs of norms and GELU are saved; else the backward pass recomputes them
+    keep: bool
 
 
 def _normed(
     plan: _Plan, x: Tensor, pending: Tensor | None, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The norm of x + pending, the sum, center and rstd."""
+    """Return the norm of x + pending, the sum, center and rstd."""
     rows = dispatch.ops_of(plan.backend)
     if pending is not None:
         return rows.add_layer_norm_fwd(pending, x, weight, bias, plan.eps, plan.dtype)
@@ -225,8 +235,9 @@ def _infer(
 
 
 class _TransformerBlock(torch.autograd.Function):
-    """Saves what is written to memory anyway. The backward pass recomputes the softmax and, on the CPU, the outputs of both norms
-    and of GELU while it reads their inputs; a GPU has the memory to keep these three."""
+    """The block as one Function. It saves only tensors that are written to memory anyway. The
+    backward pass recomputes the softmax and, on the CPU, the outputs of both norms and of GELU
+    while it reads their inputs; a GPU has the memory to keep these three."""
 
     @staticmethod
     def forward(
@@ -289,7 +300,8 @@ class _TransformerBlock(torch.autograd.Function):
             activated = activated if plan.keep else recomputed
         differentiate_linear("fc2", dy, activated)
         del activated
-        narrow = dtype if x2.dtype != dtype else None  # the products' dtype, where the residual stream has another
+        # the products' dtype, where the residual stream has another
+        narrow = dtype if x2.dtype != dtype else None
         dx, grads["norm2_weight"], grads["norm2_bias"], recomputed, dy, grads["proj_bias"] = rows.layer_norm_bwd(
             input_gradient(dhidden, fc1_w, native), dx2, x2, w2, b2, center2, rstd2, again, narrow, needs.proj_bias
         )

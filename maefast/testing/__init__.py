@@ -1,1 +1,2 @@
-"""What tests, benchmarks and `python -m maefast.kernels.tune` share: the error rule, awkward layouts, the timer."""
+"""The error rule, awkward layouts and the timer of tests, benchmarks and `python -m
+maefast.kernels.tune`."""

@@ -1,4 +1,5 @@
-"""Timing in rotation: every contender of a group runs once a round, in an order shuffled per round; rounds are the samples."""
+"""Timing in rotation: every contender of a group runs once a round, in an order shuffled per round;
+rounds are the samples."""
 
 import gc
 import random
@@ -17,7 +18,7 @@ _HEAD_START = 1_000_000  # cycles of the GPU
 
 @dataclass(frozen=True)
 class Budget:
-    """How many rounds: as many as fit into `seconds`, but at least `least` and at most `most`."""
+    """The number of rounds: as many as fit into `seconds`, but at least `least` and at most `most`."""
 
     seconds: float
     least: int
@@ -28,7 +29,7 @@ class Budget:
 
 
 class WallTimer:
-    """Seconds of a call on the CPU."""
+    """A timer of a call on the CPU, in seconds."""
 
     def __call__(self, run: Run, i: int) -> float:
         start = time.perf_counter()
@@ -37,9 +38,11 @@ class WallTimer:
 
 
 class CudaTimer:
-    """Seconds of a call's kernels on the GPU, between two events, after a write that evicts the L2 cache.
+    """A timer of a call's kernels on the GPU, in seconds, between two events, after a write that
+    evicts the L2 cache.
 
-    The GPU is kept busy before each sample, so that the kernels of a short call are queued when it starts.
+    The GPU is kept busy before each sample, so that the kernels of a short call are queued when it
+    starts.
     """
 
     def __init__(self, device: torch.device):
@@ -69,7 +72,8 @@ def order(names: list[str], round_: int, seed: int = 0) -> list[str]:
 def rotate(
     runs: Mapping[str, Run], timer: Callable[[Run, int], float], budget: Budget, sets: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Samples in seconds per contender; round r works on input set r % sets. The first `warmup` rounds are thrown away."""
+    """Return samples in seconds per contender; round r works on input set r % sets. The first
+    `warmup` rounds are thrown away."""
     names = list(runs)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()

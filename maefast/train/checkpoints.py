@@ -21,19 +21,20 @@ LEFT_OVERS = (".checkpoint-*.pth.*", ".log.txt.*", "reconstructions/.epoch-*.png
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Where a run stands: `step` optimizer steps of epoch `epoch` are done."""
+    """The position of a run: `step` optimizer steps of epoch `epoch` are done."""
 
     epoch: int
     step: int
 
     @property
     def file_name(self) -> str:
-        """checkpoint-E.pth after the whole epoch E, as the official code has it; checkpoint-E-S.pth within epoch E."""
+        """checkpoint-E.pth after the whole epoch E, as the official code has it; checkpoint-E-S.pth
+        within epoch E."""
         return f"checkpoint-{self.epoch}-{self.step}.pth" if self.step else f"checkpoint-{self.epoch - 1}.pth"
 
 
 def find(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, the oldest first."""
+    """Return the checkpoints in `folder`, the oldest first."""
     found = list[tuple[Position, Path]]()
     for path in folder.iterdir() if folder.is_dir() else ():
         if (match := NAME.fullmatch(path.name)) is not None:
@@ -43,13 +44,14 @@ def find(folder: Path) -> list[Path]:
 
 
 def last_good(folder: Path) -> str:
-    """The newest checkpoint, as part of a sentence."""
+    """Return the newest checkpoint, as part of a sentence."""
     there = find(folder)
     return f"the last good checkpoint is {there[-1]}" if there else "there is no checkpoint yet"
 
 
 def save(entries: Mapping[str, Any], path: Path, keep: int) -> None:
-    """Write a checkpoint, on the disk when this returns, and remove the oldest of its folder beyond `keep`.
+    """Write a checkpoint, on the disk when this returns, and remove the oldest of its folder beyond
+    `keep`.
 
     Raises UserError where it cannot be written; the checkpoints before it are then as they were.
     """
@@ -61,13 +63,14 @@ def save(entries: Mapping[str, Any], path: Path, keep: int) -> None:
         sync_folder(path.parent)
         for old in find(path.parent)[:-keep]:
             old.unlink()
-    except (OSError, RuntimeError) as error:  # torch's writer turns some errors of the file into a RuntimeError
+    # torch's writer turns some errors of the file into a RuntimeError
+    except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written: {reason}; {last_good(path.parent)}") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
+    """Flush the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,7 +85,8 @@ def remove_left_overs(folder: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint that `save` wrote, on the CPU. Nothing that the file holds is run. Raises UserError for any other file."""
+    """Load a checkpoint that `save` wrote, on the CPU. Nothing in the file is executed. Raises
+    UserError for any other file."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             entries = torch.load(path, map_location="cpu", weights_only=True)

@@ -6,7 +6,8 @@ from .errors import UserError
 
 
 def find_device(name: str | None, local_rank: int | None = None) -> torch.device:
-    """The device of that name; by default the GPU where there is one. Raises UserError where this machine has none such.
+    """Return the device of that name, by default the GPU if there is one. Raises UserError if it is
+    not on this machine.
 
     local_rank  of this process among several of this machine, each of which takes a GPU of its own
     """
@@ -29,7 +30,7 @@ def find_device(name: str | None, local_rank: int | None = None) -> torch.device
 
 
 def find_gpu(local_rank: int) -> int:
-    """The GPU of a process. Where only one is visible, the launcher has dealt them out."""
+    """Return the GPU of a process. If only one is visible, the launcher has assigned it."""
     count = torch.cuda.device_count()
     if count != 1 and local_rank >= count:
         raise UserError(f"there must be a GPU for each process of a machine, which has {count}; this is process {local_rank}")

@@ -1,18 +1,20 @@
-"""Errors that the user can put right."""
+"""Errors that the user can correct."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
 
 
 class UserError(Exception):
-    """Something that the user can put right; the command line prints it as one line and exits with code 2."""
+    """An error that the user can correct; the command line prints it as one line and exits with
+    code 2."""
 
 
 class UnreadableImage(UserError):  # noqa: N818 - like UserError's, its text is for the user
     """One broken image: `path` names it, `why` says what is wrong with it."""
 
     def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)  # both as arguments, so that it pickles on its way out of a worker process
+        # both as arguments, so that it pickles on its way out of a worker process
+        super().__init__(path, why)
         self.path, self.why = path, why
 
     def __str__(self) -> str:
@@ -26,10 +28,12 @@ def shown(text: str, most: int = 500) -> str:
 
 
 class ToldByAnother(UserError):  # noqa: N818 - as above
-    """An error of a run of several processes, in one that need not print it: the first process does."""
+    """An error of a run of several processes, in a process that does not print it; the first
+    process does."""
 
 
 def require(what: str, packages: Mapping[str, str], extra: str) -> None:
-    """Raise UserError unless all of `packages`, module -> name, are installed, as `what` ("the demo needs") demands."""
+    """Raise UserError unless all of `packages`, module -> name, are installed, as `what` ("the demo
+    needs") demands."""
     if missing := [name for module, name in packages.items() if find_spec(module) is None]:
         raise UserError(f'{what} {", ".join(missing)}: pip install "maefast[{extra}]"')

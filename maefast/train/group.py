@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, as one of them sees them. What they tell each other goes over the CPU and waits for no GPU."""
+    """The processes of a run, as one of them sees them. Their messages go over the CPU and wait for
+    no GPU."""
 
     rank: int = 0
     world_size: int = 1
@@ -26,11 +27,11 @@ class Group:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes, logs and draws."""
+        """Return whether this is the process that writes, logs and draws."""
         return self.rank == 0
 
     def error(self, message: str) -> UserError:
-        """An error that all processes raise; the first one tells it."""
+        """Return an error that all processes raise and the first one prints."""
         return UserError(message) if self.main else ToldByAnother(message)
 
     def all_reduce_max(self, *values: float) -> list[float]:
@@ -79,7 +80,8 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that raises UserError in all processes where it does in one. The block must hold no collective."""
+        """Run a block that raises UserError in all processes where it does in one. The block must
+        hold no collective."""
         error = None
         try:
             yield
@@ -90,7 +92,8 @@ class Group:
 
 @contextmanager
 def connected(launch: Launch | None) -> Iterator[Group]:
-    """Connect the processes of a launch for the length of the block; those that are connected already stay so.
+    """Connect the processes of a launch for the length of the block; those that are connected
+    already stay so.
 
     Raises UserError where they cannot find each other, and where one is lost.
     """
@@ -120,12 +123,13 @@ def connected(launch: Launch | None) -> Iterator[Group]:
             f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which may say why: {reason}"
         ) from error
     if started_here:
-        # What DDP keeps of the group goes first: the last to let go of it joins its threads, and those may want the interpreter.
+        # What DDP keeps of the group goes first: the last to let go of it joins its threads, and
+        # those may want the interpreter.
         gc.collect()
         dist.barrier()  # the first process holds the store that the others still ask
         dist.destroy_process_group()
 
 
 def _lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process has gone, or none of its answers came in time."""
+    """Return whether a collective failed because a process is gone or did not answer in time."""
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or "gloo" in str(error)

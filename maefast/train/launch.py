@@ -1,4 +1,4 @@
-"""How the processes of a run are found: what mpirun, torchrun or srun tells each of them."""
+"""Launches: rank and rendezvous of each process, as mpirun, torchrun or srun sets them."""
 
 import os
 import re
@@ -9,7 +9,8 @@ from .errors import ToldByAnother, UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher told this process; `rank` counts all processes, `local_rank` those of this machine."""
+    """The settings that a launcher gave this process; `rank` counts all processes, `local_rank`
+    those of this machine."""
 
     rank: int
     world_size: int
@@ -20,12 +21,14 @@ class Launch:
 def find_launch(
     *, world_size: int | None = None, local_rank: int | None = None, dist_on_itp: bool = False, dist_url: str = "env://"
 ) -> Launch | None:
-    """Read the variables of mpirun (with `dist_on_itp`), torchrun or srun, in this order; None: this process was started alone.
+    """Read the variables of mpirun (with `dist_on_itp`), torchrun or srun, in this order; None:
+    this process was started alone.
 
     world_size    the number of processes that is expected; None: any
     local_rank    the rank on this machine, for launchers that set no LOCAL_RANK
     dist_url      where the processes meet; "env://" under srun: the first machine of the job step
-    Raises UserError for variables that are missing or no numbers, and for another number of processes than `world_size`.
+    Raises UserError for variables that are missing or no numbers, and for another number of
+    processes than `world_size`.
     """
     if dist_on_itp:
         rank, world, local = (_variable(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK"))
@@ -33,7 +36,8 @@ def find_launch(
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local = _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ else local_rank or 0
         launch = Launch(_variable("RANK"), _variable("WORLD_SIZE"), local, dist_url)
-    elif "SLURM_STEP_NUM_TASKS" in os.environ and _variable("SLURM_STEP_NUM_TASKS") > 1:  # set by srun, not in a batch script
+    # set by srun, not in a batch script
+    elif "SLURM_STEP_NUM_TASKS" in os.environ and _variable("SLURM_STEP_NUM_TASKS") > 1:
         url = _slurm_url() if dist_url == "env://" else dist_url
         launch = Launch(_variable("SLURM_PROCID"), _variable("SLURM_STEP_NUM_TASKS"), _variable("SLURM_LOCALID"), url)
     else:
@@ -59,13 +63,13 @@ def _variable(name: str) -> int:
 
 
 def _slurm_url() -> str:
-    """The first machine of the job step, at a port that is the job's own."""
+    """Return the address of the first machine of the job step, at a port of the job's own."""
     address = os.environ.get("MASTER_ADDR") or first_host(_text("SLURM_STEP_NODELIST"))
     port = _variable("MASTER_PORT") if "MASTER_PORT" in os.environ else 10000 + _variable("SLURM_JOB_ID") % 20000
     return f"tcp://{address}:{port}"
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a list as SLURM abbreviates it: "gpu[07-09,12],cpu1" -> "gpu07"."""
+    """Return the first name of a list as SLURM abbreviates it: "gpu[07-09,12],cpu1" -> "gpu07"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else nodes)

@@ -1,4 +1,4 @@
-"""One training step: eager, or captured once as a CUDA graph and replayed."""
+"""One training step, eager or captured once as a CUDA graph and replayed."""
 
 import warnings
 from collections.abc import Callable
@@ -14,7 +14,8 @@ WARM_UP = 3  # steps before a capture: libraries set themselves up, the allocato
 def training_step(
     model: Callable[..., Any], optimizer: torch.optim.Optimizer, *args: Any, autocast: torch.dtype | None = None, **kwargs: Any
 ) -> Tensor:
-    """One step on `model(*args, **kwargs).loss`, its forward under autocast where that has a dtype; returns that loss."""
+    """Run one step on `model(*args, **kwargs).loss`, its forward under autocast where that has a
+    dtype; returns that loss."""
     with nullcontext() if autocast is None else torch.autocast(args[0].device.type, autocast):
         loss = model(*args, **kwargs).loss
     optimizer.zero_grad()
@@ -24,8 +25,8 @@ def training_step(
 
 
 def read_later(value: Tensor) -> Callable[[], float]:
-    """What reads the number that `value` holds: from a GPU by a copy that is under way already, so that to read it after the next
-    step has been launched does not wait for that step."""
+    """What reads the number that `value` holds: from a GPU by a copy that is under way already, so
+    that to read it after the next step has been launched does not wait for that step."""
     if value.device.type != "cuda":
         return value.item
     there = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
@@ -40,18 +41,23 @@ def read_later(value: Tensor) -> Callable[[], float]:
 
 
 class GraphedStep:
-    """`training_step` as a CUDA graph, for batches so small that a GPU may wait for its kernels to be launched.
+    """`training_step` as a CUDA graph, for batches so small that a GPU may wait for its kernels to
+    be launched.
 
     model       a maefast.MAE, compiled or not, on one GPU
-    optimizer   torch's Adam or AdamW with capturable=True (`adamw(..., backend="torch", capturable=True)`)
-    imgs        (N, C, H, W) a batch, for its shape, dtype and device; every later batch is as this one
+    optimizer   torch's Adam or AdamW with capturable=True (`adamw(..., backend="torch",
+                capturable=True)`)
+    imgs        (N, C, H, W) a batch, for its shape, dtype and device; every later batch is as this
+                one
     mask_ratio  share of the patches that is removed
     autocast    torch.bfloat16, or None for the model's own dtype
 
-    The masking noise is drawn in the graph from the GPU's default generator: each call masks anew, as the eager step would.
-    Learning rates are tensors that the graph reads: assign to `group["lr"]`, or let a scheduler do it. Construction warms up and
-    captures, and leaves weights, optimizer and generator as they were. After a call each parameter's `grad` holds its gradient.
-    Raises TypeError or ValueError for arguments that do not fit, RuntimeError where the model is not on CUDA.
+    The masking noise is drawn in the graph from the GPU's default generator: each call masks anew,
+    as the eager step would. Learning rates are tensors that the graph reads: assign to
+    `group["lr"]`, or let a scheduler do it. Construction warms up and captures, and leaves weights,
+    optimizer and generator as they were. After a call each parameter's `grad` holds its gradient.
+    Raises TypeError or ValueError for arguments that do not fit, RuntimeError where the model is
+    not on CUDA.
     """
 
     def __init__(
@@ -84,8 +90,9 @@ class GraphedStep:
             before.restore()
 
     def __call__(self, imgs: Tensor) -> Tensor:
-        """One step on imgs, of the shape and dtype of the first batch, on any device; returns the loss, a scalar on the GPU,
-        without waiting for it. Raises ValueError for other images."""
+        """Run one step on imgs, of the shape and dtype of the first batch, on any device; returns
+        the loss, a scalar on the GPU, without waiting for it. Raises ValueError for other images.
+        """
         if imgs.shape != self._imgs.shape or imgs.dtype != self._imgs.dtype:
             expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (self._imgs, imgs))
             raise ValueError(f"imgs must be as those that the step was captured with, {expected}; they are {got}")
@@ -95,7 +102,7 @@ class GraphedStep:
         return self._loss.clone()
 
     def _point_to_rates(self) -> None:
-        """A learning rate that was assigned is written to where the graph reads it."""
+        """Write an assigned learning rate to where the graph reads it."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.fill_(group["lr"])
@@ -121,12 +128,14 @@ def _require_cuda(device: torch.device) -> None:
 
 
 def _captured(step: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of `step` and the tensor that each replay writes the loss to; the generator is left as it was."""
+    """Return the graph of `step` and the tensor that each replay writes the loss to; the generator
+    is left as it was."""
     with torch.cuda.device(device):
         generator, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*capturable=True")  # the warm-up is not captured
+            # the warm-up is not captured
+            warnings.filterwarnings("ignore", message=".*capturable=True")
             for _ in range(WARM_UP):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
@@ -138,7 +147,8 @@ def _captured(step: Callable[[], Tensor], device: torch.device) -> tuple[torch.c
 
 
 class _Snapshot:
-    """Weights, buffers and the state of Adam; restored in place, since a graph holds their addresses."""
+    """Weights, buffers and the state of Adam; restored in place, since a graph holds their
+    addresses."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer

@@ -1,4 +1,5 @@
-"""`maefast ablate`: the paper's axes on images of one's own; each row is a pre-training, a linear probe and fine-tuning."""
+"""`maefast ablate`: the paper's axes on images of one's own; each row is a pre-training, a linear
+probe and fine-tuning."""
 
 import json
 import os
@@ -35,7 +36,7 @@ PROBE_BATCH, TUNING_BATCH = 512, 64
 
 @dataclass(frozen=True)
 class Budget:
-    """What each row gets beside its pre-training."""
+    """The probe and the fine-tuning of each row."""
 
     images: int | None = None  # of the training part, to pre-train on, by the seed; None: all
     label_fraction: float = 1.0  # of the training part, to learn from with labels
@@ -48,19 +49,20 @@ class Budget:
 
 
 def base_options(values: Mapping[str, Any]) -> Options:
-    """The options that rows change, of what flags and configuration say."""
+    """Return the options that rows change, from flags and configuration."""
     return Options(**BUDGET | (FACTORIES if "model" in values else SMALL) | dict(values))
 
 
 def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
-    """Run the rows of `axes` that base.output_dir does not hold yet; print the table, and write it there as table.md and .json.
+    """Run the rows of `axes` that base.output_dir does not hold yet; print the table, and write it
+    there as table.md and .json.
 
     data       the training part of base.data_path
-    returns    the rows in the table's order: axis, value, finetune and linprobe (top-1), the last loss of pre-training, the
-               paper's value and figures; none where a signal stopped it
-    Rows go to rows.jsonl as they are done; one that was interrupted goes on from its last checkpoint.
-    Raises UserError before anything is written for images and options that do not fit an axis or each other, and where the folder
-    holds rows of other options.
+    returns    the rows in the table's order: axis, value, finetune and linprobe (top-1), the last
+               loss of pre-training, the paper's value and figures; none where a signal stopped it
+    Rows go to rows.jsonl as they are done; one that was interrupted goes on from its last
+    checkpoint. Raises UserError before anything is written for images and options that do not fit
+    an axis or each other, and where the folder holds rows of other options.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"ablate must run as one process; WORLD_SIZE is {processes}")
@@ -85,7 +87,7 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
             except UserError as error:
                 raise UserError(f"{row.axis} {row.value}: {error}") from error
             if record is None:
-                print("stopped by a signal, the same command goes on", flush=True)
+                print("stopped by a signal; the same command resumes it", flush=True)
                 return []
             done[row.name] = record
             with replace_file(folder / "rows.jsonl") as temporary:
@@ -104,14 +106,14 @@ def _check(row: Row, base: Options, channels: int) -> None:
 
 
 def _plan(base: Options, budget: Budget) -> dict[str, Any]:
-    """What the rows of one table have in common, as JSON reads it."""
+    """Return the settings that the rows of one table share, as JSON reads them."""
     options = {name: value for name, value in asdict(base).items() if name not in NO_MATTER}
     plan: dict[str, Any] = json.loads(json.dumps(options | {f"budget's {k}": v for k, v in asdict(budget).items()}, default=str))
     return plan
 
 
 def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows that are there, by their names. Raises UserError where they are those of another plan."""
+    """Return the finished rows by name. Raises UserError if they belong to another plan."""
     settings, rows = folder / "plan.json", folder / "rows.jsonl"
     if not settings.exists():
         with replace_file(settings) as temporary:
@@ -120,14 +122,15 @@ def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if differing := [name for name in plan if there.get(name) != plan[name]]:
         name = differing[0]
         what = f"in {folder} {name} is {there.get(name)}, here it is {plan[name]}; another folder starts anew"
-        raise UserError(f"--output_dir must hold rows of the same options alone; {what}")
+        raise UserError(f"--output_dir must hold only rows of the same options; {what}")
     lines = rows.read_text().splitlines() if rows.exists() else []
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
 def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labels: int, budget: Budget) -> dict[str, Any] | None:
-    """The record of a row; None where a signal ended its pre-training. What its parts print goes to output.txt in its folder. The
-    probe and fine-tuning warm up for a tenth of their epochs, as nearly in the paper's recipes."""
+    """Return the record of a row, or None if a signal ended its pre-training. Its output goes to
+    output.txt in its folder. The probe and fine-tuning warm up for a tenth of their epochs, as
+    nearly in the paper's recipes."""
     folder = base.output_dir / row.name
     options = replace(row.options(base), output_dir=folder, resume="auto")
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +150,7 @@ def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labe
 
 
 def _top1(folder: Path) -> float:
-    """After the last epoch."""
+    """Return the top-1 accuracy after the last epoch."""
     last: dict[str, Any] = json.loads((folder / "log.txt").read_text().splitlines()[-1])
     return float(last["top1"])
 
@@ -168,7 +171,7 @@ def _conclude(rows: Sequence[Row], done: Mapping[str, Mapping[str, Any]], folder
 
 
 def markdown(table: Collection[Mapping[str, Any]]) -> str:
-    """The rows beside the paper's: top-1 in per cent, of the paper ViT-L/16 on ImageNet-1K."""
+    """Return the rows beside the paper's (ViT-L/16 on ImageNet-1K): top-1 in per cent."""
     lines = ["| axis | | fine-tuned | linear probe | paper | fine-tuned | linear probe |", "|---|---|---:|---:|---|---:|---:|"]
     for row in table:
         ours = (f"{100 * row[name]:.1f}" for name in ("finetune", "linprobe"))

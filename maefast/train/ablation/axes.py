@@ -1,4 +1,5 @@
-"""What the paper varies (He et al. 2022, table 1 and figures 5 and 6), as changes of the options of pre-training."""
+"""The settings that the paper varies (He et al. 2022, table 1 and figures 5 and 6), as changes of
+the options of pre-training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +7,8 @@ from typing import Any
 
 from ..pretrain.options import Options
 
-Paper = tuple[float | None, float | None]  # top-1 on ImageNet, ViT-L/16, 800 epochs: fine-tuned, linear probe
+# top-1 on ImageNet, ViT-L/16, 800 epochs: fine-tuned, linear probe
+Paper = tuple[float | None, float | None]
 DEFAULT: Paper = (84.9, 73.5)
 DEPTHS: dict[int, Paper] = {1: (84.8, 65.5), 2: (84.9, 70.0), 4: (84.9, 71.9), 8: DEFAULT, 12: (84.4, 73.3)}
 WIDTHS: dict[int, Paper] = {128: (84.9, 69.1), 256: (84.8, 71.3), 512: DEFAULT, 768: (84.4, 73.1), 1024: (84.3, 73.1)}
@@ -26,16 +28,18 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of its folder, and of all rows that change the same: "default" where nothing is changed."""
+        """Return the name of its folder, shared by rows with the same change; "default" if nothing
+        changes."""
         return ",".join(f"{name}={value}" for name, value in self.changes.items()) or "default"
 
     def options(self, base: Options) -> Options:
-        return replace(base, **{"norm_pix_loss": False} | self.changes)  # which follows from the target
+        # which follows from the target
+        return replace(base, **{"norm_pix_loss": False} | self.changes)
 
 
 def rows_of(axes: Sequence[str], base: Options) -> list[Row]:
-    """The rows of some of AXES. Depths and widths of the decoder are in proportion to base's as the paper's to 8 blocks and 512,
-    those that come out equal one row."""
+    """Return the rows of some of AXES. Depths and widths of the decoder are in proportion to base's
+    as the paper's to 8 blocks and 512, those that come out equal one row."""
     return [row for axis in axes for row in _distinct(axis, base)]
 
 

@@ -27,7 +27,7 @@ PICTURES = 8  # in a row of reconstruction.png
 
 @dataclass
 class Trained:
-    """One model of the demo, and what it took."""
+    """One trained model of the demo, and its cost."""
 
     recipe: Experiment
     data: ImageSet
@@ -52,7 +52,8 @@ def demo(
     mask_ratio: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train, compare, probe, draw; prints what it finds and writes checkpoint.pt, reconstruction.png, loss.png, log.jsonl.
+    """Train, compare, probe, draw; prints what it finds and writes checkpoint.pt,
+    reconstruction.png, loss.png, log.jsonl.
 
     data     a folder of images; scikit-learn's digits and photographs if not given
     steps, batch_size, mask_ratio    None for those of the recipe
@@ -124,7 +125,8 @@ def train(recipe: Experiment, data: ImageSet, seed: int) -> Trained:
 
 
 def run_probe(trained: Trained, seed: int) -> bool | None:
-    """Print the few-label table and keep it; returns whether pre-training won by enough, None without classes."""
+    """Print the few-label table and keep it; returns whether pre-training won by enough, None
+    without classes."""
     data = enough_per_class(trained.data, labelled=min(SHOTS))
     if data is None or data.labels is None:
         few = f"{min(SHOTS) + 1} images or more each, one of them held out"
@@ -160,7 +162,8 @@ def _panel(trained: Trained, seed: int) -> Panel:
 
 
 def _save_checkpoint(trained: Trained, seed: int, path: Path) -> None:
-    """The official layout; `MAE(**checkpoint["config"])` builds the model, and torch.load(weights_only=True) reads it."""
+    """The official layout; `MAE(**checkpoint["config"])` builds the model, and
+    torch.load(weights_only=True) reads it."""
     recipe = trained.recipe
     args = {name: getattr(recipe, name) for name in ("steps", "batch_size", "mask_ratio", "lr")} | {"seed": seed}
     with replace_file(path) as temporary:
