@@ -63,13 +63,22 @@ def cutlass_options(with_cuda: bool) -> dict[str, str]:
     return {"MAEFAST_CUTLASS": {"auto": "auto", "0": "OFF", "1": "ON"}[asked], "CUTLASS_INCLUDE": include}
 
 
+def remove_objects(package: Path) -> None:
+    """Remove what an earlier build made: this one may leave some of it out."""
+    for path in package.glob("*.so"):
+        path.unlink()
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
-        if torch is None:
-            raise SystemExit("maefast is built against torch, and there is none: install torch>=2.10 first")
+        missing = ["torch>=2.10"] if torch is None else []
+        missing += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        if missing:
+            raise SystemExit(f"the build needs {', '.join(missing)}: without --no-build-isolation pip fetches them")
         source = Path(__file__).resolve().parent
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        remove_objects(output)
         sanitize = os.environ.get("MAEFAST_SANITIZE", "0") != "0"
         build = source / "build" / ("sanitize" if sanitize else "native")
         with_cuda = wants_cuda(runpy.run_path(str(torch / "version.py"))["cuda"])
@@ -87,10 +96,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """Put the objects that CMake made in the place of those of an earlier build, which may have made others."""
+        """Put the objects that CMake made in the place of those of an earlier build."""
         package = Path(__file__).resolve().parent / "maefast"
-        for stale in package.glob("*.so"):
-            stale.unlink()
+        remove_objects(package)
         for made in Path(self.build_lib, "maefast").glob("*.so"):
             shutil.copy2(made, package)
 

@@ -87,6 +87,14 @@ def test_the_torch_to_build_against(setup_py, monkeypatch, tmp_path):
     assert setup_py["torch_root"]() is None
 
 
+def test_what_the_build_needs(setup_py, monkeypatch):
+    monkeypatch.setitem(setup_py["torch_root"].__globals__, "torch_root", lambda: None)
+    monkeypatch.setenv("PATH", "")
+    build = setup_py["CMakeBuild"](Distribution({"name": "maefast"}))
+    with pytest.raises(SystemExit, match=r"the build needs torch>=2.10, cmake, ninja: without --no-build-isolation pip"):
+        build.build_extension(setup_py["objects"][0])
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_a_wheel_serves_every_python(setup_py, native):
     distribution = Distribution({"name": "maefast", "ext_modules": setup_py["objects"] if native else []})
