@@ -87,7 +87,7 @@ def test_every_command(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert maefast(f"reconstruct {weights} data/val picture.png {nodata} --count 2 --input_size 16 32") == 0
     capsys.readouterr()
     assert maefast(f"convert {weights} theirs --to transformers") == 2
-    assert "transformers' ViTMAE takes squares alone" in capsys.readouterr().err
+    assert "transformers' ViTMAE takes only squares" in capsys.readouterr().err
 
 
 def test_features_are_of_normalised_values() -> None:
