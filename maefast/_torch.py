@@ -63,6 +63,12 @@ def in_onnx_export() -> bool:
     return getattr(flags, "_is_onnx_exporting", False) or torch.onnx.is_in_onnx_export()
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export runs: torch.compiler.is_exporting(), which before torch 2.12 is
+    true under torch.compile, too."""
+    return torch.compiler._is_exporting_flag
+
+
 def checkpointed(module: nn.Module, use_reentrant: bool, **options: Any) -> nn.Module:
     """Return a module that calls `module` under activation checkpointing. options: of
     torch.utils.checkpoint.checkpoint."""

@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         return self
 
     def _check_images(self, imgs: Tensor, any_size: bool = False) -> None:
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if torch.jit.is_tracing() or _torch.is_exporting():
             _check_graph(type(self).__name__)
         self.patch_embed.check(imgs, any_size)
         if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:

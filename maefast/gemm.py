@@ -56,7 +56,7 @@ def is_faster(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
     An exported graph keeps to cuBLAS: it runs on other GPUs and with other numbers of rows.
     """
-    if not HAS_KERNELS or x.device.type != _DEVICE or torch.compiler.is_exporting():
+    if not HAS_KERNELS or x.device.type != _DEVICE or _torch.is_exporting():
         return False
     sizes = _sizes(kind, x, weight)
     return tuned.has_faster_product(gpu.capability(x.device), kind, *sizes) and why_not(kind, x, weight, dtype) is None
