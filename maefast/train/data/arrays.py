@@ -66,12 +66,16 @@ def read_integers(path: Path, shape: tuple[int, ...]) -> Any:
     return values
 
 
-def read_classes(path: Path, count: int) -> tuple[str, ...]:
-    """The names in a JSON list."""
+def read_json(path: Path) -> Any:
     try:
-        names = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def read_classes(path: Path, count: int) -> tuple[str, ...]:
+    """The names in a JSON list."""
+    names = read_json(path)
     if not isinstance(names, list) or len(names) < count:
         raise UserError(f"{path} must hold a JSON list of {count} class names or more")
     return tuple(str(name) for name in names)

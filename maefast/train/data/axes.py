@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 
 from ..errors import UserError
+from .arrays import read_json
 
 
 def axes_told(path: Path | None, shape: tuple[int, ...]) -> str | None:
     """The axes of an array as the file beside it tells them."""
     if path is None:
         return None
-    try:
-        axes = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    axes = read_json(path)
     known = ("NHW",) if len(shape) == 3 else ("NHWC", "NCHW")
     if axes not in known:
         raise UserError(f"{path} must hold {' or '.join(map(json.dumps, known))} for the shape {shape}; it holds {axes!r:.40}")
