@@ -333,3 +333,18 @@ def assert_results(got: list[Results], eager: Sequence[list[Results]], exact: li
     for name, value in mine.items():
         assert all(value.dtype == run[name].dtype for run in runs), name
         assert_close_to_float64(f"{what}{name}", value, [run[name] for run in runs], truth[name])
+
+
+def assert_steps(run: Callable[[Tensor, Tensor], Results], reference: nn.Module, left_out: set[str]) -> None:
+    """Hold `run(imgs, noise)`, a step on its weights without the results `left_out`, to the error rule, and its mask."""
+    other, exact_model = attends_otherwise(reference), copy.deepcopy(reference).double()
+    got, eager, exact = list[Results](), (list[Results](), list[Results]()), list[Results]()
+    for seed in range(BATCHES):
+        imgs, noise = images_for(reference, IMAGES, seed=seed), noise_for(reference, IMAGES, seed=seed)
+        got.append(run(imgs, noise))
+        eager[0].append(step(reference, imgs, noise))
+        eager[1].append(step(other, imgs, noise))
+        exact.append(step(exact_model, imgs.double(), noise))
+        assert torch.equal(got[-1].pop("mask"), eager[0][-1]["mask"])
+    assert exact[0].keys() - got[0].keys() == {"mask"} | left_out
+    assert_results(got, eager, exact)
