@@ -39,7 +39,7 @@ class GraphedRun:
         return loss
 
     def losses(self) -> Tensor:
-        """Of all sets, the mask of set i from seed i; at a learning rate of zero, so that the weights stay."""
+        """Return the losses of all sets, the mask of set i from seed i; a learning rate of zero keeps the weights."""
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._set(len(rates) * [0.0])
         losses = []

@@ -228,7 +228,7 @@ class StepBench:
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
-        """The same in float64, a few images at a time: each removes as many patches, so the loss is the mean of the chunks'."""
+        """Compute these in float64, a few images at a time; each removes as many patches: the loss is the mean of the chunks'."""
         model = copy.deepcopy(self.weights).double()
         losses, preds, chunk = [], [], CHUNK[self.workload.device.type]
         for i, (imgs, noise) in enumerate(zip(self.imgs, self.noise, strict=True)):

@@ -129,7 +129,7 @@ class Turn(NamedTuple):
         return image.flip(axes) if axes else image
 
     def turned(self, pixels: Any) -> Any:
-        """The same of an array (H, W, C)."""
+        """Turn an array (H, W, C) as stored to as shown."""
         pixels = pixels.transpose(1, 0, 2) if self.swap else pixels
         return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 

@@ -11,7 +11,7 @@ OTHER_SEGMENTS = frozenset((*range(0xE0, 0xF0), 0xFE))  # APP0 to APP15, comment
 
 
 def without_metadata(content: bytes) -> bytes | None:
-    """The same image with pixels and orientation alone; None for other formats, and where there is nothing to leave out."""
+    """Return the image with only its pixels and orientation; None for other formats, and where there is nothing to leave out."""
     if content.startswith(PNG_MAGIC):
         bare = PNG_MAGIC + b"".join(_chunks(content))
     elif content.startswith(JPEG_MAGIC):
