@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import support
 import torch
+import torch.distributed as dist
 from skips import pytest_terminal_summary  # noqa: F401
 
 import maefast
@@ -36,6 +37,13 @@ def _decisions() -> Iterator[None]:
     """Decisions of a test that changes what the machine has are not those of the next."""
     yield
     dispatch.forget()
+
+
+@pytest.fixture(autouse=True)
+def _no_group() -> Iterator[None]:
+    """A test leaves no process group: a run of the next test would join it."""
+    yield
+    assert not (dist.is_available() and dist.is_initialized())
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("two")
     processes = Processes(output / "printed", lambda rank: run(output / "run", batch_size=4, accum_iter=2))
-    assert processes.codes() == [0, 0]
+    assert processes.codes() == [0, 0], processes.printed(1)
     assert "in each of 2 processes" in processes.printed(0)
     assert processes.printed(1) == ""
     return output / "run"
