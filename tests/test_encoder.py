@@ -331,8 +331,9 @@ def test_feature_maps_of_any_size(size):
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
     got, eager, exact = [], ([], []), []
-    for seed in range(8):
-        imgs = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(seed))
+    images = IMAGES if size[0] < 160 else 4
+    for seed in range(BATCHES):
+        imgs = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(seed))
         got.append(maps_of(model, imgs, [2, 0, -1], seed))
         eager[0].append(maps_of(plain, imgs, [2, 0, -1], seed))
         eager[1].append(maps_of(other, imgs, [2, 0, -1], seed))
