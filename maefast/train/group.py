@@ -115,8 +115,6 @@ def connected(launch: Launch | None) -> Iterator[Group]:
             raise UserError(f"{where}: {reason}") from error
     try:
         yield Group(dist.get_rank(), dist.get_world_size(), 0 if launch is None else launch.local_rank)
-        if started_here:
-            dist.barrier()  # the first process holds the store that the others still ask
     except RuntimeError as error:
         if not _lost(error):
             raise
@@ -124,12 +122,12 @@ def connected(launch: Launch | None) -> Iterator[Group]:
         raise UserError(
             f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which may say why: {reason}"
         ) from error
-    finally:
-        if started_here:
-            # What DDP keeps of the group goes first: the last to let go of it joins its threads, and
-            # those may want the interpreter.
-            gc.collect()
-            dist.destroy_process_group()
+    if started_here:
+        # What DDP keeps of the group goes first: the last to let go of it joins its threads, and
+        # those may want the interpreter.
+        gc.collect()
+        dist.barrier()  # the first process holds the store that the others still ask
+        dist.destroy_process_group()
 
 
 def _lost(error: RuntimeError) -> bool:
