@@ -71,7 +71,6 @@ class Scaled(Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-@pytest.mark.xfail(reason="blocks multiply by the plain values of such a weight", strict=True)
 def test_weights_of_a_subclass_multiply_by_their_own_rule():
     model = classifier()
     doubled, scaled = copy.deepcopy(model), copy.deepcopy(model)
