@@ -9,6 +9,7 @@ import torch
 from image_modes import ALPHA, CENTRE, GREY, MEMBERS, ORANGE, RGB, RGBA, deep, image, png, table, written_table
 from PIL import Image
 
+from maefast.train.data import decode, modes
 from maefast.train.data.open import open_images
 from maefast.train.errors import UnreadableImage, UserError
 
@@ -31,6 +32,18 @@ def test_every_mode_and_container(tmp_path: Path, mode: str, container: str, cha
     assert got.shape == (channels, 16, 48)
     row, column = CENTRE
     assert got[:, row, column].tolist() == pytest.approx(values[channels], abs=tolerance(mode, container))
+
+
+@pytest.mark.parametrize(("mode", "container"), CASES)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_large_image_is_converted_by_rows_and_bands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, container: str, channels: int
+) -> None:
+    data = open_images(MEMBERS[mode][1][container](tmp_path), channels=channels)
+    whole = data.read(0, (7, 20))
+    monkeypatch.setattr(decode, "LARGE", 0)
+    monkeypatch.setattr(modes, "CHUNK", 100)
+    assert torch.equal(data.read(0, (7, 20)), whole)
 
 
 def test_the_documents_have_the_table() -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ..errors import UnreadableImage
 from . import tiff
 from .crops import Box, BoxOf, Size
 from .metadata import without_metadata
-from .modes import MODES, converted, stored_as, with_16_bit_grey
+from .modes import MODES, converted, resized_by_bands, stored_as, with_16_bit_grey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # A JPEG decodes at 1/2, 1/4 or 1/8 of its size while that leaves the crop at least this many times the size asked for. Half of it
 # would show: Pillow's own thumbnail() takes the same margin.
 DRAFT_MARGIN = 2
+LARGE = 1 << 25  # pixels of an image that is not held in memory twice
 
 
 @contextmanager
@@ -186,12 +188,16 @@ def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
 
     left, top, right, bottom = box
     factor = _draft(image, channels, min((bottom - top) / size[0], (right - left) / size[1]))
-    image = converted(image, MODES[channels])
     box = left * factor, top * factor, min(right * factor, image.width), min(bottom * factor, image.height)
     if factor == 1 and size == (bottom - top, right - left) and left == int(left) and top == int(top):
         # resize would multiply colours by their transparency and divide them again
+        image = converted(image, MODES[channels])
         return _tensor(image.crop((int(left), int(top), int(right), int(bottom))))
-    return _tensor(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box))
+
+    resize = methodcaller("resize", size[::-1], Image.Resampling.BICUBIC, box=box)
+    if image.width * image.height > LARGE:
+        return _tensor(resized_by_bands(image, MODES[channels], resize))
+    return _tensor(resize(converted(image, MODES[channels])))
 
 
 def _draft(image: Any, channels: int, reduction: float) -> float:

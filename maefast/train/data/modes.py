@@ -1,6 +1,8 @@
 """What the pixels of an image mean: every mode of Pillow as grey, colours, or colours with transparency, of 8 bits."""
 
+import math
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
 OTHER_COLOURS = frozenset(("CMYK", "YCbCr", "HSV"))
+CHUNK = 1 << 20  # pixels that are converted at a time
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF
 # By what stored_as says of a PNG: what makes a transparent value of the file one of Pillow's pixels.
 TRANSPARENT_VALUE = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
@@ -18,23 +21,50 @@ TRANSPARENT_VALUE = {"L;2": lambda value: value * 85, "L;4": lambda value: value
 
 def converted(image: "Image", mode: str) -> "Image":
     """An image of any mode in one of MODES; the rules are in docs/data.md."""
-    from PIL import Image
+    return _colours(_in_8_bits(image), mode)
 
+
+def _in_8_bits(image: "Image") -> "Image":
+    """Return an image whose rows can be converted by themselves."""
     if image.mode in HIGH_DEPTH_MODES:
         image = _stretched_grey(image)
-    elif image.mode == "LAB":
+    if "transparency" in image.info and (scale := TRANSPARENT_VALUE.get(getattr(image, "stored_as", ""))):
+        value = image.info["transparency"]
+        image.info["transparency"] = tuple(map(scale, value)) if isinstance(value, tuple) else scale(value)
+    return image
+
+
+def _colours(image: "Image", mode: str) -> "Image":
+    from PIL import Image
+
+    if image.mode == "LAB":
         image = _from_lab(image)
     elif image.mode == "La":
         image = image.convert("LA")
     elif image.mode in OTHER_COLOURS:
         image = image.convert("RGB")
-    if "transparency" in image.info and (scale := TRANSPARENT_VALUE.get(getattr(image, "stored_as", ""))):
-        value = image.info["transparency"]
-        image.info["transparency"] = tuple(map(scale, value)) if isinstance(value, tuple) else scale(value)
     if mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def resized_by_bands(image: "Image", mode: str, resize: Callable[["Image"], "Image"]) -> "Image":
+    """Return resize(converted(image, mode)) of a large image, with the pixels in memory once and one
+    band beside them."""
+    from PIL import Image
+
+    image = _in_8_bits(image)
+    through = {"RGBA": "RGBa"}.get(mode, mode)  # as resize does: transparent colours count as little as they show
+    bands = []
+    for i in range(len(mode)):
+        band = Image.new("L", image.size)
+        for top in range(0, image.height, rows := max(1, CHUNK // image.width)):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            band.paste(_colours(strip, mode).convert(through).getchannel(i), (0, top))
+        bands.append(resize(band))
+    merged = Image.merge(mode, bands)
+    return merged if through == mode else Image.frombytes(through, merged.size, merged.tobytes()).convert(mode)
 
 
 def _stretched_grey(image: "Image") -> "Image":
@@ -42,14 +72,24 @@ def _stretched_grey(image: "Image") -> "Image":
     import numpy as np
     from PIL import Image
 
-    values, hole = np.asarray(image), image.info.get("transparency")
-    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        grey = Image.fromarray(stretched(-values.astype(np.float64)))
-    else:
-        grey = Image.fromarray(stretched(values))
+    hole = image.info.get("transparency")
+    inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+    grey = Image.fromarray(stretched(_Rows(image), inverted))
     if isinstance(hole, int):
-        grey.putalpha(Image.fromarray(np.where(values == hole, 0, 255).astype(np.uint8)))
+        grey.putalpha(Image.fromarray(np.where(np.asarray(image) == hole, 0, 255).astype(np.uint8)))
     return grey
+
+
+class _Rows:
+    """The rows of an image as arrays, a copy of those that are asked for."""
+
+    def __init__(self, image: "Image"):
+        self.image, self.shape = image, image.size[::-1]
+
+    def __getitem__(self, rows: slice) -> Any:
+        import numpy as np
+
+        return np.asarray(self.image.crop((0, rows.start, self.shape[1], min(rows.stop, self.shape[0]))))
 
 
 def _from_lab(image: "Image") -> "Image":
@@ -87,17 +127,27 @@ def with_16_bit_grey(image: "Image", file: str | bytes) -> "Image":
     return grey
 
 
-def stretched(values: Any) -> Any:
-    """An array of any real dtype as uint8, its least value at 0 and its greatest at 255, NaN at 0.
+def stretched(values: Any, inverted: bool = False) -> Any:
+    """Return an array of any real dtype as uint8, its least value at 0 and its greatest at 255, or
+    the other way round; NaN at 0.
 
     Raises ValueError for infinities and complex values.
     """
     import numpy as np
 
-    if values.dtype.kind == "c":
-        raise ValueError(f"its pixels are {values.dtype}, which have no order")
-    values = values.astype(np.float64)
-    low, high = np.nanmin(values), np.nanmax(values)
+    rows = max(1, CHUNK * values.shape[0] // max(1, math.prod(values.shape)))
+    parts = [slice(top, top + rows) for top in range(0, values.shape[0], rows)]
+    low = high = math.nan
+    for part in parts:
+        if (piece := values[part]).dtype.kind == "c":
+            raise ValueError(f"its pixels are {piece.dtype}, which have no order")
+        low = float(np.fmin(low, np.fmin.reduce(piece, axis=None)))
+        high = float(np.fmax(high, np.fmax.reduce(piece, axis=None)))
     if not np.isfinite(high - low):
         raise ValueError("its pixels are not finite")
-    return np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8)
+    start, scale = (high, -255.0) if inverted else (low, 255.0)
+    scale /= max(high - low, 1e-12)
+    out = np.empty(values.shape, np.uint8)
+    for part in parts:
+        out[part] = np.nan_to_num((values[part].astype(np.float64) - start) * scale).round()
+    return out

@@ -132,9 +132,9 @@ def _most_pixels() -> float:
 
 
 def _check_size(height: int, width: int, samples: int, dtype: Any) -> None:
-    """Raise ValueError for an image of more pixels than Pillow reads, or of more bytes than RGBA of that many would have."""
+    """Raise ValueError for more pixels than Pillow reads, or more bytes, with the 8-bit values, than RGBA of that many has."""
     most = _most_pixels()
-    if height * width > most or height * width * samples * dtype.itemsize > 4 * most:
+    if height * width > most or height * width * samples * (dtype.itemsize + (dtype.itemsize > 1)) > 4 * most:
         raise ValueError(too_large(f"{width} x {height} pixels of {samples} x {8 * dtype.itemsize} bits"))
 
 
@@ -153,7 +153,7 @@ def _in_8_bits(pixels: Any, photometric: int) -> Any:
     """Samples stretched together where they are no uint8; great ones bright."""
     inverted = photometric == WHITE_IS_ZERO
     if pixels.dtype != "uint8":
-        return stretched(-1.0 * pixels if inverted else pixels)
+        return stretched(pixels, inverted)
     return 255 - pixels if inverted else pixels
 
 
