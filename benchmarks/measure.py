@@ -30,10 +30,11 @@ class Options:
             return Budget(seconds=300, least=9, most=31)
         if is_step:
             return Budget(seconds=20 if self.full else 8, least=7, most=31)
-        return Budget(seconds=12, least=11, most=61) if self.full else Budget(seconds=3, least=11, most=41)
+        seconds = 2 if self.device.type == "cuda" else 12 if self.full else 3
+        return Budget(seconds, least=11, most=61 if self.full else 41)
 
     def wants_memory(self, is_step: bool) -> bool:
-        return self.full or is_step
+        return is_step or (self.full and self.device.type != "cuda")
 
 
 class Group:

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from rotation import NotOursError
 from torch import Tensor
+from traffic import Passes
 
 import maefast
 from maefast import dispatch
@@ -16,6 +17,7 @@ from maefast.testing.timing import Run
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 OURS = ("native", "triton")  # backends whose kernels are maefast's
+GPU_BATCH = 1024  # images; fewer fit into the L2 cache of a GPU
 SETS = 3  # input sets that a rotation cycles through
 INCOMING = ("dy", "dtotal")  # inputs that are the gradients of the outputs y and total
 
@@ -31,8 +33,8 @@ class OpEntry:
     fused: Callable[..., Outputs]
     leaves: tuple[str, ...]  # get gradients where given: of each output `o` against the input `d<o>`, else of the first output
     ops: tuple[str, ...]  # that `fused` calls
-    bytes: Callable[[int, Inputs, Outputs], int]
-    flops: Callable[[int], int]
+    bytes: Callable[[int, Inputs, Outputs], Passes]
+    flops: Callable[[int], Passes]
     backends: tuple[str, ...] = (*OURS, "eager")
 
 
@@ -42,6 +44,7 @@ class OpWorkload:
     variant: str
     N: int
     device: torch.device
+    forward: bool = False  # alone, without gradients
 
     eager_name = "reference"
     compiled_name = "reference-compiled"
@@ -49,7 +52,7 @@ class OpWorkload:
 
     @property
     def name(self) -> str:
-        return f"{self.entry.name}-{self.variant}"
+        return f"{self.entry.name}-{self.variant}" + ("-forward" if self.forward else "")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +66,14 @@ class OpWorkload:
         return OpBench(self)
 
 
+def workloads_of(entry: OpEntry, variant: str, device: torch.device, full: bool, quick: int, most: int) -> list[OpWorkload]:
+    """Return the workload of a variant; on a GPU, at full size, with one of the forward pass alone."""
+    if not full or device.type != "cuda":
+        return [OpWorkload(entry, variant, most if full else quick, device)]
+    passes = (False, True) if entry.leaves else (False,)
+    return [OpWorkload(entry, variant, GPU_BATCH, device, forward) for forward in passes]
+
+
 class OpBench:
     """The inputs of a workload, and its contenders ready to run on them."""
 
@@ -73,7 +84,7 @@ class OpBench:
         generator = torch.Generator().manual_seed(0)
         self.inputs = [self.entry.make(workload.N, workload.variant, generator) for _ in range(SETS)]
         self.inputs = [{k: v.to(workload.device) for k, v in inputs.items()} for inputs in self.inputs]
-        self.leaves = [leaf for leaf in self.entry.leaves if leaf in self.inputs[0]]
+        self.leaves = [leaf for leaf in self.entry.leaves if leaf in self.inputs[0] and not workload.forward]
         for inputs in self.inputs:
             for leaf in self.leaves:
                 inputs[leaf].requires_grad_()
@@ -146,11 +157,14 @@ class OpBench:
 
     @cached_property
     def bytes(self) -> int:
-        return self.entry.bytes(self.workload.N, self.inputs[0], self.eager)
+        return self._of_passes(self.entry.bytes(self.workload.N, self.inputs[0], self.eager))
 
     @property
     def flops(self) -> int:
-        return self.entry.flops(self.workload.N)
+        return self._of_passes(self.entry.flops(self.workload.N))
+
+    def _of_passes(self, counted: Passes) -> int:
+        return counted.forward if self.workload.forward else sum(counted)
 
     def forget(self) -> None:
         """What the gate compared with; it takes memory."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import traffic
-from opbench import Inputs, OpEntry, OpWorkload, Outputs
+from opbench import Inputs, OpEntry, OpWorkload, Outputs, workloads_of
 from rotation import ReplayClock
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,6 +16,7 @@ from maefast.blocks import Block
 
 CLOCK = ReplayClock()
 SHAPES = {"encoder": (50, 768, 12), "decoder": (197, 512, 16)}  # tokens, width, heads
+HUGE = {"encoder_huge": (65, 1280, 16), "decoder_huge": (257, 512, 16)}  # of ViT-H/14
 LINEARS = {"encoder_qkv": (50, 768, 2304), "decoder_fc1": (197, 512, 2048), "decoder_fc2": (197, 2048, 512)}  # tokens, in, out
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUICK_N, FULL_N = 4, 16
@@ -24,12 +25,14 @@ QUICK = ("attention_decoder", "linear_decoder_fc1", "block_encoder")
 
 def workloads(full: bool, device: torch.device) -> list[OpWorkload]:
     entries = [entry for entry in ENTRIES if full or entry.name in QUICK]
-    variants = ("fp32", "bf16") if full else ("fp32",)
-
-    def batch(entry: OpEntry) -> int:
-        return (FULL_N if full else QUICK_N) * (4 if entry.name.startswith("attention") else 1)
-
-    return [OpWorkload(entry, variant, batch(entry), device) for entry in entries for variant in variants]
+    entries += [attention_entry(part) for part in HUGE if full and device.type == "cuda"]
+    return [
+        workload
+        for entry in entries
+        for variant in (DTYPES if full else ("fp32",))
+        for times in (4 if entry.name.startswith("attention") else 1,)
+        for workload in workloads_of(entry, variant, device, full, times * QUICK_N, times * FULL_N)
+    ]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -57,7 +60,7 @@ def fused_attention(qkv: Tensor, heads: int) -> Outputs:
 
 
 def attention_entry(part: str) -> OpEntry:
-    T, D, heads = SHAPES[part]
+    T, D, heads = (SHAPES | HUGE)[part]
     return OpEntry(
         name=f"attention_{part}",
         variants=tuple(DTYPES),
@@ -66,7 +69,7 @@ def attention_entry(part: str) -> OpEntry:
         fused=partial(fused_attention, heads=heads),
         leaves=("qkv",),
         ops=("attention",),
-        bytes=lambda N, x, y: 0,
+        bytes=lambda N, x, y: traffic.attention_bytes(N, T, D, y["y"].itemsize) if x["qkv"].is_cuda else traffic.Passes(0),
         flops=lambda N: traffic.attention_flops(N, T, D),
         backends=("native", "flash_attn", "eager"),  # eager is SDPA
     )
@@ -99,8 +102,8 @@ def linear_entry(layer: str) -> OpEntry:
         fused=fused_linear,
         leaves=("x", "weight", "bias"),
         ops=("linear",),
-        bytes=lambda N, x, y: 0,
-        flops=lambda N: 3 * 2 * N * T * width * out,
+        bytes=lambda N, x, y: traffic.Passes(0),
+        flops=lambda N: traffic.Passes(2 * N * T * width * out, 4 * N * T * width * out),
         backends=("native", "eager", "auto"),
     )
 
@@ -132,8 +135,8 @@ def block_entry(part: str) -> OpEntry:
         fused=partial(run_block, fused),
         leaves=("x", *(name for name, _ in plain.named_parameters())),
         ops=("transformer_block",),
-        bytes=lambda N, x, y: 0,
-        flops=lambda N: round(3 * N * traffic.block_flops(T, D)),
+        bytes=lambda N, x, y: traffic.Passes(0),
+        flops=lambda N: traffic.Passes(*(round(passes * N * traffic.block_flops(T, D)) for passes in (1, 2))),
         backends=("auto", "eager"),
     )
 

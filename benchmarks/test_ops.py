@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import traffic
-from opbench import OURS, Inputs, OpEntry, OpWorkload, Outputs
+from opbench import OURS, Inputs, OpEntry, OpWorkload, Outputs, workloads_of
 from rotation import ReplayClock
 from torch import Tensor
 
@@ -22,8 +22,13 @@ QUICK_N, FULL_N = 8, 64
 
 
 def workloads(full: bool, device: torch.device) -> list[OpWorkload]:
-    make = partial(OpWorkload, N=FULL_N if full else QUICK_N, device=device)
-    return [make(entry, variant) for entry in ENTRIES for variant in entry.variants if full or not variant.endswith("encoder")]
+    return [
+        workload
+        for entry in ENTRIES
+        for variant in entry.variants
+        if full or not variant.endswith("encoder")
+        for workload in workloads_of(entry, variant, device, full, QUICK_N, FULL_N)
+    ]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -164,7 +169,7 @@ def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Ou
     return {"y": ops.layer_norm(x, weight, bias, LN_EPS, out.dtype)}
 
 
-def count_layer_norm(N: int, x: Inputs, y: Outputs) -> int:
+def count_layer_norm(N: int, x: Inputs, y: Outputs) -> traffic.Passes:
     return traffic.layer_norm_bytes(*x["x"].shape, x["x"].itemsize, x["weight"].itemsize, y["y"].itemsize)
 
 
@@ -185,7 +190,7 @@ def fused_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tens
     return {"y": y, "total": total}
 
 
-def count_add_layer_norm(N: int, x: Inputs, y: Outputs) -> int:
+def count_add_layer_norm(N: int, x: Inputs, y: Outputs) -> traffic.Passes:
     sizes = (x[name].itemsize for name in ("x", "residual", "weight"))
     return traffic.add_layer_norm_bytes(*x["x"].shape, *sizes, y["y"].itemsize)
 
@@ -209,7 +214,7 @@ def fused_gelu(x: Tensor, bias: Tensor | None = None) -> Outputs:
     return {"y": ops.bias_gelu(x, bias)}
 
 
-def count_gelu(N: int, x: Inputs, y: Outputs) -> int:
+def count_gelu(N: int, x: Inputs, y: Outputs) -> traffic.Passes:
     return traffic.bias_gelu_bytes(*x["x"].shape, x["x"].itemsize, x["bias"].itemsize if "bias" in x else 0)
 
 
@@ -223,7 +228,7 @@ ENTRIES = (
         leaves=(),
         ops=("random_masking", "gather_patches", "mask_patches"),
         bytes=lambda N, x, y: traffic.masking_bytes(N, L, K, P, x["imgs"].itemsize, y["patches"].itemsize),
-        flops=lambda N: 0,
+        flops=lambda N: traffic.Passes(0),
     ),
     OpEntry(
         name="unshuffle",
@@ -256,7 +261,7 @@ ENTRIES = (
         leaves=("x", "weight", "bias"),
         ops=("layer_norm",),
         bytes=count_layer_norm,
-        flops=lambda N: 0,
+        flops=lambda N: traffic.Passes(0),
         backends=(*OURS, "apex", "eager"),
     ),
     OpEntry(
@@ -268,7 +273,7 @@ ENTRIES = (
         leaves=("x", "residual", "weight", "bias"),
         ops=("add_layer_norm",),
         bytes=count_add_layer_norm,
-        flops=lambda N: 0,
+        flops=lambda N: traffic.Passes(0),
     ),
     OpEntry(
         name="gelu",
@@ -279,6 +284,6 @@ ENTRIES = (
         leaves=("x", "bias"),
         ops=("bias_gelu",),
         bytes=count_gelu,
-        flops=lambda N: 0,
+        flops=lambda N: traffic.Passes(0),
     ),
 )

@@ -4,62 +4,76 @@ Letters as in DESIGN.md: N batch, L patches, K kept, D width, P values in a patc
 ranks are int64, noise and masks fp32.
 """
 
+from typing import NamedTuple
+
 INDEX, FP32 = 8, 4
 
 
-def masking_bytes(N: int, L: int, K: int, P: int, image_size: int, out_size: int) -> int:
+class Passes(NamedTuple):
+    """Of the forward pass and of the backward pass."""
+
+    forward: int
+    backward: int = 0
+
+
+def masking_bytes(N: int, L: int, K: int, P: int, image_size: int, out_size: int) -> Passes:
     """random_masking + gather_patches, forward: noise in; ids_keep, ids_restore, mask out; the kept pixels in and out."""
     ranking = N * L * FP32 + N * K * INDEX + N * L * INDEX + N * L * FP32
-    return ranking + N * K * P * (image_size + out_size)
+    return Passes(ranking + N * K * P * (image_size + out_size))
 
 
-def unshuffle_bytes(N: int, L: int, K: int, D: int, x_size: int, token_size: int, out_size: int) -> int:
+def unshuffle_bytes(N: int, L: int, K: int, D: int, x_size: int, token_size: int, out_size: int) -> Passes:
     """Forward: x, ids_restore, mask_token, positions in, tokens out. Backward: dy and ids_restore in, dx and dmask_token out."""
     x, y, ids = N * (1 + K) * D * x_size, N * (1 + L) * D * out_size, N * L * INDEX
     token, positions = D * token_size, (1 + L) * D * token_size
-    return (x + ids + token + positions + y) + (y + ids + x + token)
+    return Passes(x + ids + token + positions + y, y + ids + x + token)
 
 
-def unshuffle_flops(N: int, L: int, K: int, D: int) -> int:
+def unshuffle_flops(N: int, L: int, K: int, D: int) -> Passes:
     """Adding the positions, and summing the mask tokens' gradients."""
-    return N * (1 + L) * D + N * (L - K) * D
+    return Passes(N * (1 + L) * D, N * (L - K) * D)
 
 
-def masked_mse_bytes(N: int, L: int, K: int, P: int, pred_size: int, image_size: int) -> int:
+def masked_mse_bytes(N: int, L: int, K: int, P: int, pred_size: int, image_size: int) -> Passes:
     """Forward: mask, and of removed patches pred and pixels, in. Backward, a call of its own: the same in, all of dpred out."""
     seen = N * L * FP32 + N * (L - K) * P * (pred_size + image_size)
-    return seen + seen + N * L * P * pred_size
+    return Passes(seen, seen + N * L * P * pred_size)
 
 
-def masked_mse_flops(N: int, L: int, K: int, P: int) -> int:
+def masked_mse_flops(N: int, L: int, K: int, P: int) -> Passes:
     """Per removed value: mean 1, variance 3, normalise 2, square and add 3; backward the first six, difference and scale."""
-    return N * (L - K) * P * (9 + 8)
+    return Passes(N * (L - K) * P * 9, N * (L - K) * P * 8)
 
 
-def layer_norm_bytes(rows: int, D: int, x_size: int, parameter_size: int, out_size: int) -> int:
+def layer_norm_bytes(rows: int, D: int, x_size: int, parameter_size: int, out_size: int) -> Passes:
     """Forward: x, weight, bias in, y, mean and rstd out. Backward: dy, x, weight, mean, rstd in, dx, dweight, dbias out."""
     x, y, parameter, statistic = rows * D * x_size, rows * D * out_size, D * parameter_size, rows * FP32
-    return (x + 2 * parameter + y + 2 * statistic) + (y + x + parameter + 2 * statistic + x + 2 * parameter)
+    return Passes(x + 2 * parameter + y + 2 * statistic, y + x + parameter + 2 * statistic + x + 2 * parameter)
 
 
-def add_layer_norm_bytes(rows: int, D: int, x_size: int, residual_size: int, parameter_size: int, out_size: int) -> int:
+def add_layer_norm_bytes(rows: int, D: int, x_size: int, residual_size: int, parameter_size: int, out_size: int) -> Passes:
     """layer_norm of the sum, which has the size of the residual. Forward also reads both terms in place of the sum and writes it;
     backward also reads the sum's own gradient, and writes dx where its size is not the residual's.
     """
     x, residual = rows * D * x_size, rows * D * residual_size
-    norm = layer_norm_bytes(rows, D, residual_size, parameter_size, out_size)
-    return norm + (x + residual) + (residual + (x if x_size != residual_size else 0))
+    forward, backward = layer_norm_bytes(rows, D, residual_size, parameter_size, out_size)
+    return Passes(forward + x + residual, backward + residual + (x if x_size != residual_size else 0))
 
 
-def bias_gelu_bytes(rows: int, D: int, x_size: int, bias_size: int) -> int:
+def bias_gelu_bytes(rows: int, D: int, x_size: int, bias_size: int) -> Passes:
     """Forward: x and bias in, y out. Backward: dy, x and bias in, dx and dbias out. No bias has size 0."""
     x, bias = rows * D * x_size, D * bias_size
-    return (x + bias + x) + (x + x + bias + x + bias)
+    return Passes(x + bias + x, x + x + bias + x + bias)
 
 
-def attention_flops(N: int, T: int, D: int) -> int:
+def attention_bytes(N: int, T: int, D: int, size: int) -> Passes:
+    """Forward: q, k, v in, the output out. Backward: these, the output and its gradient in, three gradients out."""
+    return Passes(4 * N * T * D * size, 8 * N * T * D * size)
+
+
+def attention_flops(N: int, T: int, D: int) -> Passes:
     """Products of self-attention, forward 2 and backward 5: the scores are computed again there."""
-    return 7 * 2 * N * T * T * D
+    return Passes(2 * 2 * N * T * T * D, 5 * 2 * N * T * T * D)
 
 
 def block_flops(T: int, D: int, mlp_ratio: float = 4.0) -> float:

@@ -134,24 +134,27 @@ def test_replayed_samples_are_what_pytest_benchmark_reports(tmp_path):
 
 def test_bytes_and_flops_by_paper_and_pencil():
     # noise 32, ids_keep 16, ids_restore 64, mask 32; two kept patches of 12 values, 4 bytes in and 4 out
-    assert traffic.masking_bytes(N=2, L=4, K=1, P=12, image_size=4, out_size=4) == 144 + 2 * 12 * 8
-    assert traffic.masking_bytes(N=64, L=196, K=49, P=768, image_size=4, out_size=4) == 19_493_376
+    assert traffic.masking_bytes(N=2, L=4, K=1, P=12, image_size=4, out_size=4) == (144 + 2 * 12 * 8, 0)
+    assert traffic.masking_bytes(N=64, L=196, K=49, P=768, image_size=4, out_size=4) == (19_493_376, 0)
     # x 48, ids 64, token 12, positions 60, y 120; then dy 120, ids 64, dx 48, dtoken 12
-    assert traffic.unshuffle_bytes(N=2, L=4, K=1, D=3, x_size=4, token_size=4, out_size=4) == 304 + 244
-    assert traffic.unshuffle_flops(N=2, L=4, K=1, D=3) == 30 + 18
+    assert traffic.unshuffle_bytes(N=2, L=4, K=1, D=3, x_size=4, token_size=4, out_size=4) == (304, 244)
+    assert traffic.unshuffle_flops(N=2, L=4, K=1, D=3) == (30, 18)
     # mask 16, three removed patches of 12 values, 5 bytes each, twice; dpred 4 * 12 * 4
-    assert traffic.masked_mse_bytes(N=1, L=4, K=1, P=12, pred_size=4, image_size=1) == 2 * (16 + 180) + 192
-    assert traffic.masked_mse_flops(N=1, L=4, K=1, P=12) == 36 * 17
+    assert traffic.masked_mse_bytes(N=1, L=4, K=1, P=12, pred_size=4, image_size=1) == (196, 196 + 192)
+    assert traffic.masked_mse_flops(N=1, L=4, K=1, P=12) == (36 * 9, 36 * 8)
     # x 24, weight and bias 24, y 12, mean and rstd 16; then dy 12, x 24, weight 12, mean and rstd 16, dx 24, dweight and dbias 24
-    assert traffic.layer_norm_bytes(rows=2, D=3, x_size=4, parameter_size=4, out_size=2) == 76 + 112
+    assert traffic.layer_norm_bytes(rows=2, D=3, x_size=4, parameter_size=4, out_size=2) == (76, 112)
     # x 12, residual 24, the sum out 24 and y 12; then dy 12, the sum 24, its gradient 24, dx 12 and dresidual 24; and small ones
-    small = (24 + 16) + (12 + 16 + 24)
-    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=2, residual_size=4, parameter_size=4, out_size=2) == 72 + 96 + small
+    small = (24 + 16, 12 + 16 + 24)
+    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=2, residual_size=4, parameter_size=4, out_size=2) == (72 + small[0], 96 + small[1])
     # all of 24: x, residual, sum, y; dy, sum, its gradient, and one gradient for both
-    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=4, residual_size=4, parameter_size=4, out_size=4) == 8 * 24 + small
+    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=4, residual_size=4, parameter_size=4, out_size=4) == (96 + small[0], 96 + small[1])
     # x 12, bias 12, y 12; then dy 12, x 12, bias 12, dx 12, dbias 12
-    assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=4) == 36 + 60
-    assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=0) == 24 + 36
+    assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=4) == (36, 60)
+    assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=0) == (24, 36)
+    # q, k, v and the output, 16 values of 2 bytes each; then these, dout, dq, dk and dv
+    assert traffic.attention_bytes(N=2, T=2, D=4, size=2) == (4 * 32, 8 * 32)
+    assert traffic.attention_flops(N=2, T=2, D=4) == (128, 320)
     # qkv 192, proj 64, fc1 256, fc2 256, scores 32, values 32
     assert traffic.block_flops(T=2, D=4) == 832
 
@@ -180,7 +183,21 @@ def test_entries_count_the_bytes_of_their_own_tensors():
         "gelu-fp32": traffic.bias_gelu_bytes(8 * 197, 2048, 4, 0),
     }
     found = {w.name: w.bench().bytes for w in bench_ops.workloads(full=False, device=CPU) if w.name in expected}
-    assert found == expected
+    assert found == {name: sum(passes) for name, passes in expected.items()}
+
+
+def test_the_forward_pass_alone_on_a_gpu():
+    workloads = bench_ops.workloads(full=True, device=torch.device("cuda"))
+    unshuffles = [w for w in workloads if w.name.startswith("unshuffle-bf16")]
+    assert [(w.name, w.N, w.forward) for w in unshuffles] == [
+        ("unshuffle-bf16", 1024, False),
+        ("unshuffle-bf16-forward", 1024, True),
+    ]
+    bench = dataclasses.replace(unshuffles[1], N=2, device=CPU).bench()
+    assert bench.bytes == traffic.unshuffle_bytes(2, 196, 49, 512, 2, 2, 2).forward
+    for contender in ("reference", "maefast-eager"):
+        bench.check(contender, bench.run(contender))
+        assert bench.run(contender)(0).keys() == {"y"}
 
 
 def test_the_gate_stops_a_wrong_result_and_lets_the_reference_pass():

@@ -53,8 +53,9 @@ def test_without_a_gpu(tmp_path):
 def test_everything_in_order(tmp_path):
     status, table, calls = check(tmp_path)
     assert status == 0
-    names = ["build", "tests-cuda", "tests-triton", "sanitizer-memcheck", "sanitizer-racecheck", "attention", "ops"]
-    names += [f"step-{model}" for model in ("vit_b16", "vit_b16_batch8", "vit_l16", "vit_h14")] + ["report"]
+    names = ["build", "tests-cuda", "tests-triton", "sanitizer-memcheck", "sanitizer-racecheck"]
+    names += ["attention", "ops", "blocks", "report-ops"]
+    names += [f"step-{model}" for model in ("vit_b16", "vit_b16_batch8", "vit_l16", "vit_h14")] + ["report-step"]
     assert [line.split()[0] for line in table] == names
     assert all(" passed, " in line for line in table)
     assert calls[:5] == [
@@ -66,7 +67,8 @@ def test_everything_in_order(tmp_path):
     ]
     assert calls[-1].count("step-vit_") == 4
     assert calls[-1].startswith("benchmarks/report.py")
-    assert (tmp_path / "out" / "ops.log").read_text() == "output of scripts/gpu_ops.py --seconds 70\n"
+    arguments = f"--benchmark-only --full --device cuda --benchmark-json={tmp_path}/out/ops.json benchmarks/test_ops.py"
+    assert (tmp_path / "out" / "ops.log").read_text() == f"output of -m pytest -q {arguments} -k (bf16 or autocast)\n"
 
 
 def test_parts(tmp_path):
@@ -78,14 +80,25 @@ def test_parts(tmp_path):
     assert (status, said) == (2, ["GPU_CHECK must be of tests, ops, step, tune; it is 'tests speed'"])
 
 
+def test_rehearsal(tmp_path):
+    """Everything but the sizes, on a machine without a GPU."""
+    status, table, calls = check(tmp_path, DEVICE="cpu", sanitizer=False)
+    assert status == 0
+    names = ["build", "tests-cuda", "tests-triton", "attention", "ops", "blocks", "report-ops", "step-tiny", "report-step"]
+    assert [line.split()[0] for line in table] == names
+    assert all("--device cpu" in call and "--full" not in call for call in calls if "--benchmark-only" in call)
+    assert check(tmp_path, DEVICE="cpu", GPU_CHECK="ops tune")[:2] == (2, ["GPU_CHECK=tune needs a GPU; DEVICE is cpu"])
+    assert check(tmp_path, DEVICE="tpu")[:2] == (2, ["DEVICE must be cuda or cpu; it is 'tpu'"])
+
+
 def test_a_failure_does_not_stop_the_rest(tmp_path):
-    status, table, calls = check(tmp_path, "gpu_attention exit 3\nstep-vit_l16 exit 1\n", GPU_CHECK="ops step")
+    status, table, calls = check(tmp_path, "attention.json exit 3\nstep-vit_l16 exit 1\n", GPU_CHECK="ops step")
     assert status == 1
     found = {line.split()[0]: line.split(maxsplit=1)[1].rsplit(",", 1)[0] for line in table}
     assert found.pop("attention") == "FAILED with status 3"
     assert found.pop("step-vit_l16") == "FAILED with status 1"
     assert set(found.values()) == {"passed"}
-    assert "report" in found
+    assert {"report-ops", "report-step"} <= found.keys()
     assert "step-vit_b16.json" in calls[-1], "it has what there is"
     assert "step-vit_l16.json" not in calls[-1]
 

@@ -1,5 +1,4 @@
-// The attention kernels for ctypes, any of their tiles: for tests, and for scripts/gpu_attention.py, which times one against
-// another.
+// The attention kernels for ctypes, any of their tiles.
 #include "attention.h"
 
 using namespace maefast::cuda;
