@@ -20,8 +20,8 @@ inline const T* row_of(const Rows& rows, int64_t i) {
   return static_cast<const T*>(rows.data) + i * rows.stride;
 }
 
-// Prefetches the same columns of the next row into L2: the hardware's own prefetching ends with each
-// page and starts again slowly. The address may lie past the last row; a prefetch does not fault.
+// Prefetches the same columns of the next row into L2: hardware prefetching ends with each page and
+// starts again slowly. The address may lie past the last row; a prefetch does not fault.
 template <typename T>
 inline void prefetch(const T* p, int64_t stride) {
   __builtin_prefetch(p + stride, 0, 2);
