@@ -1,5 +1,5 @@
-// What the headers of a newer compiler take from its runtime libraries, defined here, so that libmaefast.so also loads beside
-// the glibc 2.28 and the libstdc++ of GCC 8 (manylinux_2_28).
+// Symbols that the headers of a newer compiler expect in its runtime libraries. With its own
+// copies, libmaefast.so also loads beside glibc 2.28 and the libstdc++ of GCC 8 (manylinux_2_28).
 #include <sstream>
 
 #ifdef __GLIBCXX__

@@ -1,4 +1,5 @@
-// The only file that includes torch headers: the stable ABI of torch >= 2.10, and what every boxed entry needs from it.
+// The only file that includes torch headers: the stable ABI of torch >= 2.10, and what every boxed
+// entry needs from it.
 #pragma once
 
 #include <sys/mman.h>
@@ -21,7 +22,8 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws with a message made of `parts` unless `ok`; it reaches Python as the exception's whole text.
+// Throws with a message made of `parts` unless `ok`; it reaches Python as the exception's whole
+// text.
 template <typename... Parts>
 void check(bool ok, const Parts&... parts) {
   if (!ok) {
@@ -55,29 +57,32 @@ Tensor call_op(const char* name, const Args&... args) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// An uninitialised contiguous tensor on the CPU. A large one is asked for in huge pages: fresh memory is first touched by the
-// kernel that fills it, and with 4 KiB pages the page faults cost several times as much as the writing.
+// Returns an uninitialised contiguous tensor on the CPU. Large ones ask for huge pages: the kernel
+// that fills fresh memory takes its page faults, and those of 4 KiB pages cost several times as
+// much as writing.
 inline Tensor empty_cpu(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   Tensor out = torch::stable::empty(sizes, dtype);
-  constexpr int64_t kLarge = 4 << 20, kPage = 4096;
+  constexpr int64_t kLarge = 4 << 20;  // two huge pages
+  constexpr int64_t kPage = 4096;
   const int64_t bytes = out.numel() * item_size(dtype);
   if (bytes >= kLarge) {
     const auto begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kPage - 1) / kPage * kPage;
     const auto end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing but time
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may be refused
   }
   return out;
 }
 
-// `t` itself where its last dimension is dense, else a contiguous copy.
+// Returns `t` if its last dimension is dense, else a contiguous copy.
 inline Tensor dense_rows(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Whether rows of `width` fp32 values may be written past the caches: whole aligned vectors, and an output that would push
-// everything else out anyway.
+// Whether rows of `width` fp32 values are written past the caches: they are whole aligned vectors,
+// and the output is as large as L3.
 inline bool may_stream(const Tensor& out, int64_t width) {
-  constexpr int64_t kLarge = 16 << 20, kVector = 64;
+  constexpr int64_t kLarge = 16 << 20;  // L3
+  constexpr int64_t kVector = 64;
   return out.scalar_type() == ScalarType::Float && out.numel() * 4 >= kLarge && width * 4 % kVector == 0 &&
          reinterpret_cast<uintptr_t>(out.data_ptr()) % kVector == 0;
 }

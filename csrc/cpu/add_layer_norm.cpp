@@ -70,11 +70,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x_in
   Tensor y = empty_cpu(x_in.sizes(), dtype);
   Tensor center = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
   const AddLayerNormFwd args{
-      x.rows,
-      residual.rows,
-      sum.mutable_data_ptr(),
-      {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), y_dtype,
-       static_cast<float*>(center.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
+      .x = x.rows,
+      .residual = residual.rows,
+      .sum = sum.mutable_data_ptr(),
+      .norm =
+          {
+              .weight = weight.data,
+              .bias = bias.data,
+              .eps = static_cast<float>(eps),
+              .y = y.mutable_data_ptr(),
+              .y_dtype = y_dtype,
+              .center = static_cast<float*>(center.mutable_data_ptr()),
+              .rstd = static_cast<float*>(rstd.mutable_data_ptr()),
+              .D = x.D,
+          },
   };
   run(MAEFAST_KERNEL(add_layer_norm_fwd_kernel), args, x.count, x.D * 16);
   return {y, sum, center, rstd};

@@ -1,8 +1,9 @@
-// attention: softmax(q k^T / sqrt(d)) v for every head, from packed projections to packed heads, and its gradients.
+// attention: softmax(q k^T / sqrt(d)) v for every head, from packed projections to packed heads,
+// and its gradients.
 //
-// A task is one head of one sample. Its q, k and v are packed once into rows a vector wide; then a block of query rows at a time
-// goes through the scores, the softmax and the products while it is in L1 and L2. Backward computes the scores again and keeps
-// nothing.
+// A task is one head of one sample. Its q, k and v are packed once. Blocks of query rows then go
+// through scores, softmax and products in L1 and L2. Backward recomputes the scores; nothing is
+// saved for it.
 #include <initializer_list>
 
 #include "isa.h"
@@ -39,9 +40,9 @@ struct AttentionBwd {
 namespace MAEFAST_ISA {
 namespace {
 
-// Asks for the next task's rows while a block of this one is computed: they lie a whole token apart, which the hardware's
-// prefetchers do not follow. Inlined by force: GCC takes a function of prefetches alone for one without effect and drops the
-// call.
+// Prefetches the next task's rows while a block of this one is computed: they lie a whole token
+// apart, a stride that the hardware's prefetchers do not follow. Inlined by force: GCC drops calls
+// of a function that only prefetches.
 struct Ahead {
   int64_t unit, end, heads, width, queries;
 
@@ -62,7 +63,8 @@ struct Ahead {
   }
 };
 
-// How a head lies in scratch. depth: words that a row of `width` values takes; column: words of a row that is B of a product.
+// How a head lies in scratch. depth: words of a row of `width` values, which are padded to row();
+// column: words of a row of B.
 template <bool kPairs>
 struct Layout {
   int64_t width;
@@ -85,27 +87,30 @@ void store_rows(const float* in, int64_t in_stride, int64_t count, int64_t width
 
 template <bool kPairs, typename In>
 void forward(const AttentionFwd& args, int64_t begin, int64_t end) {
-  constexpr int64_t kBlock = 24;  // query rows whose scores are in the first cache together
+  constexpr int64_t kQueries = 24;  // of a block; L1 (32 KiB): scores, 19 KiB with 197 keys
   const Layout<kPairs> layout{args.width};
   const int64_t M = args.queries, T = args.keys, width = args.width, depth = layout.depth();
   const int64_t row = layout.row(), column = layout.column(), padded = round_up(T, kLanes), summed = layout.tokens(T);
   const float exponent = kLog2E / __builtin_sqrtf(static_cast<float>(width));
-  Scratch<float> q(M * row), k_columns(depth * padded), v(summed * column), s(kBlock * padded), o(kBlock * column);
-  float inverse[kBlock];
+  Scratch<float> q(M * row), k_columns(depth * padded), v(summed * column), s(kQueries * padded), o(kQueries * column);
+  float inverse[kQueries];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / args.heads, head = unit % args.heads * width;
     const auto at = [&](const Heads& rows) { return static_cast<const In*>(rows.data) + n * rows.stride_n + head; };
-    pack_rows<kPairs>(at(args.q), args.q.stride_t, M, width, q, row);
-    pack_columns<kPairs>(at(args.k), args.k.stride_t, T, width, k_columns);
-    pack_summed<kPairs>(at(args.v), args.v.stride_t, T, width, v, column);
+    pack_a<kPairs>(at(args.q), args.q.stride_t, M, width, q, row);
+    pack_b_transposed<kPairs>(at(args.k), args.k.stride_t, T, width, k_columns);
+    pack_b<kPairs>(at(args.v), args.v.stride_t, T, width, v, column);
     In* out = static_cast<In*>(args.out.data) + n * args.out.stride_n + head;
     const Ahead ahead{unit + 1, end, args.heads, width, M};
-    for (int64_t i = 0; i < M; i += kBlock) {
-      const int64_t rows = M - i < kBlock ? M - i : kBlock;
+    for (int64_t i = 0; i < M; i += kQueries) {
+      const int64_t rows = M - i < kQueries ? M - i : kQueries;
       ahead.prefetch<In>({args.q, args.k, args.v}, {M, T, T}, i, rows);
-      multiply<kPairs>({q + i * row, row, 1, k_columns, padded, s, padded, depth, false}, rows, padded);
+      multiply<kPairs>(
+          {.a = q + i * row, .rs_a = row, .cs_a = 1, .b = k_columns, .rs_b = padded, .c = s, .rs_c = padded, .k = depth}, rows,
+          padded);
       for (int64_t r = 0; r < rows; ++r) inverse[r] = softmax_row<kPairs>(s + r * padded, T, padded, exponent);
-      multiply<kPairs>({s, padded, 1, v, column, o, column, summed, false}, rows, column);
+      multiply<kPairs>({.a = s, .rs_a = padded, .cs_a = 1, .b = v, .rs_b = column, .c = o, .rs_c = column, .k = summed}, rows,
+                       column);
       store_rows(o, column, rows, width, inverse, 1.0f, out + i * args.out.stride_t, args.out.stride_t);
     }
   }
@@ -113,46 +118,70 @@ void forward(const AttentionFwd& args, int64_t begin, int64_t end) {
 
 template <bool kPairs, typename In>
 void backward(const AttentionBwd& args, int64_t begin, int64_t end) {
-  constexpr int64_t kBlock = 48;  // even; more rows would leave the caches, fewer would load and store dK and dV more often
+  constexpr int64_t kQueries = 48;  // of a block, even; L2 (1 MiB): fewer load dK and dV more often
   const Layout<kPairs> layout{args.width};
   const int64_t M = args.queries, T = args.keys, width = args.width, depth = layout.depth();
   const int64_t row = layout.row(), column = layout.column(), padded = round_up(T, kLanes), summed = layout.tokens(T);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(width)), exponent = kLog2E * scale;
   Scratch<float> q(M * row), dout(M * row), k_columns(depth * padded), v_columns(depth * padded);
-  Scratch<float> k_summed(summed * column), dk(T * column), dv(T * column), dq(kBlock * column);
-  Scratch<float> s(kBlock * padded), dp(kBlock * padded);
-  // Words along the queries: with pairs these are others than along the width.
+  Scratch<float> k_summed(summed * column), dk(T * column), dv(T * column), dq(kQueries * column);
+  Scratch<float> s(kQueries * padded), dp(kQueries * padded);
+  // Pairs along the queries are other words than pairs along the width.
   Scratch<float> q_words(kPairs ? layout.tokens(M) * column : 0), dout_words(kPairs ? layout.tokens(M) * column : 0);
-  Scratch<float> p_words(kPairs ? kBlock / 2 * padded : 0), ds_words(kPairs ? kBlock / 2 * padded : 0);
+  Scratch<float> p_words(kPairs ? kQueries / 2 * padded : 0), ds_words(kPairs ? kQueries / 2 * padded : 0);
   const float *q_summed = kPairs ? q_words : q, *dout_summed = kPairs ? dout_words : dout;
   const float *p = kPairs ? p_words : s, *ds = kPairs ? ds_words : dp;
-  float inverse[kBlock], delta[kBlock];
+  float inverse[kQueries], delta[kQueries];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / args.heads, head = unit % args.heads * width;
     const auto at = [&](const Heads& rows) { return static_cast<const In*>(rows.data) + n * rows.stride_n + head; };
     const auto to = [&](const MutableHeads& rows) { return static_cast<In*>(rows.data) + n * rows.stride_n + head; };
-    pack_columns<kPairs>(at(args.v), args.v.stride_t, T, width, v_columns);
-    pack_columns<kPairs>(at(args.k), args.k.stride_t, T, width, k_columns);
-    pack_summed<kPairs>(at(args.k), args.k.stride_t, T, width, k_summed, column);
-    pack_rows<kPairs>(at(args.q), args.q.stride_t, M, width, q, row);
-    pack_rows<kPairs>(at(args.dout), args.dout.stride_t, M, width, dout, row);
+    pack_b_transposed<kPairs>(at(args.v), args.v.stride_t, T, width, v_columns);
+    pack_b_transposed<kPairs>(at(args.k), args.k.stride_t, T, width, k_columns);
+    pack_b<kPairs>(at(args.k), args.k.stride_t, T, width, k_summed, column);
+    pack_a<kPairs>(at(args.q), args.q.stride_t, M, width, q, row);
+    pack_a<kPairs>(at(args.dout), args.dout.stride_t, M, width, dout, row);
     if constexpr (kPairs) {
-      pack_summed<kPairs>(at(args.q), args.q.stride_t, M, width, q_words, column);
-      pack_summed<kPairs>(at(args.dout), args.dout.stride_t, M, width, dout_words, column);
+      pack_b<kPairs>(at(args.q), args.q.stride_t, M, width, q_words, column);
+      pack_b<kPairs>(at(args.dout), args.dout.stride_t, M, width, dout_words, column);
     }
     const Ahead ahead{unit + 1, end, args.heads, width, M};
-    for (int64_t i = 0; i < M; i += kBlock) {
-      const int64_t rows = M - i < kBlock ? M - i : kBlock;
+    for (int64_t i = 0; i < M; i += kQueries) {
+      const int64_t rows = M - i < kQueries ? M - i : kQueries;
       ahead.prefetch<In>({args.q, args.k, args.v, args.dout}, {M, T, T, M}, i, rows);
-      multiply<kPairs>({q + i * row, row, 1, k_columns, padded, s, padded, depth, false}, rows, padded);
-      multiply<kPairs>({dout + i * row, row, 1, v_columns, padded, dp, padded, depth, false}, rows, padded);
-      for (int64_t r = 0; r < rows; ++r) inverse[r] = weights_row(s + r * padded, dp + r * padded, T, padded, exponent, delta[r]);
-      softmax_gradient<kPairs>(s, dp, p_words, ds_words, inverse, delta, rows, padded);
-      multiply<kPairs>({dp, padded, 1, k_summed, column, dq, column, summed, false}, rows, column);
+      multiply<kPairs>(
+          {.a = q + i * row, .rs_a = row, .cs_a = 1, .b = k_columns, .rs_b = padded, .c = s, .rs_c = padded, .k = depth}, rows,
+          padded);
+      multiply<kPairs>(
+          {.a = dout + i * row, .rs_a = row, .cs_a = 1, .b = v_columns, .rs_b = padded, .c = dp, .rs_c = padded, .k = depth},
+          rows, padded);
+      for (int64_t r = 0; r < rows; ++r)
+        inverse[r] = exponentiate_row(s + r * padded, dp + r * padded, T, padded, exponent, delta[r]);
+      compute_gradient<kPairs>(s, dp, p_words, ds_words, inverse, delta, rows, padded);
+      multiply<kPairs>({.a = dp, .rs_a = padded, .cs_a = 1, .b = k_summed, .rs_b = column, .c = dq, .rs_c = column, .k = summed},
+                       rows, column);
       store_rows(dq, column, rows, width, nullptr, scale, to(args.dq) + i * args.dq.stride_t, args.dq.stride_t);
       const int64_t from = layout.tokens(i) * column, block = layout.tokens(rows);
-      multiply<kPairs>({p, 1, padded, dout_summed + from, column, dv, column, block, i > 0}, T, column);
-      multiply<kPairs>({ds, 1, padded, q_summed + from, column, dk, column, block, i > 0}, T, column);
+      multiply<kPairs>({.a = p,
+                        .rs_a = 1,
+                        .cs_a = padded,
+                        .b = dout_summed + from,
+                        .rs_b = column,
+                        .c = dv,
+                        .rs_c = column,
+                        .k = block,
+                        .accumulate = i > 0},
+                       T, column);
+      multiply<kPairs>({.a = ds,
+                        .rs_a = 1,
+                        .cs_a = padded,
+                        .b = q_summed + from,
+                        .rs_b = column,
+                        .c = dk,
+                        .rs_c = column,
+                        .k = block,
+                        .accumulate = i > 0},
+                       T, column);
     }
     store_rows(dk, column, T, width, nullptr, scale, to(args.dk), args.dk.stride_t);
     store_rows(dv, column, T, width, nullptr, 1.0f, to(args.dv), args.dv.stride_t);
@@ -199,8 +228,9 @@ struct Sizes {
   int64_t samples, queries, keys, heads, width;
 };
 
-// kv holds q, k and v of every token (N, T, 3 h d), or, with a q of its own (N, M, h d), k and v (N, T, 2 h d).
-Sizes checked_sizes(const std::optional<Tensor>& q, const Tensor& kv, int64_t num_heads) {
+// kv holds q, k and v of every token (N, T, 3 h d), or, with a q of its own (N, M, h d), k and v
+// (N, T, 2 h d).
+Sizes check_sizes(const std::optional<Tensor>& q, const Tensor& kv, int64_t num_heads) {
   const int64_t parts = q ? 2 : 3;
   check(num_heads > 0, "num_heads must be positive, it is ", num_heads);
   check(kv.dim() == 3 && kv.size(2) % (parts * num_heads) == 0, q ? "kv must be (N, T, 2 h d)" : "qkv must be (N, T, 3 h d)",
@@ -215,34 +245,41 @@ Sizes checked_sizes(const std::optional<Tensor>& q, const Tensor& kv, int64_t nu
   return {kv.size(0), q ? q->size(1) : kv.size(1), kv.size(1), num_heads, width};
 }
 
-Heads part(const Tensor& t, int64_t first) {
+Heads slice(const Tensor& t, int64_t first) {
   return {static_cast<const char*>(t.const_data_ptr()) + first * item_size(t.scalar_type()), t.stride(0), t.stride(1)};
 }
 
-MutableHeads mutable_part(const Tensor& t, int64_t first) {
+MutableHeads slice_mutable(const Tensor& t, int64_t first) {
   return {static_cast<char*>(t.mutable_data_ptr()) + first * item_size(t.scalar_type()), t.stride(0), t.stride(1)};
 }
 
-int64_t bytes_of_task(const Sizes& sizes) { return (sizes.queries + sizes.keys) * sizes.width * 8; }
+int64_t estimate_bytes(const Sizes& sizes) { return (sizes.queries + sizes.keys) * sizes.width * 8; }
 
 // The backward pass needs no log-sum-exp here; it is for other devices.
 std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q_in, const Tensor& kv_in, int64_t num_heads) {
-  const Sizes sizes = checked_sizes(q_in, kv_in, num_heads);
+  const Sizes sizes = check_sizes(q_in, kv_in, num_heads);
   const Tensor kv = dense_rows(kv_in), q = q_in ? dense_rows(*q_in) : kv;
   const int64_t D = sizes.heads * sizes.width, first = q_in ? 0 : D;
   Tensor out = empty_cpu({sizes.samples, sizes.queries, D}, kv.scalar_type());
   const AttentionFwd args{
-      part(q, 0),    part(kv, first), part(kv, first + D), mutable_part(out, 0), float_dtype("qkv", kv.scalar_type()),
-      sizes.queries, sizes.keys,      sizes.heads,         sizes.width,
+      .q = slice(q, 0),
+      .k = slice(kv, first),
+      .v = slice(kv, first + D),
+      .out = slice_mutable(out, 0),
+      .dtype = float_dtype("qkv", kv.scalar_type()),
+      .queries = sizes.queries,
+      .keys = sizes.keys,
+      .heads = sizes.heads,
+      .width = sizes.width,
   };
-  run(MAEFAST_KERNEL(attention_fwd_kernel), args, sizes.queries ? sizes.samples * sizes.heads : 0, bytes_of_task(sizes));
+  run(MAEFAST_KERNEL(attention_fwd_kernel), args, sizes.queries ? sizes.samples * sizes.heads : 0, estimate_bytes(sizes));
   return {out, empty_cpu({0}, ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q_in, const Tensor& kv_in,
                                                  const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t num_heads,
                                                  bool with_dkv_sum) {
-  const Sizes sizes = checked_sizes(q_in, kv_in, num_heads);
+  const Sizes sizes = check_sizes(q_in, kv_in, num_heads);
   const Tensor kv = dense_rows(kv_in), q = q_in ? dense_rows(*q_in) : kv;
   const int64_t D = sizes.heads * sizes.width, first = q_in ? 0 : D;
   check(dout_in.dim() == 3 && dout_in.size(0) == sizes.samples && dout_in.size(1) == sizes.queries && dout_in.size(2) == D,
@@ -252,21 +289,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const st
   Tensor dkv = empty_cpu({sizes.samples, sizes.keys, kv.size(2)}, kv.scalar_type());
   Tensor dq = empty_cpu({q_in ? sizes.samples : 0, sizes.queries, D}, kv.scalar_type());
   const AttentionBwd args{
-      part(q, 0),
-      part(kv, first),
-      part(kv, first + D),
-      part(dout, 0),
-      mutable_part(q_in ? dq : dkv, 0),
-      mutable_part(dkv, first),
-      mutable_part(dkv, first + D),
-      float_dtype("qkv", kv.scalar_type()),
-      sizes.queries,
-      sizes.keys,
-      sizes.heads,
-      sizes.width,
+      .q = slice(q, 0),
+      .k = slice(kv, first),
+      .v = slice(kv, first + D),
+      .dout = slice(dout, 0),
+      .dq = slice_mutable(q_in ? dq : dkv, 0),
+      .dk = slice_mutable(dkv, first),
+      .dv = slice_mutable(dkv, first + D),
+      .dtype = float_dtype("qkv", kv.scalar_type()),
+      .queries = sizes.queries,
+      .keys = sizes.keys,
+      .heads = sizes.heads,
+      .width = sizes.width,
   };
   if (sizes.queries == 0) torch::stable::zero_(dkv);
-  run(MAEFAST_KERNEL(attention_bwd_kernel), args, sizes.queries ? sizes.samples * sizes.heads : 0, bytes_of_task(sizes));
+  run(MAEFAST_KERNEL(attention_bwd_kernel), args, sizes.queries ? sizes.samples * sizes.heads : 0, estimate_bytes(sizes));
   const int64_t rows[] = {0, 1};
   const Tensor dkv_sum = with_dkv_sum ? torch::stable::sum(dkv, IntHeaderOnlyArrayRef(rows, 2), false, ScalarType::Float)
                                       : empty_cpu({0}, ScalarType::Float);

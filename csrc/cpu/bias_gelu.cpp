@@ -1,4 +1,5 @@
-// bias_gelu: exact GELU, v * cdf(v) with the cumulative distribution of the standard normal, of v = x + bias.
+// bias_gelu: exact GELU, v * cdf(v) with the cumulative distribution of the standard normal, of v =
+// x + bias.
 #include "gelu.h"
 #include "isa.h"
 #include "rows.h"
@@ -35,7 +36,7 @@ void forward(const BiasGeluFwd& args, int64_t begin, int64_t end) {
     for_row(args.D, [&](auto part, int64_t i) {
       Vec v = part.load(x + i);
       if constexpr (kBias) v += part.load(args.bias + i);
-      part.store(y + i, gelu(v, tail_of<kNarrowTail<X, kBias>>(v)));
+      part.store(y + i, gelu(v, compute_tail<kNarrowTail<X, kBias>>(v)));
     });
   }
 }
@@ -58,7 +59,7 @@ void backward(const BiasGeluBwd& args, int64_t begin, int64_t end) {
           prefetch(dy + i, args.dy.stride);
           v += part.load(args.bias + i);
         }
-        const Tail at = tail_of<kNarrowTail<X, kBias>>(v);
+        const Tail at = compute_tail<kNarrowTail<X, kBias>>(v);
         const Vec dx_i = part.load(dy + i) * gelu_slope(v, at);
         part.store(dx + i, dx_i);
         if (dbias) part.store(dbias + i, part.load(dbias + i) + dx_i);
@@ -108,7 +109,12 @@ Tensor bias_gelu_fwd(const Tensor& x_in, const std::optional<Tensor>& bias_in) {
   const RowsInput x("x", x_in);
   const FloatInput bias("bias", bias_in, x.D);
   Tensor y = empty_cpu(x_in.sizes(), x_in.scalar_type());
-  const BiasGeluFwd args{x.rows, bias.data, y.mutable_data_ptr(), x.D};
+  const BiasGeluFwd args{
+      .x = x.rows,
+      .bias = bias.data,
+      .y = y.mutable_data_ptr(),
+      .D = x.D,
+  };
   run(MAEFAST_KERNEL(bias_gelu_fwd_kernel), args, x.count, x.D * 16);
   return y;
 }
@@ -123,15 +129,15 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_bwd(const Tensor& dy_in, const Tens
   const int64_t summed = bias_in || with_dx_sum ? x.D : 0;  // columns
   RowSums sums(x.count, summed);
   const BiasGeluBwd args{
-      dy.rows,
-      x.rows,
-      bias.data,
-      dx.mutable_data_ptr(),
-      with_y ? y.mutable_data_ptr() : nullptr,
-      summed ? sums.partial() : nullptr,
-      x.count,
-      x.D,
-      sums.chunk,
+      .dy = dy.rows,
+      .x = x.rows,
+      .bias = bias.data,
+      .dx = dx.mutable_data_ptr(),
+      .y = with_y ? y.mutable_data_ptr() : nullptr,
+      .partial = summed ? sums.partial() : nullptr,
+      .rows = x.count,
+      .D = x.D,
+      .chunk = sums.chunk,
   };
   run(MAEFAST_KERNEL(bias_gelu_bwd_kernel), args, sums.chunks, sums.chunk * x.D * 16);
   return {dx, sums.total(0, summed), y};

@@ -1,4 +1,5 @@
-// What the boxed entries share: dtypes, images, rows and parameters, checked. Only for the baseline compilation.
+// What the boxed entries share: dtypes, images, rows and parameters, checked. Only for the baseline
+// compilation.
 #pragma once
 
 #include <string>
@@ -30,19 +31,21 @@ class ImageInput {
         shift_[c] = static_cast<float>(-static_cast<const float*>(mean_c.const_data_ptr())[c] / divisor);
       }
     }
-    image = {imgs.const_data_ptr(),
-             pixel_dtype(imgs),
-             imgs.stride(0),
-             imgs.stride(1),
-             imgs.stride(2),
-             imgs.stride(3),
-             C,
-             patch_h,
-             patch_w,
-             imgs.size(2) / patch_h,
-             imgs.size(3) / patch_w,
-             scale_.data(),
-             shift_.data()};
+    image = {
+        .data = imgs.const_data_ptr(),
+        .dtype = pixel_dtype(imgs),
+        .stride_n = imgs.stride(0),
+        .stride_c = imgs.stride(1),
+        .stride_h = imgs.stride(2),
+        .stride_w = imgs.stride(3),
+        .channels = C,
+        .patch_h = patch_h,
+        .patch_w = patch_w,
+        .grid_h = imgs.size(2) / patch_h,
+        .grid_w = imgs.size(3) / patch_w,
+        .scale = scale_.data(),
+        .shift = shift_.data(),
+    };
   }
   ImageInput(const ImageInput&) = delete;  // image points into scale_ and shift_
   ImageInput& operator=(const ImageInput&) = delete;
@@ -51,7 +54,8 @@ class ImageInput {
   std::vector<float> scale_, shift_;
 };
 
-// A tensor (..., D) as rows: itself where they are dense and equally far apart, else a contiguous copy.
+// A tensor (..., D) as rows: itself where they are dense and equally far apart, else a contiguous
+// copy.
 class RowsInput {
  public:
   Rows rows;
@@ -88,7 +92,8 @@ inline void check_same_shape(const char* name, const Tensor& t, const Tensor& x)
   check(std::equal(mine.begin(), mine.end(), wanted.begin(), wanted.end()), name, " must have the shape of x");
 }
 
-// `size` fp32 values of a small tensor, converted where they are of another dtype; null where there is none.
+// `size` fp32 values of a small tensor, converted where they are of another dtype; null where there
+// is none.
 class FloatInput {
  public:
   const float* data = nullptr;
@@ -115,8 +120,8 @@ class FloatInput {
   std::vector<float> converted_;
 };
 
-// Sums over rows in two stages: kernels sum chunks of rows in fp32, `total` adds the chunks. The chunks depend on the number of
-// rows alone, so the result does not depend on the threads.
+// Sums over rows in two stages: kernels sum chunks of rows in fp32, `total` adds the chunks. The
+// chunks depend on the number of rows alone, so the result does not depend on the threads.
 class RowSums {
  public:
   const int64_t chunk, chunks;

@@ -61,7 +61,13 @@ Tensor gather_patches_fwd(const Tensor& imgs, const Tensor& ids_in, int64_t patc
   }
   const DType out_dtype = float_dtype("dtype", dtype);
   Tensor out = empty_cpu({N, K, P}, dtype);
-  const GatherPatches args{input.image, id, out.mutable_data_ptr(), out_dtype, K};
+  const GatherPatches args{
+      .imgs = input.image,
+      .ids = id,
+      .out = out.mutable_data_ptr(),
+      .out_dtype = out_dtype,
+      .K = K,
+  };
   run(MAEFAST_KERNEL(gather_patches_kernel), args, N * K, P * 2 * item_size(dtype));
   return out;
 }

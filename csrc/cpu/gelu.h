@@ -26,8 +26,8 @@ inline Vec at_least(Vec v, float bound) {
 #endif
 }
 
-// 1 / v; on AVX-512 by a guess of 14 bits and, unless a narrow result is enough, a Newton step: a division takes several times as
-// long.
+// Returns 1 / v, on AVX-512 by a guess of 14 bits and, unless kNarrow, a Newton step: a division
+// takes several times as long.
 template <bool kNarrow>
 inline Vec reciprocal(Vec v) {
 #if defined(MAEFAST_ISA_avx512)
@@ -39,19 +39,22 @@ inline Vec reciprocal(Vec v) {
 #endif
 }
 
-// With z = |v|, what gelu and its slope need: z, exp(-z^2 / 2), and the tail of the distribution, cdf(-z), over that.
+// With z = |v|, what gelu and its slope need: z, exp(-z^2 / 2), and the tail of the distribution,
+// cdf(-z), over that.
 struct Tail {
   Vec z, bell, ratio;
 };
 
-// exp(-z^2 / 2) = 2^n 2^f with |f| <= 1/2, zero from n = -127 on. The ratio is a polynomial in t = 1 / (1 + p z), the form of
-// Abramowitz and Stegun 7.1.26, here around t = 1, so that it is exact at z = 0. All are least-maximum fits. For fp32: 2^f to
-// 9e-8 relative, the tail to 2e-8 absolute and 4e-6 relative; narrow, for 16 bits: 3e-6, 4e-7 and 1e-4.
+// exp(-z^2 / 2) = 2^n 2^f with |f| <= 1/2, zero from n = -127 on. The ratio is a polynomial in t =
+// 1 / (1 + p z), the form of Abramowitz and Stegun 7.1.26, here around t = 1, so that it is exact
+// at z = 0. All are least-maximum fits. For fp32: 2^f to 9e-8 relative, the tail to 2e-8 absolute
+// and 4e-6 relative; narrow, for 16 bits: 3e-6, 4e-7 and 1e-4.
 template <bool kNarrow>
-inline Tail tail_of(Vec v) {
+inline Tail compute_tail(Vec v) {
   constexpr float kMax = 3.402823466e38f;  // infinity times a bell of zero would be NaN
   const Vec z = at_most(reinterpret_cast<Vec>(reinterpret_cast<VecU>(v) & 0x7fffffffu), kMax);
-  constexpr float kHalfLog2E = 0.72134752044f, kRound = 12582912.0f;  // 1.5 * 2^23: its last bits hold an integer that is added
+  constexpr float kHalfLog2E = 0.72134752044f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its last bits hold an integer that is added
   const Vec power = at_least(v * v * -kHalfLog2E, -127.0f), shifted = power + kRound, f = power - (shifted - kRound);
   Vec exp2_f, s;
   Tail tail{z, {}, {}};

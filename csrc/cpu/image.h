@@ -1,4 +1,5 @@
-// Images as the kernels that read pixels see them: any strides, fp32, bf16, fp16 or uint8, and the way a row of a patch is read.
+// Images as the kernels that read pixels see them: any strides, fp32, bf16, fp16 or uint8, and the
+// way a row of a patch is read.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,8 @@ inline Vec pixel(Vec v, float scale, float shift) {
   return v;
 }
 
-// n values from p, `stride` elements apart, to out: the bits as they are where nothing changes, value * scale + shift for uint8.
+// Copies n values, `stride` apart from p on. Without conversion the bits stay; uint8 becomes
+// value * scale + shift.
 template <typename In, typename Out>
 inline void copy_row(const In* p, int64_t stride, Out* out, int64_t n, float scale, float shift) {
   if constexpr (std::is_same_v<In, Out>) {
@@ -52,7 +54,7 @@ inline void copy_row(const In* p, int64_t stride, Out* out, int64_t n, float sca
   }
 }
 
-// One patch to out in conv-weight order (C, ph, pw). visit(c, y) is called for every row.
+// Copies one patch in conv-weight order (C, ph, pw) and calls visit(c, y) for every row.
 template <typename In, typename Out, typename Visit>
 inline void copy_patch(const Image& img, int64_t n, int64_t patch, Out* out, Visit visit) {
   const In* data = static_cast<const In*>(img.data) + img.row(n, patch, 0, 0);
@@ -78,8 +80,8 @@ inline void copy_patch(const Image& img, int64_t n, int64_t patch, Out* out, Vis
   }
 }
 
-// Copies patches and asks for the rows of the patch that comes next on the way: they lie an image row apart, which the hardware's
-// prefetchers do not follow. next: a patch of the same image, or -1.
+// Copies a patch and prefetches the rows of patch `next` of the same image, unless it is -1: they
+// lie an image row apart, a stride that the hardware's prefetchers do not follow.
 template <typename In, typename Out>
 inline void copy_patch(const Image& img, int64_t n, int64_t patch, int64_t next, Out* out) {
   const In* ahead = static_cast<const In*>(img.data) + img.row(n, next < 0 ? patch : next, 0, 0);

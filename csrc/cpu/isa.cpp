@@ -38,13 +38,13 @@ Isa isa() { return current().load(std::memory_order_relaxed); }
 
 }  // namespace maefast::cpu
 
-// What maefast._C calls.
+// Called by maefast._C.
 extern "C" __attribute__((visibility("default"))) const char* maefast_cpu_isa() {
   return maefast::cpu::kNames[static_cast<int>(maefast::cpu::isa())];
 }
 
-// Forces an instruction set by name, or the best again ("auto"). False, and nothing changes, when the name is unknown or the CPU
-// lacks it.
+// Forces an instruction set by name; "auto" chooses the best. Returns false and changes nothing if
+// the name is unknown or the CPU lacks the set.
 extern "C" __attribute__((visibility("default"))) bool maefast_set_cpu_isa(const char* name) {
   using namespace maefast::cpu;
   if (std::strcmp(name, "auto") == 0) {

@@ -1,5 +1,5 @@
-// The choice of instruction set at run time. Kernels exist once for each, in namespaces scalar, avx2, avx512 and avx512bf16
-// (AVX-512 with dot products of bf16 pairs).
+// The instruction set, chosen at run time. Kernels are compiled once for each, in namespaces
+// scalar, avx2, avx512 and avx512bf16 (AVX-512 with dot products of bf16 pairs).
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ Isa isa();
 
 }  // namespace maefast::cpu
 
-// Declares kernel `name`, which works on the units [begin, end) of `Args`, in every compilation; MAEFAST_KERNEL is the one to
-// run.
+// Declares kernel `name`, which works on the units [begin, end) of `Args`, in every compilation;
+// MAEFAST_KERNEL is the one to run.
 #ifdef __x86_64__
 #define MAEFAST_DECLARE_KERNEL(name, Args)                 \
   namespace scalar {                                       \

@@ -1,4 +1,5 @@
-// layer_norm: rows normalised by their mean and variance; the backward pass also serves add_layer_norm.
+// layer_norm: rows normalised by their mean and variance; the backward pass also serves
+// add_layer_norm.
 #include "isa.h"
 #include "norm.h"
 
@@ -12,9 +13,9 @@ struct LayerNormFwd {
 struct LayerNormBwd {
   Rows dy, dresidual, x;  // dresidual.data is null where there is none
   const float *weight, *bias, *center, *rstd;
-  void *dx, *y, *dx_cast;  // [rows, D], dx in the dtype of x; y and dx_cast are null where they are not asked for
+  void *dx, *y, *dx_cast;  // [rows, D], dx in the dtype of x; y and dx_cast may be null
   DType y_dtype, cast_dtype;
-  float* partial;  // [chunks, 2 or 3, D]: dweight, dbias and, where with_dx_sum, the column sum of dx of one chunk of rows
+  float* partial;  // [chunks, 2 or 3, D]: dweight, dbias, and dx summed if with_dx_sum
   bool with_dx_sum;
   int64_t rows, D, chunk;
 };
@@ -51,12 +52,12 @@ inline void backward_row(const LayerNormBwd& args, int64_t row, float* partial) 
   const float residue = sums.of[0] / width;
   const Mean mean{center, broadcast(residue)};
   const Vec mean_g = broadcast(sums.of[1] / width);
-  const Vec mean_gx = broadcast((sums.of[2] - residue * sums.of[1]) * rstd / width);  // of g times the normalised x
+  const Vec mean_gx = broadcast((sums.of[2] - residue * sums.of[1]) * rstd / width);  // of g xhat
   X* dx = static_cast<X*>(args.dx) + row * D;
   for_row(D, [&](auto part, int64_t i) {
     prefetch(x + i, args.x.stride);
     prefetch(dy + i, args.dy.stride);
-    const Vec xhat = normalised(part.load(x + i), mean, scale), dy_i = part.load(dy + i), weight = part.load(args.weight + i);
+    const Vec xhat = normalise(part.load(x + i), mean, scale), dy_i = part.load(dy + i), weight = part.load(args.weight + i);
     part.store(dweight + i, part.load(dweight + i) + dy_i * xhat);
     part.store(dbias + i, part.load(dbias + i) + dy_i);
     Vec dx_i = (dy_i * weight - mean_g - xhat * mean_gx) * scale;
@@ -121,9 +122,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x_in, const Tens
   Tensor y = empty_cpu(x_in.sizes(), dtype);
   Tensor center = empty_cpu({x.count}, ScalarType::Float), rstd = empty_cpu({x.count}, ScalarType::Float);
   const LayerNormFwd args{
-      x.rows,
-      {weight.data, bias.data, static_cast<float>(eps), y.mutable_data_ptr(), y_dtype,
-       static_cast<float*>(center.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()), x.D},
+      .x = x.rows,
+      .norm =
+          {
+              .weight = weight.data,
+              .bias = bias.data,
+              .eps = static_cast<float>(eps),
+              .y = y.mutable_data_ptr(),
+              .y_dtype = y_dtype,
+              .center = static_cast<float*>(center.mutable_data_ptr()),
+              .rstd = static_cast<float*>(rstd.mutable_data_ptr()),
+              .D = x.D,
+          },
   };
   run(MAEFAST_KERNEL(layer_norm_fwd_kernel), args, x.count, x.D * 8);
   return {y, center, rstd};
@@ -151,23 +161,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(
   Tensor dx = output(x_in.scalar_type()), y = output(y_dtype), dx_cast = output(cast_dtype);
   RowSums sums(x.count, (with_dx_sum ? 3 : 2) * D);
   const LayerNormBwd args{
-      dy.rows,
-      dresidual ? dresidual->rows : Rows{nullptr, DType::f32, 0},
-      x.rows,
-      weight.data,
-      bias.data,
-      center.data,
-      rstd.data,
-      dx.mutable_data_ptr(),
-      y_dtype ? y.mutable_data_ptr() : nullptr,
-      cast_dtype ? dx_cast.mutable_data_ptr() : nullptr,
-      y_type,
-      cast_type,
-      sums.partial(),
-      with_dx_sum,
-      x.count,
-      D,
-      sums.chunk,
+      .dy = dy.rows,
+      .dresidual = dresidual ? dresidual->rows : Rows{nullptr, DType::f32, 0},
+      .x = x.rows,
+      .weight = weight.data,
+      .bias = bias.data,
+      .center = center.data,
+      .rstd = rstd.data,
+      .dx = dx.mutable_data_ptr(),
+      .y = y_dtype ? y.mutable_data_ptr() : nullptr,
+      .dx_cast = cast_dtype ? dx_cast.mutable_data_ptr() : nullptr,
+      .y_dtype = y_type,
+      .cast_dtype = cast_type,
+      .partial = sums.partial(),
+      .with_dx_sum = with_dx_sum,
+      .rows = x.count,
+      .D = D,
+      .chunk = sums.chunk,
   };
   run(MAEFAST_KERNEL(layer_norm_bwd_kernel), args, sums.chunks, sums.chunk * D * 12);
   return {dx, sums.total(0, D), sums.total(D, D), y, dx_cast, sums.total(2 * D, with_dx_sum ? D : 0)};

@@ -1,5 +1,5 @@
-// masked_mse: the error of the predicted patches against the pixels of the image. The target exists one patch at a time, in
-// cache.
+// masked_mse: the error of the predicted patches against the pixels of the image. The target exists
+// one patch at a time, in cache.
 #include "image.h"
 #include "isa.h"
 
@@ -11,13 +11,13 @@ struct MaskedMse {
   DType pred_dtype;
   int64_t pred_stride_n, pred_stride_l;
   const float* mask;   // [N, L]
-  const int32_t* row;  // [N, L]: the row of pred that predicts the patch, -1 where the weight is zero
+  const int32_t* row;  // [N, L]: the patch's row of pred, -1 where the weight is zero
   bool norm_pix;
-  float* patch_loss;  // forward: [N, L]
-  void* dpred;        // backward: [N, rows, P]
+  float* patch_loss = nullptr;  // forward: [N, L]
+  void* dpred = nullptr;        // backward: [N, rows, P]
   int64_t rows;
-  bool streaming;
-  float scale;  // backward: dloss * 2 / (P * sum(mask))
+  bool streaming = false;
+  float scale = 0.0f;  // backward: dloss * 2 / (P * sum(mask))
 };
 
 namespace MAEFAST_ISA {
@@ -25,16 +25,15 @@ namespace {
 
 constexpr float kVarEps = 1e-6f;
 
-constexpr int64_t kBlock =
-    32;  // terms that are added one after the other before they join a larger sum: keeps the rounding small
+constexpr int64_t kRun = 32;  // terms; short chains of sums round better
 
-// Sum over a dense row of term(values), in blocks of four independent chains.
+// Sum over a dense row of term(values), in runs of four independent chains.
 template <typename Term>
 inline float sum_over(const float* p, int64_t n, Term term) {
   Vec total = {};
   int64_t i = 0;
   while (i + 4 * kLanes <= n) {
-    const int64_t stop = i + kBlock * 4 * kLanes < n ? i + kBlock * 4 * kLanes : n;
+    const int64_t stop = i + kRun * 4 * kLanes < n ? i + kRun * 4 * kLanes : n;
     Vec block[4] = {};
     for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
       for (int j = 0; j < 4; ++j) block[j] += term(load(p + i + j * kLanes));
@@ -52,14 +51,15 @@ struct Statistics {
 };
 
 // Mean and 1 / sqrt(unbiased variance + eps), in two passes.
-inline Statistics statistics(const float* p, int64_t n) {
+inline Statistics compute_statistics(const float* p, int64_t n) {
   const Vec mean = broadcast(sum_over(p, n, [](Vec v) { return v; }) / static_cast<float>(n));
   const float squares = sum_over(p, n, [=](Vec v) { return (v - mean) * (v - mean); });
   return {mean, broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n - 1) + kVarEps))};
 }
 
-// Where the lanes of three channels go when they are interleaved: lane i of vector j is channel (j * kLanes + i) % 3 of pixel
-// (j * kLanes + i) / 3. `first` picks from (red, green), `second` from that and blue.
+// Where the lanes of three channels go when they are interleaved: lane i of vector j is channel (j
+// * kLanes + i) % 3 of pixel (j * kLanes + i) / 3. `first` picks from (red, green), `second` from
+// that and blue.
 struct InterleaveIndices {
   int32_t first[3][kLanes], second[3][kLanes];
   constexpr InterleaveIndices() : first(), second() {
@@ -81,9 +81,10 @@ inline void interleave(const float* planar, int64_t channels, int64_t pixels, in
   }
 }
 
-// The error of one predicted patch, pred - target, in the order of pred: visit(offset, chain, error) for whole vectors, where
-// chain in 0 .. 2 names independent sums, last(offset, count, error) for the rest. The pixels and the prediction of the next
-// removed patch are asked for on the way, into L2: asked into L1, the few misses that it can wait for would stall the arithmetic.
+// The error of one predicted patch, pred - target, in the order of pred: visit(offset, chain,
+// error) for whole vectors, where chain in 0 .. 2 names independent sums, last(offset, count,
+// error) for the rest. Pixels and prediction of the next removed patch are prefetched into L2: L1
+// has few misses outstanding, and more would stall the arithmetic.
 template <typename Pred, typename Pixel>
 class PatchError {
  public:
@@ -107,7 +108,7 @@ class PatchError {
     });
     const Pred *pred = pred_row(unit), *pred_ahead = pred_row(next);
     Statistics stats = {broadcast(0.0f), broadcast(1.0f)};
-    if (args_.norm_pix) stats = statistics(planar_, P_);
+    if (args_.norm_pix) stats = compute_statistics(planar_, P_);
     const float* target = planar_;
     int64_t i = 0;
 #if defined(__GNUC__) && !defined(__clang__)
@@ -164,7 +165,7 @@ void forward(const MaskedMse& args, int64_t begin, int64_t end) {
     patch_error(
         unit, end,
         [&](int64_t i, int chain, Vec error) {
-          if (chain == 0 && i % (kBlock * 3 * kLanes) == 0) {
+          if (chain == 0 && i % (kRun * 3 * kLanes) == 0) {
             total += block[0] + block[1] + block[2];
             for (Vec& sum : block) sum = Vec{};
           }
@@ -233,7 +234,8 @@ MAEFAST_DECLARE_KERNEL(masked_mse_bwd_kernel, MaskedMse)
 namespace maefast::cpu {
 namespace {
 
-// What forward and backward share: the checked inputs, the sum of the weights, and which row of pred each patch has.
+// What forward and backward share: the checked inputs, the sum of the weights, and which row of
+// pred each patch has.
 struct MaskedMseInput {
   ImageInput imgs;
   Tensor pred, mask;
@@ -266,19 +268,17 @@ struct MaskedMseInput {
             " patches");
     }
     check(N == 0 || weight != 0.0, "mask is all zeros: the mean over removed patches does not exist");
-    args = {imgs.image,
-            pred.const_data_ptr(),
-            float_dtype("pred", pred.scalar_type()),
-            pred.stride(0),
-            pred.stride(1),
-            weights,
-            row.data(),
-            norm_pix,
-            nullptr,
-            nullptr,
-            rows,
-            false,
-            0.0f};
+    args = {
+        .imgs = imgs.image,
+        .pred = pred.const_data_ptr(),
+        .pred_dtype = float_dtype("pred", pred.scalar_type()),
+        .pred_stride_n = pred.stride(0),
+        .pred_stride_l = pred.stride(1),
+        .mask = weights,
+        .row = row.data(),
+        .norm_pix = norm_pix,
+        .rows = rows,
+    };
   }
 };
 

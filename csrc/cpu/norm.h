@@ -17,13 +17,13 @@ struct Norm {
 namespace MAEFAST_ISA {
 namespace {
 
-// The mean of a row is center + residue: in fp32 alone it would lose the digits of rows whose mean is far larger than their
-// spread.
+// The mean of a row is center + residue: one fp32 value would lose digits of rows whose mean is far
+// larger than their spread.
 struct Mean {
   Vec center, residue;
 };
 
-inline Vec normalised(Vec x, Mean mean, Vec rstd) { return ((x - mean.center) - mean.residue) * rstd; }
+inline Vec normalise(Vec x, Mean mean, Vec rstd) { return ((x - mean.center) - mean.residue) * rstd; }
 
 // The mean of a row, center + residue, and its variance: from the first two moments about center.
 struct Moments {
@@ -31,7 +31,7 @@ struct Moments {
 };
 
 template <typename X>
-inline Moments moments_about(float center, const X* x, int64_t D) {
+inline Moments compute_moments_about(float center, const X* x, int64_t D) {
   const Vec origin = broadcast(center);
   const auto sums = sum_row<2>(D, [&](auto part, int64_t i, Vec* totals) {
     const Vec difference = part.keep(part.load(x + i) - origin);
@@ -42,10 +42,10 @@ inline Moments moments_about(float center, const X* x, int64_t D) {
   return {center, residue, variance < 0.0f ? 0.0f : variance};
 }
 
-// About where a row lies: the mean of its first values, of as many for every instruction set. They are added by halves, which is
-// exact where all are equal.
+// Estimates the mean of a row by its first 16 values, on every instruction set. Added by halves,
+// equal values give themselves exactly.
 template <typename X>
-inline float first_center(const X* x, int64_t D) {
+inline float estimate_center(const X* x, int64_t D) {
   constexpr int kVectors = 16 / kLanes;
   if (D < kVectors * kLanes) return load_first(x, 1)[0];
   Vec first[kVectors];
@@ -56,20 +56,21 @@ inline float first_center(const X* x, int64_t D) {
   return sum(first[0]) / (kVectors * kLanes);
 }
 
-// A row whose mean is further from its first center than half its spread is looked at again, or the sums would round worse. A
-// constant row has exactly variance zero.
+// Takes moments about the estimated mean. If that is off by more than half the spread, the sums
+// round worse, and they are taken again about the mean found. A constant row has exactly variance
+// zero.
 template <typename X>
-inline Moments moments(const X* x, int64_t D) {
-  const Moments found = moments_about(first_center(x, D), x, D);
+inline Moments compute_moments(const X* x, int64_t D) {
+  const Moments found = compute_moments_about(estimate_center(x, D), x, D);
   const bool is_near = 4.0f * found.residue * found.residue <= found.variance;
-  return is_near ? found : moments_about(found.center + found.residue, x, D);
+  return is_near ? found : compute_moments_about(found.center + found.residue, x, D);
 }
 
-// The two statistics of one row, and the row normalised.
+// Normalises one row and stores its two statistics.
 template <typename X, typename Y>
 inline void norm_row(const X* x, const Norm& args, int64_t row) {
   const int64_t D = args.D;
-  const Moments of_row = moments(x, D);
+  const Moments of_row = compute_moments(x, D);
   const float rstd = 1.0f / __builtin_sqrtf(of_row.variance + args.eps);
   args.center[row] = of_row.center;
   args.rstd[row] = rstd;
@@ -78,7 +79,7 @@ inline void norm_row(const X* x, const Norm& args, int64_t row) {
   Y* y = static_cast<Y*>(args.y) + row * D;
   for_row(D, [&](auto part, int64_t i) {
     prefetch(x + i, D);
-    part.store(y + i, normalised(part.load(x + i), mean, scale) * part.load(args.weight + i) + part.load(args.bias + i));
+    part.store(y + i, normalise(part.load(x + i), mean, scale) * part.load(args.weight + i) + part.load(args.bias + i));
   });
 }
 

@@ -1,5 +1,5 @@
-// Matrix products on 32-bit words: a word is an fp32 value, or two bf16 values that are neighbours along the summed dimension,
-// where the CPU multiplies such pairs. One micro kernel, and what packs its operands.
+// Matrix products on 32-bit words, under the names of BLIS. A word is an fp32 value or, with
+// kPairs, two bf16 values that are neighbours along K, on CPUs that multiply such pairs.
 #pragma once
 
 #include "vec.h"
@@ -9,16 +9,17 @@ namespace {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// C[M][columns] (+)= A[M][depth] B[depth][columns], all in words; A is read at row * a_row + k * a_depth.
+// C[M][N] (+)= A[M][K] B[K][N], all in words: element (i, k) of A is at i * rs_a + k * cs_a, the
+// rows of B and C are dense.
 struct Product {
   const float* a;
-  int64_t a_row, a_depth;
+  int64_t rs_a, cs_a;
   const float* b;
-  int64_t b_stride;
+  int64_t rs_b;
   float* c;
-  int64_t c_stride;
-  int64_t depth;
-  bool accumulate;
+  int64_t rs_c;
+  int64_t k;
+  bool accumulate = false;
 };
 
 template <bool kPairs>
@@ -34,7 +35,8 @@ inline Vec multiply_add(const float* a, Vec b, Vec c) {
   return c + *a * b;
 }
 
-// Calls f with 0 .. kCount-1 as constants: loops over registers must be gone before the compiler gives arrays their places.
+// Calls f with 0 .. kCount-1 as constants: the compiler keeps an array in registers only if no loop
+// over it is left.
 template <int kCount, typename F, int... kIndex>
 __attribute__((always_inline)) inline void unrolled(F f, std::integer_sequence<int, kIndex...>) {
   (f(std::integral_constant<int, kIndex>{}), ...);
@@ -45,92 +47,97 @@ __attribute__((always_inline)) inline void unrolled(F f) {
   unrolled<kCount>(f, std::make_integer_sequence<int, kCount>{});
 }
 
-template <bool kPairs, int kRows, int kVectors>
-void tile(const Product& p, int64_t row, int64_t column) {
-  const float *a = p.a + row * p.a_row, *b = p.b + column;
-  const int64_t a_row = p.a_row, a_depth = p.a_depth, b_stride = p.b_stride, c_stride = p.c_stride;
-  float* c = p.c + row * c_stride + column;
-  Vec sums[kRows][kVectors] = {};
-  for (int64_t k = p.depth; k > 0; --k, a += a_depth, b += b_stride) {
-    Vec columns[kVectors];
-    unrolled<kVectors>([&](auto v) { columns[v] = load(b + v * kLanes); });
-    unrolled<kRows>([&](auto r) {
-      unrolled<kVectors>([&](auto v) { sums[r][v] = multiply_add<kPairs>(a + r * a_row, columns[v], sums[r][v]); });
+// Computes the micro-tile MR x NR of C at (i, j), its sums in registers.
+template <bool kPairs, int MR, int NR>
+void micro_kernel(const Product& p, int64_t i, int64_t j) {
+  constexpr int kVectors = NR / kLanes;
+  const float *a = p.a + i * p.rs_a, *b = p.b + j;
+  const int64_t rs_a = p.rs_a, cs_a = p.cs_a, rs_b = p.rs_b, rs_c = p.rs_c;
+  float* c = p.c + i * rs_c + j;
+  Vec sums[MR][kVectors] = {};
+  for (int64_t k = p.k; k > 0; --k, a += cs_a, b += rs_b) {
+    Vec b_row[kVectors];
+    unrolled<kVectors>([&](auto v) { b_row[v] = load(b + v * kLanes); });
+    unrolled<MR>([&](auto r) {
+      unrolled<kVectors>([&](auto v) { sums[r][v] = multiply_add<kPairs>(a + r * rs_a, b_row[v], sums[r][v]); });
     });
   }
-  unrolled<kRows>([&](auto r) {
+  unrolled<MR>([&](auto r) {
     unrolled<kVectors>([&](auto v) {
-      float* to = c + r * c_stride + v * kLanes;
+      float* to = c + r * rs_c + v * kLanes;
       store(to, p.accumulate ? load(to) + sums[r][v] : sums[r][v]);
     });
   });
 }
 
-// Tiles that fill the registers: 32 of them with AVX-512, 16 with AVX2.
-constexpr int kMaxVectors = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 1;
-constexpr int tile_rows(int vectors) {
-  return kLanes == 16 ? (vectors <= 2 ? 12 : 24 / vectors) : kLanes == 8 ? (vectors <= 2 ? 6 : 4) : 4;
-}
+// Micro-tiles MR x NR that fill the registers:
+//   AVX-512  12 x 16, 12 x 32, 8 x 48, 6 x 64
+//   AVX2     6 x 8, 6 x 16, 4 x 24
+//   scalar   4 x 1
+constexpr int kMaxNR = kLanes == 16 ? 64 : kLanes == 8 ? 24 : 1;
+constexpr int choose_mr(int NR) { return kLanes == 16 ? (NR <= 32 ? 12 : 384 / NR) : kLanes == 8 ? (NR <= 16 ? 6 : 4) : 4; }
 
-// The last rows of a column of tiles.
-template <bool kPairs, int kRows, int kVectors>
-inline void remainder(const Product& p, int64_t row, int64_t column, int64_t rows) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) return tile<kPairs, kRows, kVectors>(p, row, column);
-    remainder<kPairs, kRows - 1, kVectors>(p, row, column, rows);
+// The last m <= MR rows of a micro-panel.
+template <bool kPairs, int MR, int NR>
+inline void multiply_edge(const Product& p, int64_t i, int64_t j, int64_t m) {
+  if constexpr (MR > 0) {
+    if (m == MR) return micro_kernel<kPairs, MR, NR>(p, i, j);
+    multiply_edge<kPairs, MR - 1, NR>(p, i, j, m);
   }
 }
 
-// Nothing to be done with a tile of C but to leave it there.
-struct Keep {
-  void before(int64_t, int64_t, int64_t, int64_t) const {}
-  void after(int64_t, int64_t, int64_t, int64_t) const {}
+// Leaves micro-tiles of C as they are.
+struct NoEpilogue {
+  void prefetch(int64_t, int64_t, int64_t, int64_t) const {}
+  void store(int64_t, int64_t, int64_t, int64_t) const {}
 };
 
-template <bool kPairs, int kVectors, typename Finish>
-void tiles(const Product& p, int64_t rows, int64_t column, const Finish& finish) {
-  constexpr int kRows = tile_rows(kVectors);
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) {
-    finish.before(row, kRows, column, kVectors);
-    tile<kPairs, kRows, kVectors>(p, row, column);
-    finish.after(row, kRows, column, kVectors);
+// The m rows of C at the micro-panel of B that starts at column j.
+template <bool kPairs, int NR, typename Epilogue>
+void multiply_micro_panel(const Product& p, int64_t m, int64_t j, const Epilogue& epilogue) {
+  constexpr int MR = choose_mr(NR), kVectors = NR / kLanes;
+  int64_t i = 0;
+  for (; i + MR <= m; i += MR) {
+    epilogue.prefetch(i, MR, j, kVectors);
+    micro_kernel<kPairs, MR, NR>(p, i, j);
+    epilogue.store(i, MR, j, kVectors);
   }
-  if (row == rows) return;
-  finish.before(row, rows - row, column, kVectors);
-  remainder<kPairs, kRows - 1, kVectors>(p, row, column, rows - row);
-  finish.after(row, rows - row, column, kVectors);
+  if (i == m) return;
+  epilogue.prefetch(i, m - i, j, kVectors);
+  multiply_edge<kPairs, MR - 1, NR>(p, i, j, m - i);
+  epilogue.store(i, m - i, j, kVectors);
 }
 
-template <bool kPairs, int kVectors = kMaxVectors, typename Finish>
-inline void columns_of(const Product& p, int64_t rows, int64_t column, int64_t vectors, const Finish& finish) {
-  if constexpr (kVectors > 0) {
-    if (vectors == kVectors) return tiles<kPairs, kVectors>(p, rows, column, finish);
-    columns_of<kPairs, kVectors - 1>(p, rows, column, vectors, finish);
+template <bool kPairs, int NR = kMaxNR, typename Epilogue>
+inline void dispatch_micro_panel(const Product& p, int64_t m, int64_t j, int64_t vectors, const Epilogue& epilogue) {
+  if constexpr (NR > 0) {
+    if (vectors == NR / kLanes) return multiply_micro_panel<kPairs, NR>(p, m, j, epilogue);
+    dispatch_micro_panel<kPairs, NR - kLanes>(p, m, j, vectors, epilogue);
   }
 }
 
-// C has `columns` columns, a multiple of the vector; they are split as evenly as the widest tile allows. The summed dimension
-// goes in parts that are summed on their own: one long chain of additions would round worse than the reference does. finish is
-// told of each tile of C, (row, rows, column, vectors), before and after it gets its last part.
-template <bool kPairs, typename Finish = Keep>
-void multiply(Product p, int64_t rows, int64_t columns, const Finish& finish = {}) {
-  constexpr int64_t kPart = kPairs ? 128 : 64;
-  for (int64_t depth = p.depth; depth > 0; depth -= kPart) {
-    p.depth = depth < kPart ? depth : kPart;
-    int64_t vectors = columns / kLanes;
-    for (int64_t column = 0; vectors > 0;) {
-      const int64_t parts = (vectors + kMaxVectors - 1) / kMaxVectors, width = (vectors + parts - 1) / parts;
-      if (depth <= kPart) {
-        columns_of<kPairs>(p, rows, column, width, finish);
+// C is m x n, n a multiple of kLanes, and is split into micro-panels as evenly as the widest
+// allows. The epilogue gets each micro-tile, (row, rows, column, vectors), before and after its
+// last sums.
+template <bool kPairs, typename Epilogue = NoEpilogue>
+void multiply(Product p, int64_t m, int64_t n, const Epilogue& epilogue = {}) {
+  constexpr int64_t kRun = kPairs ? 128 : 64;  // words; short chains of sums round better
+  for (int64_t k = p.k; k > 0; k -= kRun) {
+    p.k = k < kRun ? k : kRun;
+    int64_t vectors = n / kLanes;
+    for (int64_t j = 0; vectors > 0;) {
+      constexpr int kMaxVectors = kMaxNR / kLanes;
+      const int64_t panels = (vectors + kMaxVectors - 1) / kMaxVectors, width = (vectors + panels - 1) / panels;
+      if (k <= kRun) {
+        dispatch_micro_panel<kPairs>(p, m, j, width, epilogue);
       } else {
-        columns_of<kPairs>(p, rows, column, width, Keep{});
+        dispatch_micro_panel<kPairs>(p, m, j, width, NoEpilogue{});
       }
-      column += width * kLanes;
+      j += width * kLanes;
       vectors -= width;
     }
-    p.a += kPart * p.a_depth;
-    p.b += kPart * p.b_stride;
+    p.a += kRun * p.cs_a;
+    p.b += kRun * p.rs_b;
     p.accumulate = true;
   }
 }
@@ -142,7 +149,7 @@ inline void swap_blocks(Vec& a, Vec& b, std::index_sequence<kIndex...>) {
   a = low, b = high;
 }
 
-// A square of words transposed in registers.
+// Transposes a square of words in registers.
 template <int kStep = kLanes / 2>
 inline void transpose(Vec (&rows)[kLanes]) {
   if constexpr (kStep > 0) {
@@ -153,7 +160,7 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// The first `values` values at p as a vector of words, zero beyond.
+// Loads the first `values` values at p as a vector of words, zero beyond.
 template <bool kPairs, typename In>
 inline Vec load_words(const In* p, int64_t values) {
 #ifdef __AVX512BF16__
@@ -165,18 +172,19 @@ inline Vec load_words(const In* p, int64_t values) {
   return values >= kLanes ? load(p) : load_first(p, values);
 }
 
-// `count` rows of `width` values as words, zero up to `stride`.
+// Packs A, `count` rows of `width` values, as rows of words `stride` apart, zero beyond `width`.
 template <bool kPairs, typename In>
-void pack_rows(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
+void pack_a(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
   constexpr int64_t kValues = kPairs ? 2 * kLanes : kLanes;
   for (int64_t t = 0; t < count; ++t, in += in_stride, out += stride) {
     for (int64_t i = 0; i < width; i += kValues) store(out + i / kValues * kLanes, load_words<kPairs>(in + i, width - i));
   }
 }
 
-// `count` rows of `width` values as columns of words [depth][round_up(count)], zero beyond `count`.
+// Packs B, given as its transpose: `count` rows of `width` values become columns of words
+// [words of width][round_up(count)], zero beyond `count`.
 template <bool kPairs, typename In>
-void pack_columns(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out) {
+void pack_b_transposed(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out) {
   constexpr int64_t kValues = kPairs ? 2 * kLanes : kLanes;
   const int64_t padded = round_up(count, kLanes), depth = kPairs ? (width + 1) / 2 : width;
   for (int64_t t = 0; t < count; t += kLanes, in += kLanes * in_stride) {
@@ -202,8 +210,8 @@ inline VecU16 load_bits(const bf16* p, int64_t values) {
   return reinterpret_cast<VecU16>(_mm256_maskz_loadu_epi16(present, p));
 }
 
-// Neighbouring tokens in one word: [(count + 1) / 2][stride], zero beyond `width`.
-inline void pack_tokens(const bf16* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
+// Packs pairs of rows into words [(count + 1) / 2][stride], zero beyond `width`.
+inline void pack_b_pairs(const bf16* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
   for (int64_t t = 0; t < count; t += 2, in += 2 * in_stride, out += stride) {
     for (int64_t i = 0; i < width; i += kLanes) {
       const VecU16 odd = t + 1 < count ? load_bits(in + in_stride + i, width - i) : VecU16{};
@@ -213,13 +221,13 @@ inline void pack_tokens(const bf16* in, int64_t in_stride, int64_t count, int64_
 }
 #endif
 
-// B of a product that sums over tokens.
+// Packs B, `count` rows of `width` values: the words of K are rows of the result.
 template <bool kPairs, typename In>
-inline void pack_summed(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
+inline void pack_b(const In* in, int64_t in_stride, int64_t count, int64_t width, float* out, int64_t stride) {
 #ifdef __AVX512BF16__
-  if constexpr (kPairs) return pack_tokens(in, in_stride, count, width, out, stride);
+  if constexpr (kPairs) return pack_b_pairs(in, in_stride, count, width, out, stride);
 #endif
-  pack_rows<false>(in, in_stride, count, width, out, stride);
+  pack_a<false>(in, in_stride, count, width, out, stride);
 }
 
 }  // namespace

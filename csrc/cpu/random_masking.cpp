@@ -1,4 +1,5 @@
-// random_masking: ranks of the noise, ties broken by index. Counting for short rows, a stable radix sort for long ones.
+// random_masking: ranks of the noise, ties broken by index. Counting for short rows, a stable radix
+// sort for long ones.
 #include "isa.h"
 #include "vec.h"
 
@@ -14,7 +15,8 @@ struct RandomMasking {
 namespace MAEFAST_ISA {
 namespace {
 
-constexpr int64_t kCountingLimit = 16 * kLanes;  // L^2 / kLanes comparisons against 4 passes over L and 256 buckets
+// L^2 / kLanes comparisons against 4 passes over L and 256 buckets.
+constexpr int64_t kCountingLimit = 16 * kLanes;
 
 // An int32 that orders like the float: -0 equals +0, every NaN is the largest.
 inline int32_t order_key(float value) {
@@ -106,12 +108,12 @@ std::tuple<Tensor, Tensor, Tensor> random_masking_fwd(const Tensor& noise_in, in
   Tensor ids_restore = empty_cpu({N, L}, ScalarType::Long);
   Tensor mask = empty_cpu({N, L}, ScalarType::Float);
   const RandomMasking args{
-      static_cast<const float*>(noise.const_data_ptr()),
-      static_cast<int64_t*>(ids_keep.mutable_data_ptr()),
-      static_cast<int64_t*>(ids_restore.mutable_data_ptr()),
-      static_cast<float*>(mask.mutable_data_ptr()),
-      L,
-      len_keep,
+      .noise = static_cast<const float*>(noise.const_data_ptr()),
+      .ids_keep = static_cast<int64_t*>(ids_keep.mutable_data_ptr()),
+      .ids_restore = static_cast<int64_t*>(ids_restore.mutable_data_ptr()),
+      .mask = static_cast<float*>(mask.mutable_data_ptr()),
+      .L = L,
+      .K = len_keep,
   };
   run(MAEFAST_KERNEL(random_masking_kernel), args, N, 32 * L);
   return {ids_keep, ids_restore, mask};

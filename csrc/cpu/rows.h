@@ -1,4 +1,5 @@
-// Tensors (..., D) as rows of D values, and loops over one row: whole vectors, then what is left of it as the first lanes of one.
+// Tensors (..., D) as rows of D values, and loops over one row: whole vectors, then what is left of
+// it as the first lanes of one.
 #pragma once
 
 #include "vec.h"
@@ -19,8 +20,8 @@ inline const T* row_of(const Rows& rows, int64_t i) {
   return static_cast<const T*>(rows.data) + i * rows.stride;
 }
 
-// The same values of the next row, into L2: the hardware's own prefetching ends with each page and starts again slowly. The
-// address may lie behind the last row; a prefetch does not fault.
+// Prefetches the same columns of the next row into L2: hardware prefetching ends with each page and
+// starts again slowly. The address may lie past the last row; a prefetch does not fault.
 template <typename T>
 inline void prefetch(const T* p, int64_t stride) {
   __builtin_prefetch(p + stride, 0, 2);
@@ -58,7 +59,7 @@ struct First {
   void store(T* p, Vec v) const {
     store_first(p, v, n);
   }
-  // v with zeros in the lanes that are not the row's.
+  // Returns v with zeros in the lanes that are not the row's.
   Vec keep(Vec v) const {
     VecI lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -79,12 +80,13 @@ struct Sums {
   float of[N];
 };
 
-// The N sums over a row to which body(part, i, totals) adds the terms of one vector. Their order depends on n alone.
+// N sums over a row, to which body(part, i, totals) adds the terms of one vector. Their order
+// depends on n alone.
 template <int N, typename Body>
 inline Sums<N> sum_row(int64_t n, Body body) {
   constexpr int kChains = 4;  // independent additions, to hide their latency
   constexpr int64_t kStep = kChains * kLanes;
-  constexpr int64_t kRun = 32 * kStep;  // values after which the chains start anew: short ones round better
+  constexpr int64_t kRun = 32 * kStep;  // values; short chains of sums round better
   Vec totals[kChains][N] = {}, done[N] = {};
   int64_t i = 0;
   for (int64_t run = kRun; i + kStep <= n; run += kRun) {

@@ -1,4 +1,4 @@
-// The softmax of rows of scores, and what its gradient needs: rows lie in the first cache, padded to whole vectors.
+// The softmax of rows of scores and its gradient. Rows lie in L1, padded to whole vectors.
 #pragma once
 
 #include "product.h"
@@ -18,25 +18,25 @@ inline float largest(Vec v) {
 
 // 2^x for x <= 0 by the minimax polynomial of degree 6, within 2 ulp; 0 far below, -inf included.
 inline Vec exp2_of_negative(Vec x) {
-#ifdef MAEFAST_ISA_avx512  // the masked forms: GCC 12 warns of the others
+#ifdef MAEFAST_ISA_avx512
+  // 2^(x - floor(x)) * 2^floor(x). GCC 12 warns of the unmasked forms.
   const __m512 exponent = reinterpret_cast<__m512>(x);
-  const Vec r =
-      reinterpret_cast<Vec>(_mm512_maskz_reduce_ps(0xffff, exponent, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));  // x - floor(x)
+  const Vec r = reinterpret_cast<Vec>(_mm512_maskz_reduce_ps(0xffff, exponent, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
   const Vec y =
       polynomial(r, {2.1702255e-4f, 1.24396883e-3f, 9.67884091e-3f, 5.54833421e-2f, 2.40229836e-1f, 6.93146984e-1f, 1.0f});
-  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(y), exponent));  // y * 2^floor(x)
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(y), exponent));
 #else
   // Adding it rounds to an integer, which is then in the low bits, with the bias of an exponent.
   constexpr float kShift = 0x1.8p23f + 127.0f;
   const Vec shifted = x + broadcast(kShift), r = x - (shifted - broadcast(kShift));
   const Vec y =
       polynomial(r, {1.53533619e-4f, 1.33988748e-3f, 9.61843736e-3f, 5.55033247e-2f, 2.40226479e-1f, 6.93147203e-1f, 1.0f});
-  const Vec scaled = y * reinterpret_cast<Vec>(reinterpret_cast<VecU>(shifted) << 23);  // a product, so that NaN stays NaN
+  const Vec scaled = y * reinterpret_cast<Vec>(reinterpret_cast<VecU>(shifted) << 23);  // NaN stays NaN
   return x < broadcast(-125.0f) ? Vec{} : scaled;
 #endif
 }
 
-// The largest score of a row, and the padding of the row out of the softmax.
+// Sets the padding of a row to -inf, which the softmax makes zero, and returns the largest score.
 inline float prepare_scores(float* s, int64_t keys, int64_t padded) {
   for (int64_t j = keys; j < padded; ++j) s[j] = -__builtin_inff();
   Vec most = load(s);
@@ -46,7 +46,7 @@ inline float prepare_scores(float* s, int64_t keys, int64_t padded) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// The scores of a row to exp(scale (s - max)), in place, as words; returns 1 / their sum.
+// Turns the scores of a row into exp(scale (s - max)), in place, as words; returns 1 / their sum.
 template <bool kPairs>
 inline float softmax_row(float* s, int64_t keys, int64_t padded, float exponent) {
   const Vec factor = broadcast(exponent), offset = broadcast(-exponent * prepare_scores(s, keys, padded));
@@ -66,8 +66,9 @@ inline float softmax_row(float* s, int64_t keys, int64_t padded, float exponent)
   return 1.0f / sum(total);
 }
 
-// Scores and dP of one row to exp(scale (s - max)), in place; returns 1 / their sum and, in `delta`, the row's sum of P dP.
-inline float weights_row(float* s, const float* dp, int64_t keys, int64_t padded, float exponent, float& delta) {
+// Turns the scores of a row into exp(scale (s - max)), in place; returns 1 / their sum and, in
+// `delta`, the row's sum of P dP.
+inline float exponentiate_row(float* s, const float* dp, int64_t keys, int64_t padded, float exponent, float& delta) {
   const Vec factor = broadcast(exponent), offset = broadcast(-exponent * prepare_scores(s, keys, padded));
   Vec total = {}, weighted = {};
   for (int64_t j = 0; j < padded; j += kLanes) {
@@ -81,10 +82,11 @@ inline float weights_row(float* s, const float* dp, int64_t keys, int64_t padded
   return inverse;
 }
 
-// A block's P and dS = P (dP - delta) from the exponentials and dP. In words: dS along the keys in place of dP, and both along
-// the queries for the products that sum over these; those are the same words but for pairs, which get them in `p` and `ds`.
+// Computes P and dS = P (dP - delta) of a block from exponentials and dP, in place. Pairs along the
+// queries are other words than those along the keys; they go to `p` and `ds`, for the products that
+// sum over queries.
 template <bool kPairs>
-void softmax_gradient(float* s, float* dp, [[maybe_unused]] float* p, [[maybe_unused]] float* ds, const float* inverse,
+void compute_gradient(float* s, float* dp, [[maybe_unused]] float* p, [[maybe_unused]] float* ds, const float* inverse,
                       const float* delta, int64_t rows, int64_t padded) {
 #ifdef __AVX512BF16__
   if constexpr (kPairs) {

@@ -23,7 +23,7 @@ struct UnshuffleBwd {
   const int64_t* ids_restore;
   void* dx;  // [N, 1+K, D]
   DType dx_dtype;
-  float* partial;  // [N, chunks, D]: sums of the gradients of the mask tokens of one chunk of patches
+  float* partial;  // [N, chunks, D]: gradients of mask tokens, summed over a chunk of patches
   int64_t L, K, D, chunk, chunks;
 };
 
@@ -48,7 +48,7 @@ void forward(const UnshuffleFwd& args, int64_t begin, int64_t end) {
   Out* out = static_cast<Out*>(args.out) + begin * D;
   for (int64_t unit = begin; unit < end; ++unit, out += D) {
     const int64_t n = unit / tokens, t = unit % tokens;
-    const int64_t rank = t == 0 ? -1 : args.ids_restore[n * L + t - 1];  // token 1 + rank of x; the class token is token 0
+    const int64_t rank = t == 0 ? -1 : args.ids_restore[n * L + t - 1];  // -1: class token
     const float* pos = args.pos_embed + t * D;
     const In* x = static_cast<const In*>(args.x) + n * args.x_stride_n + (1 + rank) * args.x_stride_t;
     if constexpr (sizeof(Out) == sizeof(float)) {
@@ -127,8 +127,9 @@ MAEFAST_DECLARE_KERNEL(unshuffle_bwd_kernel, UnshuffleBwd)
 namespace maefast::cpu {
 namespace {
 
-// Every row of ids_restore (N, L) must be a permutation of 0 .. L-1: no read or write can then be out of bounds or left out.
-Tensor checked_permutations(const Tensor& ids_in) {
+// Every row of ids_restore (N, L) must be a permutation of 0 .. L-1: no read or write can then be
+// out of bounds or left out.
+Tensor check_permutations(const Tensor& ids_in) {
   check(ids_in.dim() == 2 && ids_in.scalar_type() == ScalarType::Long, "ids_restore must be (N, L) int64");
   Tensor ids = torch::stable::contiguous(ids_in);
   const int64_t L = ids.size(1);
@@ -145,75 +146,64 @@ Tensor checked_permutations(const Tensor& ids_in) {
   return ids;
 }
 
-// fp32 values of a small parameter, kept in `storage` where they had to be converted.
-const float* as_floats(const char* name, const Tensor& t, std::vector<float>& storage) {
-  const DType dtype = float_dtype(name, t.scalar_type());
-  if (dtype == DType::f32) return static_cast<const float*>(t.const_data_ptr());
-  storage.resize(t.numel());
-  MAEFAST_ISA::visit_float(dtype, [&](auto value) {
-    MAEFAST_ISA::copy_row(static_cast<const decltype(value)*>(t.const_data_ptr()), storage.data(), t.numel());
-  });
-  return storage.data();
-}
-
 Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mask_token_in, const Tensor& pos_embed_in) {
-  const Tensor ids = checked_permutations(ids_in), x = x_in.dim() == 3 ? dense_rows(x_in) : x_in;
-  const Tensor mask_token = torch::stable::contiguous(mask_token_in), pos_embed = torch::stable::contiguous(pos_embed_in);
+  const Tensor ids = check_permutations(ids_in), x = x_in.dim() == 3 ? dense_rows(x_in) : x_in;
   const int64_t N = ids.size(0), L = ids.size(1);
   check(x.dim() == 3 && x.size(0) == N && x.size(1) >= 1 && x.size(1) <= L + 1,
         "x must be (N, 1+K, D) with the N of ids_restore");
   const int64_t K = x.size(1) - 1, D = x.size(2);
-  check(mask_token.numel() == D && pos_embed.numel() == (1 + L) * D, "mask_token must be (1, 1, D) and pos_embed (1, 1+L, D)");
+  check(mask_token_in.numel() == D && pos_embed_in.numel() == (1 + L) * D,
+        "mask_token must be (1, 1, D) and pos_embed (1, 1+L, D)");
   const ScalarType x_dtype = x.scalar_type();
-  const bool alike = mask_token.scalar_type() == x_dtype && pos_embed.scalar_type() == x_dtype;
-  const ScalarType out_dtype = alike ? x_dtype : ScalarType::Float;  // two of fp32, bf16 and fp16 promote to fp32
-  std::vector<float> mask_token_f32, pos_embed_f32;
+  const bool alike = mask_token_in.scalar_type() == x_dtype && pos_embed_in.scalar_type() == x_dtype;
+  const ScalarType out_dtype = alike ? x_dtype : ScalarType::Float;  // two dtypes promote
+  const FloatInput mask_token("mask_token", mask_token_in, D), pos_embed("pos_embed", pos_embed_in, (1 + L) * D);
   Tensor out = empty_cpu({N, 1 + L, D}, out_dtype);
   const UnshuffleFwd args{
-      x.const_data_ptr(),
-      float_dtype("x", x_dtype),
-      x.stride(0),
-      x.stride(1),
-      static_cast<const int64_t*>(ids.const_data_ptr()),
-      as_floats("mask_token", mask_token, mask_token_f32),
-      as_floats("pos_embed", pos_embed, pos_embed_f32),
-      out.mutable_data_ptr(),
-      float_dtype("out", out_dtype),
-      may_stream(out, D),
-      L,
-      K,
-      D,
+      .x = x.const_data_ptr(),
+      .x_dtype = float_dtype("x", x_dtype),
+      .x_stride_n = x.stride(0),
+      .x_stride_t = x.stride(1),
+      .ids_restore = static_cast<const int64_t*>(ids.const_data_ptr()),
+      .mask_token = mask_token.data,
+      .pos_embed = pos_embed.data,
+      .out = out.mutable_data_ptr(),
+      .out_dtype = float_dtype("out", out_dtype),
+      .streaming = may_stream(out, D),
+      .L = L,
+      .K = K,
+      .D = D,
   };
   run(MAEFAST_KERNEL(unshuffle_fwd_kernel), args, N * (1 + L), D * 8);
   return out;
 }
 
 std::tuple<Tensor, Tensor> unshuffle_bwd(const Tensor& dy_in, const Tensor& ids_in, int64_t len_keep, ScalarType dtype) {
-  const Tensor ids = checked_permutations(ids_in), dy = dy_in.dim() == 3 ? dense_rows(dy_in) : dy_in;
+  const Tensor ids = check_permutations(ids_in), dy = dy_in.dim() == 3 ? dense_rows(dy_in) : dy_in;
   const int64_t N = ids.size(0), L = ids.size(1);
   check(dy.dim() == 3 && dy.size(0) == N && dy.size(1) == 1 + L, "dy must be (N, 1+L, D)");
   check(len_keep >= 0 && len_keep <= L, "len_keep must be in [0, L], it is ", len_keep);
   const int64_t D = dy.size(2);
-  constexpr int64_t kChunk = 64;  // fixed, so that the sum of the mask token's gradient does not depend on the threads
+  constexpr int64_t kChunk = 64;  // fixed: no sum depends on the threads
   const int64_t chunks = std::max<int64_t>(1, (L + kChunk - 1) / kChunk);
   const DType dx_dtype = float_dtype("dtype", dtype);
   Tensor dx = empty_cpu({N, 1 + len_keep, D}, dtype);
   Tensor dmask_token = empty_cpu({1, 1, D}, ScalarType::Float);
   std::vector<float> partial(N * chunks * D);
   const UnshuffleBwd args{
-      dy.const_data_ptr(),
-      float_dtype("dy", dy.scalar_type()),
-      dy.stride(0),
-      dy.stride(1),
-      static_cast<const int64_t*>(ids.const_data_ptr()),
-      dx.mutable_data_ptr(),
-      dx_dtype,
-      partial.data(),
-      L,
-      len_keep,
-      D,
-      kChunk,
-      chunks,
+      .dy = dy.const_data_ptr(),
+      .dy_dtype = float_dtype("dy", dy.scalar_type()),
+      .dy_stride_n = dy.stride(0),
+      .dy_stride_t = dy.stride(1),
+      .ids_restore = static_cast<const int64_t*>(ids.const_data_ptr()),
+      .dx = dx.mutable_data_ptr(),
+      .dx_dtype = dx_dtype,
+      .partial = partial.data(),
+      .L = L,
+      .K = len_keep,
+      .D = D,
+      .chunk = kChunk,
+      .chunks = chunks,
   };
   run(MAEFAST_KERNEL(unshuffle_bwd_kernel), args, N * chunks, std::min(L, kChunk) * D * 8);
   std::vector<double> total(D, 0.0);

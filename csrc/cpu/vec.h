@@ -1,6 +1,6 @@
-// A small vector of fp32, as wide as the instruction set of this compilation: 16, 8 or 1 lanes. bf16, fp16 and uint8 are widened
-// on load, bf16 and fp16 rounded to nearest even on store. Everything has internal linkage: no code of one instruction set can be
-// linked into another.
+// A small vector of fp32, as wide as the instruction set of this compilation: 16, 8 or 1 lanes.
+// bf16, fp16 and uint8 are widened on load, bf16 and fp16 rounded to nearest even on store.
+// Everything has internal linkage: no code of one instruction set can be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ namespace {
 
 #if defined(MAEFAST_ISA_avx512)
 constexpr int kLanes = 16;
-constexpr __mmask16 kAllLanes = 0xffff;  // for intrinsics whose plain form makes GCC warn of their own undefined operand
+constexpr __mmask16 kAllLanes = 0xffff;  // GCC warns of an undefined operand in unmasked intrinsics
 #elif defined(MAEFAST_ISA_avx2)
 constexpr int kLanes = 8;
 #else
@@ -44,7 +44,8 @@ typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
 
-// Calls f with a value of the C++ type of `dtype`, for the sake of that type alone: one kernel for all floating-point dtypes.
+// Calls f with a value of the C++ type of `dtype`, for the sake of that type alone: one kernel for
+// all floating-point dtypes.
 template <typename F>
 inline void visit_float(DType dtype, F f) {
   switch (dtype) {
@@ -57,7 +58,7 @@ inline void visit_float(DType dtype, F f) {
   }
 }
 
-// The same for pixels, which may also be bytes.
+// Calls f for pixels, which may also be bytes.
 template <typename F>
 inline void visit_pixel(DType dtype, F f) {
   dtype == DType::u8 ? f(uint8_t{}) : visit_float(dtype, f);
@@ -148,7 +149,7 @@ inline void store(f16* p, Vec v) {
 #endif
 }
 
-// The first n < kLanes elements; the others read as zero and are not written.
+// Load and store the first n < kLanes elements; the others read as zero and are not written.
 template <typename T>
 inline Vec load_first(const T* p, int64_t n) {
   T lanes[kLanes] = {};
@@ -163,7 +164,8 @@ inline void store_first(T* p, Vec v, int64_t n) {
   std::memcpy(p, lanes, n * sizeof(T));
 }
 
-// Past the caches, for outputs far larger than they are; p must be aligned to the vector. Ends with stream_fence().
+// Stores past the caches, for outputs larger than L3; p must be aligned to the vector. A kernel
+// that streams ends with stream_fence().
 inline void stream(float* p, Vec v) {
 #if defined(MAEFAST_ISA_avx512)
   _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
@@ -204,14 +206,14 @@ inline Vec polynomial(Vec v, const float (&coefficients)[N]) {  // the highest p
   return p;
 }
 
-// All lanes in one, by halves: combine(a, b) takes vectors of every width.
+// Folds all lanes into one by halves: combine(a, b) takes vectors of every width.
 template <int N, typename V, typename Combine>
 inline float fold_lanes(V v, Combine combine) {
   if constexpr (N == 1) {
     return v[0];
   } else {
-    typedef float Half __attribute__((vector_size(2 * N)));
-    Half halves[2];
+    typedef float Narrow __attribute__((vector_size(2 * N)));
+    Narrow halves[2];
     std::memcpy(halves, &v, sizeof v);
     return fold_lanes<N / 2>(combine(halves[0], halves[1]), combine);
   }

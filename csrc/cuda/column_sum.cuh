@@ -12,9 +12,10 @@ struct ColumnSum {
   int chunks, D;
 };
 
-constexpr int kSumColumns = 8, kSumRows = 32;
+constexpr int kSumColumns = 8;
+constexpr int kSumRows = 32;
 
-// Thread y adds every kSumRows-th chunk, then thread 0 the threads.
+// Thread y adds every kSumRows-th chunk, then thread 0 adds the sums of the threads.
 __global__ void __launch_bounds__(kSumColumns* kSumRows) column_sum_kernel(ColumnSum a) {
   const int d = blockIdx.x * kSumColumns + threadIdx.x;
   float sum = 0.0f;

@@ -1,4 +1,5 @@
-// What the boxed entries of the CUDA ops share: device and stream of a launch, its errors, checked inputs.
+// What the boxed entries of the CUDA ops share: device and stream of a launch, its errors, checked
+// inputs.
 #pragma once
 
 #include "../checks.h"
@@ -10,7 +11,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Makes the device of a tensor current for as long as it lives; `stream` is torch's current one there.
+// Makes the device of a tensor current for as long as it lives; `stream` is torch's current one
+// there.
 class Launch {
  public:
   cudaStream_t stream;
@@ -33,7 +35,7 @@ inline void check_same_gpu(const char* name, const Tensor& t, const Tensor& othe
   check(t.is_cuda() && t.get_device_index() == other.get_device_index(), name, " must be on the GPU of the other tensors");
 }
 
-// `t` itself where it is contiguous and starts at a multiple of 16 bytes, else a copy that does.
+// Returns `t` if it is contiguous and starts at a multiple of 16 bytes, else a copy that does.
 inline Tensor packed(const Tensor& t) {
   const Tensor dense = torch::stable::contiguous(t);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
@@ -85,7 +87,7 @@ class ImageInput {
   OptionalTensor mean_, std_;
 };
 
-// The noise of random masking, checked, and the tensors that are made of it.
+// The checked noise of random masking, and its results.
 class MaskingTensors {
  public:
   Tensor noise, ids_keep, ids_restore, mask;

@@ -1,5 +1,6 @@
-// gather_patches on CUDA, and mask_patches, which first ranks the noise: the kept patches, straight from the image, in
-// conv-weight order (C, ph, pw). A block copies some kept patches of one sample, kUnit neighbouring pixels at a time.
+// gather_patches on CUDA, and mask_patches, which first ranks the noise: the kept patches, straight
+// from the image, in conv-weight order (C, ph, pw). A block copies some kept patches of one sample,
+// kUnit neighbouring pixels at a time.
 #include <algorithm>
 
 #include "image.cuh"
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) gather_patches_kernel(GatherPatches 
   } else {
     for (int r = threadIdx.x; r < rows; r += kThreads) {
       const int64_t id = a.ids[n * a.K + first + r];
-      ids[r] = id >= 0 && id < a.imgs.patches() ? static_cast<int>(id) : -1;  // out of range: pixels of zero
+      ids[r] = id >= 0 && id < a.imgs.patches() ? static_cast<int>(id) : -1;  // -1: zeros
     }
   }
   __syncthreads();
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) gather_patches_kernel(GatherPatches 
   }
 }
 
-// The longest unit of which rows of pixels consist and whose accesses are aligned.
-int unit_of(const Image& a, int64_t item) {
+// Returns the longest unit that divides rows of pixels and whose accesses are aligned.
+int choose_unit(const Image& a, int64_t item) {
   const int lengths[] = {a.dtype == DType::u8 ? 16 : 8, 2};
   for (const int unit : lengths) {
     const int64_t bytes = std::min<int64_t>(16, unit * item);
@@ -77,7 +78,8 @@ int unit_of(const Image& a, int64_t item) {
 
 template <typename In, typename Out, int kUnit>
 cudaError_t start(GatherPatches a, int64_t N, cudaStream_t stream) {
-  constexpr int kMostRows = 2048, kMostUnits = 1 << 30;  // of a block: ids in shared memory, 32-bit indices
+  constexpr int kMostRows = 2048;      // of a block: their ids take 8 KiB of shared memory
+  constexpr int kMostUnits = 1 << 30;  // of a block: 32-bit indices
   const int units = a.imgs.patch_values() / kUnit;
   const int64_t blocks_wanted = std::max<int64_t>(1, kEnoughBlocks / N);
   a.rows = static_cast<int>(std::min<int64_t>({divide_up(a.K, blocks_wanted), kMostRows, std::max(1, kMostUnits / units)}));
@@ -93,7 +95,7 @@ cudaError_t start(GatherPatches a, int64_t N, cudaStream_t stream) {
 template <typename In, typename Out>
 cudaError_t start_unit(const GatherPatches& a, int64_t N, cudaStream_t stream) {
   constexpr int kLong = std::is_same_v<In, U8> ? 16 : 8;
-  const int unit = unit_of(a.imgs, sizeof(In));
+  const int unit = choose_unit(a.imgs, sizeof(In));
   if (unit == kLong) return start<In, Out, kLong>(a, N, stream);
   return unit == 2 ? start<In, Out, 2>(a, N, stream) : start<In, Out, 1>(a, N, stream);
 }

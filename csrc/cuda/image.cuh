@@ -23,7 +23,8 @@ struct Image {
   }
 };
 
-// (pixel / 255 - mean) / std of a uint8 value, the quotient by 255 correctly rounded; other pixels as they are.
+// (pixel / 255 - mean) / std of a uint8 value, the quotient by 255 correctly rounded; other pixels
+// as they are.
 struct Normalisation {
   float mean = 0.0f, rstd = 1.0f;
 

@@ -1,5 +1,5 @@
-// What the kernels of the MAE ops share, free of torch: dtypes, packs of values, sums over a warp, division by a constant, and
-// the launch of a kernel that takes one struct of arguments.
+// What the kernels of the MAE ops share, free of torch: dtypes, packs of values, sums over a warp,
+// division by a constant, and the launch of a kernel that takes one struct of arguments.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,5 +1,6 @@
-// masked_mse on CUDA: a warp holds one patch of the image at a time in shared memory, in the order of pred; the target is never
-// stored elsewhere. Patches of weight zero are not read. The loss is summed per block, then over the blocks by a second kernel.
+// masked_mse on CUDA: a warp holds one patch of the image at a time in shared memory, in the order
+// of pred; the target is never stored elsewhere. Patches of weight zero are not read. The loss is
+// summed per block, then over the blocks by a second kernel.
 #include <algorithm>
 
 #include "image.cuh"
@@ -9,7 +10,7 @@ namespace {
 
 constexpr int kMostWarps = 4;                                   // of a block
 constexpr int kBlocksPerSM = 8;                                 // at least: 64 registers a thread
-constexpr int kSharedBytes = 48 << 10;                          // of a block, without asking for more
+constexpr int kSharedBytes = 48 << 10;                          // of a block, without an attribute
 constexpr int kMostValues = kSharedBytes / 4 - 4 * kMostWarps;  // of a patch
 constexpr float kVarEps = 1e-6f;                                // inside the root
 
@@ -57,19 +58,21 @@ __device__ inline void read_target(const MaskedMse& a, int64_t n, int patch, flo
   float squares = 0.0f;
   for (int i = lane; i < P; i += kWarp) squares += (target[i] - mean) * (target[i] - mean);
   const float var = warp_sum(squares) * a.inverse_degrees + kVarEps, approximate = rsqrtf(var);
-  const float rstd = approximate * (1.5f - 0.5f * var * approximate * approximate);  // a Newton step: exact roots are calls
+  const float rstd = approximate * (1.5f - 0.5f * var * approximate * approximate);  // exact roots are calls
   for (int i = lane; i < P; i += kWarp) target[i] = (target[i] - mean) * rstd;
   __syncwarp();
 }
 
-// The number of weights[:patch] that are not zero: the row of this patch in a pred of removed patches.
-__device__ inline int removed_before(const float* weights, int patch) {
+// The number of weights[:patch] that are not zero: the row of this patch in a pred of removed
+// patches.
+__device__ inline int count_removed_before(const float* weights, int patch) {
   int count = 0;
   for (int i = threadIdx.x % kWarp; i < patch; i += kWarp) count += weights[i] != 0.0f;
   return warp_sum(count);
 }
 
-// Calls body(n, i, row, weight) for each patch i of this warp and the row of pred that it has, -1 for none.
+// Calls body(n, i, row, weight) for each patch i of this warp and the row of pred that it has, -1
+// for none.
 template <typename Body>
 __device__ inline void for_patches(const MaskedMse& a, Body&& body) {
   const int64_t n = a.by_groups.quotient(blockIdx.x);
@@ -77,7 +80,7 @@ __device__ inline void for_patches(const MaskedMse& a, Body&& body) {
   const int first = (group * a.warps + warp) * a.patches, end = min(first + a.patches, a.L);
   const float* weights = a.mask + n * a.L;
   const bool compact = a.M < a.L;
-  int row = compact && first < end ? removed_before(weights, first) : first;
+  int row = compact && first < end ? count_removed_before(weights, first) : first;
   for (int i = first; i < end; ++i) {
     const float weight = weights[i];
     const bool has_row = (!compact || weight != 0.0f) && row < a.M;
@@ -205,10 +208,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kBlocksPerSM) masked_mse_bw
   // A mask that removes fewer than M leaves rows that belong to no patch.
   const int64_t n = a.by_groups.quotient(blockIdx.x);
   if (a.M == a.L || static_cast<int64_t>(blockIdx.x) + 1 != (n + 1) * a.by_groups.value || threadIdx.x >= kWarp) return;
-  for (int row = removed_before(a.mask + n * a.L, a.L); row < a.M; ++row) clear(out_row(n, row));
+  for (int row = count_removed_before(a.mask + n * a.L, a.L); row < a.M; ++row) clear(out_row(n, row));
 }
 
-// Sizes of the launch: rules of the shape alone, so that the order of the sum is.
+// Sets the sizes of the launch from the shape only, so that the order of the sum depends on nothing
+// else.
 int64_t set_sizes(MaskedMse& a, int64_t N) {
   const int values = padded(a.imgs.patch_values());
   a.warps = std::clamp((kSharedBytes / 4 - 2 * kMostWarps) / values, 1, kMostWarps);

@@ -1,9 +1,10 @@
 // The instructions that the attention kernels are made of, under the names that PTX gives them.
 //
-// Fragments, with g = lane / 4 and t = lane % 4, each register two neighbouring columns (or k) of 2 bytes:
+// Fragments, with g = lane / 4 and t = lane % 4. A register has two neighbouring columns (or k):
 //   A 16 x 16 (m x k)  a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8)
 //   B 16 x 8  (k x n)  b0 (2t, g), b1 (2t + 8, g)
-//   C 16 x 8  (m x n)  fp32 c0 c1 (g, 2t), c2 c3 (g + 8, 2t): two such tiles side by side, packed, are an A fragment
+//   C 16 x 8  (m x n)  fp32 c0 c1 (g, 2t), c2 c3 (g + 8, 2t)
+// Two C fragments side by side, packed, are an A fragment.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -26,8 +26,8 @@ __device__ inline int order_key(float noise) {
   return bits < 0 ? -magnitude : magnitude;
 }
 
-// Calls found(i, rank) once for each patch of row n, by the threads of the block together; ties go by index. `keys` is shared
-// memory of rank_bytes(L).
+// Calls found(i, rank) once for each patch of row n, by the threads of the block together; ties go
+// by index. `keys` is shared memory of rank_bytes(L).
 template <typename Found>
 __device__ inline void rank_row(const float* noise, int64_t n, int L, int* keys, Found&& found) {
   const int padded = (L + 3) / 4 * 4, thread = threadIdx.x, threads = blockDim.x;
@@ -36,7 +36,8 @@ __device__ inline void rank_row(const float* noise, int64_t n, int L, int* keys,
   for (int i = thread; i < L; i += threads) {
     const int key = keys[i];
     int rank = 0;
-    // An earlier patch that ties comes first, so it counts where its key is below key + 1; keys stop short of overflow.
+    // An earlier patch that ties comes first, so it counts where its key is below key + 1; keys
+    // stop short of overflow.
     for (int j = 0; j < padded; j += 4) {
       const Pack<int, 4> others = load<4>(keys + j);
       for (int e = 0; e < 4; ++e) rank += others.value[e] < key + (j + e < i);

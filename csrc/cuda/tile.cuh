@@ -9,8 +9,9 @@ namespace maefast::cuda {
 constexpr int kMmaRows = 16;  // of an accumulator
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Rows of kWidth values. The 16-byte chunks of a row are permuted so that eight consecutive rows of one chunk column lie in
-// eight different groups of banks: ldmatrix and stmatrix then have no conflicts, whatever the width, and rows need no padding.
+// Rows of kWidth values. The 16-byte chunks of a row are permuted so that eight consecutive rows of
+// one chunk column lie in eight different groups of banks: ldmatrix and stmatrix then have no
+// conflicts, whatever the width, and rows need no padding.
 template <int kWidth>
 struct Tile {
   static_assert(kWidth % 16 == 0);
@@ -23,9 +24,10 @@ struct Tile {
   }
 };
 
-// The address that this lane gives to ldmatrix or stmatrix for a block of 16 rows and 2 chunks. kRowMajor has the four matrices
-// in the order of an A fragment of the block (rows first), kColMajor in the order of two B fragments with n along the rows; with
-// .trans they swap roles: kRowMajor gives two B fragments with k along the rows, kColMajor the A fragment of the transpose.
+// The address that this lane gives to ldmatrix or stmatrix for a block of 16 rows and 2 chunks.
+// kRowMajor has the four matrices in the order of an A fragment of the block (rows first),
+// kColMajor in the order of two B fragments with n along the rows; with .trans they swap roles:
+// kRowMajor gives two B fragments with k along the rows, kColMajor the A fragment of the transpose.
 enum class Order { kRowMajor, kColMajor };
 
 template <int kWidth, Order kOrder>
@@ -35,7 +37,8 @@ __device__ __forceinline__ uint32_t block_address(uint32_t tile, int chunk) {
   return tile + Tile<kWidth>::offset(row, chunk + (kOrder == Order::kRowMajor ? lane / 16 : lane / 8 % 2));
 }
 
-// Such addresses for any rows from a multiple of 8 on and any even chunk known at compile time.
+// The addresses of block_address for rows from a multiple of 8 on and even chunks known at compile
+// time.
 template <int kWidth, Order kOrder>
 class Block {
   static constexpr int kMask = Tile<kWidth>::kMask;
@@ -55,8 +58,8 @@ class Block {
   }
 };
 
-// Starts copying rows [0, rows) of kTensors tensors, `apart` values apart, into tiles kTileBytes apart; rows from T on become
-// zeros.
+// Starts copying rows [0, rows) of kTensors tensors, `apart` values apart, into tiles kTileBytes
+// apart; rows from T on become zeros.
 template <int D, int kTensors, int kTileBytes>
 __device__ __forceinline__ void load_tiles(uint32_t tile, const uint16_t* src, int row_stride, int apart, int T, int rows) {
   constexpr int kChunks = Tile<D>::kChunks;
@@ -79,8 +82,8 @@ __device__ __forceinline__ void clear(float (&acc)[kFragments][4]) {
   }
 }
 
-// Writes factor * acc, 16 rows of D, to global memory through 16 rows of a tile that this warp alone uses; the first
-// `valid` rows only. What lies in the tile afterwards are these rows, and zeros.
+// Writes the first `valid` rows of factor * acc, 16 rows of D, to global memory through 16 rows of
+// a tile that no other warp uses. The tile then holds these rows, and zeros past them.
 template <typename Element, int D>
 __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const float (&factor)[2], uint32_t stage, uint16_t* dst,
                                            int row_stride, int valid) {
@@ -108,8 +111,8 @@ __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const f
   __syncwarp();
 }
 
-// Sums of the columns of rows of D, over rows that one warp has in shared memory, 16 at a time: their product with ones. Lane
-// (g, t) keeps columns 8 (g + 8 j) + 2 t and the one after it.
+// Sums the columns of rows of D in one warp's shared memory, 16 rows at a time, by a product with
+// ones. Lane (g, t) keeps columns 8 (g + 8 j) + 2 t and the one after it.
 template <typename Element, int D>
 class ColumnSums {
   static constexpr int kKept = (D + 63) / 64;

@@ -1,5 +1,6 @@
-// unshuffle on CUDA. Forward: a block is one token of several samples, which share its position. Backward: rows of dy go to where
-// they came from or into the sum for the mask token; sums of fixed chunks of rows are added by a second kernel.
+// unshuffle on CUDA. Forward: a block is one token of several samples, which share its position.
+// Backward: a row of dy goes to its token in dx or into the sum for the mask token. Fixed chunks of
+// rows are summed, and a second kernel adds the chunks.
 //
 // A thread has kUnit neighbouring columns; threadIdx.x counts them, threadIdx.y rows.
 #include <algorithm>
@@ -9,8 +10,9 @@
 namespace maefast::cuda {
 namespace {
 
-constexpr int kColumns = 64, kRows = 4;  // of threads in a block
-constexpr int kSamples = 16;             // of a block, forward
+constexpr int kColumns = 64;  // of threads in a block
+constexpr int kRows = 4;
+constexpr int kSamples = 16;  // of a block, forward
 
 struct UnshuffleFwd {
   const void* x;               // [N, 1+K, D]
@@ -109,14 +111,14 @@ namespace {
 
 constexpr int kWholeUnit = 8;
 
-Tensor checked_ids(const Tensor& ids, const Tensor& other) {
+Tensor check_ids(const Tensor& ids, const Tensor& other) {
   check(ids.dim() == 2 && ids.scalar_type() == ScalarType::Long, "ids_restore must be (N, L) int64");
   check_same_gpu("ids_restore", ids, other);
   narrow("L + 1", ids.size(1) + 1);
   return torch::stable::contiguous(ids);
 }
 
-dim3 grid_of(int64_t blocks, int D, int unit) {
+dim3 make_grid(int64_t blocks, int D, int unit) {
   return dim3(narrow("the number of blocks", blocks), static_cast<unsigned>(divide_up(D, kColumns * unit)));
 }
 
@@ -125,14 +127,14 @@ cudaError_t forward(const UnshuffleFwd& a, bool whole_units, cudaStream_t stream
   const int64_t blocks = divide_up(a.N, kSamples) * (a.L + 1);
   const dim3 block(kColumns, kRows);
   if (whole_units)
-    return launch(unshuffle_fwd_kernel<X, Parameter, Out, kWholeUnit>, grid_of(blocks, a.D, kWholeUnit), block, 0, stream, a);
-  return launch(unshuffle_fwd_kernel<X, Parameter, Out, 1>, grid_of(blocks, a.D, 1), block, 0, stream, a);
+    return launch(unshuffle_fwd_kernel<X, Parameter, Out, kWholeUnit>, make_grid(blocks, a.D, kWholeUnit), block, 0, stream, a);
+  return launch(unshuffle_fwd_kernel<X, Parameter, Out, 1>, make_grid(blocks, a.D, 1), block, 0, stream, a);
 }
 
 Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mask_token_in, const Tensor& pos_embed_in) {
   check(x_in.dim() == 3, "x must be (N, 1+K, D)");
   const Launch on(x_in);
-  const Tensor ids = checked_ids(ids_in, x_in), x = dense_rows(x_in);
+  const Tensor ids = check_ids(ids_in, x_in), x = dense_rows(x_in);
   const Tensor mask_token = packed(mask_token_in), pos_embed = packed(pos_embed_in);
   check_same_gpu("mask_token", mask_token, x);
   check_same_gpu("pos_embed", pos_embed, x);
@@ -173,7 +175,7 @@ Tensor unshuffle_fwd(const Tensor& x_in, const Tensor& ids_in, const Tensor& mas
 template <typename Dy, typename Dx>
 cudaError_t backward(const UnshuffleBwd& a, bool whole_units, cudaStream_t stream) {
   const int unit = whole_units ? kWholeUnit : 1;
-  const dim3 grid = grid_of(a.chunks, a.D, unit), block(kColumns, kRows);
+  const dim3 grid = make_grid(a.chunks, a.D, unit), block(kColumns, kRows);
   const size_t bytes = size_t{kColumns} * kRows * unit * sizeof(float);
   const cudaError_t error = whole_units ? launch(unshuffle_bwd_kernel<Dy, Dx, kWholeUnit>, grid, block, bytes, stream, a)
                                         : launch(unshuffle_bwd_kernel<Dy, Dx, 1>, grid, block, bytes, stream, a);
@@ -184,13 +186,14 @@ cudaError_t backward(const UnshuffleBwd& a, bool whole_units, cudaStream_t strea
 std::tuple<Tensor, Tensor> unshuffle_bwd(const Tensor& dy_in, const Tensor& ids_in, int64_t len_keep, ScalarType dtype) {
   check(dy_in.dim() == 3, "dy must be (N, 1+L, D)");
   const Launch on(dy_in);
-  const Tensor ids = checked_ids(ids_in, dy_in), dy = dense_rows(dy_in);
+  const Tensor ids = check_ids(ids_in, dy_in), dy = dense_rows(dy_in);
   const int64_t N = ids.size(0), L = ids.size(1), D = dy.size(2), rows = N * (1 + L);
   check(dy.size(0) == N && dy.size(1) == 1 + L, "dy must be (N, 1+L, D)");
   check(len_keep >= 0 && len_keep <= L, "len_keep must be in [0, L], it is ", len_keep);
   const DType dy_dtype = float_dtype("dy", dy.scalar_type()), dx_dtype = float_dtype("dtype", dtype);
   check(dy_dtype == dx_dtype || dy_dtype == DType::f32, "dy must be float32 or of the dtype of dx");
-  // A rule of the shape alone, so that the order of the sum is: about 2,000 chunks, or chunks of 16 to 128 rows.
+  // About 2,000 chunks of 16 to 128 rows, from the shape only: the order of the sum depends on
+  // nothing else.
   const int64_t chunk = std::clamp<int64_t>(divide_up(rows, 2048), 16, 128),
                 chunks = std::max<int64_t>(1, divide_up(rows, chunk));
   const int64_t dx_sizes[] = {N, 1 + len_keep, D}, token_sizes[] = {1, 1, D}, partial_sizes[] = {chunks, D};

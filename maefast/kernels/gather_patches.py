@@ -53,7 +53,7 @@ def _gather_patches_fwd_kernel(
     tl.store(out_ptr + at, pixel.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (value < P)[None, :])
 
 
-def config(P: int, device: torch.device) -> dict[str, int]:
+def launch_config(P: int, device: torch.device) -> dict[str, int]:
     cols = column_block(P)
     return tile_for("gather_patches_fwd", P, device, {"ROWS": 4096 // cols, "COLS": cols, "num_warps": 4})
 
@@ -68,7 +68,7 @@ def gather_patches_fwd(
     mean, std = dense_statistics(mean, std)
     out = torch.empty(N, K, P, dtype=dtype, device=imgs.device)
     if out.numel():
-        tile = config(P, imgs.device)
+        tile = launch_config(P, imgs.device)
         grid = (triton.cdiv(N * K, tile["ROWS"]), triton.cdiv(P, tile["COLS"]))
         with launching_on(imgs):
             _gather_patches_fwd_kernel[grid](

@@ -183,7 +183,7 @@ def _masked_mse_bwd_kernel(
             tl.store(dpred_ptr + (n * M + unused) * P + flat, zeros, mask=flat < P)
 
 
-def config(kernel: str, N: int, L: int, C: int, pixels: int, device: torch.device) -> dict[str, int]:
+def launch_config(kernel: str, N: int, L: int, C: int, pixels: int, device: torch.device) -> dict[str, int]:
     """GROUP, a rule of the shape alone, so that the order of the sum is: enough programs for a large GPU, few enough to start
     quickly."""
     tile_c, tile_pixels = triton.next_power_of_2(C), triton.next_power_of_2(pixels)
@@ -207,7 +207,7 @@ def masked_mse_fwd(
         return torch.full((), float("nan"), dtype=torch.float32, device=pred.device)
     pred, mask = dense_rows(pred), mask.contiguous()
     mean, std = dense_statistics(mean, std)
-    tile = config("masked_mse_fwd", N, L, C, patch_h * patch_w, pred.device)
+    tile = launch_config("masked_mse_fwd", N, L, C, patch_h * patch_w, pred.device)
     groups = triton.cdiv(L, tile["GROUP"])
     partial = torch.empty(2, N * groups, dtype=torch.float32, device=pred.device)
     loss = torch.empty((), dtype=torch.float32, device=pred.device)
@@ -254,7 +254,7 @@ def masked_mse_bwd(
         return dpred
     pred, mask = dense_rows(pred), mask.contiguous()
     mean, std = dense_statistics(mean, std)
-    tile = config("masked_mse_bwd", N, L, C, patch_h * patch_w, pred.device)
+    tile = launch_config("masked_mse_bwd", N, L, C, patch_h * patch_w, pred.device)
     groups = triton.cdiv(L, tile["GROUP"])
     with launching_on(pred):
         _masked_mse_bwd_kernel[(N * groups,)](

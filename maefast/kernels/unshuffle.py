@@ -72,7 +72,7 @@ def _unshuffle_bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
-def config(kernel: str, D: int, device: torch.device) -> dict[str, int]:
+def launch_config(kernel: str, D: int, device: torch.device) -> dict[str, int]:
     cols = column_block(D)
     return tile_for(kernel, D, device, {"ROWS": min(16, 4096 // cols), "COLS": cols, "num_warps": 4})
 
@@ -88,7 +88,7 @@ def unshuffle_fwd(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed:
     dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos_embed.dtype)
     out = torch.empty(N, 1 + L, D, dtype=dtype, device=x.device)
     if out.numel():
-        tile = config("unshuffle_fwd", D, x.device)
+        tile = launch_config("unshuffle_fwd", D, x.device)
         grid = ((1 + L) * triton.cdiv(N, tile["ROWS"]), triton.cdiv(D, tile["COLS"]))
         with launching_on(x):
             _unshuffle_fwd_kernel[grid](
@@ -115,7 +115,7 @@ def unshuffle_bwd(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.d
     if dy.numel() == 0:
         return dx, torch.zeros(1, 1, D, dtype=torch.float32, device=dy.device)
     dmask_token = torch.empty(1, 1, D, dtype=torch.float32, device=dy.device)
-    rows, tile = N * tokens, config("unshuffle_bwd", D, dy.device)
+    rows, tile = N * tokens, launch_config("unshuffle_bwd", D, dy.device)
     chunk = rows_per_chunk(rows)
     chunks = triton.cdiv(rows, chunk)
     partial = torch.empty(chunks, D, dtype=torch.float32, device=dy.device)

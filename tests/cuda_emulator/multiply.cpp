@@ -39,8 +39,8 @@ cudaError_t loops(const Multiply& a) {
       a.depth <= 0 || a.features % kMultiple != 0 || a.depth % kMultiple != 0) {
     return cudaErrorInvalidConfiguration;
   }
-  const int64_t width = divide_up(a.features, kTile) * kTile;
-  if (a.sums != nullptr) std::fill(a.sums, a.sums + divide_up(a.rows, kTile) * width, 0.0f);
+  const int64_t width = divide_up(a.features, kTileSide) * kTileSide;
+  if (a.sums != nullptr) std::fill(a.sums, a.sums + divide_up(a.rows, kTileSide) * width, 0.0f);
   for (int64_t row = 0; row < a.rows; ++row) {
     for (int64_t feature = 0; feature < a.features; ++feature) {
       float sum = 0.0f;
@@ -56,7 +56,7 @@ cudaError_t loops(const Multiply& a) {
       }
       if constexpr (epilogue == Epilogue::gelu_slope) {
         sum *= gelu_slope(to_float(hidden[at]));
-        if (a.sums != nullptr) a.sums[row / kTile * width + feature] += sum;
+        if (a.sums != nullptr) a.sums[row / kTileSide * width + feature] += sum;
       }
       y[at] = from_float<T>(sum);
     }

@@ -84,9 +84,9 @@ def test_every_kernel_is_compiled_and_in_the_table():
 
 
 @triton.jit
-def _product_kernel(x, y, PRECISION: tl.constexpr):
+def _product_kernel(x_ptr, y_ptr, PRECISION: tl.constexpr):
     at = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    tl.store(y + at, tl.dot(tl.load(x + at), tl.load(x + at), input_precision=PRECISION))
+    tl.store(y_ptr + at, tl.dot(tl.load(x_ptr + at), tl.load(x_ptr + at), input_precision=PRECISION))
 
 
 @pytest.mark.parametrize(("precision", "found"), [("tf32", True), ("ieee", False)])

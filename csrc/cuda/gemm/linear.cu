@@ -147,7 +147,7 @@ Pair linear_gelu_bwd(const Tensor& dy, const Tensor& weight, const Tensor& hidde
   Tensor dhidden = empty_rows(dy, features), dhidden_sum = torch::stable::new_empty(dy, {none, 1}, ScalarType::Float);
   OptionalTensor sums;
   if (with_sum) {
-    const int64_t tiles[] = {divide_up(rows, kTile), divide_up(features, kTile) * kTile};
+    const int64_t tiles[] = {divide_up(rows, kTileSide), divide_up(features, kTileSide) * kTileSide};
     sums = torch::stable::new_empty(dy, {tiles, 2}, ScalarType::Float);
   }
   run<Epilogue::gelu_slope>({.y = dhidden.mutable_data_ptr(),

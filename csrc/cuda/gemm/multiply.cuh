@@ -57,7 +57,7 @@ using ColumnMajor = cutlass::layout::ColumnMajor;
 using Tile = cute::Shape<cute::_128, cute::_128, cute::_64>;
 using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 using Schedule = cutlass::epilogue::TmaWarpSpecialized;
-static_assert(cute::size<0>(Tile{}) == kTile && cute::size<1>(Tile{}) == kTile);
+static_assert(cute::size<0>(Tile{}) == kTileSide && cute::size<1>(Tile{}) == kTileSide);
 
 // What follows the product, as CUTLASS's tree of operations.
 template <Epilogue epilogue, typename Value>

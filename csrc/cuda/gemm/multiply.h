@@ -28,8 +28,8 @@ struct Multiply {
   int processors;             // of the GPU
 };
 
-constexpr int kTile = 128;    // of rows and of features
-constexpr int kMultiple = 8;  // values in the 16 bytes that TMA counts by
+constexpr int kTileSide = 128;  // of rows and of features
+constexpr int kMultiple = 8;    // values in the 16 bytes that TMA counts by
 
 template <Epilogue epilogue, DType dtype>
 cudaError_t multiply(const Multiply& args, cudaStream_t stream);
