@@ -69,7 +69,7 @@ BAD = {
     "axes=sampling input_size=12": "sampling grid 75 %: --sampler grid must have even numbers of rows and columns",
     "axes=decoder_width decoder_num_heads=16": "decoder_width 4: --model mae_vit_tiny_patch16 cannot be built",
     "axes=mask_ratio images=25": "--images must be at most 24, all that",
-    "axes=mask_ratio eval_split=test": "has no part for 'test'",
+    "axes=mask_ratio eval_split=test": "has no 'test' split",
 }
 
 
