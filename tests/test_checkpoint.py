@@ -63,7 +63,7 @@ def test_official_training_checkpoint(model, official):
 def test_heads_of_known_widths(tmp_path):
     model = MAE(img_size=32, embed_dim=192, depth=1, num_heads=3, decoder_depth=1)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
-    with pytest.warns(UserWarning, match="does not tell whether its target was normalised pixels; norm_pix_loss is False"):
+    with pytest.warns(UserWarning, match="does not store whether its target was normalised pixels; norm_pix_loss is False"):
         loaded = MAE.from_pretrained(tmp_path / "bare.pt")
     assert (loaded.blocks[0].attn.num_heads, loaded.decoder_blocks[0].attn.num_heads) == (3, 16)
     assert_same_weights(loaded, model)

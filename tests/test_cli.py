@@ -102,7 +102,7 @@ def test_bad_value(capsys: pytest.CaptureFixture[str], tmp_path: Path, option: s
 
 def test_mask_ratio_that_keeps_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = refused(capsys, "demo", "--mask_ratio=0.97")
-    assert "--mask_ratio must keep one patch and remove one, or more of each; 0.97 keeps 0 of the 16 patches of digits" in line
+    assert "--mask_ratio must keep at least one patch and remove at least one; 0.97 keeps 0 of the 16 patches of digits" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -163,7 +163,7 @@ def test_nothing_but_missing_values(capsys: pytest.CaptureFixture[str]) -> None:
     np.save("f32.npy", np.full((4, *SIZE, 1), np.nan, np.float32))
     assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} --mean 0 --std 1 --pictures 0") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--data_path must hold patches without missing values; a batch has none" in line
+    assert "--data_path must hold patches without missing values; a batch has no such patch" in line
 
 
 def test_missing_values_are_found() -> None:
