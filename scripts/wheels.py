@@ -1,4 +1,4 @@
-"""Builds the source distribution and the wheels into dist/, and tries them with every Python from 3.10 to 3.13 that is found.
+"""Build the source distribution and the wheels into dist/, and test them with every Python found.
 
     [PYTHONS="3.10 3.12"] python scripts/wheels.py build
     [PYTHONS="3.10 3.12"] python scripts/wheels.py test torch==2.13.0 [PYTEST-ARGUMENT ...]
@@ -54,14 +54,14 @@ def pythons() -> Iterator[tuple[str, Path]]:
     for version in PYTHONS:
         newest_first = sorted(versions.glob(f"{version}.*/bin/python"), key=lambda path: int(path.parts[-3].split(".")[2]))[::-1]
         for path in (shutil.which(f"python{version}"), *newest_first):
-            # A shim of pyenv on PATH may stand for no Python.
+            # A pyenv shim on PATH may have no Python.
             if path and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
                 yield version, Path(path)
                 break
 
 
 def install(version: str, python: Path, *requirements: str | Path) -> Path:
-    """Return the Python of a fresh environment with the requirements."""
+    """Create an environment with the requirements and return its Python."""
     folder = WORK / f"python{version}"
     run([python, "-m", "venv", "--clear", folder])
     run([folder / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements])
@@ -69,7 +69,7 @@ def install(version: str, python: Path, *requirements: str | Path) -> Path:
 
 
 def tag(wheel: Path) -> Path:
-    """Name a wheel after the platform that auditwheel finds; it may need nothing of others but what torch brings."""
+    """Rename a wheel to the platform that auditwheel finds. It may need only torch's libraries."""
     facts = json.loads(output(sys.executable, "-m", "auditwheel", "show", "--json", wheel))
     if foreign := [name for name in facts["external_libs"] if not name.startswith(("libtorch", "libc10"))]:
         raise SystemExit(f"{wheel.name} needs {', '.join(foreign)}, which torch does not bring")
@@ -98,7 +98,7 @@ def build() -> None:
 
 
 def test(torch: str, *arguments: str) -> None:
-    (wheel,) = DIST.glob("*[0-9]-py3-none-*.whl")  # the one without a local version: for CPUs
+    (wheel,) = DIST.glob("*[0-9]-py3-none-*.whl")  # the wheel for CPUs has no local version
     tree = WORK / "tree"
     for folder in ("tests", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True)

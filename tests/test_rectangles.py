@@ -125,7 +125,7 @@ def test_pack_of_rectangles() -> None:
 BAD = {
     "--input_size 16 31 --mean -20 --std 8": "--input_size 16 31: img_size must be a multiple of patch_size",
     "--input_size 0 32": "argument --input_size: must be a whole number, 1 or more; it is '0'",
-    "--input_size 1,2,3": "argument --input_size: must be a side, or height and width; it is '1,2,3'",
+    "--input_size 1,2,3": "argument --input_size: must be one side, or height and width; it is '1,2,3'",
     "--mean": "argument --mean: expected one argument",
     "--nodata none": "argument --nodata: must be a number; it is 'none'",
     "--augment rrc+jitter --mean 2 --std 8": "--augment must be none, crop or rrc for float images",
