@@ -44,11 +44,13 @@ def mean_filling(damaged: Tensor, hole: Tensor) -> Tensor:
 
 
 def smooth_filling(damaged: Tensor, hole: Tensor) -> Tensor:
-    """Solve Laplace's equation in the hole: each missing pixel is the mean of its four neighbours."""
+    """Solve Laplace's equation in the hole: each missing pixel is the mean of its four
+    neighbours."""
     cross = torch.tensor([[0.0, 0.25, 0.0], [0.25, 0.0, 0.25], [0.0, 0.25, 0.0]]).view(1, 1, 3, 3)
 
     def neighbours(pictures: Tensor) -> Tensor:
-        """Return the mean of each missing pixel's neighbours: (N, C, H, W) -> (N C, missing pixels)."""
+        """Return the mean of each missing pixel's neighbours: (N, C, H, W) -> (N C, missing
+        pixels)."""
         return F.conv2d(pictures.flatten(0, 1)[:, None], cross, padding=1)[:, 0, hole]
 
     count = int(hole.sum())

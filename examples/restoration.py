@@ -1,7 +1,8 @@
-"""Shared by denoise.py, inpaint.py and super_resolution.py: photographs, a small MAE, fine-tuning, scores.
+"""Shared by denoise.py, inpaint.py and super_resolution.py: photographs, a small MAE, fine-tuning,
+scores.
 
-The pictures are tiles of scikit-learn's two photographs, 64 x 64 pixels. Of each photograph a band is held out: what is scored
-lies within it, what is trained on outside it.
+The pictures are tiles of scikit-learn's two photographs, 64 x 64 pixels. Of each photograph a band
+is held out: what is scored lies within it, what is trained on outside it.
 """
 
 import copy
@@ -35,7 +36,8 @@ def stream(tiles: images.ImageSet, seed: int) -> Iterator[Tensor]:
 
 
 def pretrained(tiles: images.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
-    """Return an MAE after `steps` steps of pre-training at a mask ratio of 75 %, and the initial MAE."""
+    """Return an MAE after `steps` steps of pre-training at a mask ratio of 75 %, and the initial
+    MAE."""
     torch.manual_seed(seed)
     model = MAE(**MODEL)
     untrained = copy.deepcopy(model)
@@ -66,7 +68,8 @@ def median_filter(pictures: Tensor) -> Tensor:
 
 
 class Restorer(nn.Module):
-    """An MAE that encodes the whole damaged picture; its decoder predicts the correction of each patch."""
+    """An MAE that encodes the whole damaged picture; its decoder predicts the correction of each
+    patch."""
 
     def __init__(self, mae: MAE):
         super().__init__()

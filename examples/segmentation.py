@@ -1,9 +1,9 @@
 """Segmentation from a few labelled pictures with a pre-trained encoder and an untrained one. Under
 a minute on two cores.
 
-    python examples/segmentation.py [--pretrain_steps 400] [--steps 200] [--labelled 64] [--seed 0]    #
-                                                                                                       needs
-                                                                                                       maefast[demo]
+    python examples/segmentation.py [--pretrain_steps 400] [--steps 200] [--labelled 64] [--seed 0]
+
+It needs maefast[demo].
 
 The pictures are tiles of scikit-learn's two photographs, each with one of its handwritten digits
 painted over it, in a random colour, size, place and opacity. The label of a pixel is whether ink
@@ -48,7 +48,8 @@ DECODER = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
 class Scenes:
-    """Endless pictures of digits painted on photographs, from the training or the held-out images."""
+    """Endless pictures of digits painted on photographs, from the training or the held-out
+    images."""
 
     def __init__(self, seed: int):
         self.digits, self.photographs = images.digits(seed), images.photographs(SIDE)
@@ -122,7 +123,8 @@ def score(head: Head, features: Tensor, labels: Tensor) -> Score:
 
 
 def run(pretrain_steps: int, steps: int, labelled: int, seed: int) -> dict[str, Score]:
-    """Return the scores on 256 held-out pictures, of the pre-trained and of the untrained encoder."""
+    """Return the scores on 256 held-out pictures, of the pre-trained and of the untrained
+    encoder."""
     scenes = Scenes(seed)
     generator = torch.Generator().manual_seed(seed)
     pictures, labels = scenes.draw(labelled, generator)

@@ -3,11 +3,13 @@
     [PYTHONS="3.10 3.12"] python scripts/wheels.py build
     [PYTHONS="3.10 3.12"] python scripts/wheels.py test torch==2.13.0 [PYTEST-ARGUMENT ...]
 
-One wheel serves every Python, since libmaefast.so knows none. `build` makes one for CPUs, and one with CUDA kernels where torch
-and nvcc have CUDA. Each is named after the oldest glibc and libstdc++ that it loads beside, as auditwheel finds them. It is
-installed for each Python, and its library is loaded there with the libraries of the torch that it was built against. `test`
-installs the wheel for CPUs beside a torch for each Python and runs tests, without a compiler on PATH; each environment is removed
-after its tests. A Python for which pip cannot install that torch is named and left out.
+Pythons from 3.10 to 3.13 are tested. One wheel works with all of them, since libmaefast.so does not
+use Python. `build` makes a wheel for CPUs, and one with CUDA kernels if torch has CUDA and nvcc is
+found. auditwheel determines the platform tag, the oldest glibc and libstdc++ that the wheel works
+with. The wheel is installed for each Python, and its library is loaded there with the torch of the
+build. `test` installs the wheel for CPUs and a torch for each Python and runs tests, without a
+compiler on PATH; each environment is removed after its tests. A Python for which pip cannot install
+that torch is reported and skipped.
 """
 
 import json
@@ -49,7 +51,8 @@ def output(*command: str | Path, **options: str) -> str:
 
 
 def pythons() -> Iterator[tuple[str, Path]]:
-    """Yield the version and the path of each Python that is found: python3.X on PATH, else the newest 3.X of pyenv."""
+    """Yield the version and the path of each Python that is found: python3.X on PATH, else the
+    newest 3.X of pyenv."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     for version in PYTHONS:
         newest_first = sorted(versions.glob(f"{version}.*/bin/python"), key=lambda path: int(path.parts[-3].split(".")[2]))[::-1]

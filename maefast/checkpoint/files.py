@@ -67,8 +67,8 @@ def read(path: str | Path) -> Contents:
     folder with one of them or its shards.
 
     The first bytes of a file determine its kind. Nothing in a file is run: a pickle may hold only
-    tensors, numbers, strings, containers and argparse.Namespace, and objects of BYSTANDERS, which are
-    not created. Raises FileNotFoundError, CheckpointError for a file that is
+    tensors, numbers, strings, containers and argparse.Namespace, and objects of BYSTANDERS, which
+    are not created. Raises FileNotFoundError, CheckpointError for a file that is
     damaged, refused or of another kind, MissingPackageError.
     """
     path = Path(path)

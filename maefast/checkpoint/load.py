@@ -37,7 +37,8 @@ class LoadReport:
     unexpected      tensors of the checkpoint that the model, or the layout written, has no place
                     for
     has_decoder     whether the checkpoint holds the decoder
-    norm_pix_loss   whether its target was normalised pixels; None if the checkpoint does not store it
+    norm_pix_loss   whether its target was normalised pixels; None if the checkpoint does not store
+                    it
     positions       what was done to positions stored for another grid, a sentence each
     adapted         what was done to other tensors so that they fit, a sentence each
     ignored         other entries of the checkpoint: optimizer state, epoch, counters of
@@ -187,12 +188,14 @@ def load(model: nn.Module, path: str | Path, *, key: str | None = None, stored_g
                    if it has as many patches, else a square
 
     For another grid, sin-cos positions are computed and trained positions are resized. The
-    checkpoint may lack the decoder, and a `head` or `fc_norm` of the model; the report names them. A
-    model without decoder does not load the checkpoint's. A head of another shape is not loaded, with
-    a warning. Counters, which are integers, are loaded if the model has them. Everything else must
-    fit. A model on the meta device gets all its tensors from the checkpoint, which must have them.
-    Raises TypeError for another kind of model, FileNotFoundError, CheckpointError (a ValueError), and
-    RuntimeError if safetensors is needed and not installed; the model is then unchanged, bit for bit.
+    checkpoint may lack the decoder, and a `head` or `fc_norm` of the model; the report names them.
+    A model without decoder does not load the checkpoint's. A head of another shape is not loaded,
+    with a warning. Counters, which are integers, are loaded if the model has them. Everything else
+    must fit. A model on the meta device gets all its tensors from the checkpoint, which must have
+    them.
+    Raises TypeError for another kind of model, FileNotFoundError, CheckpointError (a ValueError),
+    and RuntimeError if safetensors is needed and not installed; the model is then unchanged, bit
+    for bit.
     """
     check_model(model)
     checkpoint = read(path, key)
@@ -346,8 +349,8 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], u
 
 
 def check_heads(model: Any, checkpoint: Checkpoint, stacks: Iterable[str] = ("blocks", "decoder_blocks")) -> None:
-    """Raise CheckpointError if the checkpoint has another number of heads: the shapes would fit, but
-    the results would differ."""
+    """Raise CheckpointError if the checkpoint has another number of heads: the shapes would fit,
+    but the results would differ."""
     for name, blocks in (("num_heads", "blocks"), ("decoder_num_heads", "decoder_blocks")):
         told, theirs = getattr(checkpoint.facts, name), f"{blocks}.0.attn.qkv.weight"
         if blocks not in stacks or told is None or theirs not in checkpoint.tensors or not len(getattr(model, blocks, ())):

@@ -18,8 +18,8 @@ def of_timm(config: Mapping[str, Any]) -> Statistics | None:
 
 
 def of_preprocessor(config: Mapping[str, Any], channels: int) -> Statistics | None:
-    """Return mean and std of pixels in 0..1 from transformers' preprocessor_config.json, or None. Its
-    rescale_factor is taken into account.
+    """Return mean and std of pixels in 0..1 from transformers' preprocessor_config.json, or None.
+    Its rescale_factor is taken into account.
 
     A value that is equal for all its channels is used for any number of channels.
     """
@@ -81,8 +81,8 @@ def _short(values: list[float]) -> list[float]:
 
 
 def warn_of_layout(to: str, told: Statistics | None) -> list[str]:
-    """Return a warning if mean and std are not ImageNet's and the layout `to` does not store them in
-    the model."""
+    """Return a warning if mean and std are not ImageNet's and the layout `to` does not store them
+    in the model."""
     if told is None or not differ(told, IMAGENET):
         return []
     values = f"mean and std of the images, {told[0]} and {told[1]}"

@@ -37,8 +37,8 @@ def joined(words: Sequence[str], pairs: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser for which - and _ in flags are the same. An error is one line, without the usage, and
-    names the nearest known flag."""
+    """A parser for which - and _ in flags are the same. An error is one line, without the usage,
+    and names the nearest known flag."""
 
     def __init__(self, **options: Any):
         self.flags, self.pairs = list[str](), list[str]()

@@ -1,4 +1,5 @@
-"""The plain eager reference on the parameters of a model: the baseline that runs are compared with."""
+"""The plain eager reference on the parameters of a model: the baseline that runs are compared
+with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,7 @@ def reference_on(model: MAE) -> Callable[..., MAEOutput]:
 
 
 def normalised(images: Tensor, config: dict[str, Any]) -> Tensor:
-    """Return uint8 images (N, C, H, W) as fp32 `(x/255 - mean)/std`, with a configuration's mean and std."""
+    """Return uint8 images (N, C, H, W) as fp32 `(x/255 - mean)/std`, with a configuration's mean
+    and std."""
     mean, std = (torch.as_tensor(config[name], device=images.device).reshape(-1, 1, 1) for name in ("mean", "std"))
     return (images / 255.0 - mean) / std

@@ -1,4 +1,5 @@
-"""The checkpoint files of a run: writing completely or not at all, keeping the last few, finding."""
+"""The checkpoint files of a run: writing completely or not at all, keeping the last few,
+finding."""
 
 import argparse
 import os

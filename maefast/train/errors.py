@@ -34,7 +34,7 @@ class ToldByAnother(UserError):  # noqa: N818 - as above
 
 
 def require(what: str, packages: Mapping[str, str], extra: str) -> None:
-    """Raise UserError, which begins with `what` ("the demo needs"), unless all of `packages`, module
-    -> name, are installed."""
+    """Raise UserError, which begins with `what` ("the demo needs"), unless all of `packages`,
+    module -> name, are installed."""
     if missing := [name for module, name in packages.items() if find_spec(module) is None]:
         raise UserError(f'{what} {", ".join(missing)}: pip install "maefast[{extra}]"')

@@ -9,8 +9,8 @@ from .errors import ToldByAnother, UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """The settings that a launcher gave this process: `rank` among all processes, `local_rank` among
-    those of this machine."""
+    """The settings that a launcher gave this process: `rank` among all processes, `local_rank`
+    among those of this machine."""
 
     rank: int
     world_size: int

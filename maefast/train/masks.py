@@ -1,5 +1,5 @@
-"""Samplers of the removed patches: random, block, grid (He et al. 2022, figure 6). They return noise
-that MAE ranks."""
+"""Samplers of the removed patches: random, block, grid (He et al. 2022, figure 6). They return
+noise that MAE ranks."""
 
 import math
 
@@ -23,8 +23,8 @@ def check_sampler(sampler: str, grid: tuple[int, int], len_keep: int) -> None:
 
 
 def draw_noise(sampler: str, count: int, grid: tuple[int, int], len_keep: int, generator: torch.Generator) -> Tensor:
-    """Draw noise (count, L) fp32 on the generator's device. MAE keeps the `len_keep` patches of a row
-    with the smallest noise.
+    """Draw noise (count, L) fp32 on the generator's device. MAE keeps the `len_keep` patches of a
+    row with the smallest noise.
 
     "random"    uniform
     "block"     random blocks of patches are removed; the last block is cut off when enough are

@@ -12,8 +12,8 @@ BACKENDS = ("auto", "apex", "torch")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups of trainable parameters: those of two or more dimensions get weight decay, all
-    others (biases, norms) do not."""
+    """Return two groups of trainable parameters: those of two or more dimensions get weight decay,
+    all others (biases, norms) do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -31,8 +31,8 @@ def adamw(
     backend: str = "auto",
     capturable: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return a fused AdamW: apex's FusedAdam if NVIDIA's apex is installed and all parameters are on
-    CUDA, else torch's AdamW(fused=True).
+    """Return a fused AdamW: apex's FusedAdam if NVIDIA's apex is installed and all parameters are
+    on CUDA, else torch's AdamW(fused=True).
 
     params      a model (its `parameter_groups`), parameters, or groups of parameters
     backend     "auto", "apex" or "torch"

@@ -27,7 +27,8 @@ class Panel:
 
 @torch.no_grad()
 def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int, sampler: str = "random") -> Panel:
-    """Return the panel of `model` (a maefast.MAE) for images (n, C, H, W), uint8 or normalised floats.
+    """Return the panel of `model` (a maefast.MAE) for images (n, C, H, W), uint8 or normalised
+    floats.
 
     One of SAMPLERS draws masks from `seed`. If C is not 1 or 3, the first channel is shown.
     """
@@ -47,7 +48,8 @@ def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: 
 
 
 def _in_grey_levels(values: Tensor, images: Tensor) -> Tensor:
-    """Scale floats to 0..255, from the least to the greatest value of each of `images`; NaN is white."""
+    """Scale floats to 0..255, from the least to the greatest value of each of `images`; NaN is
+    white."""
     low = images.nan_to_num(torch.inf).amin(dim=(1, 2, 3), keepdim=True)
     high = images.nan_to_num(-torch.inf).amax(dim=(1, 2, 3), keepdim=True)
     levels = (values - low) / (high - low).clamp(min=1e-12) * 255

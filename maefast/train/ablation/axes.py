@@ -38,8 +38,8 @@ class Row:
 
 
 def rows_of(axes: Sequence[str], base: Options) -> list[Row]:
-    """Return the rows of some of AXES. Depths and widths of the decoder have the same ratio to those
-    of base as in the paper to 8 blocks and a width of 512. Equal sizes give one row."""
+    """Return the rows of some of AXES. Depths and widths of the decoder have the same ratio to
+    those of base as in the paper to 8 blocks and a width of 512. Equal sizes give one row."""
     return [row for axis in axes for row in _distinct(axis, base)]
 
 

@@ -14,7 +14,8 @@ MOST_AXES = 8
 
 
 def find_beside(path: Path, what: str) -> Path | None:
-    """Return the `what` file beside an images file, such as labels.npy, or None if there is none."""
+    """Return the `what` file beside an images file, such as labels.npy, or None if there is
+    none."""
     if "images" not in path.name:
         return None
     name = path.name.replace("images", what).replace("idx3", "idx1")
@@ -24,7 +25,8 @@ def find_beside(path: Path, what: str) -> Path | None:
 
 
 def read_array(path: Path) -> Any:
-    """Return the array in a .npy or idx file, memory-mapped unless it is packed. Raises UserError."""
+    """Return the array in a .npy or idx file, memory-mapped unless it is packed. Raises
+    UserError."""
     from numpy.lib.format import open_memmap
 
     try:

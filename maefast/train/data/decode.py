@@ -260,8 +260,8 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """Convert uint8 (..., C, H, W) of 1 or 3 channels to 1, 3 or 4: grey is repeated, colours become
-    luminance (ITU-R 601-2, rounded as by Pillow), and the fourth channel is opaque."""
+    """Convert uint8 (..., C, H, W) of 1 or 3 channels to 1, 3 or 4: grey is repeated, colours
+    become luminance (ITU-R 601-2, rounded as by Pillow), and the fourth channel is opaque."""
     if image.shape[-3] == channels:
         return image
     if channels == 4:

@@ -37,7 +37,8 @@ class NormalisedImages(ImageDataset):
 
 
 def in_unit_of(model: Any, images: Any, nodata: float | None, *, fill: bool) -> Any:
-    """Return the images as `model` takes them: uint8 unchanged, floats normalised by its mean and std.
+    """Return the images as `model` takes them: uint8 unchanged, floats normalised by its mean and
+    std.
 
     nodata      the value of floats that marks a missing value
     Raises UserError if the model's mean and std cannot belong to such images.

@@ -35,7 +35,8 @@ def split_of(name: str) -> str | None:
 
 
 def split_of_shard(name: str) -> str | None:
-    """Return the split in the name of a shard such as imagenet-train-000.tar, or None if there is none.
+    """Return the split in the name of a shard such as imagenet-train-000.tar, or None if there is
+    none.
 
     Raises UserError for two splits.
     """

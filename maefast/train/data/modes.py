@@ -89,7 +89,8 @@ def with_16_bit_grey(image: "Image", file: str | bytes) -> "Image":
 
 
 def stretched(values: Any) -> Any:
-    """Stretch an array of any real dtype to uint8: the least value to 0, the greatest to 255, NaN to 0.
+    """Stretch an array of any real dtype to uint8: the least value to 0, the greatest to 255, NaN
+    to 0.
 
     Raises ValueError for infinities and complex values.
     """

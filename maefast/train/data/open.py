@@ -145,7 +145,8 @@ def _parts(path: Path, exclude: Path | None) -> dict[str, list[Path]]:
 
 
 def _part(path: Path, split: str, exclude: Path | None) -> Path:
-    """Return the place of a split; `path` itself for "train" if it has no splits. Raises UserError."""
+    """Return the place of a split; `path` itself for "train" if it has no splits. Raises
+    UserError."""
     if not path.is_dir() and split == "train":
         return path
     names = SPLIT_FOLDERS[split]
@@ -173,7 +174,8 @@ def _part(path: Path, split: str, exclude: Path | None) -> Path:
 def _shards_of(
     root: Path, shards: list[Path], split: str | None, channels: int | None, left_out: Counter[str]
 ) -> tuple[TarImages, bool]:
-    """Return the shards of a folder, or of a split if their names contain splits, and whether they do."""
+    """Return the shards of a folder, or of a split if their names contain splits, and whether they
+    do."""
     splits = [None if split is None else split_of_shard(shard.name) for shard in shards]
     named = any(splits)
     if named and None in splits:

@@ -95,8 +95,8 @@ def _named(error: UserError) -> Unreadable:
 
 
 def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:
-    """Yield up to `count` images, evenly spaced over the data set, without augmentation; None and the
-    reason for an unreadable one."""
+    """Yield up to `count` images, evenly spaced over the data set, without augmentation; None and
+    the reason for an unreadable one."""
     for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
         try:
             yield data.read(index, size, partial(centred, size=size)), []
@@ -178,8 +178,8 @@ def _reporting_deaths(batches: Iterator[Sample]) -> Iterator[Sample]:
 
 @contextmanager
 def dead_workers_reported() -> Iterator[None]:
-    """Raise UserError if a process that loads images dies. torch's handler may raise anywhere in the
-    training."""
+    """Raise UserError if a process that loads images dies. torch's handler may raise anywhere in
+    the training."""
     try:
         yield
     except RuntimeError as error:

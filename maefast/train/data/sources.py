@@ -1,4 +1,5 @@
-"""Sources of images: files, tar shards, arrays. Each is an ImageDataset; `open.open_images` chooses."""
+"""Sources of images: files, tar shards, arrays. Each is an ImageDataset; `open.open_images`
+chooses."""
 
 import math
 import posixpath
@@ -78,7 +79,8 @@ class ImageDataset:
             return None
 
     def read_many(self, indices: Sequence[int], size: Size, box: BoxOf) -> Tensor:
-        """Return n images, uint8 (n, channels, *size), as `read` does, with one box; n is 1 or more."""
+        """Return n images, uint8 (n, channels, *size), as `read` does, with one box; n is 1 or
+        more."""
         return torch.stack([self.read(index, size, box) for index in indices])
 
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
@@ -86,7 +88,8 @@ class ImageDataset:
 
 
 class EncodedImages(ImageDataset):
-    """Encoded images. `channels` None: 3, or the number of bands if the first one is a TIFF of bands."""
+    """Encoded images. `channels` None: 3, or the number of bands if the first one is a TIFF of
+    bands."""
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], channels: int | None) -> None:
         require("reading these images needs", {"PIL": "pillow"}, "train")
@@ -154,7 +157,8 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[str, int, int]]], dict[str, int]]:
-    """Return the image members of a tar file as (key, (name, offset, size)), and the labels by key."""
+    """Return the image members of a tar file as (key, (name, offset, size)), and the labels by
+    key."""
     images, labels = list[tuple[str, tuple[str, int, int]]](), dict[str, int]()
     stored, sparse = dict[str, tuple[int, int]](), (tarfile.GNUTYPE_SPARSE,)
     extensions = readable_extensions()
@@ -199,7 +203,8 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """Split a member's name, as webdataset does, at its first dot into the key and the extension."""
+    """Split a member's name, as webdataset does, at its first dot into the key and the
+    extension."""
     folder, name = posixpath.split(name)
     stem, dot, extension = name.partition(".")
     return posixpath.join(folder, stem), (dot + extension).lower()
@@ -222,8 +227,8 @@ class ArrayImages(ImageDataset):
     axes       "NHWC" or "NCHW" as JSON. Without it, the channels are on the axis whose length is
                `channels`; if both or neither match, on the last axis if there are sizes, else on
                the shorter one, or on the last one if both are equal
-    sizes      integers (N, 2), height and width, written by `maefast pack`: the images are stretched
-               to one size, and boxes are in pixels of the original
+    sizes      integers (N, 2), height and width, written by `maefast pack`: the images are
+               stretched to one size, and boxes are in pixels of the original
     """
 
     kind = "array"

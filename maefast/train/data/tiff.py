@@ -43,7 +43,8 @@ class Stored(NamedTuple):
 
     @property
     def alpha(self) -> int | None:
-        """Return the kind of the first sample beyond the colours if it is transparency, else None."""
+        """Return the kind of the first sample beyond the colours if it is transparency, else
+        None."""
         return self.extra[0] if self.extra and self.extra[0] in (PREMULTIPLIED, ALPHA) else None
 
     @property
@@ -83,8 +84,8 @@ def _first(values: Any, default: int) -> Any:
 
 
 def read_tiff(file: str | bytes, channels: int | None) -> Stored:
-    """Read the first image of a TIFF. Pages of one sample are bands if the file calls them so, or if
-    their number is `channels`."""
+    """Read the first image of a TIFF. Pages of one sample are bands if the file calls them so, or
+    if their number is `channels`."""
     try:
         import tifffile
     except ImportError as error:
@@ -116,8 +117,8 @@ SAMPLES_LAST: dict[str, Callable[[Any], Any]] = {  # by the axes of a page, as t
 
 
 def _pages(series: Any, bands: int) -> Any:
-    """Return pages of one sample as (H, W, C). Axis `bands` becomes C; of every other axis the first
-    index is taken."""
+    """Return pages of one sample as (H, W, C). Axis `bands` becomes C; of every other axis the
+    first index is taken."""
     kept = [series.axes.index("Y"), series.axes.index("X"), bands]
     height, width, _ = (series.shape[axis] for axis in kept)
     _check_size(height, width, series.size // max(1, height * width), series.dtype)
@@ -127,7 +128,8 @@ def _pages(series: Any, bands: int) -> Any:
 
 
 def _most_pixels() -> float:
-    """Return the most pixels that Pillow reads in any format: twice the number at which it warns."""
+    """Return the most pixels that Pillow reads in any format: twice the number at which it
+    warns."""
     from PIL import Image
 
     return float("inf") if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
@@ -146,14 +148,16 @@ def too_large(what: str) -> str:
 
 
 def as_bands(stored: Stored, channels: int) -> Any:
-    """Return the samples as (H, W, channels) uint8, stretched together if they have another dtype."""
+    """Return the samples as (H, W, channels) uint8, stretched together if they have another
+    dtype."""
     if (found := stored.pixels.shape[-1]) != channels:
         raise ValueError(f"it must have {channels} channels; it has {found}")
     return _in_8_bits(stored.pixels, stored.photometric)
 
 
 def _in_8_bits(pixels: Any, photometric: int) -> Any:
-    """Return samples as uint8, stretched together if they have another dtype. Great values are bright."""
+    """Return samples as uint8, stretched together if they have another dtype. Great values are
+    bright."""
     inverted = photometric == WHITE_IS_ZERO
     if pixels.dtype != "uint8":
         return stretched(-1.0 * pixels if inverted else pixels)

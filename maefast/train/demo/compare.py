@@ -23,7 +23,8 @@ COMPARED_ROUNDS = 10  # rounds whose losses are compared: later ones drift apart
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return a 95 % confidence interval of the median of at least 6 independent values, whatever their distribution.
+    """Return a 95 % confidence interval of the median of at least 6 independent values, whatever
+    their distribution.
 
     The k-th smallest of n values lies above the median with the probability that fewer than k of n
     coin tosses show heads.
@@ -85,7 +86,8 @@ class Comparison:
 def compare(
     config: dict[str, Any], images: Iterator[Tensor], *, rounds: int, lr: float, mask_ratio: float, seed: int
 ) -> Comparison:
-    """Train `MAE(**config)` and a ReferenceMAE from the same weights on the same batches and noise, in rotation.
+    """Train `MAE(**config)` and a ReferenceMAE from the same weights on the same batches and noise,
+    in rotation.
 
     rounds   the most rounds to time; after 6, they end when the ratio has settled or SECONDS have
              passed

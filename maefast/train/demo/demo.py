@@ -52,8 +52,8 @@ def demo(
     mask_ratio: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train, compare, probe and draw; print the results and write checkpoint.pt, reconstruction.png,
-    loss.png, log.jsonl.
+    """Train, compare, probe and draw; print the results and write checkpoint.pt,
+    reconstruction.png, loss.png, log.jsonl.
 
     data     a folder of images; scikit-learn's digits and photographs if not given
     steps, batch_size, mask_ratio    None: those of the recipe

@@ -1,4 +1,5 @@
-"""Images for the demo, all in memory as uint8: scikit-learn's digits and photographs, or any folder."""
+"""Images for the demo, all in memory as uint8: scikit-learn's digits and photographs, or any
+folder."""
 
 import os
 from collections.abc import Iterator
@@ -70,15 +71,16 @@ def photographs(side: int) -> ImageSet:
 
 
 def _tiles(picture: Tensor, side: int) -> list[Tensor]:
-    """Return tiles (C, side, side) of a picture (C, H, W), a sixteenth of their side apart. There are
-    none if the picture is smaller than a tile."""
+    """Return tiles (C, side, side) of a picture (C, H, W), a sixteenth of their side apart. There
+    are none if the picture is smaller than a tile."""
     (_, height, width), stride = picture.shape, max(1, side // 16)
     rows, cols = range(0, height - side + 1, stride), range(0, width - side + 1, stride)
     return [picture[:, r : r + side, c : c + side] for r in rows for c in cols]
 
 
 def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude: Path | None = None) -> ImageSet:
-    """Load at most `limit` random images below `root` as (N, 3, side, side) uint8; hold out a fifth.
+    """Load at most `limit` random images below `root` as (N, 3, side, side) uint8; hold out a
+    fifth.
 
     The class of an image is the first folder of its path, below the folders of splits. Unreadable
     files are skipped and listed. Raises UserError if fewer than two images can be read.

@@ -19,7 +19,8 @@ LOG_LINES = 200  # the most records of a run
 
 
 class Progress:
-    """A bar with loss, images/s and time left on a terminal, and a few lines on stderr elsewhere."""
+    """A bar with loss, images/s and time left on a terminal, and a few lines on stderr
+    elsewhere."""
 
     def __init__(self, title: str, steps: int, batch_size: int):
         from tqdm import tqdm
@@ -53,8 +54,8 @@ def train_loop(
     them and half a cosine.
 
     images   batches (N, C, H, W) uint8
-    returns  at most LOG_LINES records: step (finished steps), loss (the mean since the last record),
-             lr, images_per_second
+    returns  at most LOG_LINES records: step (finished steps), loss (the mean since the last
+             record), lr, images_per_second
     """
     optimizer = adamw(model, lr)
     every = max(1, math.ceil(steps / LOG_LINES))

@@ -31,11 +31,13 @@ class ProbeRow:
 
 @torch.no_grad()
 def patch_features(model: MAE, images: Tensor, batch_size: int = 256) -> Tensor:
-    """(N, D*GRID*GRID) fp32: the patch tokens of `encode()`, averaged over a grid of cells. images (N, C, H, W).
+    """(N, D*GRID*GRID) fp32: the patch tokens of `encode()`, averaged over a grid of cells. images
+    (N, C, H, W).
 
-    On digits, whose patches are the cells, at 2 labels per class and with standardised features, this beats the mean of all
-    tokens and the class token for the pre-trained encoder (0.85 against 0.83 and 0.83) and far more for the untrained one (0.65
-    against 0.28 and 0.32): it is the harder comparison too.
+    On digits, whose patches are the cells, at 2 labels per class and with standardised features,
+    this beats the mean of all tokens and the class token for the pre-trained encoder (0.85 against
+    0.83 and 0.83) and far more for the untrained one (0.65 against 0.28 and 0.32): it is the harder
+    comparison too.
     """
     rows, cols = model.patch_embed.grid_size
     features = []
@@ -95,7 +97,8 @@ def few_label_probe(
 
 
 def _accuracy(regression: Any, x: Tensor, y: Tensor, held_out_x: Tensor, held_out_y: Tensor) -> float:
-    """Return the held-out accuracy of scikit-learn's `regression`. x (n, F), held_out_x (m, F) float64.
+    """Return the held-out accuracy of scikit-learn's `regression`. x (n, F), held_out_x (m, F)
+    float64.
 
     The tolerance must be tight. It bounds the largest component of the gradient, which is small at
     once if the gradient is spread over many features: at 1e-3, raw pixels of 64 x 64 images scored
@@ -118,8 +121,8 @@ def _draw(labels: Tensor, train: Tensor, classes: list[int], shot: int, generato
 
 
 def verdict(rows: Sequence[ProbeRow], pretrained: str) -> tuple[bool, str]:
-    """Return whether `pretrained` beats all other representations by MARGIN at the fewest labels, and
-    a sentence about it."""
+    """Return whether `pretrained` beats all other representations by MARGIN at the fewest labels,
+    and a sentence about it."""
     fewest = rows[0].labels_per_class
     at = {row.features: row.mean for row in rows if row.labels_per_class == fewest}
     best = max((name for name in at if name != pretrained), key=lambda name: at[name])

@@ -1,4 +1,5 @@
-"""Augmentation of labelled batches: RandAugment and erasing by kornia, mixup and cutmix with soft targets."""
+"""Augmentation of labelled batches: RandAugment and erasing by kornia, mixup and cutmix with soft
+targets."""
 
 import argparse
 import re
@@ -20,8 +21,8 @@ ERASED_AREA = (0.02, 1 / 3)
 
 @dataclass(frozen=True)
 class RandPolicy:
-    """RandAugment (Cubuk et al. 2020): `count` operations with a magnitude from N(magnitude, spread),
-    on a scale of 0 to 10."""
+    """RandAugment (Cubuk et al. 2020): `count` operations with a magnitude from N(magnitude,
+    spread), on a scale of 0 to 10."""
 
     magnitude: float = 9.0
     spread: float = 0.0
@@ -49,8 +50,8 @@ class Augmentation:
     aa        RandAugment; its operations are drawn for groups of eight images
     reprob    the fraction of images in which a rectangle of 2 to 33 % of the area is erased to the
               mean colour
-    mixup     alpha of Beta(alpha, alpha), the weight of an image mixed with another one of the batch
-              (Zhang et al. 2018); 0: off
+    mixup     alpha of Beta(alpha, alpha), the weight of an image mixed with another one of the
+              batch (Zhang et al. 2018); 0: off
     cutmix    alpha of Beta(alpha, alpha), the area of an image that another one does not cover (Yun
               et al. 2019); 0: off. With both, each batch gets one of them with equal probability
     """

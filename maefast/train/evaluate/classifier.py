@@ -29,8 +29,8 @@ def described(model: VisionTransformer, classes: Sequence[str], crop_pct: float 
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Load a classifier that `maefast finetune` or `partial` wrote, in eval mode, on the CPU. Raises
-    UserError for any other file."""
+    """Load a classifier that `maefast finetune` or `partial` wrote, in eval mode, on the CPU.
+    Raises UserError for any other file."""
     try:
         contents = read(path)
     except (CheckpointError, OSError) as error:

@@ -48,7 +48,8 @@ def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str
 
 
 def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, output_dir: Path | None, sweep: bool = False) -> None:
-    """Train a linear probe and print its accuracy. Without augmentation, features are computed once.
+    """Train a linear probe and print its accuracy. Without augmentation, features are computed
+    once.
 
     sweep    use `best_blr` instead of the recipe's blr
     """

@@ -1,4 +1,5 @@
-"""Features of a frozen encoder: loading it, computing them for a data set, writing them to a file."""
+"""Features of a frozen encoder: loading it, computing them for a data set, writing them to a
+file."""
 
 import os
 from collections.abc import Iterator
@@ -93,7 +94,8 @@ def collect(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def check_output(out: Path) -> None:
-    """Raise UserError unless `out` is in a folder, its suffix is known and its package is installed."""
+    """Raise UserError unless `out` is in a folder, its suffix is known and its package is
+    installed."""
     if out.suffix not in FORMATS:
         raise UserError(f"OUT must end in {' or '.join(FORMATS)}; it is {out}")
     if not out.parent.is_dir() or out.is_dir():

@@ -1,4 +1,5 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv 1805.01978,
+section 3.4)."""
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,8 @@ from ...encoder import VisionTransformer
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of a parameter: 0 for embeddings, 1 to depth for blocks, depth + 1 after them."""
+    """Return the layer of a parameter: 0 for embeddings, 1 to depth for blocks, depth + 1 after
+    them."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):
@@ -18,9 +19,9 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(encoder: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Return groups of the trainable parameters for an optimizer. `lr_scale` of a group is layer_decay
-    to the power of the number of layers above it (Clark et al. 2020). One-dimensional parameters,
-    class token and positions get no weight decay."""
+    """Return groups of the trainable parameters for an optimizer. `lr_scale` of a group is
+    layer_decay to the power of the number of layers above it (Clark et al. 2020). One-dimensional
+    parameters, class token and positions get no weight decay."""
     depth, undecayed = len(encoder.blocks), encoder.no_weight_decay()
     groups = defaultdict[tuple[int, float], list[nn.Parameter]](list)
     for name, parameter in encoder.named_parameters():
@@ -34,7 +35,8 @@ def layer_decay_groups(encoder: VisionTransformer, weight_decay: float, layer_de
 
 
 def train_last_blocks(encoder: VisionTransformer, blocks: float) -> None:
-    """Freeze all but the head, the last `blocks` blocks and the final norm (He et al. 2022, figure 9).
+    """Freeze all but the head, the last `blocks` blocks and the final norm (He et al. 2022, figure
+    9).
 
     blocks    0 (only the head), 0.5 (the MLP of the last block and its norm) or 1 to depth
     Stochastic depth is turned off in frozen blocks. Raises ValueError for another number.

@@ -1,4 +1,5 @@
-"""The linear probe: a batch norm without affine parameters and a linear layer on frozen features."""
+"""The linear probe: a batch norm without affine parameters and a linear layer on frozen
+features."""
 
 import sys
 from dataclasses import replace
@@ -27,7 +28,8 @@ class LinearProbe(nn.Sequential):
 
 
 class ProbedEncoder(nn.Module):
-    """A probe on an encoder that stays frozen and in eval mode: images (n, C, H, W) -> (n, classes)."""
+    """A probe on an encoder that stays frozen and in eval mode: images (n, C, H, W) -> (n,
+    classes)."""
 
     def __init__(self, encoder: VisionTransformer, probe: LinearProbe, kind: str):
         super().__init__()

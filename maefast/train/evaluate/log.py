@@ -24,7 +24,8 @@ class Log:
         self.folder, self.records = folder, list(records)
 
     def add(self, epoch: Epoch, correct: int | None, count: int) -> None:
-        """Add an epoch. correct: how many of `count` images are right after it; None: not scored."""
+        """Add an epoch. correct: how many of `count` images are right after it; None: not
+        scored."""
         score = {} if correct is None else {"top1": correct / count, "correct": correct, "images": count}
         self.records.append(asdict(epoch) | score)
         shown = "" if correct is None else f", top-1 {correct / count:.4f}"

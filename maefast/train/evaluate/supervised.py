@@ -57,7 +57,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The result of an epoch: the number of finished epochs, the mean loss, the last learning rate."""
+    """The result of an epoch: the number of finished epochs, the mean loss, the last learning
+    rate."""
 
     epoch: int
     loss: float

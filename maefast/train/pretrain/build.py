@@ -25,8 +25,8 @@ def training_images(options: Options) -> ImageDataset:
 
 
 def check_options(options: Options, group: Group, batch: int, images: int) -> None:
-    """Raise UserError unless the options fit each other, the processes, the number of images and the
-    images per step, `batch`."""
+    """Raise UserError unless the options fit each other, the processes, the number of images and
+    the images per step, `batch`."""
     if images < batch:
         needed = f"--batch_size x --accum_iter{' x processes' if group.world_size > 1 else ''} = {batch} images"
         raise UserError(f"--data_path must hold at least {needed}; {options.data_path} holds {images}")
@@ -66,8 +66,8 @@ def check_values(options: Options, images: Any) -> None:
 
 
 def build_model(options: Options, channels: int) -> MAE:
-    """Build a model with weights drawn from the seed. Raises UserError if sizes, mask ratio or sampler
-    do not fit together."""
+    """Build a model with weights drawn from the seed. Raises UserError if sizes, mask ratio or
+    sampler do not fit together."""
     given: dict[str, Any] = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     half = None if channels == 3 else (0.5,) * channels
     given |= {"mean": options.mean or half, "std": options.std or half, "norm_pix_loss": options.norm_pix_loss}

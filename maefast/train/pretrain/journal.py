@@ -33,7 +33,8 @@ class Journal:
             raise UserError(f"--output_dir must be a folder that can be written; {error}") from error
 
     def add(self, record: Mapping[str, Any], panel: Panel | None) -> None:
-        """Write the record of an epoch and its pictures. Raises UserError if they cannot be written."""
+        """Write the record of an epoch and its pictures. Raises UserError if they cannot be
+        written."""
         epoch = record["epoch"]
         try:
             with (self.folder / "log.txt").open("a") as file:

@@ -18,13 +18,15 @@ MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("ma
 
 
 def option(default: Any, parse: Parse | None, help: str, metavar: str | None = None) -> Any:
-    """Declare a field of Options. Without `parse` it is a switch with the flags --name and --no_name."""
+    """Declare a field of Options. Without `parse` it is a switch with the flags --name and
+    --no_name."""
     return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a pre-training, with the official launcher's names. None: chosen by the run."""
+    """The options of a pre-training, with the official launcher's names. None: chosen by the
+    run."""
 
     data_path: Path = option(Path("data"), Path, "the images, or a folder with them in train/", "PATH")
     output_dir: Path = option(Path("output_dir"), Path, "folder of checkpoints, log.txt and pictures", "DIR")
@@ -116,7 +118,8 @@ def from_arguments(given: Mapping[str, Any]) -> Options:
 
 
 def with_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags and the entries of the YAML file of `config`, if given. Flags override it."""
+    """Return the flags and the entries of the YAML file of `config`, if given. Flags override
+    it."""
     config, values = given.get("config"), {name: value for name, value in given.items() if name != "config"}
     return values if config is None else _read_config(config) | values
 

@@ -64,8 +64,8 @@ class Report:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def figures(self) -> dict[str, float]:
-        """Return figures of this process so far: images_per_second, data_wait (the share of the time),
-        memory_gib (the peak), seconds."""
+        """Return figures of this process so far: images_per_second, data_wait (the share of the
+        time), memory_gib (the peak), seconds."""
         seconds = time.perf_counter() - self.started
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device) / 2**30

@@ -37,7 +37,8 @@ class Saver:
         self.pace = {"batch_size x accum_iter x processes": batch, "seed": options.seed}
 
     def find_resumable(self) -> Path | None:
-        """Return the checkpoint of --resume, or None. Raises UserError if a new run would overwrite one."""
+        """Return the checkpoint of --resume, or None. Raises UserError if a new run would overwrite
+        one."""
         there = checkpoints.find(self.folder)
         if not self.options.resume:
             if there:
@@ -72,8 +73,8 @@ class Saver:
         self.newest = path
 
     def save(self, state: RunState, report: Report) -> None:
-        """Write a checkpoint in the first process; the others wait. Rewind instead if the state is not
-        finite."""
+        """Write a checkpoint in the first process; the others wait. Rewind instead if the state is
+        not finite."""
         [broken] = self.group.all_reduce_max(not state.is_finite())
         if broken:
             self.rewind(state, report, "weights or the optimizer's state are not finite", state.at, state.lr)
@@ -90,7 +91,8 @@ class Saver:
         return {"args": argparse.Namespace(**args), "config": self.architecture, "run": run}
 
     def rewind(self, state: RunState, report: Report, what: str, at: Position, rate: float) -> None:
-        """Load the weights of the newest checkpoint after a failed step at `at`, and continue from here.
+        """Load the weights of the newest checkpoint after a failed step at `at`, and continue from
+        here.
 
         Raises UserError if --rewind does not allow it.
         """

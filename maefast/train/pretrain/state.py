@@ -45,7 +45,8 @@ class RunState:
         self.at, self.loss_sum, self.counted = Position(self.at.epoch + 1, 0), 0.0, 0
 
     def is_finite(self) -> bool:
-        """Return whether weights and optimizer state are finite, in this process's shard if sharded."""
+        """Return whether weights and optimizer state are finite, in this process's shard if
+        sharded."""
         return all_finite((self.model.state_dict(), self.optimizer.state_dict()["state"]))
 
     def entries(self) -> dict[str, Any]:
@@ -61,7 +62,8 @@ class RunState:
         }
 
     def load(self, entries: Mapping[str, Any]) -> None:
-        """Load the entries of a checkpoint. Raises ValueError for the state of another optimizer."""
+        """Load the entries of a checkpoint. Raises ValueError for the state of another
+        optimizer."""
         run = entries["run"]
         self.load_weights(entries)
         self.at = Position(entries["epoch"] + 1, run["step"])

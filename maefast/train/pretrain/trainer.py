@@ -41,8 +41,8 @@ LAG = {"cpu": 0, "cuda": 1}
 
 
 def pretrain(options: Options, data: ImageDataset | Callable[[], ImageDataset]) -> dict[str, Any]:
-    """Train, and write checkpoints, log and pictures to options.output_dir. After SIGTERM or SIGUSR2
-    to any process, the run saves at the next step and returns.
+    """Train, and write checkpoints, log and pictures to options.output_dir. After SIGTERM or
+    SIGUSR2 to any process, the run saves at the next step and returns.
 
     data     the images, or a function that opens them after the processes are connected
     returns  the summary: epochs and steps done, loss (mean of the last epoch), images_per_second,
@@ -64,7 +64,8 @@ class Trainer:
     """The training loop of a run, in one of its processes."""
 
     def __init__(self, options: Options, data: ImageDataset, group: Group):
-        """Raises UserError, in all processes and before anything is written, if something does not fit."""
+        """Raises UserError, in all processes and before anything is written, if something does not
+        fit."""
         self.options, self.data, self.group = options, data, group
         self.batch = options.batch_size * options.accum_iter * group.world_size  # images per step
         self.steps_per_epoch = len(data) // self.batch
@@ -183,8 +184,8 @@ class Trainer:
         return self.state.at.epoch * self.steps_per_epoch + self.state.at.step
 
     def _lr(self) -> float:
-        """Return the learning rate of the next step. As in the official code, a warm-up that is longer
-        than the run rises until its end."""
+        """Return the learning rate of the next step. As in the official code, a warm-up that is
+        longer than the run rises until its end."""
         options = self.options
         warmup = options.warmup_epochs * self.steps_per_epoch
         steps = max(options.epochs * self.steps_per_epoch, warmup)
@@ -256,15 +257,15 @@ class Trainer:
         return images, weights
 
     def _noise(self) -> Tensor:
-        """Return this process's rows of the noise of the whole step, (accum_iter, batch_size, L). The
-        draw does not depend on the number of processes."""
+        """Return this process's rows of the noise of the whole step, (accum_iter, batch_size, L).
+        The draw does not depend on the number of processes."""
         options, grid = self.options, self.state.model.patch_embed.grid_size
         noise = draw_noise(options.sampler, self.batch, grid, self.len_keep, self.state.masks)
         return noise.view(options.accum_iter, self.group.world_size, options.batch_size, -1)[:, self.group.rank]
 
     def _read_losses(self, keep: int = 0) -> bool:
-        """Read the losses of all steps but the last `keep`. Return False if one was not finite and the
-        state was rewound."""
+        """Read the losses of all steps but the last `keep`. Return False if one was not finite and
+        the state was rewound."""
         while len(self.unread) > keep:
             read, at, rate = self.unread.pop(0)
             loss = read()
@@ -278,7 +279,8 @@ class Trainer:
         return True
 
     def _skip(self, unreadable: Iterable[Unreadable]) -> None:
-        """Count and print each unreadable image once, even if another crop fails for another reason."""
+        """Count and print each unreadable image once, even if another crop fails for another
+        reason."""
         for name, why in sorted(unreadable):
             if name not in self.state.unreadable:
                 self.report.say(f"skipped {name}: {why}" if why else f"skipped {name}")
@@ -296,7 +298,8 @@ class Trainer:
 
     def _end_epoch(self, journal: Journal | None, samples: Tensor | None) -> None:
         """Write the record of the epoch, then start the next one. The record is written before the
-        checkpoint: a resumed run removes a record without checkpoint, but cannot add a missing one."""
+        checkpoint: a resumed run removes a record without checkpoint, but cannot add a missing
+        one."""
         self._gather()
         state, epoch = self.state, self.state.at.epoch
         state.loss = state.loss_sum / state.counted if state.counted else state.loss
