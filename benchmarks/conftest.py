@@ -1,4 +1,4 @@
-"""Options, the session fixture that measures each group once, and JSON without hosts, users or paths."""
+"""Options, the session fixture that measures each group once, and JSON without private data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def options_of(config: pytest.Config) -> Options:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per contender of each of the module's workloads, a group's contenders side by side."""
+    """Parametrise a test with each contender of the module's workloads, group by group."""
     if "workload" in metafunc.fixturenames:
         options = options_of(metafunc.config)
         pairs = [(w, name) for w in metafunc.module.workloads(options.full, options.device) for name in options.contenders(w)]
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def groups(request: pytest.FixtureRequest) -> Callable[[Any, str], Group]:
-    """Measures a workload when it is first asked for; a group whose gate fails, fails for each of its contenders."""
+    """Measure a workload at its first use. If the gate of a group fails, all its contenders fail."""
     options, done = options_of(request.config), {}
 
     def measured(workload: Any, module: str) -> Group:
@@ -53,7 +53,7 @@ def groups(request: pytest.FixtureRequest) -> Callable[[Any, str], Group]:
 
 @pytest.fixture
 def replay(request: pytest.FixtureRequest, groups) -> Callable[[Any, ReplayClock, Any, str], None]:
-    """Replays a contender's samples through pytest-benchmark, on the clock that the test's marker named."""
+    """Replay a contender's samples through pytest-benchmark, with the clock of the test's marker."""
 
     def through(benchmark: Any, clock: ReplayClock, workload: Any, contender: str) -> None:
         if benchmark.disabled:
@@ -75,7 +75,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Keep what the report needs: stats and extra_info."""
+    """Keep only stats and extra_info, which the report needs."""
     output_json["commit_info"] = {"id": machine.commit()}
     for bench in output_json["benchmarks"]:
         for key in ("options", "params", "param"):

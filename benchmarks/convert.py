@@ -37,7 +37,7 @@ CONVERSIONS = (  # source, target, layout; later ones read what earlier ones wro
 
 
 def one(source: str, out: str, to: str) -> None:
-    """In a process of its own: convert, and print seconds and bytes above the baseline."""
+    """Convert in a fresh process, and print seconds and bytes above the baseline."""
     memory.forget_high_water()
     baseline, started = memory.resident(), time.perf_counter()
     checkpoint.convert(source, out, to)

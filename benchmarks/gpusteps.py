@@ -1,4 +1,4 @@
-"""Training steps that only a GPU's groups have: fp16 with a gradient scaler, and a CUDA graph."""
+"""Training steps that are only measured on a GPU: fp16 with a gradient scaler, and a CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from maefast.train.step import GraphedStep
 
 
 def scaled_step(loss_of: Callable[[int], Tensor], optimizer: torch.optim.Optimizer, device: torch.device) -> Run:
-    """A step on `loss_of(i)`, a loss in fp16 autocast, as the official recipe takes it."""
+    """Return a step on `loss_of(i)`, a loss in fp16 autocast, as in the official recipe."""
     scaler = torch.amp.GradScaler(device.type)
 
     def step(i: int) -> None:
@@ -19,7 +19,7 @@ def scaled_step(loss_of: Callable[[int], Tensor], optimizer: torch.optim.Optimiz
             scaler.scale(loss_of(i)).backward()
             scaler.step(optimizer)
             scaler.update()
-        finally:  # also where memory runs out
+        finally:  # also when memory runs out
             optimizer.zero_grad(set_to_none=True)
 
     return step
@@ -35,7 +35,7 @@ class GraphedRun:
 
     def __call__(self, i: int) -> Tensor:
         loss = self.step(self.imgs[i])
-        self.model.zero_grad()  # other contenders, on the same weights, add to the gradients that they find
+        self.model.zero_grad()  # other contenders share the weights and would add to these gradients
         return loss
 
     def losses(self) -> Tensor:

@@ -45,7 +45,7 @@ MEAN, STD = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN,
 
 
 def make_photographs(folder: Path, count: int, height: int, width: int) -> None:
-    """JPEGs as detailed as a photograph of this size: mirrored copies tiled, each cut out at
+    """Make JPEGs as detailed as a photograph of this size: tiled mirrored copies, each cropped at
     another place."""
     folder.mkdir()
     draw = random.Random(0)
@@ -66,7 +66,7 @@ def make_shard(folder: Path, path: Path) -> None:
 
 
 def random_box(seed: int, height: int, width: int) -> Box:
-    """A random resized crop as MAE draws it: 0.2 to 1 of the area, 3/4 to 4/3 as wide as high."""
+    """Draw a random resized crop as MAE does: 0.2 to 1 of the area, an aspect of 3/4 to 4/3."""
     draw = random.Random(seed)
     while True:
         area = height * width * draw.uniform(0.2, 1)

@@ -1,5 +1,4 @@
-"""Trains maefast and the reference from one seed on the same real images and draws both loss
-curves.
+"""Train maefast and the reference from one seed on the same real images, and draw both loss curves.
 
     python benchmarks/loss_curves.py [--steps 200] [--output docs]
 
@@ -33,7 +32,7 @@ SIZES = {
 
 
 def crops(count: int, batch: int, seed: int) -> list[Tensor]:
-    """`count` batches (batch, 3, 64, 64) of random crops of scikit-learn's photographs, normalised."""
+    """Return `count` batches (batch, 3, 64, 64) of normalised random crops of two photographs."""
     from sklearn.datasets import load_sample_images
 
     photographs = [torch.tensor(image).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
@@ -51,7 +50,7 @@ def crops(count: int, batch: int, seed: int) -> list[Tensor]:
 
 
 def train(model: nn.Module, batches: list[Tensor], autocast: bool) -> list[float]:
-    """The loss of each step: AdamW (0.9, 0.95), the mask of step i from seed i."""
+    """Return the loss of each step of AdamW (0.9, 0.95); seed i draws the mask of step i."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     losses = []
     for step, imgs in enumerate(batches):
@@ -66,7 +65,7 @@ def train(model: nn.Module, batches: list[Tensor], autocast: bool) -> list[float
 
 
 def curves(steps: int, batch: int = 32) -> dict[str, dict[str, list[float]]]:
-    """{"fp32" | "bf16 autocast": {"reference" | "maefast": losses}}."""
+    """Return {"fp32" | "bf16 autocast": {"reference" | "maefast": losses}}."""
     batches = crops(steps, batch, seed=0)
     result: dict[str, dict[str, list[float]]] = {}
     for precision in ("fp32", "bf16 autocast"):

@@ -1,4 +1,4 @@
-"""What this machine is, and what it can do: a short name without host or user, and probes of its copy and GEMM rates."""
+"""A description of this machine without host or user, and probes of its copy and GEMM rates."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COPY_BYTES = 2 * (256 << 20)  # the copy probe reads 256 MiB and writes as much: larger than any cache
+COPY_BYTES = 2 * (256 << 20)  # the copy probe reads and writes 256 MiB, more than any cache holds
 GEMM_N = {"cpu": 2048, "cuda": 8192}  # large enough for the best rate of the device
 NOMINAL = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}  # dense FLOP/s in 16 bits by NVIDIA's data sheets, by part of the name
 
@@ -33,7 +33,7 @@ def slug(text: str) -> str:
 
 
 def cpu_slug(cpuinfo: str, cores: int) -> str:
-    """A name such as amd-epyc-zen4-2c from the text of /proc/cpuinfo."""
+    """Return a name such as amd-epyc-zen4-2c from the text of /proc/cpuinfo."""
     fields = dict(re.findall(r"^([^\t:]+?)\s*:[ \t]*(.*)$", cpuinfo.split("\n\n")[0], re.MULTILINE))
     vendor = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(fields.get("vendor_id", ""))
     if vendor is None:
@@ -53,7 +53,7 @@ def machine_slug(device: torch.device) -> str:
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
     path = Path("/proc/cpuinfo")
-    forced = os.environ.get("MAEFAST_CPU_ISA", "auto")  # results of a narrower instruction set are not the machine's
+    forced = os.environ.get("MAEFAST_CPU_ISA", "auto")  # results of a forced narrower instruction set do not describe the machine
     return cpu_slug(path.read_text() if path.exists() else "", torch.get_num_threads()) + f"-{forced}" * (forced != "auto")
 
 
@@ -64,7 +64,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" where tracked files differ from it; "unknown" without git."""
+    """Return the commit of this checkout, with "+" if tracked files differ; "unknown" without git."""
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -79,7 +79,7 @@ def commit() -> str:
 
 @cache
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware; nothing that names the host, the user or a path."""
+    """Return versions and hardware, without the names of host, user or paths."""
     import maefast
 
     return {
@@ -96,7 +96,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def copy_probe(device: torch.device) -> Callable[[int], Any]:
-    """A large copy between preallocated tensors: COPY_BYTES moved, read and write counted."""
+    """Return a large copy between preallocated tensors. It moves COPY_BYTES, reads and writes."""
     source = torch.ones(COPY_BYTES // 2, dtype=torch.uint8, device=device).view(torch.float32)
     target = torch.empty_like(source)
     return lambda i: target.copy_(source)
@@ -107,7 +107,7 @@ def gemm_flops(device: torch.device) -> int:
 
 
 def nominal_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that the maker states for matrix products in 16 bits, where they are known."""
+    """Return the data sheet's FLOP/s of 16-bit matrix products, or None if unknown."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
@@ -115,7 +115,7 @@ def nominal_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _matmul(x: Tensor, w: Tensor) -> Tensor:
-    """On a CPU through oneDNN where torch has it: MKL's sgemm does not match its rate on AMD."""
+    """Multiply; on a CPU with oneDNN if torch has it, since MKL's sgemm is slower on AMD."""
     if x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return F.linear(x, w)
@@ -123,7 +123,7 @@ def _matmul(x: Tensor, w: Tensor) -> Tensor:
 
 @cache
 def why_no_gemm(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why this machine has no rate of matrix products in `dtype` to compare with, or None."""
+    """Return why the rate of matrix products in `dtype` cannot be measured here, or None."""
     if device.type != "cpu":
         return None
     try:
@@ -134,7 +134,7 @@ def why_no_gemm(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def gemm_probe(device: torch.device, dtype: torch.dtype) -> Callable[[int], Any]:
-    """A square matmul, gemm_flops."""
+    """Return a square matrix product of gemm_flops."""
     size = GEMM_N[device.type]
     x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return lambda i: _matmul(x, w)

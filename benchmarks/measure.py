@@ -1,4 +1,4 @@
-"""A group from end to end: the gate, the rotation, the peak memory, and the figures that follow."""
+"""Measurement of a group: the gate, the rotation, the peak memory, and derived figures."""
 
 import statistics
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from rotation import NotOursError
 
 from maefast.testing.timing import Budget, Run, rotate, timer_for
 
-COPY, GEMM = "machine-copy", "machine-gemm"  # probes that take part in a rotation
+COPY, GEMM = "machine-copy", "machine-gemm"  # probes in the rotation
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Options:
 
 
 class Group:
-    """A workload measured: samples per contender, why some could not run, and what to report of each."""
+    """The result of a workload: samples, reasons for skips, and figures of each contender."""
 
     def __init__(self, workload: Any, module: str, options: Options):
         self.workload, self.options = workload, options
@@ -75,7 +75,7 @@ class Group:
 
     @contextmanager
     def _if_it_fits(self, runs: dict[str, Run], name: str) -> Iterator[None]:
-        """A contender that runs out of GPU memory within the block leaves the group."""
+        """Remove a contender from the group if it runs out of GPU memory within the block."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -84,8 +84,9 @@ class Group:
             torch.cuda.empty_cache()
 
     def _peaks_on_gpu(self, bench: Any, runs: dict[str, Run]) -> dict[str, int]:
-        """Bytes that torch allocates for a step, with the weights, moments and batch that each contender has: in this process,
-        since a fresh one would compile once more. What a CUDA graph keeps in its own pool is not seen."""
+        """Return the bytes that torch allocates for a step, with weights, moments and batch. This
+        process measures them, since a fresh one would compile again. The private pool of a CUDA graph
+        is not counted."""
         peaks = {}
         for name, run in list(runs.items()):
             with self._if_it_fits(runs, name):
@@ -98,7 +99,7 @@ class Group:
         return peaks
 
     def _gate(self, bench: Any, name: str, run: Run) -> None:
-        """A result of maefast outside the error rule ends the group; one that is not maefast's is noted beside the figures."""
+        """Raise if a result of maefast breaks the error rule; note it if another contender's does."""
         try:
             bench.check(name, run)
         except NotOursError as breach:

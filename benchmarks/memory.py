@@ -1,4 +1,4 @@
-"""Peak memory of one contender, in a process of its own: the high-water mark of a running step, less what was held before.
+"""Peak memory of one contender in a fresh process: the high-water mark of a step minus the baseline.
 
 Run as `python benchmarks/memory.py MODULE WORKLOAD CONTENDER DEVICE quick|full`; prints {"peak_bytes": ...}.
 """
@@ -21,7 +21,7 @@ KIB = 1024
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident bytes of this process."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE) if STATUS.exists() else None
     return int(found[1]) * KIB if found else high_water()
 
@@ -32,7 +32,7 @@ def high_water() -> int:
 
 
 def forget_high_water() -> None:
-    """Hand free memory back, and let the high-water mark start again, where the kernel allows it."""
+    """Return free memory to the system, and reset the high-water mark if the kernel allows it."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -42,10 +42,11 @@ def forget_high_water() -> None:
 
 
 def peak(module: str, workload: str, contender: str, device: torch.device, full: bool) -> int:
-    """Bytes above the baseline while the contender runs; weights, gradients and optimizer state are part of a step."""
+    """Return the peak bytes above the baseline while the contender runs, with weights, gradients and
+    optimizer state."""
     spec = next(w for w in importlib.import_module(module).workloads(full, device) if w.name == workload)
     if contender.endswith("compiled"):
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))  # the compiler's own modules are baseline
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))  # the compiler's own modules belong to the baseline
     if device.type == "cuda":
         run = spec.bench().run(contender)
         run(0)

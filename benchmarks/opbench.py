@@ -1,4 +1,4 @@
-"""An op as a group of contenders: plain torch eager and compiled, and every backend of maefast, on the same inputs."""
+"""Contenders of an op on the same inputs: plain torch, eager and compiled, and maefast's backends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ INCOMING = ("dy", "dtotal")  # inputs that are the gradients of the outputs y an
 
 @dataclass(frozen=True)
 class OpEntry:
-    """What a benchmark of an op needs: inputs, the plain way, the maefast way, and what must be moved and computed."""
+    """The benchmark of an op: inputs, plain torch, the maefast call, and its bytes and FLOPs."""
 
     name: str
     variants: tuple[str, ...]
@@ -75,7 +75,7 @@ def workloads_of(entry: OpEntry, variant: str, device: torch.device, full: bool,
 
 
 class OpBench:
-    """The inputs of a workload, and its contenders ready to run on them."""
+    """The inputs of a workload, and its contenders."""
 
     sets = SETS
 
@@ -90,7 +90,7 @@ class OpBench:
                 inputs[leaf].requires_grad_()
 
     def why_not(self, contender: str) -> str | None:
-        """Try a call: what an op cannot run, it refuses."""
+        """Return why the op refuses a call, or None."""
         backend = contender.removeprefix("maefast-")
         if backend in (contender, "auto"):
             return None
@@ -117,7 +117,7 @@ class OpBench:
         return forced
 
     def _apply(self, function: Callable[..., Outputs], inputs: Inputs) -> Outputs:
-        """Outputs, and the gradients of the leaves as d_<leaf>."""
+        """Return the outputs, and the gradients of the leaves as d_<leaf>."""
         incoming = {name: value for name, value in inputs.items() if name in INCOMING}
         out = function(**{name: value for name, value in inputs.items() if name not in incoming})
         if not self.leaves:
@@ -139,7 +139,7 @@ class OpBench:
         return stack([self._apply(self.entry.plain, inputs) for inputs in self.inputs])
 
     def check(self, contender: str, run: Run) -> None:
-        """The gate, over all input sets at once: indices equal, everything else within the error rule."""
+        """Check all input sets: indices must be equal, everything else within the error rule."""
         try:
             self._compare(contender, stack([run(i) for i in range(SETS)]))
         except AssertionError as breach:
@@ -167,7 +167,7 @@ class OpBench:
         return counted.forward if self.workload.forward else sum(counted)
 
     def forget(self) -> None:
-        """What the gate compared with; it takes memory."""
+        """Free the expected results of the gate."""
         for name in ("exact", "eager"):
             self.__dict__.pop(name, None)
 

@@ -1,5 +1,5 @@
-"""Turn pytest-benchmark's JSON into a Markdown table and a bar chart under results/<machine>/,
-losses shown like wins.
+"""Write a Markdown table and a bar chart of pytest-benchmark's JSON under results/<machine>/. Slower
+contenders are shown as well.
 
 `python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md
 and <size>.png, where size is quick or full, and <size>-step.png with the training steps where there
@@ -21,7 +21,7 @@ OTHER = "#d9a441"
 
 
 def write_rows(name: str, info: dict[str, Any], rows: list[dict[str, Any]], out: Path | None) -> Path:
-    """What a script of its own measured, to `out` or results/<machine>/<name>.json; returns the
+    """Write the rows of a benchmark script to `out` or results/<machine>/<name>.json; return the
     file."""
     out = out or RESULTS / info["machine"] / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def seconds(value: float) -> str:
 
 
 def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
-    """Benchmarks by group, in the order in which they ran."""
+    """Return the benchmarks by group, in the order in which they ran."""
     groups: dict[str, list[Bench]] = {}
     for bench in results["benchmarks"]:
         groups.setdefault(bench["group"], []).append(bench)
@@ -43,8 +43,8 @@ def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run of several from the same machine: each group as the last run that holds it has it;
-    raises ValueError for others."""
+    """Merge runs from one machine; of each group the last run counts. Raises ValueError for several
+    machines."""
 
     def comparable(run: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in run["machine_info"].items() if key not in ("commit", "maefast")}
@@ -80,7 +80,7 @@ def row(bench: Bench) -> list[str]:
 
 
 def table(benches: list[Bench]) -> list[str]:
-    """A Markdown table; columns that are empty throughout are left out."""
+    """Return a Markdown table without empty columns."""
     rows = [row(bench) for bench in benches]
     shown = [i for i in range(len(COLUMNS)) if any(r[i] for r in rows)]
     lines = [[COLUMNS[i] for i in shown], ["---", *["---:"] * (len(shown) - 1)], *([r[i] for i in shown] for r in rows)]
@@ -126,7 +126,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
-    """One panel per group: speed of each contender against the eager reference, with its median
+    """Draw one panel per group: each contender's speed against the eager reference, and its median
     time."""
     import matplotlib
 

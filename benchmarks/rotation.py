@@ -1,14 +1,14 @@
-"""Samples that were taken in rotation, replayed through pytest-benchmark."""
+"""Replay of samples, which were taken in rotation, through pytest-benchmark."""
 
 from typing import Any
 
 
 class NotOursError(AssertionError):
-    """A result outside the error rule that maefast did not compute: it is timed, and the breach noted beside the figures."""
+    """A result that breaks the error rule and is not maefast's. It is timed, and the breach is noted."""
 
 
 class ReplayClock:
-    """A clock for pytest-benchmark that stands still until told: it replays samples as if the target had just taken that long.
+    """A clock for pytest-benchmark that advances by the recorded samples.
 
     The clock starts each round at zero, so a replayed duration is the recorded one, bit for bit.
     """

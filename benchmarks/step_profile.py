@@ -1,5 +1,4 @@
-"""Where a ViT-B/16 training step spends its time, by category, for the eager reference (before) and
-maefast (after).
+"""Time of a ViT-B/16 training step by category, for the eager reference and for maefast.
 
     PYTHONPATH=tests python benchmarks/step_profile.py [--dtype fp32|bf16]
 

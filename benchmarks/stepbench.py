@@ -1,4 +1,4 @@
-"""A training step as a group of contenders: forward, backward, fused AdamW. All share one set of weights and one optimizer."""
+"""Contenders of a training step (forward, backward, fused AdamW) with shared weights and optimizer."""
 
 import copy
 from collections.abc import Callable
@@ -36,7 +36,7 @@ TRANSFORMERS = ("transformers", "transformers-compiled")
 
 @dataclass(frozen=True)
 class Size:
-    """A model, with the constructor's names, and the batch that it trains on."""
+    """The sizes of a model, with the constructor's names, and the batch size."""
 
     batch: int
     img_size: int
@@ -96,7 +96,7 @@ class StepWorkload:
 
 
 class StepBench:
-    """Inputs, weights and optimizer of a workload, and its contenders ready to train."""
+    """Inputs, weights and optimizer of a workload, and its contenders."""
 
     sets, graphed = SETS, GRAPHED
     bytes = None  # weights, activations and states: no sum of these is a floor worth dividing by
@@ -122,7 +122,7 @@ class StepBench:
         return model_class(**self.workload.size.model, norm_layer=norm_layer, norm_pix_loss=True, **options)
 
     def _seeded_noise(self, i: int) -> Tensor:
-        """(N, L): what the model itself would draw after a seed of i."""
+        """Return the noise (N, L) that the model would draw after seed i."""
         torch.manual_seed(i)
         return torch.rand(self.workload.size.batch, self.workload.size.patches, device=self.workload.device)
 
@@ -131,14 +131,14 @@ class StepBench:
         return "transformers is not installed" if missing else None
 
     def _sharing(self, model_class: type[nn.Module], **options: Any) -> nn.Module:
-        """A model of its own whose parameters are those of `self.weights`."""
+        """Return a new model that shares the parameters of `self.weights`."""
         with self.workload.device:
             model = self._build(model_class, **options)
         model.load_state_dict(self.weights.state_dict(keep_vars=True), assign=True)
         return model
 
     def forward(self, contender: str) -> Forward:
-        """(imgs, noise) -> an output whose first item is the loss; built, and so compiled, once."""
+        """Return (imgs, noise) -> an output whose first item is the loss. It is compiled once."""
         if contender not in self._forwards:
             self._forwards[contender] = self._build_forward(contender)
         return self._forwards[contender]
@@ -182,12 +182,12 @@ class StepBench:
 
     @property
     def held_bytes(self) -> int:
-        """Weights, two moments of those that are trained, and a batch."""
+        """Return the bytes of weights, moments of trained weights, and a batch."""
         moments = 2 * sum(p.nbytes for p in trained(self.weights))
         return sum(p.nbytes for p in self.weights.parameters()) + moments + self.imgs[0].nbytes + self.noise[0].nbytes
 
     def forget(self) -> None:
-        """What the gate compared with; it takes memory."""
+        """Free the expected results of the gate."""
         self._results.clear()
         self.__dict__.pop("exact", None)
 
@@ -204,7 +204,7 @@ class StepBench:
         return step
 
     def results(self, contender: str) -> dict[str, Tensor]:
-        """Losses of all input sets, and of the first the prediction (where there is one) and every parameter's gradient."""
+        """Return the losses of all input sets, and prediction and gradients of the first set."""
         if contender in self._results:
             return self._results[contender]
         forward, losses = self.forward(contender), []
@@ -228,7 +228,8 @@ class StepBench:
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
-        """Compute these in float64, a few images at a time; each removes as many patches: the loss is the mean of the chunks'."""
+        """Compute the results in float64, a few images at a time. All images remove the same number of
+        patches, so the loss is the mean over the chunks."""
         model = copy.deepcopy(self.weights).double()
         losses, preds, chunk = [], [], CHUNK[self.workload.device.type]
         for i, (imgs, noise) in enumerate(zip(self.imgs, self.noise, strict=True)):
@@ -245,11 +246,12 @@ class StepBench:
         return gradients(model) | {"pred": torch.cat(preds), "loss": torch.stack(losses)}
 
     def check(self, contender: str, run: Run) -> None:
-        """The gate: loss, prediction and every parameter's gradient within the error rule; of a graph the losses. Not for models
-        with other weights, nor for fp16, whose gradients need the scaler.
+        """Check loss, prediction and every gradient by the error rule; of a graph only the losses.
+        Models with other weights, and fp16, whose gradients need the scaler, are not checked.
 
-        The compiler's own code around maefast's ops may miss it tensor by tensor, as around the reference: that is noted. All
-        gradients as one vector may be off by no more than the reference allows, eager or compiled.
+        The compiler's own code may break the rule for single tensors, also around the reference: that
+        is noted. The vector of all gradients must be within the error of the reference, eager or
+        compiled.
         """
         if contender in (FP16, *TRANSFORMERS):
             return
@@ -281,7 +283,7 @@ class StepBench:
 
 
 def whole(results: dict[str, Tensor]) -> Tensor:
-    """All gradients end to end, in the order of their names."""
+    """Concatenate all gradients in the order of their names."""
     return torch.cat([results[name].flatten() for name in sorted(results) if name.startswith("d_")])
 
 
@@ -298,7 +300,7 @@ def model_forward(model: nn.Module) -> Forward:
 
 
 def transformers_model(size: Size) -> nn.Module:
-    """transformers' ViTMAE of the same size, from its own weights."""
+    """Return transformers' ViTMAE of the same size, with its own weights."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     config = ViTMAEConfig(

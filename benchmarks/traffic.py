@@ -1,4 +1,4 @@
-"""Bytes that must be touched and FLOPs, by op: each input that is needed read once, each output written once, per autograd pass.
+"""Bytes and FLOPs of each op. Per autograd pass, needed inputs are read and outputs written once.
 
 Letters as in DESIGN.md: N batch, L patches, K kept, D width, P values in a patch. `*_size` is bytes per element. Indices and
 ranks are int64, noise and masks fp32.

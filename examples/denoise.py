@@ -28,7 +28,7 @@ def run(sigma: float, pretrain_steps: int, steps: int, seed: int) -> Pictures:
 
 def main() -> None:
     flags = parser(__doc__.split("\n\n")[0], pretrain_steps=300, steps=150)
-    flags.add_argument("--sigma", type=float, default=25.0, help="standard deviation of the noise, pixels being 0..255")
+    flags.add_argument("--sigma", type=float, default=25.0, help="standard deviation of the noise, for pixels in 0..255")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")
     report(run(**arguments), path)

@@ -17,8 +17,8 @@ from maefast.train.data.open import open_images
 
 
 def pixels(data: Path) -> None:
-    """Multinomial logistic regression on the pixels, standardised; the L2 penalty is chosen on a
-    tenth of the training images."""
+    """Fit multinomial logistic regression to standardised pixels; a tenth of the training images
+    chooses the L2 penalty."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -37,15 +37,14 @@ def pixels(data: Path) -> None:
 
 
 def flattened(data: Path, split: str):
-    """Pixels (N, H·W) in 0..1 and labels (N,), as NumPy arrays."""
+    """Return pixels (N, H·W) in 0..1 and labels (N,), as NumPy arrays."""
     images = open_images(data, split)
     stored = torch.stack([images.read(index) for index in range(len(images))])
     return (stored.flatten(1).float() / 255).numpy(), images.labels.numpy()
 
 
 def curves(out: Path, logs: list[str]) -> None:
-    """Loss after each epoch over the minutes that the run had taken, one line for each
-    NAME=LOG.TXT."""
+    """Draw the loss of each epoch over the minutes of the run, one curve for each NAME=LOG.TXT."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")

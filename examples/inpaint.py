@@ -1,4 +1,4 @@
-"""Inpainting with a pre-trained MAE and a mask of one's own, against smooth interpolation. Under
+"""Inpainting with a pre-trained MAE and your own mask, against smooth interpolation. Under
 two minutes on two cores.
 
     python examples/inpaint.py [--hole 16] [--pretrain_steps 400] [--seed 0] [--picture inpaint.png]
@@ -21,9 +21,11 @@ PATCH = MODEL["patch_size"]
 
 
 def square_hole(side: int) -> Tensor:
-    """(SIDE, SIDE) bool, True in the middle."""
+    """Return a hole (SIDE, SIDE) bool, True in the middle."""
     if side % (2 * PATCH) or not 0 < side < SIDE:
-        raise ValueError(f"side must be a multiple of {2 * PATCH} below {SIDE}, so that the hole is whole patches; it is {side}")
+        raise ValueError(
+            f"side must be a multiple of {2 * PATCH} below {SIDE}, so that the hole consists of whole patches; it is {side}"
+        )
     hole = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     edge = (SIDE - side) // 2
     hole[edge : SIDE - edge, edge : SIDE - edge] = True
@@ -31,23 +33,24 @@ def square_hole(side: int) -> Tensor:
 
 
 def removed_patches(hole: Tensor) -> Tensor:
-    """(L,) bool of the patches in row-major order: True where any pixel is missing."""
+    """Return (L,) bool of the patches in row-major order, True if any pixel is missing."""
     return F.max_pool2d(hole[None, None].float(), PATCH).flatten().bool()
 
 
 def mean_filling(damaged: Tensor, hole: Tensor) -> Tensor:
-    """The mean colour of what is left."""
+    """Fill the hole with the mean colour of the other pixels."""
     colour = damaged[:, :, ~hole].mean(dim=2)
     return torch.where(hole, colour[:, :, None, None], damaged)
 
 
 def smooth_filling(damaged: Tensor, hole: Tensor) -> Tensor:
-    """The solution of Laplace's equation in the hole: each missing pixel is the mean of its four
+    """Solve Laplace's equation in the hole: each missing pixel is the mean of its four
     neighbours."""
     cross = torch.tensor([[0.0, 0.25, 0.0], [0.25, 0.0, 0.25], [0.0, 0.25, 0.0]]).view(1, 1, 3, 3)
 
     def neighbours(pictures: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N C, missing pixels): the mean of the neighbours of each."""
+        """Return the mean of each missing pixel's neighbours: (N, C, H, W) -> (N C, missing
+        pixels)."""
         return F.conv2d(pictures.flatten(0, 1)[:, None], cross, padding=1)[:, 0, hole]
 
     count = int(hole.sum())
@@ -67,7 +70,7 @@ def inpainted(model: MAE, damaged: Tensor, hole: Tensor) -> Tensor:
 
 
 def run(hole: int, pretrain_steps: int, seed: int) -> tuple[Pictures, Tensor]:
-    """The held-out tiles as each method makes them, and where the hole is."""
+    """Return the held-out tiles as each method fills them, and the hole."""
     where, tiles = square_hole(hole), images.photographs(SIDE)
     clean = held_out(tiles)
     damaged = torch.where(where, torch.tensor(128.0), clean)
@@ -84,7 +87,7 @@ def run(hole: int, pretrain_steps: int, seed: int) -> tuple[Pictures, Tensor]:
 
 def main() -> None:
     flags = parser(__doc__.split("\n\n")[0], pretrain_steps=400)
-    flags.add_argument("--hole", type=int, default=16, help="its side in pixels")
+    flags.add_argument("--hole", type=int, default=16, help="side of the hole in pixels")
     arguments = vars(flags.parse_args())
     path = arguments.pop("picture")
     pictures, where = run(**arguments)

@@ -1,7 +1,8 @@
-"""What denoise.py, inpaint.py and super_resolution.py share: photographs, a small MAE, its fine-tuning to pictures, scores.
+"""Shared by denoise.py, inpaint.py and super_resolution.py: photographs, a small MAE, fine-tuning,
+scores.
 
-The pictures are tiles of scikit-learn's two photographs, 64 x 64 pixels. Of each photograph a band is held out: what is scored
-lies within it, what is trained on outside it.
+The pictures are tiles of scikit-learn's two photographs, 64 x 64 pixels. Of each photograph a band
+is held out: what is scored lies within it, what is trained on outside it.
 """
 
 import copy
@@ -23,19 +24,20 @@ from maefast.train.schedule import warmup_cosine
 
 SIDE, BATCH = 64, 16
 MODEL = PHOTOGRAPHS.config | {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-SCORED, SHOWN = 128, 3  # held-out tiles: in a score, in a picture
+SCORED, SHOWN = 128, 3  # held-out tiles in a score and in a picture
 
-Pictures = dict[str, Tensor]  # what each method makes, (N, 3, SIDE, SIDE) fp32 in 0..255
+Pictures = dict[str, Tensor]  # result of each method, (N, 3, SIDE, SIDE) fp32 in 0..255
 Damage = Callable[[Tensor, torch.Generator], Tensor]  # clean (N, 3, SIDE, SIDE) fp32 in 0..255 -> damaged, of the same kind
 
 
 def stream(tiles: images.ImageSet, seed: int) -> Iterator[Tensor]:
-    """Batches (BATCH, 3, SIDE, SIDE) uint8 of the tiles to train on, without end."""
+    """Yield endless batches (BATCH, 3, SIDE, SIDE) uint8 of training tiles."""
     return images.batches(tiles, SIDE, BATCH, torch.Generator().manual_seed(seed), flip=True)
 
 
 def pretrained(tiles: images.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
-    """A MAE after `steps` steps of pre-training at a mask ratio of 75 %, and what it started from."""
+    """Return an MAE after `steps` steps of pre-training at a mask ratio of 75 %, and the initial
+    MAE."""
     torch.manual_seed(seed)
     model = MAE(**MODEL)
     untrained = copy.deepcopy(model)
@@ -44,7 +46,7 @@ def pretrained(tiles: images.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]
 
 
 def held_out(tiles: images.ImageSet) -> Tensor:
-    """SCORED of the held-out tiles, evenly spread: (SCORED, 3, SIDE, SIDE) fp32 in 0..255."""
+    """Return evenly spaced held-out tiles, (SCORED, 3, SIDE, SIDE) fp32 in 0..255."""
     return tiles.images[tiles.held_out[torch.linspace(0, len(tiles.held_out) - 1, SCORED).long()]].float()
 
 
@@ -59,23 +61,24 @@ def psnr(pictures: Tensor, clean: Tensor, where: Tensor | None = None) -> float:
 
 
 def median_filter(pictures: Tensor) -> Tensor:
-    """The median of each 3 x 3 neighbourhood, channel by channel; the border is mirrored."""
+    """Return the median of each 3 x 3 neighbourhood per channel; the border is mirrored."""
     N, C, H, W = pictures.shape
     neighbours = F.unfold(F.pad(pictures, (1, 1, 1, 1), mode="reflect"), 3)
     return neighbours.view(N, C, 9, H, W).median(dim=2).values
 
 
 class Restorer(nn.Module):
-    """A MAE that sees the whole damaged picture; its decoder predicts, patch by patch, what to add to that picture."""
+    """An MAE that encodes the whole damaged picture; its decoder predicts the correction of each
+    patch."""
 
     def __init__(self, mae: MAE):
         super().__init__()
         self.mae = mae
-        nn.init.zeros_(mae.decoder_pred.weight)  # at first nothing is added
+        nn.init.zeros_(mae.decoder_pred.weight)  # the initial correction is zero
         nn.init.zeros_(mae.decoder_pred.bias)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """pictures (N, C, H, W) fp32 in 0..255 -> as many, in the same range."""
+        """Restore pictures (N, C, H, W) fp32 in 0..255."""
         pixels = pictures / 127.5 - 1
         tokens = self.mae.encode(pixels)
         in_order = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(len(tokens), -1)  # nothing is masked
@@ -83,7 +86,7 @@ class Restorer(nn.Module):
 
 
 def fine_tuned(mae: MAE, tiles: images.ImageSet, damage: Damage, steps: int, seed: int) -> Restorer:
-    """Encoder and decoder, trained to give back the clean pixels of damaged tiles."""
+    """Train encoder and decoder to predict the clean pixels of damaged tiles."""
     restorer, peak = Restorer(mae).train(), 2e-3
     optimizer, generator = adamw(restorer, peak), torch.Generator().manual_seed(seed)
     for step, batch in zip(range(steps), stream(tiles, seed), strict=False):
@@ -105,8 +108,8 @@ def restored(restorer: Restorer, damaged: Tensor) -> Tensor:
 def restore(
     damage: Damage, baselines: dict[str, Callable[[Tensor], Tensor]], *, pretrain_steps: int, steps: int, seed: int
 ) -> Pictures:
-    """The held-out tiles as damaged, as each baseline makes them of that, as a fine-tuned MAE does that was pre-trained and one
-    that was not, and clean."""
+    """Return the held-out tiles: damaged, restored by each baseline, by an MAE fine-tuned after
+    pre-training and by one trained from scratch, and clean."""
     tiles = images.photographs(SIDE)
     clean = held_out(tiles)
     damaged = damage(clean, torch.Generator().manual_seed(seed + 1))
@@ -122,29 +125,29 @@ def scores(pictures: Pictures, where: Tensor | None = None) -> dict[str, float]:
 
 
 def save_strip(pictures: Pictures, path: Path) -> None:
-    """SHOWN held-out tiles, a row each; the columns are the methods in their order."""
+    """Draw SHOWN held-out tiles, one per row; the columns are the methods."""
     from PIL import Image
 
     count = len(pictures["clean"])
-    rows = torch.linspace(0, count - 1, SHOWN + 2)[1:-1].long()  # SHOWN, evenly spread
+    rows = torch.linspace(0, count - 1, SHOWN + 2)[1:-1].long()  # SHOWN evenly spaced rows
     strip = torch.cat([F.pad(made[rows], (1, 1, 1, 1), value=255.0) for made in pictures.values()], dim=3)
     image = torch.cat(list(strip), dim=1).clamp(0, 255).round().to(torch.uint8)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
 def parser(description: str, pretrain_steps: int, steps: int | None = None) -> Parser:
-    """With the flags that all three have, and --steps of those that fine-tune."""
+    """Return a parser with the shared flags, and --steps for examples that fine-tune."""
     flags = Parser(description=description)
     flags.add_argument("--pretrain_steps", type=int, default=pretrain_steps)
     if steps is not None:
-        flags.add_argument("--steps", type=int, default=steps, help="of fine-tuning, for each of the two")
+        flags.add_argument("--steps", type=int, default=steps, help="steps of fine-tuning, for each of the two models")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--picture", type=Path, help="a PNG to write: held-out tiles as each method makes them")
+    flags.add_argument("--picture", type=Path, help="PNG to write, with held-out tiles of each method")
     return flags
 
 
 def report(pictures: Pictures, path: Path | None = None, where: Tensor | None = None) -> None:
-    """Print the scores, and write the pictures to `path` where one is given."""
+    """Print the scores, and write the pictures to `path` if given."""
     print(f"\n{len(pictures['clean'])} held-out tiles{'' if where is None else ', the pixels of the hole'}:\n")
     print(f"{'method':<16}{'PSNR, dB':>10}")
     for name, decibels in scores(pictures, where).items():

@@ -1,9 +1,9 @@
 """Segmentation from a few labelled pictures with a pre-trained encoder and an untrained one. Under
 a minute on two cores.
 
-    python examples/segmentation.py [--pretrain_steps 400] [--steps 200] [--labelled 64] [--seed 0]    #
-                                                                                                       needs
-                                                                                                       maefast[demo]
+    python examples/segmentation.py [--pretrain_steps 400] [--steps 200] [--labelled 64] [--seed 0]
+
+It needs maefast[demo].
 
 The pictures are tiles of scikit-learn's two photographs, each with one of its handwritten digits
 painted over it, in a random colour, size, place and opacity. The label of a pixel is whether ink
@@ -48,14 +48,14 @@ DECODER = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
 class Scenes:
-    """Digits painted on photographs, drawn without end from the part to train on or the part that
-    is held out."""
+    """Endless pictures of digits painted on photographs, from the training or the held-out
+    images."""
 
     def __init__(self, seed: int):
         self.digits, self.photographs = images.digits(seed), images.photographs(SIDE)
 
     def draw(self, count: int, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """Pictures (count, 3, 64, 64) uint8 and labels (count, 64, 64) int64: 1 for ink, 0 for
+        """Draw pictures (count, 3, 64, 64) uint8 and labels (count, 64, 64) int64: 1 for ink, 0 for
         photograph."""
 
         def choice(ids: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Scenes:
 
 
 class Head(nn.Module):
-    """The maps of a pyramid, brought to the finest one's size, added up and classified."""
+    """A head that resizes the maps of a pyramid to the finest one, adds and classifies them."""
 
     def __init__(self, dim: int, width: int = 32):
         super().__init__()
@@ -123,7 +123,8 @@ def score(head: Head, features: Tensor, labels: Tensor) -> Score:
 
 
 def run(pretrain_steps: int, steps: int, labelled: int, seed: int) -> dict[str, Score]:
-    """The scores on 256 held-out pictures, with the pre-trained encoder and the untrained one."""
+    """Return the scores on 256 held-out pictures, of the pre-trained and of the untrained
+    encoder."""
     scenes = Scenes(seed)
     generator = torch.Generator().manual_seed(seed)
     pictures, labels = scenes.draw(labelled, generator)
@@ -153,8 +154,8 @@ def run(pretrain_steps: int, steps: int, labelled: int, seed: int) -> dict[str, 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--pretrain_steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=200, help="of the head, on each encoder")
-    parser.add_argument("--labelled", type=int, default=64, help="pictures with labels")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of the head, for each encoder")
+    parser.add_argument("--labelled", type=int, default=64, help="number of labelled pictures")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     print(f"\n{'encoder':<16}{'pixel accuracy':>16}{'mean IoU':>10}")

@@ -22,7 +22,7 @@ def smaller(pictures: Tensor, factor: int) -> Tensor:
 
 
 def bicubic(factor: int) -> Damage:
-    """The small picture, enlarged again."""
+    """Enlarge the small picture again."""
 
     def damage(clean: Tensor, _: torch.Generator) -> Tensor:
         small = smaller(clean, factor)
@@ -32,7 +32,7 @@ def bicubic(factor: int) -> Damage:
 
 
 def run(factor: int, pretrain_steps: int, steps: int, seed: int) -> Pictures:
-    """factor    of the side of the picture; it divides 64"""
+    """Run the example. factor: of the side of the picture; it divides 64."""
     pictures = restore(bicubic(factor), {}, pretrain_steps=pretrain_steps, steps=steps, seed=seed)
     nearest = F.interpolate(smaller(pictures["clean"], factor), scale_factor=factor, mode="nearest")
     return {"pixels repeated": nearest, "bicubic": pictures.pop("damaged")} | pictures

@@ -1,13 +1,15 @@
-"""Builds the source distribution and the wheels into dist/, and tries them with every Python from 3.10 to 3.13 that is found.
+"""Build the source distribution and the wheels into dist/, and test them with every Python found.
 
     [PYTHONS="3.10 3.12"] python scripts/wheels.py build
     [PYTHONS="3.10 3.12"] python scripts/wheels.py test torch==2.13.0 [PYTEST-ARGUMENT ...]
 
-One wheel serves every Python, since libmaefast.so knows none. `build` makes one for CPUs, and one with CUDA kernels where torch
-and nvcc have CUDA. Each is named after the oldest glibc and libstdc++ that it loads beside, as auditwheel finds them. It is
-installed for each Python, and its library is loaded there with the libraries of the torch that it was built against. `test`
-installs the wheel for CPUs beside a torch for each Python and runs tests, without a compiler on PATH; each environment is removed
-after its tests. A Python for which pip cannot install that torch is named and left out.
+Pythons from 3.10 to 3.13 are tested. One wheel works with all of them, since libmaefast.so does not
+use Python. `build` makes a wheel for CPUs, and one with CUDA kernels if torch has CUDA and nvcc is
+found. auditwheel determines the platform tag, the oldest glibc and libstdc++ that the wheel works
+with. The wheel is installed for each Python, and its library is loaded there with the torch of the
+build. `test` installs the wheel for CPUs and a torch for each Python and runs tests, without a
+compiler on PATH; each environment is removed after its tests. A Python for which pip cannot install
+that torch is reported and skipped.
 """
 
 import json
@@ -49,19 +51,20 @@ def output(*command: str | Path, **options: str) -> str:
 
 
 def pythons() -> Iterator[tuple[str, Path]]:
-    """Yield the version and the path of each Python that is found: python3.X on PATH, else the newest 3.X of pyenv."""
+    """Yield the version and the path of each Python that is found: python3.X on PATH, else the
+    newest 3.X of pyenv."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     for version in PYTHONS:
         newest_first = sorted(versions.glob(f"{version}.*/bin/python"), key=lambda path: int(path.parts[-3].split(".")[2]))[::-1]
         for path in (shutil.which(f"python{version}"), *newest_first):
-            # A shim of pyenv on PATH may stand for no Python.
+            # A pyenv shim on PATH may have no Python.
             if path and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
                 yield version, Path(path)
                 break
 
 
 def install(version: str, python: Path, *requirements: str | Path) -> Path:
-    """Return the Python of a fresh environment with the requirements."""
+    """Create an environment with the requirements and return its Python."""
     folder = WORK / f"python{version}"
     run([python, "-m", "venv", "--clear", folder])
     run([folder / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *requirements])
@@ -69,7 +72,7 @@ def install(version: str, python: Path, *requirements: str | Path) -> Path:
 
 
 def tag(wheel: Path) -> Path:
-    """Name a wheel after the platform that auditwheel finds; it may need nothing of others but what torch brings."""
+    """Rename a wheel to the platform that auditwheel finds. It may need only torch's libraries."""
     facts = json.loads(output(sys.executable, "-m", "auditwheel", "show", "--json", wheel))
     if foreign := [name for name in facts["external_libs"] if not name.startswith(("libtorch", "libc10"))]:
         raise SystemExit(f"{wheel.name} needs {', '.join(foreign)}, which torch does not bring")
@@ -98,7 +101,7 @@ def build() -> None:
 
 
 def test(torch: str, *arguments: str) -> None:
-    (wheel,) = DIST.glob("*[0-9]-py3-none-*.whl")  # the one without a local version: for CPUs
+    (wheel,) = DIST.glob("*[0-9]-py3-none-*.whl")  # the wheel for CPUs has no local version
     tree = WORK / "tree"
     for folder in ("tests", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True)

@@ -65,11 +65,11 @@ def test_rows_are_run_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 BAD = {
-    "axes=sampling,targets": "there is no 'targets'; did you mean target?",
+    "axes=sampling,targets": "must be a known name; it is 'targets': did you mean target?",
     "axes=sampling input_size=12": "sampling grid 75 %: --sampler grid must have even numbers of rows and columns",
     "axes=decoder_width decoder_num_heads=16": "decoder_width 4: --model mae_vit_tiny_patch16 cannot be built",
-    "axes=mask_ratio images=25": "--images must be at most 24, all that",
-    "axes=mask_ratio eval_split=test": "has no part for 'test'",
+    "axes=mask_ratio images=25": "--images must be at most 24, the images in ",
+    "axes=mask_ratio eval_split=test": "has no 'test' split",
 }
 
 

@@ -146,9 +146,11 @@ def test_bytes_and_flops_by_paper_and_pencil():
     assert traffic.layer_norm_bytes(rows=2, D=3, x_size=4, parameter_size=4, out_size=2) == (76, 112)
     # x 12, residual 24, the sum out 24 and y 12; then dy 12, the sum 24, its gradient 24, dx 12 and dresidual 24; and small ones
     small = (24 + 16, 12 + 16 + 24)
-    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=2, residual_size=4, parameter_size=4, out_size=2) == (72 + small[0], 96 + small[1])
+    narrow = traffic.add_layer_norm_bytes(rows=2, D=3, x_size=2, residual_size=4, parameter_size=4, out_size=2)
+    assert narrow == (72 + small[0], 96 + small[1])
     # all of 24: x, residual, sum, y; dy, sum, its gradient, and one gradient for both
-    assert traffic.add_layer_norm_bytes(rows=2, D=3, x_size=4, residual_size=4, parameter_size=4, out_size=4) == (96 + small[0], 96 + small[1])
+    wide = traffic.add_layer_norm_bytes(rows=2, D=3, x_size=4, residual_size=4, parameter_size=4, out_size=4)
+    assert wide == (96 + small[0], 96 + small[1])
     # x 12, bias 12, y 12; then dy 12, x 12, bias 12, dx 12, dbias 12
     assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=4) == (36, 60)
     assert traffic.bias_gelu_bytes(rows=2, D=3, x_size=2, bias_size=0) == (24, 36)

@@ -63,7 +63,7 @@ def test_official_training_checkpoint(model, official):
 def test_heads_of_known_widths(tmp_path):
     model = MAE(img_size=32, embed_dim=192, depth=1, num_heads=3, decoder_depth=1)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
-    with pytest.warns(UserWarning, match="does not tell whether its target was normalised pixels; norm_pix_loss is False"):
+    with pytest.warns(UserWarning, match="does not store whether its target was normalised pixels; norm_pix_loss is False"):
         loaded = MAE.from_pretrained(tmp_path / "bare.pt")
     assert (loaded.blocks[0].attn.num_heads, loaded.decoder_blocks[0].attn.num_heads) == (3, 16)
     assert_same_weights(loaded, model)
@@ -93,7 +93,7 @@ def test_encoder_alone(model, tmp_path):
     assert not report.has_decoder
     assert report.norm_pix_loss is None
     assert "without decoder" in str(report)
-    assert "target: the file does not tell" in str(report)
+    assert "target: not stored in the file" in str(report)
     assert_same_weights(target, {**before, **encoder_of(model)})
 
 
@@ -103,7 +103,7 @@ def test_entry_config_is_the_constructors_arguments(tmp_path):
     del config["norm_layer"]
     model = MAE(**config)
     torch.save({"model": model.state_dict(), "config": config, "args": {"lr": 1e-3}}, tmp_path / "demo.pt")
-    with pytest.warns(UserWarning, match="does not tell whether"):
+    with pytest.warns(UserWarning, match="does not store whether"):
         loaded = MAE.from_pretrained(tmp_path / "demo.pt")
     assert loaded.norm.eps == 1e-5
     imgs, noise = images_for(model, dtype=torch.uint8), noise_for(model)

@@ -251,7 +251,7 @@ def test_no_model(tmp_path):
 def test_heads_that_nothing_tells(tmp_path):
     path = save(tmp_path / "a.pth", healthy())
     with pytest.raises(
-        CheckpointError, match=r"num_heads must be given: .*a.pth does not tell it, and 32 is not among .* 768, 1024"
+        CheckpointError, match=r"num_heads must be given: .*a.pth does not store it, and 32 is not among .* 768, 1024"
     ):
         MAE.from_pretrained(path)
     with pytest.raises(CheckpointError, match=r"^decoder_num_heads must be given"):

@@ -250,7 +250,7 @@ def test_layout(model, tmp_path, case):
     assert f"taken from: {source}" in str(report).splitlines()
     assert (report.missing, report.unexpected) == ((), ())
 
-    with pytest.warns(UserWarning, match="does not tell whether"):
+    with pytest.warns(UserWarning, match="does not store whether"):
         assert_same_weights(MAE.from_pretrained(tmp_path / "a.pth", **HEADS), model)
     checkpoint.convert(tmp_path / "a.pth", tmp_path / "official.pth", "official")
     assert_same_weights(torch.load(tmp_path / "official.pth", weights_only=True)["model"], model)
@@ -356,7 +356,7 @@ def test_several_models_need_a_key(model, tmp_path, case):
         checkpoint.load(target, tmp_path / "a.pth", key=key)
         assert_same_weights(target, expected)
         trained(seed=2).init_from(tmp_path / "a.pth", key=key)
-        with pytest.warns(UserWarning, match="does not tell whether"):
+        with pytest.warns(UserWarning, match="does not store whether"):
             assert_same_weights(MAE.from_pretrained(tmp_path / "a.pth", key=key, **HEADS), expected)
     with pytest.raises(CheckpointError, match=r"key must name weights in .*a.pth, .* tensors.*; it is 'averaged'"):
         checkpoint.load(target, tmp_path / "a.pth", key="averaged")

@@ -130,7 +130,7 @@ def test_folder_limit_and_seed(tmp_path: Path) -> None:
 
 def test_one_image_is_too_few(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 1})
-    with pytest.raises(UserError, match=r"at least two images, .* 1 of 1 files could be read"):
+    with pytest.raises(UserError, match=r"at least two readable images, .* 1 of 1 files could be read"):
         image_folder(tmp_path, 4, seed=0)
 
 

@@ -126,7 +126,7 @@ def test_labels_that_a_list_must_not_have(capsys, tmp_path, given, said) -> None
 @pytest.mark.parametrize(
     ("values", "dtype", "said"),
     [
-        ([-2, 0], "int64", "must hold numbers of classes, or -1 for none; it holds -2"),
+        ([-2, 0], "int64", "must hold numbers of classes, or -1 for no label; it holds -2"),
         ([1.0, 0.0], "float32", "must hold integers of the shape (2,); it holds float32"),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_list_beside_the_folder_of_its_images(tmp_path) -> None:
     Path("val.txt").write_text("a.png n01\n")
     data = open_images("val.txt")
     assert (data.paths, data.classes) == (["val/a.png"], ("n01",))
-    with pytest.raises(UserError, match=r"its part for 'val' may be \./val or \./val\.txt|may be val or val\.txt"):
+    with pytest.raises(UserError, match=r"its 'val' split may be \./val or \./val\.txt|may be val or val\.txt"):
         open_images(".", "val")
 
 
@@ -207,7 +207,7 @@ def test_a_file_is_one_part(mae, capsys, tmp_path, command, kind) -> None:
     train = labelled(kind, "train")
     before = sorted(tmp_path.rglob("*"))
     line = support.refused(capsys, command, "mae", train, *COMMANDS[command])
-    assert f"--val_path must give the images to score where DATA is one file; DATA is {train}" in line
+    assert f"--val_path must be given if DATA is one file, for the images to score; DATA is {train}" in line
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -234,7 +234,7 @@ def test_val_path_that_has_parts_gives_the_one_to_score(mae, capsys) -> None:
         assert cli.main(["knn", "mae", "folders", "--val_path=folders", f"--eval_split={split}", "--k=1"]) == 0
         assert f"folders/{split} (image files, split {split}): {count} images" in capsys.readouterr().err.splitlines()[-1]
     line = support.refused(capsys, "knn", "mae", "folders", "--val_path=folders", "--eval_split=test", "--k=1")
-    assert "folders has no part for 'test'" in line
+    assert "folders has no 'test' split" in line
 
 
 def test_numbered_classes_that_end_earlier_in_the_part_to_score(mae, capsys) -> None:
@@ -243,7 +243,7 @@ def test_numbered_classes_that_end_earlier_in_the_part_to_score(mae, capsys) -> 
     assert cli.main(["knn", "mae", train, f"--val_path={val}", "--k=1"]) == 0
     assert "top-1 1.0000 (2 of 2 images)" in capsys.readouterr().out
     line = support.refused(capsys, "knn", "mae", val, f"--val_path={train}", "--k=1")
-    assert "DATA must have the same classes in both parts; val.tar and train.tar have others" in line
+    assert "DATA must have the same classes in both splits; val.tar and train.tar have different ones" in line
 
 
 @pytest.mark.parametrize("kind", ["list", "tar", "npy"])

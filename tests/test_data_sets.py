@@ -80,7 +80,7 @@ def test_the_name_of_a_part_counts_where_a_part_can_stand(tmp_path, names, split
 )
 def test_both_readings_of_a_folder_are_named(tmp_path, capsys, names, split) -> None:
     with pytest.raises(
-        UserError, match=r"can be read in two ways: as the parts .*, or as classes, .*; give the folder of a part"
+        UserError, match=r"can be read in two ways: as the splits .*, or as the classes .*; give the folder of a split"
     ):
         open_images(put(tmp_path / "data", *names), split)
     assert cli.main(["pack", str(tmp_path / "data"), str(tmp_path / "out"), *(["--split", split] if split else [])]) == 2
@@ -89,7 +89,7 @@ def test_both_readings_of_a_folder_are_named(tmp_path, capsys, names, split) -> 
 
 
 def test_two_folders_of_one_part(tmp_path) -> None:
-    with pytest.raises(UserError, match="must have one folder for each part; it has train, val, validation"):
+    with pytest.raises(UserError, match="must have one folder for each split; it has train, val, validation"):
         open_images(put(tmp_path, "train/0.png", "val/1.png", "validation/2.png"), "val")
 
 
@@ -100,7 +100,7 @@ def test_the_output_is_left_out(tmp_path, excluded) -> None:
     data = open_images(tmp_path, "train", exclude=tmp_path / excluded)
     assert reds(data) == [0, 2]
     assert data.left_out == {"in the folder of the output": 2}  # once by each way
-    with pytest.raises(UserError, match="must not be the folder of the output too"):
+    with pytest.raises(UserError, match="must not be the output folder as well"):
         open_images(tmp_path, "train", exclude=tmp_path)
 
 
@@ -121,13 +121,13 @@ def test_the_folders_of_other_runs_are_left_out(tmp_path) -> None:
 
 def test_images_beside_the_parts_are_told(tmp_path) -> None:
     data = open_images(put(tmp_path, "0.png", "train/1.png"), "train")
-    assert (reds(data), data.left_out) == ([1], {"beside the parts": 1})
+    assert (reds(data), data.left_out) == ([1], {"beside the splits": 1})
 
 
 def test_an_archive_beside_the_part_that_it_holds(tmp_path) -> None:
     put(tmp_path, "train/cat/0.png", "val/cat/1.png")
     shard(tmp_path / "ILSVRC2012_img_train.tar", "a.png")
-    with pytest.raises(UserError, match=r"its part for 'train' may be .*/train or .*/ILSVRC2012_img_train\.tar; give"):
+    with pytest.raises(UserError, match=r"its 'train' split may be .*/train or .*/ILSVRC2012_img_train\.tar; give"):
         open_images(tmp_path, "train")
     assert reds(open_images(tmp_path, "val")) == [1]
 
@@ -142,8 +142,10 @@ def test_shards_of_each_part_are_told_apart(tmp_path) -> None:
     train, val, both = (open_images(tmp_path, split) for split in ("train", "val", None))
     assert [len(data) for data in (train, val, both)] == [2, 1, 3]
     assert val.names == ["imagenet-val-000.png"]
-    assert train.left_out == {"shards of other parts": 1}
-    with pytest.raises(UserError, match=r"has no part for 'test'.*; its shards are of others, such as imagenet-train-000\.tar"):
+    assert train.left_out == {"shards of other splits": 1}
+    with pytest.raises(
+        UserError, match=r"has no 'test' split.*; its shards belong to other splits, such as imagenet-train-000\.tar"
+    ):
         open_images(tmp_path, "test")
     shard(tmp_path / "more.tar", "a.png")
     with pytest.raises(UserError, match=r"can be read in two ways: .* such as more\.tar, do not"):

@@ -178,7 +178,7 @@ def test_names_that_no_terminal_shows(tmp_path, capsys, name, in_tar) -> None:
     assert skipped.startswith(f"skipped {source}")
     assert skipped.isprintable()
     assert ".jpg: UnidentifiedImageError: cannot identify image file '" in skipped
-    assert packed.endswith("1 unreadable ones skipped")
+    assert packed.endswith("unreadable images skipped: 1")
     assert streams.err.count("\n") == 1
 
 

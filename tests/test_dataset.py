@@ -158,10 +158,10 @@ def test_folder_splits(folder: Path) -> None:
     assert (reds(both), both.labels.tolist(), both.classes) == ([0, 1, 2, 3], [0, 0, 1, 0], ("cat", "dog"))
     flat = open_images(folder / "train" / "cat", "train")
     assert (reds(flat), flat.labels.tolist(), flat.classes, flat.channels) == ([0, 1], [-1, -1], (), 3)
-    with pytest.raises(UserError, match=r"folder has no part for 'test': a folder test$"):
+    with pytest.raises(UserError, match=r"folder has no 'test' split, such as a folder test$"):
         open_images(folder, "test")
     (folder / "train").rename(folder / "other")
-    with pytest.raises(UserError, match="has no part for 'train': a folder train or training"):
+    with pytest.raises(UserError, match="has no 'train' split, such as a folder train or training"):
         open_images(folder, "train")
 
 
@@ -238,7 +238,7 @@ def test_npy_labels_classes_and_channels(tmp_path: Path) -> None:
     data = open_images(tmp_path / "train_images.npy", "train", channels=3)
     assert (data.labels.tolist(), data.classes) == ([1, 0, -1, 1], ("a", "b"))
     assert torch.equal(data.read(1), torch.from_numpy(values[1]).expand(3, 6, 7))
-    with pytest.raises(UserError, match=r"channels must be 1, as .*train_images.npy has .*; it is 2"):
+    with pytest.raises(UserError, match=r"channels must be 1, as in .*train_images.npy .*; it is 2"):
         open_images(tmp_path / "train_images.npy", channels=2)
     colours = images_array(2, 6, 7, 3)
     np.save(tmp_path / "colours.npy", colours)
@@ -291,9 +291,9 @@ def test_tiff_of_many_channels(tmp_path: Path) -> None:
     assert torch.equal(data.read(0), expected)
     assert torch.equal(data.read(1), expected)
     assert torch.equal(data.read(2), torch.from_numpy(stretched(values)).permute(2, 0, 1))
-    with pytest.raises(UnreadableImage, match=r"d\.png: ValueError: 6 channels can be read from TIFF alone"):
+    with pytest.raises(UnreadableImage, match=r"d\.png: ValueError: only a TIFF can be read with 6 channels"):
         data.read(3)
-    with pytest.raises(UnreadableImage, match=r"a\.tif: ValueError: it has 6 channels, not 5"):
+    with pytest.raises(UnreadableImage, match=r"a\.tif: ValueError: it must have 5 channels; it has 6"):
         open_images(tmp_path, channels=5).read(0)
 
 
@@ -357,15 +357,15 @@ def make_bad(kind: str, path: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("missing", "nowhere is not there"),
+        ("missing", "nowhere does not exist"),
         ("empty folder", "must hold images (.bmp .gif"),
-        ("list", "lists 1 of 1 files that are not there; the first is "),
-        ("empty list", "must list images, one a line; it is empty"),
+        ("list", "must list files that exist; 1 of 1 do not, such as "),
+        ("empty list", "must list images, one per line; it is empty"),
         ("cut tar", "cannot be read as an uncompressed tar file: unexpected end of data"),
         ("tar without end", "its end-of-archive block is missing"),
         ("gzip", "cannot be read as an uncompressed tar file"),
-        ("label", "must hold a class number, 0 or more; it holds b'cat'"),
-        ("no image in tar", "no image (.bmp .gif"),
+        ("label", "must hold the number of a class, 0 or more; it holds b'cat'"),
+        ("no image in tar", "must hold images (.bmp .gif"),
         ("cut npy", "images.npy cannot be read as .npy: mmap length is greater than file size"),
         ("dtype", "must hold uint8 or floats; it holds int32"),
         ("axes", "its shape is (4, 2, 2, 2, 2)"),
@@ -393,7 +393,7 @@ def test_pack(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["pack", str(folder), str(out), "--split", "train", "--size", "100"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"skipped {folder / 'train/cat/0.png'}: UnidentifiedImageError")
-    assert printed[1] == f"{out}: 3 images of 100 x 100, 0.1 MB, 1 unreadable ones skipped"
+    assert printed[1] == f"{out}: 3 images of 100 x 100, 0.1 MB, unreadable images skipped: 1"
     assert np.load(out / "images.npy").shape == (3, 100, 100, 3)
     assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]
     data = open_images(out.parent, "train")
@@ -411,12 +411,12 @@ def test_pack_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert "must be a folder to be made; it is there already" in failure(str(folder), str(folder))
+    assert "must be a folder that does not exist yet; it exists" in failure(str(folder), str(folder))
     np.save(tmp_path / "images.npy", images_array(4, 6, 7))
-    assert "is one array already" in failure(str(tmp_path / "images.npy"), str(tmp_path / "out"))
-    assert "the images need " in failure(str(folder), str(tmp_path / "out"), "--size", "10000000")
+    assert "must be images to pack; " in failure(str(tmp_path / "images.npy"), str(tmp_path / "out"))
+    assert " of free space for the images; it has " in failure(str(folder), str(tmp_path / "out"), "--size", "10000000")
     assert "cannot be written: " in failure(str(folder), str(folder / "train" / "cat" / "1.png" / "out"))
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    assert "none of the 4 images could be read; " in failure(str(folder), str(tmp_path / "out"))
+    assert "must hold images that can be read; none of 4 can be, such as " in failure(str(folder), str(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "images.npy"]

@@ -150,7 +150,7 @@ def test_probe_scores_by_hand() -> None:
     ]
     assert verdict(rows, "told") == (
         True,
-        "Pre-training helped: +75.0 points against the nothing at 2 labels per class (asked for: +5).",
+        "Pre-training helped: +75.0 points against the nothing at 2 labels per class (required: +5).",
     )
     held, sentence = verdict(rows, "nothing")
     assert not held
@@ -179,7 +179,7 @@ def test_median_interval_by_hand() -> None:
     assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]) == (2.0, 8.0)  # 10/512 is not
     ranks = [float(rank) for rank in range(1, 101)]
     assert median_interval(ranks) == (40.0, 61.0)  # as tables of the sign test have it
-    with pytest.raises(ValueError, match="6 or more for a 95 % interval, there are 5"):
+    with pytest.raises(ValueError, match="6 or more for a 95 % interval; there are 5"):
         median_interval(ranks[:5])
 
 
@@ -294,7 +294,7 @@ def test_folder_with_classes_and_broken_files(tmp_path: Path, capsys: pytest.Cap
 def test_folder_without_classes_skips_the_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_folder(tmp_path, (".",), 6)
     summary = demo(data=tmp_path, output=tmp_path / "out", steps=2, batch_size=2)
-    assert "no few-label probe: it needs two class folders or more" in capsys.readouterr().out
+    assert "no few-label probe: it needs two or more class folders" in capsys.readouterr().out
     assert (summary["probe"], summary["probe_held"]) == ([], None)
     assert demo(data=tmp_path, output=tmp_path / "out", steps=1, batch_size=2)["skipped"] == []
     assert "\n6 images from" in "\n" + capsys.readouterr().out  # the first run's pictures are no data

@@ -92,7 +92,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(features.os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"OUT cannot be written; .*/out\.npy: No space left on device"):
+    with pytest.raises(
+        UserError, match=r"OUT must be a path that can be written; .*/out\.npy cannot be: No space left on device"
+    ):
         features.write_features(iter([(torch.zeros(2, 4), torch.zeros(2))]), 2, (4,), tmp_path / "out.npy")
     assert list(tmp_path.iterdir()) == []
 

@@ -160,18 +160,18 @@ def test_checkpoint_that_does_not_fit(capsys, tmp_path, name, parts):
     for part in parts.values():
         part.channels = 1
     line = refused(capsys, tmp_path, *COMMANDS[name])
-    assert "the data must have 3 channels, as the checkpoint's images; they have 1" in line
+    assert "DATA must have 3 channels, as the checkpoint's images have; it has 1" in line
 
 
 @pytest.mark.parametrize("name", ["knn", "linprobe", "finetune", "partial"])
 def test_data_without_labels(capsys, tmp_path, name, parts):
     parts["val"].labels[3] = -1
-    assert "in the val part of data 1 of 10 images have none" in refused(capsys, tmp_path, *COMMANDS[name])
+    assert "1 of 10 images in the val split of data have none" in refused(capsys, tmp_path, *COMMANDS[name])
     parts["val"].classes = ("lying", "else")
     parts["val"].labels[3] = 0
-    assert "DATA must have the same classes in both parts" in refused(capsys, tmp_path, *COMMANDS[name])
+    assert "DATA must have the same classes in both splits" in refused(capsys, tmp_path, *COMMANDS[name])
     parts["train"].classes = ("lying",)
-    assert "DATA must have two classes or more; the train part of data has 1" in refused(capsys, tmp_path, *COMMANDS[name])
+    assert "DATA must have two classes or more; the train split of data has 1" in refused(capsys, tmp_path, *COMMANDS[name])
 
 
 def test_statistics_that_nothing_tells(capsys, tmp_path, parts):
@@ -185,11 +185,11 @@ def test_statistics_that_nothing_tells(capsys, tmp_path, parts):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("knn", ("--k=40",), "--k must be at most 32, the number of images with labels; it is 40"),
-        ("knn", ("--label_fraction=0.01",), "--label_fraction must leave an image of each class in data; 0.01 does not"),
+        ("knn", ("--k=40",), "--k must be at most 32, the number of training images; it is 40"),
+        ("knn", ("--label_fraction=0.01",), "--label_fraction must keep an image of each class in data; 0.01 does not"),
         ("knn", ("--k=0",), "argument --k: must be a whole number, 1 or more; it is '0'"),
         ("knn", ("--temperature=nan",), "argument --temperature: must be a number more than 0"),
-        ("knn", ("--eval_split=dev",), "argument --eval_split: there is no 'dev'; choose from train, val, test"),
+        ("knn", ("--eval_split=dev",), "argument --eval_split: must be a known name; it is 'dev': choose from train, val, test"),
         ("knn", ("--device=warp",), "--device must be cpu, cuda or cuda:N; it is 'warp'"),
         ("linprobe", ("--batch_size=64",), "--batch_size must be at most 32"),
         ("linprobe", ("--blr=-1",), "argument --blr: must be a number, 0 or more; it is '-1'"),
@@ -219,7 +219,7 @@ def test_bad_outputs(capsys, tmp_path, arguments, message):
 def test_reconstruct_needs_a_decoder(capsys, tmp_path):
     checkpoint.convert("mae", "encoder.pth", "timm")
     line = refused(capsys, tmp_path, "reconstruct", "encoder.pth", "data", "out.png", "--num_heads=4")
-    assert "CHECKPOINT must have a decoder to reconstruct with; encoder.pth has none" in line
+    assert "CHECKPOINT must have a decoder for reconstruct; encoder.pth has none" in line
 
 
 @pytest.mark.parametrize(("out", "message"), [("out.parquet", ".parquet needs pyarrow"), ("out.npy", ".npy needs numpy")])

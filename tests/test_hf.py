@@ -487,7 +487,7 @@ def test_other_layouts(tmp_path):
     model = ViTMAEForPreTraining(configuration())
     average = {name: t + 1 for name, t in model.mae.state_dict().items()}
     torch.save({"model": model.mae.state_dict(), "model_ema": average}, tmp_path / "official.pth")
-    with pytest.warns(UserWarning, match="does not tell whether"):
+    with pytest.warns(UserWarning, match="does not store whether"):
         loaded = ViTMAEForPreTraining.from_pretrained(tmp_path / "official.pth", config=configuration(), key="model_ema")
     assert torch.equal(loaded.mae.norm.weight, average["norm.weight"])
     with pytest.raises(ValueError, match="config must be given for a file of weights"):

@@ -383,7 +383,7 @@ BAD = {
     "--device=cuda:99": "--device must be a GPU of this machine",
     "--resume=nowhere.pth": "nowhere.pth cannot be read: No such file or directory",
     "--sampler=grid --mask_ratio=0.5": "--sampler grid must keep one patch of four",
-    "--target=pca --norm_pix_loss": "--target must be norm where there is --norm_pix_loss; it is pca",
+    "--target=pca --norm_pix_loss": "--target must be norm with --norm_pix_loss; it is pca",
     "--config=nowhere.yaml": "--config must be a file; nowhere.yaml cannot be read",
 }
 
@@ -407,13 +407,13 @@ def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
         "--output_dir must hold no earlier run": (options(tmp_path), data),
         "the model's depth is 1, here it is 2": (options(tmp_path, depth=2, resume="auto"), data),
         "the number of images is 33, here it is 30": (options(tmp_path, resume="auto"), ArrayImages(pictures(30))),
-        "is damaged or none": (options(tmp_path, resume=str(tmp_path / "log.txt")), data),
+        "is damaged or another kind": (options(tmp_path, resume=str(tmp_path / "log.txt")), data),
     }
     for message, (given, images) in cases.items():
         with pytest.raises(UserError, match=message):
             pretrain(given, images)
     torch.save({"model": weights(tmp_path)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"is another one .MAE.from_pretrained takes"):
+    with pytest.raises(UserError, match=r"is another kind .MAE.from_pretrained loads"):
         pretrain(options(tmp_path, resume=str(tmp_path / "other.pth")), data)
     assert all(path.read_bytes() == content for path, content in before.items())
 
@@ -447,14 +447,16 @@ def test_options_in_python() -> None:
     wrong = {
         "epochs must be a whole number, 1 or more; it is '0'": {"epochs": 0},
         "epochs must be a whole number, 1 or more; it is 'None'": {"epochs": None},
-        "model there is no 'mae_vit_bas_patch16'; did you mean mae_vit_base_patch16?": {"model": "mae_vit_bas_patch16"},
+        "model must be a known name; it is 'mae_vit_bas_patch16': did you mean mae_vit_base_patch16?": {
+            "model": "mae_vit_bas_patch16"
+        },
         "flip must be true or false; it is 1": {"flip": 1},
         "std must be a number more than 0; it is '0'": {"std": (1, 0)},
-        "--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model": {
+        "--reference must be given without --mask_tokens_in_encoder and --target pca, which the plain model lacks": {
             "reference": True,
             "target": "pca",
         },
-        "--target must be norm where there is --norm_pix_loss; it is pixel": {"norm_pix_loss": True, "target": "pixel"},
+        "--target must be norm with --norm_pix_loss; it is pixel": {"norm_pix_loss": True, "target": "pixel"},
     }
     for message, changes in wrong.items():
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
@@ -470,7 +472,7 @@ def test_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (args.epochs, args.norm_pix_loss, args.amp, args.seed) == (2, True, "off", 6)  # the flags say epochs, blr and seed
     assert args.mean == (0.1, 0.2, 0.3)
     wrong = {
-        "epoch: 3": "there is no option 'epoch'; did you mean epochs?",
+        "epoch: 3": "must hold names of options; 'epoch' is none: did you mean epochs?",
         "epochs: many": "epochs must be a whole number, 1 or more; it is 'many'",
         "norm_pix_loss: 1": "norm_pix_loss must be true or false; it is 1",
         "- epochs": "--config must hold options by name",

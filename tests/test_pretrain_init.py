@@ -68,7 +68,7 @@ def test_a_run_starts_from_weights(tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(first)
     streams = capsys.readouterr()
     assert "starts from weights.ckpt: official layout, with decoder\n" in streams.out
-    assert streams.err.startswith("warning: --init weights.ckpt: the checkpoint does not tell whether its target")
+    assert streams.err.startswith("warning: --init weights.ckpt: the checkpoint does not store whether its target")
 
 
 def test_other_images_and_another_decoder(tmp_path):
@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_with_other_weights_is_refused(tmp_path):
         ({"init": "deep.pth"}, "deep.pth does not fit MAE: it has blocks.1.norm1.weight"),
         ({"init": "both.pth"}, "both.pth holds several models; key must name one of model (38 tensors, "),
         ({"init": "both.pth", "key": "average"}, "key must name weights in both.pth, model (38 tensors, "),
-        ({"key": "model"}, "--key must be beside --init, whose weights it chooses; it is model"),
+        ({"key": "model"}, "--key must be given together with --init, whose weights it chooses; it is model"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, capsys, given, message):

@@ -125,7 +125,7 @@ def test_pack_of_rectangles() -> None:
 BAD = {
     "--input_size 16 31 --mean -20 --std 8": "--input_size 16 31: img_size must be a multiple of patch_size",
     "--input_size 0 32": "argument --input_size: must be a whole number, 1 or more; it is '0'",
-    "--input_size 1,2,3": "argument --input_size: must be a side, or height and width; it is '1,2,3'",
+    "--input_size 1,2,3": "argument --input_size: must be one side, or height and width; it is '1,2,3'",
     "--mean": "argument --mean: expected one argument",
     "--nodata none": "argument --nodata: must be a number; it is 'none'",
     "--augment rrc+jitter --mean 2 --std 8": "--augment must be none, crop or rrc for float images",
@@ -145,10 +145,10 @@ def test_bad_input(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--mean 123 --std 58", "--mean must be of pixels in 0..1, as the images are uint8; it is 123"),
-        ("--mean -20 --std 8", "--mean must be of pixels in 0..1, as the images are uint8; it is -20"),
-        ("--mean 0.5 --std 58", "--std must be of pixels in 0..1, as the images are uint8; it is 58"),
-        ("--nodata -99", "--nodata must be given for float arrays alone; the images are uint8, and it is -99"),
+        ("--mean 123 --std 58", "--mean must lie in 0..1 for uint8 images; it is 123"),
+        ("--mean -20 --std 8", "--mean must lie in 0..1 for uint8 images; it is -20"),
+        ("--mean 0.5 --std 58", "--std must lie in 0..1 for uint8 images; it is 58"),
+        ("--nodata -99", "--nodata must be given only for float arrays; the images are uint8, and it is -99"),
     ],
 )
 def test_units_of_bytes(flags: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +163,7 @@ def test_nothing_but_missing_values(capsys: pytest.CaptureFixture[str]) -> None:
     np.save("f32.npy", np.full((4, *SIZE, 1), np.nan, np.float32))
     assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} --mean 0 --std 1 --pictures 0") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--data_path must hold patches without missing values; a batch has none" in line
+    assert "--data_path must hold patches without missing values; a batch has no such patch" in line
 
 
 def test_missing_values_are_found() -> None:
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_tells_no_unit(capsys: pytest.CaptureFixture[str]) -> 
     np.save("f32.npy", np.zeros((4, *SIZE, 3), np.float32))
     assert maefast("extract official.pth f32.npy features.npy --num_heads 2") == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "--mean and --std must be given for float images, in their own unit: the checkpoint does not tell them" in line
+    assert "--mean and --std must be given for float images, in their own unit: the checkpoint does not store them" in line
     assert not Path("features.npy").exists()
     assert maefast("extract official.pth f32.npy features.npy --num_heads 2 --mean -1,0,1 --std 1,1,2") == 0
 
@@ -283,5 +283,5 @@ def test_checkpoint_of_another_unit() -> None:
     np.save("f32.npy", spectrograms())
     np.save("u8.npy", KINDS["uint8"][0])
     assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} --mean -20 --std 8 --pictures 0") == 0
-    with pytest.raises(UserError, match=r"--mean must be of pixels in 0\.\.1, as the images are uint8; it is -20"):
+    with pytest.raises(UserError, match=r"--mean must lie in 0\.\.1 for uint8 images; it is -20"):
         cli.COMMANDS["extract"].run(vars(cli.build_parser().parse_args(["extract", "run/checkpoint-0.pth", "u8.npy", "a.npy"])))

@@ -103,7 +103,7 @@ def test_learning_rate_of_the_probe_by_held_out_images(monkeypatch, capsys):
     monkeypatch.setattr(linprobe, "BLRS", (0.0, 3000.0, 4000.0, 1e38))
     with threads(1):
         assert linprobe.best_blr(features, labels, 3, recipe) == 3000.0
-    assert "blr 3000: 6 of 6 images held out" in capsys.readouterr().err
+    assert "blr 3000: 6 of 6 held-out images are right" in capsys.readouterr().err
     monkeypatch.setattr(linprobe, "BLRS", (1e38,))
     with pytest.raises(supervised.Diverged, match="the loss is"):
         linprobe.best_blr(features, labels, 3, recipe)
@@ -151,11 +151,11 @@ def test_augmentation_errors(capsys, monkeypatch):
     assert finetune("out", "--reprob=0.25") == 2
     assert '--aa and --reprob need kornia: pip install "maefast[augment]"' in capsys.readouterr().err
     assert cli.main(["finetune", "mae", "data", "--resume=auto"]) == 2
-    assert "--resume must come with --output_dir" in capsys.readouterr().err
+    assert "--resume must be given together with --output_dir" in capsys.readouterr().err
     for text in ("rand-m11", "rand-n9", "augmix", "rand-m9-w0"):
         with pytest.raises(SystemExit):
             finetune("out", f"--aa={text}")
-        assert "argument --aa: must be none or as rand-m9-n2-mstd0.5-inc1" in capsys.readouterr().err
+        assert "argument --aa: must be none or like rand-m9-n2-mstd0.5-inc1" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +206,10 @@ def test_corruptions(tuned, parts, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["split", "--kinds=fogg"], "there is no 'fogg'; did you mean fog?"),
-        (["split", "--severities=6"], "there is no '6'; choose from 1, 2, 3, 4, 5"),
+        (["split", "--kinds=fogg"], "must be a known name; it is 'fogg': did you mean fog?"),
+        (["split", "--severities=6"], "must be a known name; it is '6': choose from 1, 2, 3, 4, 5"),
         ([], "DATA or --folder must be given"),
-        (["--folder=other"], "other must have classes of the classifier; it has 'x': choose from lying, standing"),
+        (["--folder=other"], "other must have only classes of the classifier; it has 'x': choose from lying, standing"),
         (["--folder=other", "--class_map=far.txt"], "--class_map must be a text file; far.txt cannot be read"),
     ],
 )

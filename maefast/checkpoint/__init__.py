@@ -1,4 +1,4 @@
-"""Checkpoints: every known layout of a Masked Autoencoder, read into a model, written, and converted into another."""
+"""Checkpoints of Masked Autoencoders: every known layout is read, three are written."""
 
 from .convert import LAYOUTS, convert
 from .files import CheckpointError, MissingPackageError

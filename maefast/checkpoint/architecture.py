@@ -32,7 +32,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint states beyond its shapes; None where it is silent."""
+    """Settings that a checkpoint stores beside its tensors; None if it does not."""
 
     num_heads: int | None = None
     decoder_num_heads: int | None = None
@@ -104,7 +104,7 @@ class Architecture:
             if heads is None and name not in given:
                 widths = ", ".join(map(str, known))
                 raise CheckpointError(
-                    f"{name} must be given: {path} does not tell it, and {width} is not among the widths that imply it, {widths}"
+                    f"{name} must be given: {path} does not store it, and {width} is not among the widths that imply it, {widths}"
                 )
 
     def shapes(self, decoder: bool) -> dict[str, Shape]:
@@ -225,7 +225,7 @@ def _transformers_facts(config: Mapping[str, Any]) -> Facts:
 
 
 def _channels(tensors: Mapping[str, Tensor]) -> int:
-    """How many the patch embedding takes; 3 where there is none to tell."""
+    """Return the number of channels of the patch embedding; 3 without one."""
     embedding = tensors.get("patch_embed.proj.weight")
     return 3 if embedding is None or embedding.dim() != 4 else embedding.shape[1]
 
@@ -247,7 +247,7 @@ def find_grid(tensors: Mapping[str, Tensor], facts: Facts, path: Path, given: Gr
 def infer(tensors: Mapping[str, Tensor], facts: Facts, path: Path, grid: Grid) -> Architecture:
     """Return the architecture of tensors with official names and with positions of that grid.
 
-    Raises CheckpointError where a tensor that tells a size is absent or has another number of
+    Raises CheckpointError if a tensor that determines a size is missing or has another number of
     dimensions.
     """
     embed_dim, in_chans, ph, pw = _shape(tensors, "patch_embed.proj.weight", 4, path)

@@ -42,14 +42,15 @@ def convert(
                                     alone, as .safetensors or a pickled state_dict
     key                             which weights to take where the checkpoint holds several, as in
                                     `load`
-    num_heads, decoder_num_heads    for transformers' config, where the checkpoint does not tell and
-                                    the width does not imply them
-    norm_pix_loss                   likewise; False by default
-    stored_grid                     likewise: (rows, columns) of the stored positions
-    Returns a report in which `unexpected` is what the layout has no place for.
-    Raises ValueError for an unknown `to` or suffix, FileExistsError where there is something at
-    `out`, FileNotFoundError, CheckpointError (a ValueError), and RuntimeError where safetensors is
-    needed and not installed; `out` is then not there.
+    num_heads, decoder_num_heads    for transformers' config, if the checkpoint does not store them
+                                    and the width does not imply them
+    norm_pix_loss                   the target, if the checkpoint does not store it; False by
+                                    default
+    stored_grid                     (rows, columns) of the stored positions, as in `load`
+    Returns a report; its `unexpected` are the tensors that the layout has no place for.
+    Raises ValueError for an unknown `to` or suffix, FileExistsError if `out` exists,
+    FileNotFoundError, CheckpointError (a ValueError), and RuntimeError if safetensors is needed and
+    not installed; `out` is then not created.
     """
     out = Path(out)
     _check_output(out, to)

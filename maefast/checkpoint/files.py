@@ -66,9 +66,9 @@ def read(path: str | Path) -> Contents:
     """Return the contents of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, or of a
     folder with one of them or its shards.
 
-    The kind of a file is told by its first bytes. Nothing that a file holds is run: a pickle may
-    hold tensors, numbers, strings, containers and argparse.Namespace alone, and objects of
-    BYSTANDERS, which are not made. Raises FileNotFoundError, CheckpointError for a file that is
+    The first bytes of a file determine its kind. Nothing in a file is run: a pickle may hold only
+    tensors, numbers, strings, containers and argparse.Namespace, and objects of BYSTANDERS, which
+    are not created. Raises FileNotFoundError, CheckpointError for a file that is
     damaged, refused or of another kind, MissingPackageError.
     """
     path = Path(path)

@@ -115,7 +115,8 @@ def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint
 
 
 def _unfit_decoder(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], str]:
-    """Return the names of the checkpoint's decoder, and a warning if it does not fit the model's."""
+    """Return the names of the checkpoint's decoder, and a warning if it does not fit the
+    model's."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if is_decoder(name)}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if is_decoder(name)}
     if not theirs:

@@ -27,24 +27,23 @@ _WEIGHT = re.compile(r"(?!head\.).*\.(weight|bias)|cls_token|pos_embed|mask_toke
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded of a checkpoint and what was not, to print.
+    """A report of the tensors of a checkpoint that were loaded and those that were not.
 
     layout          "official" (also timm's and maefast's own names), "transformers", "mmpretrain"
                     or "torchvision"
     source          where in the checkpoint the weights were: the entry, and the prefixes of their
                     names
-    missing         tensors that the model, or the layout written, has and the checkpoint has not
+    missing         tensors of the model, or of the written layout, that the checkpoint lacks
     unexpected      tensors of the checkpoint that the model, or the layout written, has no place
                     for
     has_decoder     whether the checkpoint holds the decoder
-    norm_pix_loss   whether its target was normalised pixels; None where the checkpoint does not
-                    tell
+    norm_pix_loss   whether its target was normalised pixels; None if the checkpoint does not store
+                    it
     positions       what was done to positions stored for another grid, a sentence each
     adapted         what was done to other tensors so that they fit, a sentence each
-    ignored         what a checkpoint holds beside the model: the optimizer's state, the epoch,
-                    counters of normalisation and of averages, other modules, what a variant of MAE
-                    has beyond it
-    warnings        what may be wrong although everything fitted
+    ignored         other entries of the checkpoint: optimizer state, epoch, counters of
+                    normalisation and averages, other modules, extra tensors of a variant of MAE
+    warnings        possible mistakes, although all tensors fit
     """
 
     path: Path
@@ -65,7 +64,7 @@ class LoadReport:
         return {"file": self.path.name} | {name: value for name, value in entries.items() if name != "path"}
 
     def __str__(self) -> str:
-        target = {True: "normalised pixels", False: "raw pixels", None: "the file does not tell"}[self.norm_pix_loss]
+        target = {True: "normalised pixels", False: "raw pixels", None: "not stored in the file"}[self.norm_pix_loss]
         lines = [
             f"{self.path}: {self.layout} layout, {'with' if self.has_decoder else 'without'} decoder",
             f"taken from: {self.source}",
@@ -83,9 +82,9 @@ class LoadReport:
 class Checkpoint:
     """A checkpoint by its official names.
 
-    tensors     of an MAE or its encoder, and its head
-    variant     what it has beyond them
-    counters    integers
+    tensors     floating-point tensors of an MAE or its encoder, and of its head
+    variant     extra tensors of a variant of MAE
+    counters    integer tensors
     """
 
     path: Path
@@ -99,7 +98,7 @@ class Checkpoint:
 
     @property
     def statistics(self) -> Statistics | None:
-        """Mean and std of the images, where the checkpoint tells them."""
+        """Return mean and std of the images, or None if the checkpoint does not store them."""
         mean, std = self.facts.mean, self.facts.std
         return None if mean is None or std is None else (mean, std)
 
@@ -184,18 +183,19 @@ def load(model: nn.Module, path: str | Path, *, key: str | None = None, stored_g
     key            which weights to take where the checkpoint holds several, such as an average
                    beside them: the name of the entry, the prefix of the names, or both, joined by
                    dots
-    stored_grid    (rows, columns) of the stored positions, where the checkpoint tells something
-                   else or nothing: by default config.json's, else the grid whose sin-cos they are,
-                   else the model's if it has as many patches, else a square
+    stored_grid    (rows, columns) of the stored positions, overriding the checkpoint. None:
+                   config.json's, else the grid whose sin-cos positions they are, else the model's
+                   if it has as many patches, else a square
 
-    Positions of another grid are computed anew where they are sin-cos, and resized where they were
-    trained. A checkpoint may lack the decoder, and a model may have a `head` or `fc_norm` that the
-    checkpoint lacks; the report names them. A model without decoder leaves the checkpoint's where
-    it is. A head that is not the model's is left out, with a warning. Counters, which are integers,
-    are loaded where the model has them. Everything else must fit. A model on the meta device gets
-    its tensors from the checkpoint, which must have all of them. Raises TypeError for another kind
-    of model, FileNotFoundError, CheckpointError (a ValueError), and RuntimeError where safetensors
-    is needed and not installed; the model is then as it was, bit for bit.
+    For another grid, sin-cos positions are computed and trained positions are resized. The
+    checkpoint may lack the decoder, and a `head` or `fc_norm` of the model; the report names them.
+    A model without decoder does not load the checkpoint's. A head of another shape is not loaded,
+    with a warning. Counters, which are integers, are loaded if the model has them. Everything else
+    must fit. A model on the meta device gets all its tensors from the checkpoint, which must have
+    them.
+    Raises TypeError for another kind of model, FileNotFoundError, CheckpointError (a ValueError),
+    and RuntimeError if safetensors is needed and not installed; the model is then unchanged, bit
+    for bit.
     """
     check_model(model)
     checkpoint = read(path, key)
@@ -219,9 +219,9 @@ def from_pretrained(
     weights of a checkpoint.
 
     cls            a class, or a function that takes MAE's arguments and makes an encoder of them
-    overrides      arguments of the constructor that the checkpoint does not tell, or that shall
-                   differ, such as img_size
-    Raises as `load`, and CheckpointError where num_heads or decoder_num_heads is neither told, nor
+    overrides      arguments of the constructor that the checkpoint lacks or that override it, such
+                   as img_size
+    Raises as `load`, and CheckpointError if num_heads or decoder_num_heads is neither stored, nor
     implied by the width, nor given.
     """
     checkpoint = read(path, key)
@@ -236,10 +236,10 @@ def from_pretrained(
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Write an MAE to `folder`, made where there is none: model.safetensors with the official
+    """Write an MAE to `folder`, which is created if needed: model.safetensors with the official
     names, and config.json with the constructor's arguments. Files of these names are replaced.
 
-    Raises ValueError for a norm_layer other than nn.LayerNorm, OSError, and RuntimeError where
+    Raises ValueError for a norm_layer other than nn.LayerNorm, OSError, and RuntimeError if
     safetensors is not installed.
     """
     config = {"model_type": OUR_MODEL_TYPE, "maefast_version": __version__} | asdict(of_model(model))
@@ -307,8 +307,8 @@ def refit(model: Any, checkpoint: Checkpoint, grid: Grid) -> tuple[dict[str, Ten
 
 
 def put(model: nn.Module, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights, all of which the model has, into it. Raises CheckpointError, before any is
-    copied, where one does not fit."""
+    """Copy weights into the model, which must have all of them. Raises CheckpointError, before
+    anything is copied, if one does not fit."""
     ours = model.state_dict()
     for name, tensor in weights.items():
         if tensor.shape != ours[name].shape:
@@ -332,8 +332,8 @@ def put(model: nn.Module, checkpoint: Checkpoint, weights: Mapping[str, Tensor])
 
 
 def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> None:
-    """Raise unless what is missing is a whole decoder or a head, and what is left over is one that
-    the model does not have."""
+    """Raise CheckpointError unless only a whole decoder or a head is missing, and only a decoder or
+    norm that the model lacks is left over."""
     names = model.state_dict().keys()
     decoder, fc_norm = any(map(is_decoder, names)), any(name.startswith("fc_norm.") for name in names)
 
@@ -349,8 +349,8 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], u
 
 
 def check_heads(model: Any, checkpoint: Checkpoint, stacks: Iterable[str] = ("blocks", "decoder_blocks")) -> None:
-    """Raise where the checkpoint tells other heads: the shapes would fit, and the model compute
-    something else."""
+    """Raise CheckpointError if the checkpoint has another number of heads: the shapes would fit,
+    but the results would differ."""
     for name, blocks in (("num_heads", "blocks"), ("decoder_num_heads", "decoder_blocks")):
         told, theirs = getattr(checkpoint.facts, name), f"{blocks}.0.attn.qkv.weight"
         if blocks not in stacks or told is None or theirs not in checkpoint.tensors or not len(getattr(model, blocks, ())):

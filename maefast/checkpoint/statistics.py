@@ -1,4 +1,4 @@
-"""The mean and std that uint8 images are read with: as other libraries' configurations tell them, and as they are told there."""
+"""The mean and std of uint8 images, in the configurations of other libraries."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,15 +12,16 @@ BYTE = 255.0
 
 
 def of_timm(config: Mapping[str, Any]) -> Statistics | None:
-    """What timm's pretrained_cfg tells, of pixels in 0..1."""
+    """Return mean and std of pixels in 0..1 from timm's pretrained_cfg, or None."""
     mean, std = config.get("mean"), config.get("std")
     return None if mean is None or std is None else (list(mean), list(std))
 
 
 def of_preprocessor(config: Mapping[str, Any], channels: int) -> Statistics | None:
-    """What preprocessor_config.json of transformers tells, of pixels in 0..1 whatever it rescales them to.
+    """Return mean and std of pixels in 0..1 from transformers' preprocessor_config.json, or None.
+    Its rescale_factor is taken into account.
 
-    A value that is the same for all of its channels holds for any number of them.
+    A value that is equal for all its channels is used for any number of channels.
     """
     if not config.get("do_normalize", True):
         mean, std = [0.0], [1.0]
@@ -40,7 +41,7 @@ def _listed(values: Any) -> list[float]:
 
 
 def preprocessor(mean: Sequence[float], std: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
-    """preprocessor_config.json of transformers for these statistics of pixels in 0..1."""
+    """Return transformers' preprocessor_config.json for mean and std of pixels in 0..1."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -55,7 +56,7 @@ def preprocessor(mean: Sequence[float], std: Sequence[float], size: tuple[int, i
 
 
 def are_of_pixels(mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Whether they can be those of pixels in 0..1, and not of floats in another unit."""
+    """Return whether mean and std can belong to pixels in 0..1, not to floats in another unit."""
     return all(0 <= value <= 1 for value in (*mean, *std))
 
 
@@ -65,7 +66,7 @@ def differ(told: Statistics, others: Statistics) -> bool:
 
 
 def warn_of_model(model: nn.Module, told: Statistics | None) -> list[str]:
-    """What to say where a model reads uint8 images by others than those that the checkpoint tells."""
+    """Return a warning if the mean and std of a model differ from the checkpoint's."""
     mean, std = (getattr(model, name, None) for name in ("mean", "std"))
     if told is None or not isinstance(mean, Tensor) or not isinstance(std, Tensor) or mean.is_meta or std.is_meta:
         return []
@@ -80,7 +81,8 @@ def _short(values: list[float]) -> list[float]:
 
 
 def warn_of_layout(to: str, told: Statistics | None) -> list[str]:
-    """What to say where a checkpoint's statistics are not ImageNet's and its model in the layout `to` does not hold them."""
+    """Return a warning if mean and std are not ImageNet's and the layout `to` does not store them
+    in the model."""
     if told is None or not differ(told, IMAGENET):
         return []
     values = f"mean and std of the images, {told[0]} and {told[1]}"

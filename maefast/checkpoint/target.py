@@ -1,10 +1,10 @@
-"""What a decoder was trained to predict, where a checkpoint tells it or not."""
+"""The target that a decoder was trained to predict."""
 
 from typing import Any
 
 
 def warn_of_target(checkpoint: Any, wanted: bool) -> list[str]:
-    """What to say where its decoder may have been trained on another target."""
+    """Return a warning if the decoder was or may have been trained on another target."""
     target = checkpoint.facts.norm_pix_loss
     if target is None:
         return [unknown_target(f"norm_pix_loss is {wanted}")]
@@ -14,5 +14,5 @@ def warn_of_target(checkpoint: Any, wanted: bool) -> list[str]:
 
 
 def unknown_target(taken: str) -> str:
-    why = "the official visualize files, for one, are of raw ones"
-    return f"the checkpoint does not tell whether its target was normalised pixels; {taken}; {why}"
+    why = "the official visualize files, for example, were trained on raw pixels"
+    return f"the checkpoint does not store whether its target was normalised pixels; {taken}; {why}"

@@ -1,6 +1,6 @@
-"""The command line, `maefast <command>`: arguments in, one function called, errors as one line on stderr with exit code 2.
+"""The command line, `maefast <command>`. An error is one line on stderr, with exit code 2.
 
-A module for each command; whatever a command needs beyond torch is imported when it runs.
+Each command has a module. What a command needs beyond torch is imported when it runs.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from ..train.errors import ToldByAnother, UserError, shown
 from . import ablate, convert, demo, extract, finetune, knn, linprobe, pack, partial, pretrain, reconstruct, robustness, submit
 from .parser import Parser
 
-LONGEST = 4096  # characters of an error
+LONGEST = 4096  # the most characters of an error
 
 
 class Command(Protocol):
-    """A subcommand; its flags are the names of what `run` is given."""
+    """A subcommand. The keys of `given` are the names of its flags."""
 
     HELP: str
 
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="maefast", description="Masked Autoencoder pre-training at the speed of the hardware.")
+    parser = Parser(prog="maefast", description="Masked Autoencoder pre-training with fused kernels.")
     parser.add_argument("--version", action="version", version=f"maefast {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+    """Run a command; return the exit code: 0, 2 for errors of the user, 130 if interrupted."""
     given = vars(build_parser().parse_args(argv))
     command = given.pop("command")
     try:

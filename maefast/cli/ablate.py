@@ -9,23 +9,25 @@ from ..train.pretrain.options import with_config
 from ..train.values import number, several_of, whole
 from .flags import PART, SPLITS, add_options, add_val_path, pop
 
-HELP = "compare what the paper compares, on images of your own"
+HELP = "repeat the paper's ablations on your own images"
 OF_SEVERAL_PROCESSES = ("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="labelled images in a training part and one to score")
-    parser.add_argument("--axes", type=several_of(AXES), default=list(AXES), metavar="A,..", help=f"of {', '.join(AXES)} (all)")
-    parser.add_argument("--images", type=whole(1), help="how many of DATA to pre-train on (all)")
+    parser.add_argument("data", type=Path, metavar="DATA", help="labelled images with a training split and a split to score")
+    parser.add_argument(
+        "--axes", type=several_of(AXES), default=list(AXES), metavar="A,..", help=f"axes to run, of {', '.join(AXES)} (all)"
+    )
+    parser.add_argument("--images", type=whole(1), help="number of images of DATA to pre-train on (all)")
     for name, kind, help in (
-        ("label_fraction", PART, "of each class, to learn from with labels (1)"),
-        ("probe_epochs", whole(1), "of the linear probe (90)"),
-        ("probe_blr", number(0), "its base learning rate (the best of nine on held-out images)"),
-        ("finetune_epochs", whole(1), "of fine-tuning (50)"),
-        ("finetune_blr", number(0), "its base learning rate (0.001)"),
+        ("label_fraction", PART, "fraction of each class to learn from with labels (1)"),
+        ("probe_epochs", whole(1), "epochs of the linear probe (90)"),
+        ("probe_blr", number(0), "base learning rate of the linear probe (the best of nine on held-out images)"),
+        ("finetune_epochs", whole(1), "epochs of fine-tuning (50)"),
+        ("finetune_blr", number(0), "base learning rate of fine-tuning (0.001)"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
-    parser.add_argument("--eval_split", choices=SPLITS, default="val", help="the part of DATA to score (val)")
+    parser.add_argument("--eval_split", choices=SPLITS, default="val", help="the split of DATA to score (val)")
     add_val_path(parser)
     add_options(parser, without=("data_path", "resume", "init", "key", "start_epoch", "reference", *OF_SEVERAL_PROCESSES))
 

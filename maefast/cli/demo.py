@@ -10,12 +10,14 @@ HELP = "pre-train a small MAE on real images and show what it learned"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of images to train on instead, subfolders included")
-    parser.add_argument("--output", type=Path, default="maefast-demo", metavar="DIR", help="where the results go (%(default)s)")
-    parser.add_argument("--steps", type=whole(1), help="pre-training steps of the main model; that of the photographs follows")
-    parser.add_argument("--batch_size", type=whole(1), help="images a step; the learning rate scales along")
-    parser.add_argument("--mask_ratio", type=RATIO, help="the part of the patches that is removed")
-    parser.add_argument("--seed", type=SEED, default=0, help="of weights, data order, masks and draws (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="a folder of images to train on, subfolders included (scikit-learn's images)"
+    )
+    parser.add_argument("--output", type=Path, default="maefast-demo", metavar="DIR", help="folder of the results (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), help="pre-training steps of the main model; the other model's scale with it")
+    parser.add_argument("--batch_size", type=whole(1), help="images per step; the learning rate scales with it")
+    parser.add_argument("--mask_ratio", type=RATIO, help="fraction of the patches that is removed")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of weights, data order, masks and draws (%(default)s)")
 
 
 def run(given: dict[str, Any]) -> None:

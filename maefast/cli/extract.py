@@ -12,8 +12,14 @@ HELP = "write features of images to a file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="a .npy or .parquet file")
-    choice(parser, "--split", SPLITS, "the part of DATA (all of it)")
-    choice(parser, "--kind", ("cls", "mean", "all"), "token, or tokens (%(default)s)", default="cls")
+    choice(parser, "--split", SPLITS, "the split of DATA (all of it)")
+    choice(
+        parser,
+        "--kind",
+        ("cls", "mean", "all"),
+        "class token, mean of the patch tokens, or all tokens (%(default)s)",
+        default="cls",
+    )
     add_batch_size(parser)
 
 

@@ -21,33 +21,38 @@ def choice(parser: argparse.ArgumentParser, name: str, words: tuple[str, ...], h
 
 
 def add_source(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of any layout that maefast convert reads")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of any layout that maefast convert reads"
+    )
     parser.add_argument("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
     add_key(parser)
-    help = "side of the images, or height and width, where not the checkpoint's"
+    help = "side of the images, or height and width (the checkpoint's)"
     parser.add_argument("--input_size", type=sides, metavar="S | H W", help=help)
-    parser.add_argument("--num_heads", type=whole(1), help="of the encoder, where the checkpoint does not tell")
+    parser.add_argument("--num_heads", type=whole(1), help="heads of the encoder, if the checkpoint does not store them")
     parser.add_argument(
-        "--mean", type=numbers(ANY), metavar="M,M,..", help="per channel, of pixels in 0..1, of floats in their own unit"
+        "--mean",
+        type=numbers(ANY),
+        metavar="M,M,..",
+        help="mean per channel: of uint8 pixels in 0..1, of floats in their own unit",
     )
-    parser.add_argument("--std", type=numbers(0, above=True), metavar="S,S,..", help="likewise")
+    parser.add_argument(
+        "--std", type=numbers(0, above=True), metavar="S,S,..", help="standard deviation per channel, in the unit of --mean"
+    )
     add_nodata(parser)
-    parser.add_argument("--seed", type=SEED, default=0, help="of all that is drawn (%(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of all random draws (%(default)s)")
     if moves:
         parser.add_argument("--random_init", action="store_true", help="the checkpoint's architecture with untrained weights")
         add_device(parser)
-        parser.add_argument(
-            "--crop_pct", type=PART, help="part of the largest centred box, per side (0.875 from 224 pixels on, else 1)"
-        )
+        parser.add_argument("--crop_pct", type=PART, help="scale of the centred box, per side (0.875 from 224 pixels on, else 1)")
 
 
 def add_key(parser: argparse.ArgumentParser) -> None:
-    help = "which weights to take where the checkpoint holds several: an entry, a prefix of names, or both with a dot"
+    help = "which of several models in the checkpoint to take: an entry, a prefix of names, or both joined by a dot"
     parser.add_argument("--key", help=help)
 
 
 def add_nodata(parser: argparse.ArgumentParser) -> None:
-    help = "the value of a float array that stands for a missing one, as NaN does"
+    help = "value of a float array that means missing, as NaN does"
     parser.add_argument("--nodata", type=number(ANY), metavar="V", help=help)
 
 
@@ -56,35 +61,35 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch_size", type=whole(1), default=256, help="images at a time (%(default)s)")
+    parser.add_argument("--batch_size", type=whole(1), default=256, help="images per batch (%(default)s)")
 
 
 def add_labelled(parser: argparse.ArgumentParser) -> None:
-    choice(parser, "--train_split", SPLITS, "the part of DATA to learn from (%(default)s)", default="train")
-    choice(parser, "--eval_split", SPLITS, "the part of DATA to score (%(default)s)", default="val")
+    choice(parser, "--train_split", SPLITS, "the split of DATA to learn from (%(default)s)", default="train")
+    choice(parser, "--eval_split", SPLITS, "the split of DATA to score (%(default)s)", default="val")
     add_val_path(parser)
-    parser.add_argument("--label_fraction", type=PART, default=1.0, help="of each class to learn from (%(default)s)")
+    parser.add_argument("--label_fraction", type=PART, default=1.0, help="fraction of each class to learn from (%(default)s)")
 
 
 def add_val_path(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--val_path", type=Path, metavar="PATH", help="the images to score, where they are not in DATA")
+    parser.add_argument("--val_path", type=Path, metavar="PATH", help="the images to score, if they are not in DATA")
 
 
 def add_recipe(parser: argparse.ArgumentParser, **defaults: float | None) -> None:
     for name, kind, help in (
         ("epochs", whole(1), "passes over the images"),
         ("warmup_epochs", whole(0), "epochs of linear warm-up"),
-        ("batch_size", whole(1), "images a step"),
-        ("min_lr", number(0), "where the cosine ends"),
-        ("weight_decay", number(0), "of weights with more than one dimension"),
+        ("batch_size", whole(1), "images per batch"),
+        ("min_lr", number(0), "learning rate at the end of the cosine"),
+        ("weight_decay", number(0), "weight decay of parameters with more than one dimension"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=defaults[name], help=f"{help} (%(default)s)")
     shown = "the best of nine on held-out images" if defaults["blr"] is None else "%(default)s"
-    help = f"base learning rate: lr = blr x images a step / 256 ({shown})"
+    help = f"base learning rate: lr = blr x images per step / 256 ({shown})"
     parser.add_argument("--blr", type=number(0), default=defaults["blr"], help=help)
-    parser.add_argument("--lr", type=number(0), help="learning rate, instead of --blr")
-    choice(parser, "--augment", ("none", "rrc"), "rrc: random resized crops, mirrored or not", default="none")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="for log.txt and checkpoint.pth")
+    parser.add_argument("--lr", type=number(0), help="learning rate, overrides --blr")
+    choice(parser, "--augment", ("none", "rrc"), "rrc: random resized crops, half of them mirrored", default="none")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="folder of log.txt and checkpoint.pth")
 
 
 def add_switch(parser: argparse.ArgumentParser, name: str, help: str, default: Any = None) -> None:
@@ -94,8 +99,11 @@ def add_switch(parser: argparse.ArgumentParser, name: str, help: str, default: A
 
 
 def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Add a flag for each of Options but `without`; absent from the namespace unless given, for the file of --config to say."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="options in YAML, by the names of the flags; flags win")
+    """Add a flag for each of Options but `without`. A flag that is not given is absent from the
+    namespace, since --config may set it."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file of options with the names of the flags; flags override it"
+    )
     for entry in fields(Options):
         if entry.name in without:
             continue
@@ -115,7 +123,7 @@ def pick(cls: type[T], given: Mapping[str, Any], **others: Any) -> T:
 
 
 def pop(cls: type[T], given: dict[str, Any]) -> T:
-    """Build a dataclass as `pick` does, from arguments that then leave `given`."""
+    """Build a dataclass as `pick` does, and remove its arguments from `given`."""
     return cls(**{name: given.pop(name) for name in _names(cls) if name in given})
 
 

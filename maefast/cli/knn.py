@@ -12,9 +12,9 @@ HELP = "score an encoder by its nearest neighbours"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     add_labelled(parser)
-    parser.add_argument("--k", type=whole(1), default=20, help="neighbours that vote (%(default)s)")
-    parser.add_argument("--temperature", type=PART, default=0.07, help="of the votes (%(default)s)")
-    choice(parser, "--kind", ("cls", "mean"), "class token or mean of the others (%(default)s)", default="cls")
+    parser.add_argument("--k", type=whole(1), default=20, help="number of neighbours that vote (%(default)s)")
+    parser.add_argument("--temperature", type=PART, default=0.07, help="temperature of the votes (%(default)s)")
+    choice(parser, "--kind", ("cls", "mean"), "class token or mean of the patch tokens (%(default)s)", default="cls")
     add_batch_size(parser)
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 from .flags import add_labelled, add_recipe, add_source, choice, pick
 
-HELP = "score an encoder by a linear layer on it"
+HELP = "score an encoder by a linear layer on its features"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     add_labelled(parser)
-    choice(parser, "--kind", ("cls", "mean"), "class token or mean of the others (%(default)s)", default="cls")
+    choice(parser, "--kind", ("cls", "mean"), "class token or mean of the patch tokens (%(default)s)", default="cls")
     add_recipe(parser, epochs=90, warmup_epochs=10, batch_size=512, blr=None, min_lr=0.0, weight_decay=0.0)
 
 

@@ -14,14 +14,15 @@ NEGATIVE = re.compile(r"-[\d.].*")
 
 
 def with_underscores(words: Sequence[str]) -> list[str]:
-    """Write flags as the parser knows them: --batch-size as --batch_size, up to a lone --."""
+    """Return the words with - in flags replaced by _, up to a bare --."""
     end = words.index("--") if "--" in words else len(words)
     found = [(word, FLAG.fullmatch(word)) for word in words[:end]]
     return [f"--{m[1][2:].replace('-', '_')}{m[2] or ''}" if m else word for word, m in found] + list(words[end:])
 
 
 def joined(words: Sequence[str], pairs: Sequence[str]) -> list[str]:
-    """Write a flag and a value that begins with a minus, and one of `pairs` and its height and width, as one word."""
+    """Join a flag with a value that begins with a minus, and a flag of `pairs` with its height and
+    width, to one word."""
     rest, out = list(words), list[str]()
     while rest:
         word = rest.pop(0)
@@ -36,8 +37,8 @@ def joined(words: Sequence[str], pairs: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes - and _ in flags alike. Errors are one line, without the usage, and name
-    the nearest known flag."""
+    """A parser for which - and _ in flags are the same. An error is one line, without the usage,
+    and names the nearest known flag."""
 
     def __init__(self, **options: Any):
         self.flags, self.pairs = list[str](), list[str]()

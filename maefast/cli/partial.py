@@ -10,7 +10,7 @@ HELP = "fine-tune the last blocks of an encoder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finetune.add_arguments(parser)
-    parser.add_argument("--blocks", type=number(0), required=True, help="how many of the last ones learn; 0.5: the last MLP")
+    parser.add_argument("--blocks", type=number(0), required=True, help="number of last blocks to train; 0.5: only the last MLP")
 
 
 run = finetune.run

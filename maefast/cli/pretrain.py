@@ -7,7 +7,7 @@ from typing import Any
 from ..train.pretrain.options import from_arguments
 from .flags import add_options
 
-HELP = "pre-train an MAE on images of your own"
+HELP = "pre-train an MAE on your own images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

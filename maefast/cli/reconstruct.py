@@ -7,16 +7,16 @@ from typing import Any
 from ..train.values import RATIO, whole
 from .flags import SPLITS, add_source, choice, pick
 
-HELP = "picture what a model makes of masked images"
+HELP = "draw the reconstructions of masked images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser, moves=False)
     parser.add_argument("out", type=Path, metavar="OUT", help="a .png file")
-    choice(parser, "--split", SPLITS, "the part of DATA (all of it)")
-    parser.add_argument("--decoder_num_heads", type=whole(1), help="of the decoder, where the checkpoint does not tell")
-    parser.add_argument("--mask_ratio", type=RATIO, default=0.75, help="the part of the patches that is removed (%(default)s)")
-    parser.add_argument("--count", type=whole(1), default=8, help="images (%(default)s)")
+    choice(parser, "--split", SPLITS, "the split of DATA (all of it)")
+    parser.add_argument("--decoder_num_heads", type=whole(1), help="heads of the decoder, if the checkpoint does not store them")
+    parser.add_argument("--mask_ratio", type=RATIO, default=0.75, help="fraction of the patches that is removed (%(default)s)")
+    parser.add_argument("--count", type=whole(1), default=8, help="number of images (%(default)s)")
 
 
 def run(given: dict[str, Any]) -> None:

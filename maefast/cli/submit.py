@@ -14,13 +14,13 @@ CLUSTERS = ("slurm", "local", "debug")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ngpus", type=whole(0), default=8, help="GPUs of a machine, and processes on it (%(default)s); 0: a CPU"
+        "--ngpus", type=whole(0), default=8, help="GPUs, and processes, per machine (%(default)s); 0: one process on CPUs"
     )
-    parser.add_argument("--nodes", type=whole(1), default=2, help="machines (%(default)s)")
-    parser.add_argument("--timeout", type=whole(1), default=4320, metavar="MINUTES", help="of the job (%(default)s)")
-    parser.add_argument("--job_dir", type=Path, required=True, metavar="DIR", help="for logs of the job, and the output_dir")
-    parser.add_argument("--partition", help="of the cluster")
-    parser.add_argument("--comment", help="for the scheduler")
+    parser.add_argument("--nodes", type=whole(1), default=2, help="number of machines (%(default)s)")
+    parser.add_argument("--timeout", type=whole(1), default=4320, metavar="MINUTES", help="time limit of the job (%(default)s)")
+    parser.add_argument("--job_dir", type=Path, required=True, metavar="DIR", help="folder of the job's logs, and the output_dir")
+    parser.add_argument("--partition", help="partition of the cluster")
+    parser.add_argument("--comment", help="comment for the scheduler")
     parser.add_argument(
         "--cluster", type=one_of(CLUSTERS), default="slurm", help="slurm; local: processes here; debug: in this process"
     )

@@ -1,4 +1,5 @@
-"""The error rule (DESIGN.md, section 5): a result may be off by twice what the eager reference is off by, plus one eps."""
+"""The error rule (DESIGN.md, section 5): a result may be off by twice what the eager reference is
+off by, plus one eps."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ ZERO = 1e-13  # what is all smaller in float64 is a zero, and its rounding is no
 
 
 def relative_errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Return the relative L2 error and the largest error over the largest |exact|; NaN for a NaN anywhere.
+    """Return the relative L2 error and the largest error over the largest |exact|; NaN for a NaN
+    anywhere.
 
-    Both are absolute, per element, where `exact` is zero up to the rounding of float64: of values near 1, as the tests have them.
+    Both are absolute, per element, where `exact` is zero up to the rounding of float64: of values
+    near 1, as the tests have them.
     """
     if got.numel() == 0:
         return 0.0, 0.0
@@ -28,8 +31,10 @@ def breach(got: Tensor, eager: Tensor | Sequence[Tensor], exact: Tensor) -> str 
     """Return by what `got` breaks the rule, in one phrase, or None.
 
     exact     the float64 result
-    eager     the eager reference's, on the same inputs in the same dtype; of runs that round elsewhere, the larger error
-    The error of `got` may be 2 x that of `eager` + eps of its dtype, in relative L2 and in the largest error over max|exact|.
+    eager     the eager reference's, on the same inputs in the same dtype; of runs that round
+              elsewhere, the larger error
+    The error of `got` may be 2 x that of `eager` + eps of its dtype, in relative L2 and in the
+    largest error over max|exact|.
     """
     if exact.dtype != torch.float64:
         return f"the exact result must be float64, it is {exact.dtype}"

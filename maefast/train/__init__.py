@@ -1,6 +1,7 @@
-"""Training around the model, in wings: data, pretrain, evaluate, ablation, demo. A script of one's own needs none of it.
+"""Training with the model: data, pretrain, evaluate, ablation, demo. Your own script needs none of
+it.
 
-UserError is what all of them raise for what the user can put right; scripts catch it under this name.
+All of them raise UserError for errors that the user can correct.
 """
 
 from .errors import UserError

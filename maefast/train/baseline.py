@@ -1,4 +1,5 @@
-"""The plain eager reference on the parameters of a model: the baseline that runs are compared with."""
+"""The plain eager reference on the parameters of a model: the baseline that runs are compared
+with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ from ..reference import MAEOutput, ReferenceMAE
 
 
 def reference_on(model: MAE) -> Callable[..., MAEOutput]:
-    """ReferenceMAE's forward on the parameters of `model`, called as `model` is.
+    """Return ReferenceMAE's forward on the parameters of `model`, with the arguments of `model`.
 
-    uint8 images are normalised first, in float, as a script around the official model does; `return_pred` makes no difference.
+    uint8 images are first normalised in float, as scripts around the official model do.
+    `return_pred` has no effect.
     """
     config = of_model(model).arguments() | {"mean": model.mean, "std": model.std}
     reference = ReferenceMAE(**{name: value for name, value in config.items() if name not in ("mean", "std")})
@@ -35,6 +37,7 @@ def reference_on(model: MAE) -> Callable[..., MAEOutput]:
 
 
 def normalised(images: Tensor, config: dict[str, Any]) -> Tensor:
-    """uint8 (N, C, H, W) as fp32 `(x/255 - mean)/std`, with the mean and std of a model's configuration."""
+    """Return uint8 images (N, C, H, W) as fp32 `(x/255 - mean)/std`, with a configuration's mean
+    and std."""
     mean, std = (torch.as_tensor(config[name], device=images.device).reshape(-1, 1, 1) for name in ("mean", "std"))
     return (images / 255.0 - mean) / std

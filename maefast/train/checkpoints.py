@@ -1,4 +1,5 @@
-"""The checkpoints of a run: written whole or not at all, the last few kept, the newest found."""
+"""The checkpoint files of a run: writing completely or not at all, keeping the last few,
+finding."""
 
 import argparse
 import os
@@ -94,15 +95,17 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume must be a checkpoint; {path} cannot be read: {error.strerror or error}") from error
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--resume must be a checkpoint of maefast pretrain; {path} is damaged or none: {reason}") from error
+        raise UserError(
+            f"--resume must be a checkpoint of maefast pretrain; {path} is damaged or another kind: {reason}"
+        ) from error
     if not isinstance(entries, dict) or not isinstance(entries.get("run"), dict):
-        hint = "MAE.from_pretrained takes the weights of others"
-        raise UserError(f"--resume must be a checkpoint of maefast pretrain; {path} is another one ({hint})")
+        hint = "MAE.from_pretrained loads the weights of other kinds"
+        raise UserError(f"--resume must be a checkpoint of maefast pretrain; {path} is another kind ({hint})")
     return entries
 
 
 def must_agree(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError unless the checkpoint `path` tells of the same run."""
+    """Raise UserError unless the checkpoint `path` belongs to the same run."""
     for name, value in wanted.items():
         if (other := stored.get(name)) != value:
             raise UserError(f"--resume must be a checkpoint of the same run; in {path} {name} is {other}, here it is {value}")

@@ -1,4 +1,4 @@
-"""`open_images` under a name of its own: scripts import it from here, whichever file of maefast.train.data defines it."""
+"""The stable import path of `open_images` for scripts."""
 
 from .data.open import open_images
 

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class UnreadableImage(UserError):  # noqa: N818 - like UserError's, its text is for the user
-    """One broken image: `path` names it, `why` says what is wrong with it."""
+    """An image that cannot be read: its path and the reason."""
 
     def __init__(self, path: str, why: str) -> None:
         # both as arguments, so that it pickles on its way out of a worker process
@@ -22,7 +22,8 @@ class UnreadableImage(UserError):  # noqa: N818 - like UserError's, its text is 
 
 
 def shown(text: str, most: int = 500) -> str:
-    """One line that any stream can print: control characters and lone surrogates escaped, what is beyond `most` left out."""
+    """Return one printable line: control characters and lone surrogates escaped, at most `most`
+    characters."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= most else f"{line[:most]}..."
 
@@ -33,7 +34,7 @@ class ToldByAnother(UserError):  # noqa: N818 - as above
 
 
 def require(what: str, packages: Mapping[str, str], extra: str) -> None:
-    """Raise UserError unless all of `packages`, module -> name, are installed, as `what` ("the demo
-    needs") demands."""
+    """Raise UserError, which begins with `what` ("the demo needs"), unless all of `packages`,
+    module -> name, are installed."""
     if missing := [name for module, name in packages.items() if find_spec(module) is None]:
         raise UserError(f'{what} {", ".join(missing)}: pip install "maefast[{extra}]"')

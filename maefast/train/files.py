@@ -1,4 +1,4 @@
-"""Output files: checked before the work, never half-written."""
+"""Output files, which are checked before the work and never half-written."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ __all__ = ["check_writable", "replace_file", "writing"]
 
 
 def check_writable(folder: Path, option: str = "--output") -> None:
-    """Raise UserError, naming `option`, unless `folder` can be made, or is there, and can be written. Leaves nothing behind."""
+    """Raise UserError, naming `option`, unless `folder` exists or can be created, and can be
+    written. Nothing is left behind."""
     existing = folder
     while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:
         existing = existing.parent
@@ -27,8 +28,8 @@ def check_writable(folder: Path, option: str = "--output") -> None:
 
 @contextmanager
 def writing(argument: str, path: Path) -> Iterator[None]:
-    """Raise UserError, naming `argument`, where the block cannot write `path`."""
+    """Raise UserError, naming `argument`, if the block cannot write `path`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{argument} cannot be written; {path}: {error.strerror or error}") from error
+        raise UserError(f"{argument} must be a path that can be written; {path} cannot be: {error.strerror or error}") from error

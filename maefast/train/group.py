@@ -67,7 +67,7 @@ class Group:
         return values[0]
 
     def raise_any(self, error: UserError | None) -> None:
-        """Raise an error in all processes where one of them has one."""
+        """Raise an error in all processes if one of them has one."""
         if self.world_size == 1:
             if error is not None:
                 raise error
@@ -80,8 +80,8 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that raises UserError in all processes where it does in one. The block must
-        hold no collective."""
+        """Run a block. If it raises UserError in one process, raise it in all. The block must not
+        contain a collective."""
         error = None
         try:
             yield
@@ -92,10 +92,10 @@ class Group:
 
 @contextmanager
 def connected(launch: Launch | None) -> Iterator[Group]:
-    """Connect the processes of a launch for the length of the block; those that are connected
-    already stay so.
+    """Connect the processes of a launch during the block. Processes that are connected already stay
+    connected.
 
-    Raises UserError where they cannot find each other, and where one is lost.
+    Raises UserError if they cannot reach each other, or if one is lost.
     """
     if launch is None and not (dist.is_available() and dist.is_initialized()):
         yield Group()
@@ -106,7 +106,7 @@ def connected(launch: Launch | None) -> Iterator[Group]:
     if started_here and launch is not None:
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         try:
-            # Gloo beside NCCL: what the processes agree on in each step must not wait for the GPU.
+            # Gloo beside NCCL: the agreements of each step must not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, launch.url, world_size=launch.world_size, rank=launch.rank)
         except (RuntimeError, ValueError) as error:
@@ -120,13 +120,13 @@ def connected(launch: Launch | None) -> Iterator[Group]:
             raise
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which may say why: {reason}"
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost another process, which may say why: {reason}"
         ) from error
     if started_here:
-        # What DDP keeps of the group goes first: the last to let go of it joins its threads, and
-        # those may want the interpreter.
+        # Free DDP's references to the group first: freeing the last one joins its threads, which may
+        # need the interpreter.
         gc.collect()
-        dist.barrier()  # the first process holds the store that the others still ask
+        dist.barrier()  # the first process holds the store that the others still use
         dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Launches: rank and rendezvous of each process, as mpirun, torchrun or srun sets them."""
+"""Rank and rendezvous of a process, from the variables of mpirun, torchrun or srun."""
 
 import os
 import re
@@ -9,8 +9,8 @@ from .errors import ToldByAnother, UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """The settings that a launcher gave this process; `rank` counts all processes, `local_rank`
-    those of this machine."""
+    """The settings that a launcher gave this process: `rank` among all processes, `local_rank`
+    among those of this machine."""
 
     rank: int
     world_size: int
@@ -24,11 +24,11 @@ def find_launch(
     """Read the variables of mpirun (with `dist_on_itp`), torchrun or srun, in this order; None:
     this process was started alone.
 
-    world_size    the number of processes that is expected; None: any
+    world_size    the expected number of processes; None: any
     local_rank    the rank on this machine, for launchers that set no LOCAL_RANK
     dist_url      where the processes meet; "env://" under srun: the first machine of the job step
-    Raises UserError for variables that are missing or no numbers, and for another number of
-    processes than `world_size`.
+    Raises UserError for variables that are missing or no numbers, and if the number of processes is
+    not `world_size`.
     """
     if dist_on_itp:
         rank, world, local = (_variable(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK"))
@@ -52,7 +52,7 @@ def find_launch(
 
 def _text(name: str) -> str:
     if not os.environ.get(name):
-        raise UserError(f"{name} must be set by the launcher of several processes; it is not")
+        raise UserError(f"{name} must be set by the launcher of several processes; it is empty or not set")
     return os.environ[name]
 
 

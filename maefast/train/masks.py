@@ -1,4 +1,5 @@
-"""Which patches are removed: any, blocks of them, or all but a grid (He et al. 2022, figure 6), as noise that MAE ranks."""
+"""Samplers of the removed patches: random, block, grid (He et al. 2022, figure 6). They return
+noise that MAE ranks."""
 
 import math
 
@@ -8,7 +9,7 @@ from torch import Tensor
 SAMPLERS = ("random", "block", "grid")
 # Block-wise masking as in BEiT (Bao et al. 2022, algorithm 1): 16 of 196 patches or more, an aspect of 0.3 to 1/0.3.
 LEAST_BLOCK, BLOCK_ASPECT = 16 / 196, (0.3, 1 / 0.3)
-BLOCKS = 32  # that are drawn; for 99 % of images the first 14 or fewer are enough, with up to 90 % removed
+BLOCKS = 32  # drawn per image; 14 are enough for 99 % of images, with up to 90 % removed
 
 
 def check_sampler(sampler: str, grid: tuple[int, int], len_keep: int) -> None:
@@ -22,11 +23,12 @@ def check_sampler(sampler: str, grid: tuple[int, int], len_keep: int) -> None:
 
 
 def draw_noise(sampler: str, count: int, grid: tuple[int, int], len_keep: int, generator: torch.Generator) -> Tensor:
-    """Noise (count, L) fp32 on the generator's device; the `len_keep` patches where a row is smallest are the ones to keep.
+    """Draw noise (count, L) fp32 on the generator's device. MAE keeps the `len_keep` patches of a
+    row with the smallest noise.
 
     "random"    uniform
-    "block"     removed are the patches of random blocks, the last of them cut off where enough are removed
-    "grid"      kept is one patch of each 2 x 2, the same of all of an image
+    "block"     random blocks of patches are removed; the last block is cut off when enough are
+    "grid"      one patch of each 2 x 2 is kept, the same one in all of an image
     """
     rows, cols = grid
     if sampler == "random":
@@ -39,7 +41,7 @@ def draw_noise(sampler: str, count: int, grid: tuple[int, int], len_keep: int, g
 
 
 def _blocks(count: int, rows: int, cols: int, removed: int, generator: torch.Generator) -> Tensor:
-    """Blocks of up to `removed` patches; the earlier a block, the greater the noise of its patches."""
+    """Draw blocks of up to `removed` patches. The patches of earlier blocks have greater noise."""
     device = generator.device
     area, aspect, top, left = torch.rand(4, count, BLOCKS, 1, device=device, generator=generator)
     elsewhere = torch.rand(count, rows * cols, device=device, generator=generator)  # in [0, 1), below that of any block

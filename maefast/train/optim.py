@@ -12,7 +12,8 @@ BACKENDS = ("auto", "apex", "torch")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: biases and one-dimensional parameters get no weight decay, all others get it."""
+    """Return two groups of trainable parameters: those of two or more dimensions get weight decay,
+    all others (biases, norms) do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -30,14 +31,15 @@ def adamw(
     backend: str = "auto",
     capturable: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel or a few: apex's FusedAdam where NVIDIA's apex is installed and all parameters are on CUDA, else
-    torch's AdamW(fused=True).
+    """Return a fused AdamW: apex's FusedAdam if NVIDIA's apex is installed and all parameters are
+    on CUDA, else torch's AdamW(fused=True).
 
     params      a model (its `parameter_groups`), parameters, or groups of parameters
     backend     "auto", "apex" or "torch"
-    capturable  for CUDA graphs, as `maefast.train.step.GraphedStep` needs it; of torch's AdamW alone
-    The two keep their state differently: one's state_dict does not fit the other.
-    Raises ValueError for an unknown backend, and RuntimeError with the reason where "apex" was asked for and cannot run.
+    capturable  for CUDA graphs, as `maefast.train.step.GraphedStep` needs it; only torch's AdamW
+    The state_dict of one does not fit the other.
+    Raises ValueError for an unknown backend, and RuntimeError with the reason if "apex" is forced
+    and cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; it is {backend!r}")

@@ -1,4 +1,4 @@
-"""Figures of a training, written with matplotlib."""
+"""Figures of a training, drawn with matplotlib."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,25 @@ from .. import ops
 from .files import replace_file
 from .masks import draw_noise
 
-GREY = 0.5  # of what is hidden
+GREY = 0.5  # of hidden patches
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Pictures of one model: three rows of n."""
+    """Pictures of one model, in three rows of n."""
 
     title: str
     original: Tensor  # (n, C, H, W) uint8, C 1 or 3
     masked: Tensor  # the same, removed patches grey
-    reconstruction: Tensor  # the same, removed patches as the model imagines them
+    reconstruction: Tensor  # the same, removed patches as the model predicts them
 
 
 @torch.no_grad()
 def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int, sampler: str = "random") -> Panel:
-    """The panel of `model` (a maefast.MAE) for images (n, C, H, W), uint8 or normalised floats.
+    """Return the panel of `model` (a maefast.MAE) for images (n, C, H, W), uint8 or normalised
+    floats.
 
-    Masks are drawn from `seed` by one of SAMPLERS. Of images that are neither grey nor colour the first channel is shown.
+    One of SAMPLERS draws masks from `seed`. If C is not 1 or 3, the first channel is shown.
     """
     grid, len_keep = model.patch_embed.grid_size, ops.len_keep(model.patch_embed.num_patches, mask_ratio)
     noise = draw_noise(sampler, len(images), grid, len_keep, torch.Generator().manual_seed(seed)).to(images.device)
@@ -47,7 +48,8 @@ def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: 
 
 
 def _in_grey_levels(values: Tensor, images: Tensor) -> Tensor:
-    """Floats as 0..255, from the least to the greatest value of each of `images`; missing ones white."""
+    """Scale floats to 0..255, from the least to the greatest value of each of `images`; NaN is
+    white."""
     low = images.nan_to_num(torch.inf).amin(dim=(1, 2, 3), keepdim=True)
     high = images.nan_to_num(-torch.inf).amax(dim=(1, 2, 3), keepdim=True)
     levels = (values - low) / (high - low).clamp(min=1e-12) * 255
@@ -61,7 +63,7 @@ def as_one_picture(panel: Panel) -> Tensor:
 
 
 def save_reconstructions(panels: Sequence[Panel], path: Path) -> None:
-    """All panels below each other, each with the rows original, masked and reconstruction, as a PNG."""
+    """Write a PNG of all panels, each with the rows original, masked and reconstruction."""
     from matplotlib.figure import Figure
 
     most = max(len(panel.original) for panel in panels)
@@ -81,7 +83,7 @@ def save_reconstructions(panels: Sequence[Panel], path: Path) -> None:
 
 
 def save_losses(curves: Sequence[tuple[str, Sequence[int], Sequence[float]]], path: Path) -> None:
-    """Loss against step, one axis for each (title, steps, losses), as a PNG."""
+    """Write a PNG of loss against step, with one plot for each (title, steps, losses)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(curves), 3.4), dpi=110, layout="constrained")

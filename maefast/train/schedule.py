@@ -4,10 +4,11 @@ import math
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """The learning rate of one step: a linear warm-up from 0 to `peak`, then half a cosine down to `floor`.
+    """Return the learning rate of a step: linear warm-up from 0 to `peak`, then half a cosine to
+    `floor`.
 
-    step    0 .. steps-1; the first `warmup` of them rise, `floor` would be reached at step `steps`
-    Raises ValueError when step or warmup lie outside the run.
+    step    0 .. steps; the rate rises in the first `warmup` steps and is `floor` at step `steps`
+    Raises ValueError if step or warmup lies outside 0 .. steps.
     """
     if not 0 <= warmup <= steps:
         raise ValueError(f"warmup must lie in 0..steps={steps}, it is {warmup}")

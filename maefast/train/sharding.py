@@ -1,4 +1,4 @@
-"""A model that several processes hold together: copied by DDP or sharded by FSDP, and its state_dict as a whole."""
+"""Models of several processes, copied by DDP or sharded by FSDP, and their full state_dict."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def shard_model(model: "MAE", group: Group, device: torch.device) -> None:
-    """Shard weights, gradients and optimizer state over the processes, in place (docs/distributed.md)."""
+    """Shard weights, gradients and optimizer state in place (docs/distributed.md)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -25,13 +25,13 @@ def shard_model(model: "MAE", group: Group, device: torch.device) -> None:
 
 
 def replicate(module: nn.Module) -> DistributedDataParallel:
-    """Return the module in DistributedDataParallel: after backward its gradients are the mean over the processes."""
+    """Return the module in DistributedDataParallel, which averages gradients over the processes."""
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 @contextmanager
 def no_sync(module: Any) -> Iterator[None]:
-    """Sum gradients up without exchanging them: for all batches of a step but the last."""
+    """Accumulate gradients without exchanging them, for all batches of a step but the last."""
     if isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield
@@ -50,10 +50,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def all_finite(state: Any) -> bool:
-    """Say whether all floating-point numbers in dictionaries and tuples of tensors are finite; a shard answers for itself."""
+    """Return whether all floating-point tensors in nested dicts and tuples are finite. Of a sharded
+    tensor only the local shard is checked."""
     local = (t.to_local() if hasattr(t, "to_local") else t for t in _tensors(state))
     checks = [t.isfinite().all() for t in local if t.is_floating_point()]
-    devices = {check.device for check in checks}  # one look at each
+    devices = {check.device for check in checks}  # one synchronisation each
     return all(bool(torch.stack([check for check in checks if check.device == device]).all()) for device in devices)
 
 
@@ -66,7 +67,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def full_state_dict(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state_dict with the shards of each tensor put together, on the CPU. All processes must call it."""
+    """Return a state_dict of full tensors on the CPU. All processes must call it."""
     return _mapped(state, lambda value: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value)
 
 
@@ -75,20 +76,20 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def shard_state_dict(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `state` with shards of its tensors, where `like` has sharded ones of the same name and shape."""
+    """Return `state` with its tensors sharded as those of the same name and shape in `like`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     def shards(value: Any, target: Any) -> Any:
         if not (isinstance(target, DTensor) and isinstance(value, Tensor) and value.shape == target.shape):
             return value
-        # Each process has read the whole: nothing is sent.
+        # Each process has read the full tensor: nothing is sent.
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
     return {name: shards(value, like[name]) if name in like else value for name, value in state.items()}
 
 
 def shard_optim_state_dict(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the state_dict of an optimizer with its moments sharded as their parameters are."""
+    """Return the state_dict of an optimizer with its moments sharded as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {i: shard_state_dict(entry, dict.fromkeys(entry, parameters[i])) for i, entry in state["state"].items()}
     return {**state, "state": moments}

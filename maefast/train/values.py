@@ -1,4 +1,4 @@
-"""Kinds of values that the flags of several commands take: a text in, a value or a reason out."""
+"""Parsers of flag values: each returns a value or raises argparse.ArgumentTypeError."""
 
 import argparse
 import difflib
@@ -10,7 +10,7 @@ Parse = Callable[[str], Any]
 
 
 def nearest(word: str, words: Collection[str]) -> str:
-    """ ", did you mean ...?" where one of `words` is near, all of them otherwise."""
+    """Return "did you mean ...?" with the nearest of `words`, or a list of all if none is near."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"choose from {', '.join(words)}"
 
@@ -18,7 +18,7 @@ def nearest(word: str, words: Collection[str]) -> str:
 def one_of(words: Collection[str]) -> Parse:
     def parse(text: str) -> str:
         if text not in words:
-            raise argparse.ArgumentTypeError(f"there is no {text!r}; {nearest(text, words)}")
+            raise argparse.ArgumentTypeError(f"must be a known name; it is {text!r}: {nearest(text, words)}")
         return text
 
     return parse
@@ -39,7 +39,8 @@ def whole(least: int) -> Parse:
 
 
 def number(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Parse:
-    """A finite number from `least` to `most`; `above` leaves out the least, `below` the most."""
+    """Return a parser of finite numbers from `least` to `most`; `above` excludes `least`, `below`
+    excludes `most`."""
     limits = f" more than {least:g}" if above else f", {least:g} or more"
     limits = "" if least == -math.inf else limits
     if most != math.inf:
@@ -64,10 +65,10 @@ def numbers(least: float, *, above: bool = False) -> Parse:
 
 
 def sides(text: str) -> int | tuple[int, int]:
-    """A side of a square, or height and width."""
+    """Parse the side of a square, or height and width."""
     parse_one, words = whole(1), text.replace(",", " ").strip("[]()").split()
     if not 1 <= len(words) <= 2:
-        raise argparse.ArgumentTypeError(f"must be a side, or height and width; it is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be one side, or height and width; it is {text!r}")
     height, width = map(parse_one, (words[0], words[-1]))
     return height if height == width else (height, width)
 

@@ -1,6 +1,6 @@
 """Variants of the model that the paper compares MAE with (He et al. 2022, table 1): maefast
-pretrain --mask_tokens_in_encoder and --target pca. What a variant has beyond MAE begins with
-variant_ in its state_dict; without it the rest is an MAE's."""
+pretrain --mask_tokens_in_encoder and --target pca. The tensors that a variant has beyond MAE begin
+with variant_ in its state_dict; the others are an MAE's."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -15,7 +15,7 @@ from ..model import MAE
 from .errors import UserError
 
 COEFFICIENTS = 96  # of a patch of 16 x 16 x 3 = 768 values, in the paper
-PATCHES = 1 << 16  # that the principal components are found from
+PATCHES = 1 << 16  # from which the principal components are computed
 TARGETS = ("pixel", "norm", "pca")
 
 

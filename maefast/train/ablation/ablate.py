@@ -1,5 +1,5 @@
-"""`maefast ablate`: the paper's axes on images of one's own; each row is a pre-training, a linear
-probe and fine-tuning."""
+"""`maefast ablate`: the paper's ablations on your own images. Each row is a pre-training, a linear
+probe and a fine-tuning."""
 
 import json
 import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SMALL: dict[str, Any] = {"model": "mae_vit_tiny_patch16", "input_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4}
 SMALL |= {"num_heads": 4, "decoder_embed_dim": 32, "decoder_depth": 4, "decoder_num_heads": 4}
 BUDGET: dict[str, Any] = {"epochs": 10, "warmup_epochs": 1, "batch_size": 128, "keep": 1, "pictures": 0}
-FACTORIES = {"decoder_depth": 8, "decoder_embed_dim": 512}  # of all of them
+FACTORIES = {"decoder_depth": 8, "decoder_embed_dim": 512}  # of every factory
 NO_MATTER = ("output_dir", "log_dir", "num_workers", "pin_mem", "device", "save_steps", "keep", "pictures", "resume", "rewind")
 PROBE_BATCH, TUNING_BATCH = 512, 64
 
@@ -38,12 +38,12 @@ PROBE_BATCH, TUNING_BATCH = 512, 64
 class Budget:
     """The probe and the fine-tuning of each row."""
 
-    images: int | None = None  # of the training part, to pre-train on, by the seed; None: all
-    label_fraction: float = 1.0  # of the training part, to learn from with labels
+    images: int | None = None  # of the training split, to pre-train on, drawn by the seed; None: all
+    label_fraction: float = 1.0  # of the training split, to learn from with labels
     eval_split: str = "val"
     val_path: Path | None = None
     probe_epochs: int = 90
-    probe_blr: float | None = None  # the best on held-out images
+    probe_blr: float | None = None  # None: the best on held-out images
     finetune_epochs: int = 50
     finetune_blr: float = 1e-3
 
@@ -54,15 +54,15 @@ def base_options(values: Mapping[str, Any]) -> Options:
 
 
 def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
-    """Run the rows of `axes` that base.output_dir does not hold yet; print the table, and write it
-    there as table.md and .json.
+    """Run the rows of `axes` that base.output_dir does not hold yet. Print the table, and write it
+    there as table.md and table.json.
 
-    data       the training part of base.data_path
+    data       the training split of base.data_path
     returns    the rows in the table's order: axis, value, finetune and linprobe (top-1), the last
-               loss of pre-training, the paper's value and figures; none where a signal stopped it
-    Rows go to rows.jsonl as they are done; one that was interrupted goes on from its last
-    checkpoint. Raises UserError before anything is written for images and options that do not fit
-    an axis or each other, and where the folder holds rows of other options.
+               loss of pre-training, the paper's value and figures; empty if a signal stopped it
+    Finished rows are written to rows.jsonl. An interrupted row resumes from its last checkpoint.
+    Raises UserError, before anything is written, for images and options that do not fit an axis or
+    each other, and for a folder with rows of other options.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"ablate must run as one process; WORLD_SIZE is {processes}")
@@ -70,7 +70,7 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
     for row in rows:
         _check(row, base, data.channels)
     if budget.images is not None and budget.images > len(data):
-        raise UserError(f"--images must be at most {len(data)}, all that {base.data_path} has to train on; it is {budget.images}")
+        raise UserError(f"--images must be at most {len(data)}, the images in {base.data_path}; it is {budget.images}")
     chosen = {name: getattr(budget, name) for name in ("eval_split", "val_path", "label_fraction")}
     labelled = Labelled(base.data_path, exclude=folder, **chosen)
     _, taken, evaluated = labelled.opened(data.channels, base.seed)
@@ -97,7 +97,7 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
 
 
 def _check(row: Row, base: Options, channels: int) -> None:
-    """Raise UserError unless its model can be built and its patches sampled."""
+    """Raise UserError unless the row's model can be built and its patches sampled."""
     try:
         with torch.device("meta"):
             build_model(row.options(base), channels)
@@ -121,7 +121,7 @@ def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     there = json.loads(settings.read_text())
     if differing := [name for name in plan if there.get(name) != plan[name]]:
         name = differing[0]
-        what = f"in {folder} {name} is {there.get(name)}, here it is {plan[name]}; another folder starts anew"
+        what = f"in {folder} {name} is {there.get(name)}, here it is {plan[name]}; another folder starts a new table"
         raise UserError(f"--output_dir must hold only rows of the same options; {what}")
     lines = rows.read_text().splitlines() if rows.exists() else []
     return {record["name"]: record for record in map(json.loads, lines)}
@@ -129,8 +129,8 @@ def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labels: int, budget: Budget) -> dict[str, Any] | None:
     """Return the record of a row, or None if a signal ended its pre-training. Its output goes to
-    output.txt in its folder. The probe and fine-tuning warm up for a tenth of their epochs, as
-    nearly in the paper's recipes."""
+    output.txt in its folder. The probe and fine-tuning warm up for a tenth of their epochs, nearly
+    as in the paper's recipes."""
     folder = base.output_dir / row.name
     options = replace(row.options(base), output_dir=folder, resume="auto")
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,13 +33,13 @@ class Row:
         return ",".join(f"{name}={value}" for name, value in self.changes.items()) or "default"
 
     def options(self, base: Options) -> Options:
-        # which follows from the target
+        # norm_pix_loss follows from the target
         return replace(base, **{"norm_pix_loss": False} | self.changes)
 
 
 def rows_of(axes: Sequence[str], base: Options) -> list[Row]:
-    """Return the rows of some of AXES. Depths and widths of the decoder are in proportion to base's
-    as the paper's to 8 blocks and 512, those that come out equal one row."""
+    """Return the rows of some of AXES. Depths and widths of the decoder have the same ratio to
+    those of base as in the paper to 8 blocks and a width of 512. Equal sizes give one row."""
     return [row for axis in axes for row in _distinct(axis, base)]
 
 

@@ -1,1 +1,1 @@
-"""Images: opened, decoded, cropped, ordered and split."""
+"""Reading, decoding, cropping, ordering and splitting of images."""

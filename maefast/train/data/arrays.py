@@ -1,4 +1,4 @@
-"""Files of arrays, and what belongs to them by its name: .npy, idx, JSON lists of classes."""
+"""Array files (.npy, idx) and the files beside them: labels, sizes, class names, axes."""
 
 import gzip
 import json
@@ -9,12 +9,13 @@ from typing import Any
 
 from ..errors import UserError
 
-LARGEST_UNPACKED = 768 << 20  # bytes of a packed array, which is held in memory
+LARGEST_UNPACKED = 768 << 20  # bytes of an unpacked array, which is held in memory
 MOST_AXES = 8
 
 
 def find_beside(path: Path, what: str) -> Path | None:
-    """The file that belongs to an images file by its name, None where there is none."""
+    """Return the `what` file beside an images file, such as labels.npy, or None if there is
+    none."""
     if "images" not in path.name:
         return None
     name = path.name.replace("images", what).replace("idx3", "idx1")
@@ -24,12 +25,13 @@ def find_beside(path: Path, what: str) -> Path | None:
 
 
 def read_array(path: Path) -> Any:
-    """The array in a .npy or idx file, mapped from the disk unless it is packed. Raises UserError."""
+    """Return the array in a .npy or idx file, memory-mapped unless it is packed. Raises
+    UserError."""
     from numpy.lib.format import open_memmap
 
     try:
         return open_memmap(path, mode="r") if path.suffix == ".npy" else _idx_array(path)
-    except Exception as error:  # whatever the bytes lead the parser to
+    except Exception as error:  # broken bytes may raise anything
         kind = ".npy" if path.suffix == ".npy" else "an idx file"
         why = re.sub(" at 0x[0-9a-f]+", "", " ".join(str(error).split())) or type(error).__name__
         raise UserError(f"{path} cannot be read as {kind}: {why}") from error
@@ -74,7 +76,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_classes(path: Path, count: int) -> tuple[str, ...]:
-    """The names in a JSON list."""
+    """Return the class names in a JSON list."""
     names = read_json(path)
     if not isinstance(names, list) or len(names) < count:
         raise UserError(f"{path} must hold a JSON list of {count} class names or more")

@@ -1,4 +1,4 @@
-"""Which axis of an array holds the channels."""
+"""The axis of an array that holds the channels."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from .arrays import read_json
 
 
 def axes_told(path: Path | None, shape: tuple[int, ...]) -> str | None:
-    """The axes of an array as the file beside it tells them."""
+    """Return the axes that the file beside an array states, or None without such a file."""
     if path is None:
         return None
     axes = read_json(path)
@@ -19,6 +19,7 @@ def axes_told(path: Path | None, shape: tuple[int, ...]) -> str | None:
 
 
 def likely_axes(shape: tuple[int, ...], channels: int | None, packed: bool) -> str:
+    """Guess the axes of an array from its shape; `packed`: it was written by `maefast pack`."""
     if len(shape) == 3:
         return "NHW"
     second, last = shape[1] == channels, shape[3] == channels

@@ -1,4 +1,4 @@
-"""The part of an image that a model sees: boxes, drawn by the seed, the epoch and the image's index alone."""
+"""Crops of images. A random box depends only on the seed, the epoch and the image's index."""
 
 import random
 from collections.abc import Callable
@@ -9,21 +9,22 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels o
 BoxOf = Callable[[int, int], Box]  # of (height, width)
 Size = tuple[int, int]  # height, width
 
-FIXED_CROP = 7 / 8  # of the largest fitting box, as 224 of 256 pixels
-PRETRAINING_AREA, TRAINING_AREA = 0.2, 0.08  # the least of a random resized crop (He et al. 2022, appendix A.1; with labels)
+FIXED_CROP = 7 / 8  # of the sides of the largest fitting box, as 224 of 256 pixels
+# least area of a random resized crop, without labels (He et al. 2022, appendix A.1) and with them
+PRETRAINING_AREA, TRAINING_AREA = 0.2, 0.08
 ASPECT = 3 / 4, 4 / 3
-TRIES = 10  # for a random resized crop that fits
+TRIES = 10  # to draw a random resized crop that fits
 
 
 class View(NamedTuple):
-    """How one image is looked at: the box of it, and whether it is mirrored."""
+    """The box of an image to read, and whether to mirror it."""
 
     box: BoxOf
     flip: bool = False
 
 
 def centred(height: int, width: int, size: Size, scale: float = 1.0) -> Box:
-    """The largest centred box of size's aspect, its sides times `scale`."""
+    """Return the largest centred box with the aspect of `size`, its sides times `scale`."""
     rows, cols = size
     side = min(height / rows, width / cols) * scale
     top, left = (height - side * rows) / 2, (width - side * cols) / 2
@@ -35,14 +36,14 @@ def centre_square(height: int, width: int) -> Box:
 
 
 def fixed_crop(height: int, width: int, size: Size, draw: random.Random) -> Box:
-    """A box of a fixed size at a random place."""
+    """Return a box of a fixed size at a random place."""
     left, top, right, bottom = centred(height, width, size, FIXED_CROP)
     dx, dy = draw.uniform(-left, left), draw.uniform(-top, top)
     return _within(height, width, (left + dx, top + dy, right + dx, bottom + dy))
 
 
 def resized_crop(height: int, width: int, size: Size, draw: random.Random, least_area: float = PRETRAINING_AREA) -> Box:
-    """A box of random area and aspect at a random place; the largest centred one where none fits."""
+    """Return a box of random area, aspect and place, or the largest centred box if none fits."""
     for _ in range(TRIES):
         area = height * width * draw.uniform(least_area, 1.0)
         aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** draw.random() * size[1] / size[0]
@@ -54,25 +55,29 @@ def resized_crop(height: int, width: int, size: Size, draw: random.Random, least
 
 
 def _within(height: int, width: int, box: Box) -> Box:
-    """Rounding may have put a box beyond the edges."""
+    """Cut off what rounding has put beyond the edges."""
     left, top, right, bottom = box
     return max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom)
 
 
 def still(size: Size, scale: float | None = None) -> View:
-    """The largest centred box, its sides times `scale` (None: usual_scale), of every image alike."""
+    """View the same centred box of every image; `scale` as in `centred` (None: usual_scale)."""
     return View(partial(centred, size=size, scale=usual_scale(size) if scale is None else scale))
 
 
 def usual_scale(size: Size) -> float:
-    """What of the largest centred box is looked at, per side, where nothing else is asked for: 7/8 from 224 pixels on, as 224 of
-    256 are in the official evaluation, and all of it below."""
+    """Return the default `scale` of evaluation: 7/8 from 224 pixels on, where the official code
+    crops 224 of 256 pixels, and 1 below."""
     return FIXED_CROP if min(size) >= 224 else 1.0
 
 
 def drawn(draw: random.Random, size: Size, augment: str, flip: bool, least_area: float = PRETRAINING_AREA) -> View:
-    """augment: "none" (the largest centred box), "crop" (a box of a fixed size), else one of random size and aspect.
-    flip: mirror half of the images."""
+    """Draw a view.
+
+    augment    "none" (the largest centred box), "crop" (a box of a fixed size), else a random size
+               and aspect
+    flip       mirror half of the images
+    """
     mirrored = flip and draw.random() < 0.5
     if augment == "none":
         return View(partial(centred, size=size), mirrored)

@@ -1,4 +1,4 @@
-"""Pixels as uint8 tensors: image files of any mode, and arrays, cropped and resized in one step."""
+"""Decoding of image files of any mode and of arrays to uint8, cropped and resized in one step."""
 
 import math
 import re
@@ -21,8 +21,9 @@ from .modes import MODES, converted, resized_by_bands, stored_as, with_16_bit_gr
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# A JPEG decodes at 1/2, 1/4 or 1/8 of its size while that leaves the crop at least this many times the size asked for. Half of it
-# would show: Pillow's own thumbnail() takes the same margin.
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution if the crop then still has at least this
+# many times the requested size. With a smaller margin the difference is visible; Pillow's
+# thumbnail() has the same one.
 DRAFT_MARGIN = 2
 LARGE = 1 << 25  # pixels of an image that is not held in memory twice
 
@@ -39,7 +40,8 @@ def _blamed_on(name: str) -> Iterator[None]:
 
 
 def part_of(box: BoxOf | None, height: int, width: int) -> Box:
-    """What `box` chooses of an image, all of it for None. Raises ValueError when that does not lie within the image."""
+    """Return the box of an image that `box` chooses (None: all of it). Raises ValueError unless it
+    lies within the image."""
     left, top, right, bottom = box(height, width) if box else (0, 0, width, height)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
@@ -50,11 +52,11 @@ def part_of(box: BoxOf | None, height: int, width: int) -> Box:
 
 
 def decode(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
-    """One encoded image as uint8 (channels, *size); the rules for modes, depth and transparency are in docs/data.md.
+    """Decode an image to uint8 (channels, *size), by the rules for modes in docs/data.md.
 
-    name     what errors call it
+    name     its name in errors
     file     its path, or its bytes
-    Raises UnreadableImage; metadata that cannot be read is no reason for it.
+    Raises UnreadableImage, but not for unreadable metadata.
     """
     try:
         return _decode(name, file, channels, size, box)
@@ -93,7 +95,7 @@ def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box:
     with image:
         with _blamed_on(name):
             if stored is None:
-                turned = image.format == "TIFF"  # by Pillow, as it loads; releases before 11.1 change the size only then
+                turned = image.format == "TIFF"  # Pillow turns it in load(); releases before 11.1 change the size only then
                 if turned:
                     image.load()
                 turn = TURNS[1] if turned else TURNS.get(_orientation(image), TURNS[1])
@@ -109,14 +111,14 @@ def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box:
 
 
 class Turn(NamedTuple):
-    """How the shown image comes out of the stored one: sides swapped, then mirrored."""
+    """The orientation of an image: its sides are swapped, then it is mirrored."""
 
     swap: bool
     mirror_x: bool
     mirror_y: bool
 
     def stored(self, box: Box, height: int, width: int) -> Box:
-        """Where a box of the shown (height, width) lies in the stored image."""
+        """Return a box of the upright image (height, width) in pixels of the stored image."""
         left, top, right, bottom = box
         if self.mirror_x:
             left, right = width - right, width - left
@@ -125,13 +127,13 @@ class Turn(NamedTuple):
         return (top, left, bottom, right) if self.swap else (left, top, right, bottom)
 
     def shown(self, image: Tensor) -> Tensor:
-        """(C, H, W) as stored -> as shown."""
+        """Return an image (C, H, W) upright."""
         axes = [axis for axis, mirror in ((1, self.mirror_y), (2, self.mirror_x)) if mirror]
         image = image.transpose(1, 2) if self.swap else image
         return image.flip(axes) if axes else image
 
     def turned(self, pixels: Any) -> Any:
-        """Turn an array (H, W, C) as stored to as shown."""
+        """Return an array (H, W, C) upright."""
         pixels = pixels.transpose(1, 0, 2) if self.swap else pixels
         return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
@@ -149,7 +151,7 @@ TURNS = {  # by the value of EXIF's orientation
 
 
 def _open(file: str | bytes, channels: int | None) -> Any:
-    """None for a TIFF that Pillow does not know, or would give other pixels of."""
+    """Open an image with Pillow; None for a TIFF that Pillow cannot read or would misread."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -165,14 +167,14 @@ def _open(file: str | bytes, channels: int | None) -> Any:
         image.close()
         return None
     if image.format == "TIFF" and not isinstance(file, bytes) and image.tag_v2.get(tiff.ORIENTATION, 1) > 4:
-        # Pillow maps an uncompressed file of its own into memory by the sides as shown, where it is stored by the others.
+        # Pillow memory-maps an uncompressed file with the sides swapped already; from bytes it does not.
         image.close()
         return Image.open(BytesIO(Path(file).read_bytes()))
     return image
 
 
 def _orientation(image: "Image") -> Any:
-    """EXIF's orientation; 1 for EXIF that cannot be read, since the pixels can be."""
+    """Return EXIF's orientation; 1 if the EXIF cannot be read, since the pixels still can."""
     try:
         return image.getexif().get(tiff.ORIENTATION, 1)
     except Exception:  # a parser may raise anything on broken metadata
@@ -190,7 +192,7 @@ def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
     factor = _draft(image, channels, min((bottom - top) / size[0], (right - left) / size[1]))
     box = left * factor, top * factor, min(right * factor, image.width), min(bottom * factor, image.height)
     if factor == 1 and size == (bottom - top, right - left) and left == int(left) and top == int(top):
-        # resize would multiply colours by their transparency and divide them again
+        # resize would premultiply the colours and divide them again
         image = converted(image, MODES[channels])
         return _tensor(image.crop((int(left), int(top), int(right), int(bottom))))
 
@@ -201,7 +203,8 @@ def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
 
 
 def _draft(image: Any, channels: int, reduction: float) -> float:
-    """Tell a JPEG to decode smaller, and to luminance alone where that is all; returns the scale. Others stay as they are."""
+    """Set a JPEG to decode at a lower resolution, and only luminance for one channel; return the
+    scale, which is 1 for other formats."""
     if image.format != "JPEG":
         return 1.0
     times = max(1.0, reduction / DRAFT_MARGIN)
@@ -218,7 +221,8 @@ def _tensor(image: "Image") -> Tensor:
 
 
 def channels_of(name: str, file: str | bytes) -> int:
-    """3, or the number of bands of a TIFF that is no picture; 3 for a broken file, which is to be reported when it is read."""
+    """Return the number of bands of a TIFF that is no picture, else 3. A broken file counts as 3:
+    the error is raised when it is read."""
     try:
         with _blamed_on(name):
             image = _open(file, None)
@@ -234,13 +238,13 @@ def channels_of(name: str, file: str | bytes) -> int:
 
 def _read_tiff(file: str | bytes, channels: int) -> tiff.Stored:
     if not tiff.is_tiff(file):
-        raise ValueError(f"{channels} channels can be read from TIFF alone")
+        raise ValueError(f"only a TIFF can be read with {channels} channels")
     return tiff.read_tiff(file, channels)
 
 
 def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
-    """The `part` of an array (H, W, C), uint8 or fp32, as (C, *size), bicubic and antialiased; NaN spreads to all that it is
-    weighed into."""
+    """Return the `part` of an array (H, W, C), uint8 or fp32, resized to (C, *size), bicubic and
+    antialiased. Every value that is resized from a NaN is NaN."""
     import numpy as np
 
     left, top, right, bottom = part
@@ -250,7 +254,9 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
         return torch.from_numpy(whole).permute(2, 0, 1).contiguous()
     from PIL import Image
 
-    reach = [2 * max(1.0, side / new) + 1 for side, new in ((bottom - top, out[0]), (right - left, out[1]))]  # bicubic's, and one
+    reach = [
+        2 * max(1.0, side / new) + 1 for side, new in ((bottom - top, out[0]), (right - left, out[1]))
+    ]  # bicubic's support, and one
     first_row, first_column = max(0, math.floor(top - reach[0])), max(0, math.floor(left - reach[1]))
     pixels = pixels[first_row : math.ceil(bottom + reach[0]), first_column : math.ceil(right + reach[1])]  # Pillow copies it
     part = left - first_column, top - first_row, right - first_column, bottom - first_row
@@ -260,8 +266,8 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """uint8 (..., C, H, W) of 1 or 3 channels as (..., channels, H, W), channels 1, 3 or 4: grey repeated, colours as luminance
-    (ITU-R 601-2, as Pillow rounds), nothing transparent."""
+    """Convert uint8 (..., C, H, W) of 1 or 3 channels to 1, 3 or 4: grey is repeated, colours
+    become luminance (ITU-R 601-2, rounded as by Pillow), and the fourth channel is opaque."""
     if image.shape[-3] == channels:
         return image
     if channels == 4:

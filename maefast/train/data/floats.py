@@ -1,4 +1,4 @@
-"""Images of floating-point values: in the unit of their mean and std, what is missing as NaN."""
+"""Images of floating-point values, in the unit of their mean and std; NaN is a missing value."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ class NormalisedImages(ImageDataset):
     """The images of a float data set as (x - mean)/std, fp32.
 
     mean, std   (C,)
-    fill        whether a missing value is read as the mean, instead of NaN
+    fill        whether a missing value is read as the mean instead of NaN
     """
 
     def __init__(self, images: Any, mean: Tensor, std: Tensor, fill: bool):
@@ -37,31 +37,33 @@ class NormalisedImages(ImageDataset):
 
 
 def in_unit_of(model: Any, images: Any, nodata: float | None, *, fill: bool) -> Any:
-    """The images as `model` takes them: uint8 ones as they are, floats by its mean and std.
+    """Return the images as `model` takes them: uint8 unchanged, floats normalised by its mean and
+    std.
 
-    nodata      the value that stands for a missing one in floats
-    Raises UserError where the model's mean and std cannot be those of such images.
+    nodata      the value of floats that marks a missing value
+    Raises UserError if the model's mean and std cannot belong to such images.
     """
     if images.dtype == torch.uint8:
         if nodata is not None:
-            raise UserError(f"--nodata must be given for float arrays alone; the images are uint8, and it is {nodata:g}")
+            raise UserError(f"--nodata must be given only for float arrays; the images are uint8, and it is {nodata:g}")
         for name in ("mean", "std"):
             values = getattr(model, name)
             if values is not None and not ((values >= 0) & (values <= 1)).all():
                 told = ", ".join(f"{value:g}" for value in values.tolist())
-                raise UserError(f"--{name} must be of pixels in 0..1, as the images are uint8; it is {told}")
+                raise UserError(f"--{name} must lie in 0..1 for uint8 images; it is {told}")
         return images
     if not model.statistics_given:
-        raise UserError("--mean and --std must be given for float images, in their own unit: the checkpoint does not tell them")
+        raise UserError("--mean and --std must be given for float images, in their own unit: the checkpoint does not store them")
     if nodata is not None:
         images.nodata = nodata
     return NormalisedImages(images, model.mean, model.std, fill)
 
 
 def fill_missing(images: Tensor, patch_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) with 0, the mean, for each NaN, and weights (N, L) of their patches.
+    """Return images (N, C, H, W) with 0, which is the mean, for each NaN, and weights (N, L).
 
-    A patch with a missing value has weight 0, every other one 1; the weights are None where no value is missing.
+    A patch with a missing value has weight 0, every other patch 1. The weights are None if no value
+    is missing.
     """
     missing = images.isnan() if images.dtype.is_floating_point else None
     if missing is None or not missing.any():

@@ -1,4 +1,4 @@
-"""What lies below a folder: its images, the parts of a data set, and what is left out of it with the reason."""
+"""The images below a folder, its splits, and the files that are left out, with the reason."""
 
 import os
 import re
@@ -8,45 +8,50 @@ from pathlib import Path
 
 from ..errors import UserError
 
-# Of the formats that Pillow reads, those of pictures; a build of Pillow may lack some (.avif, .jp2, .webp).
+# The picture formats that Pillow reads; a build of Pillow may lack some (.avif, .jp2, .webp).
 EXTENSIONS = frozenset((
     ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".icb", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc",
     ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm",
     ".ppm", ".qoi", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp",
 ))  # fmt: skip
 COMMON = ".bmp .gif .jpeg .jpg .png .tif .webp, and others that Pillow reads"
-OF_A_RUN = {"log.txt", "reconstructions"}  # what the folder of a pre-training has beside its checkpoints
+OF_A_RUN = {"log.txt", "reconstructions"}  # files of a pre-training run beside its checkpoints
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def readable_extensions() -> frozenset[str]:
-    """EXTENSIONS that the installed Pillow opens, all of them where it is not installed."""
+    """Return the EXTENSIONS that the installed Pillow opens; all of them if it is not installed."""
     try:
         from PIL import Image
     except ImportError:
         return EXTENSIONS
-    known = Image.registered_extensions()  # which loads the formats
+    known = Image.registered_extensions()  # this loads the formats
     return EXTENSIONS & {extension for extension, kind in known.items() if kind in Image.OPEN} | {".tif", ".tiff"}
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder of this name may hold."""
+    """Return the split that a folder of this name may hold, or None."""
     return next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), None)
 
 
 def split_of_shard(name: str) -> str | None:
-    """The split that a word of a shard's name tells, as in imagenet-train-000.tar; None without one. Raises UserError for two."""
+    """Return the split in the name of a shard such as imagenet-train-000.tar, or None if there is
+    none.
+
+    Raises UserError for two splits.
+    """
     splits = {split for word in re.split("[^a-z]+", name.lower()) if (split := split_of(word))}
     if len(splits) > 1:
-        raise UserError(f"{name} must be named after one part; it has the words of {' and '.join(sorted(splits))}")
+        raise UserError(f"{name} must be named after one split; its name has the words of {' and '.join(sorted(splits))}")
     return next(iter(splits), None)
 
 
 def walk(root: Path, exclude: Path | None, left_out: Counter[str]) -> Iterator[Path]:
-    """Image files below `root`, in any order. A linked folder is walked unless it leads back to a folder that it lies in.
+    """Yield the image files below `root`, in any order. Linked folders are followed, except into a
+    folder that they lie in.
 
-    exclude   the folder or file that is left out; no matter where `root` lies in it
-    left_out  grows by the files that are no images, by reason
+    exclude   a folder or file to leave out; ignored if `root` lies within it
+    left_out  counts the files left out, by reason; it is updated
     Raises UserError for a folder that cannot be read.
     """
     extensions, excluded = readable_extensions(), exclude and exclude.resolve()
@@ -85,18 +90,18 @@ def walk(root: Path, exclude: Path | None, left_out: Counter[str]) -> Iterator[P
 
 
 def find_images(root: Path, exclude: Path | None = None, left_out: Counter[str] | None = None) -> list[Path]:
-    """Image files below `root` by extension, sorted; the rest joins `left_out`, as `walk` says.
+    """Return the image files below `root`, sorted. `exclude` and `left_out` are those of `walk`.
 
-    Raises UserError when `root` is no readable folder, is `exclude`, or holds no image.
+    Raises UserError if `root` is not a readable folder, is `exclude`, or holds no image.
     """
     if not root.is_dir():
-        raise UserError(f"{root} must be a folder of images; it is {'a file' if root.exists() else 'not there'}")
+        raise UserError(f"{root} must be a folder of images; it {'is a file' if root.exists() else 'does not exist'}")
     if exclude is not None and root.resolve() == exclude.resolve():
-        raise UserError(f"{root} must not be the folder of the output too, whose pictures would be taken for images")
+        raise UserError(f"{root} must not be the output folder as well: its pictures would be read as images")
     found = sorted(walk(root, exclude, left_out := Counter[str]() if left_out is None else left_out))
     if not found:
         passed_over = f"; left out: {listed(left_out)}" if left_out else ""
-        raise UserError(f"{root} must hold images ({COMMON}); there is none below it{passed_over}")
+        raise UserError(f"{root} must hold images ({COMMON}); it holds none{passed_over}")
     return found
 
 
@@ -109,9 +114,10 @@ def holds_images(folder: Path, exclude: Path | None = None) -> bool:
 
 
 def split_folders(path: Path, exclude: Path | None = None) -> dict[str, Path]:
-    """The folder of each part of a data set, {} where `path` has none, or where a folder of such a name is a class among others.
+    """Return the folder of each split. It is {} if `path` has no splits, or if a folder with such a
+    name is one class among others.
 
-    Raises UserError where it may be either.
+    Raises UserError if both are possible.
     """
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if exclude is not None:
@@ -120,8 +126,8 @@ def split_folders(path: Path, exclude: Path | None = None) -> dict[str, Path]:
     named = [folder for folder in folders if split_of(folder.name)]
     parts = {split_of(folder.name) or "": folder for folder in named}
     if len(parts) < len(named):
-        raise UserError(f"{path} must have one folder for each part; it has {', '.join(folder.name for folder in named)}")
-    with_images = [folder for folder in named if holds_images(folder, exclude)]  # others hold lists, shards or arrays
+        raise UserError(f"{path} must have one folder for each split; it has {', '.join(folder.name for folder in named)}")
+    with_images = [folder for folder in named if holds_images(folder, exclude)]  # the others hold lists, shards or arrays
     others = [f for f in folders if not split_of(f.name) and holds_images(f, exclude)] if with_images else []
     if others and len(named) == 1 and not any(f.is_dir() and holds_images(f, exclude) for f in named[0].iterdir()):
         return {}
@@ -131,9 +137,9 @@ def split_folders(path: Path, exclude: Path | None = None) -> dict[str, Path]:
 
 
 def ambiguous(path: Path, named: list[Path], others: list[Path]) -> UserError:
-    """The refusal of a folder that may hold parts or classes."""
+    """Return the error for a folder whose subfolders may be splits or classes."""
     parts, rest = (", ".join(folder.name for folder in each[:5]) for each in (named, others))
     return UserError(
-        f"{path} can be read in two ways: as the parts {parts}, beside which {rest} would be left out, or as classes, {parts} "
-        f"and {rest}; give the folder of a part, such as {named[0]}, or move one of them away"
+        f"{path} can be read in two ways: as the splits {parts}, where {rest} would be left out, or as the classes {parts} "
+        f"and {rest}; give the folder of a split, such as {named[0]}, or move one of them away"
     )

@@ -1,4 +1,4 @@
-"""Labelled images: two parts of a data set, read in batches by threads, ahead of their use."""
+"""Labelled images: two splits of a data set, read in batches by threads, ahead of their use."""
 
 import os
 from collections import deque
@@ -28,10 +28,10 @@ TASK = 32  # images that a thread reads at a time
 def read_batches(
     images: ImageDataset | Any, batches: Sequence[Tensor], size: Size, view: View | Callable[[int], View]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (n, C, *size) uint8 and labels (n,) int64 of each batch of indices.
+    """Yield images (n, C, *size) uint8 and labels (n,) int64 of each batch of indices.
 
-    view    of all images, or of the one with an index
-    Raises UserError (the data set's UnreadableImage) for a broken file: a score that leaves images out is of another data set.
+    view    the view of all images, or a function from the index of an image to its view
+    Raises UnreadableImage for a broken file: a score without it would be that of another data set.
     """
     waiting = deque[tuple[Tensor, list[Future[Tensor]]]]()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -64,57 +64,58 @@ def _collected(images: Any, ids: Tensor, futures: list[Future[Tensor]]) -> tuple
 
 @dataclass(frozen=True)
 class Labelled:
-    """A labelled data set in two parts, and how its images are looked at.
+    """A labelled data set of two splits, and the view of its images.
 
-    data        both parts, or the one to learn from where there is a val_path; a file is one part as a whole
-    val_path    the images to score: the eval_split of a folder that has parts, all that is there otherwise
-    exclude     what a run writes, which is left out where it lies in them
+    data        a folder with both splits, or the images to learn from if val_path is given
+    val_path    the images to score: the eval_split of a folder with splits, otherwise all of them
+    exclude     the output of a run, which is left out of the images
     """
 
     data: Path
     train_split: str = "train"
     eval_split: str = "val"
-    label_fraction: float = 1.0  # of each class of the first part, by the seed
+    label_fraction: float = 1.0  # of each class of train_split, drawn by the seed
     crop_pct: float | None = None  # of the largest centred box, per side; None: crops.usual_scale
     augment: str = "none"
     val_path: Path | None = None
     exclude: Path | None = None
 
     def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
-        """The data set to learn from, the indices of the images in it to take, and the one to score. Raises UserError."""
+        """Return the data set to learn from, the indices of its images to use, and the data set to
+        score. Raises UserError."""
         whole = Path(self.data).is_file()
         train = open_images(self.data, None if whole else self.train_split, channels, self.exclude)
         if self.val_path is not None:
             evaluated, place = open_part(self.val_path, self.eval_split, channels, self.exclude), str(self.val_path)
         elif whole:
-            raise UserError(f"--val_path must give the images to score where DATA is one file; DATA is {self.data}")
+            raise UserError(f"--val_path must be given if DATA is one file, for the images to score; DATA is {self.data}")
         else:
             evaluated = open_images(self.data, self.eval_split, channels, self.exclude)
-            place = f"the {self.eval_split} part of {self.data}"
+            place = f"the {self.eval_split} split of {self.data}"
         count = len(evaluated.classes)
-        if train.classes[:count] == evaluated.classes == tuple(map(str, range(count))):  # numbers, up to the greatest there
+        if train.classes[:count] == evaluated.classes == tuple(map(str, range(count))):  # numbers up to the greatest one
             evaluated.classes = train.classes
-        for images, name in ((train, f"the {self.train_split} part of {self.data}"), (evaluated, place)):
+        for images, name in ((train, f"the {self.train_split} split of {self.data}"), (evaluated, place)):
             if len(images.classes) < 2:
                 raise UserError(f"DATA must have two classes or more; {name} has {len(images.classes)}")
             if missing := int((images.labels < 0).sum()):
-                raise UserError(f"DATA must have a label for every image; in {name} {missing} of {len(images)} images have none")
+                raise UserError(f"DATA must have a label for every image; {missing} of {len(images)} images in {name} have none")
         if train.classes != evaluated.classes:
-            parts = f"the {self.train_split} and {self.eval_split} parts of {self.data}"
+            parts = f"the {self.train_split} and {self.eval_split} splits of {self.data}"
             if self.val_path is not None:
                 parts = f"{self.data} and {self.val_path}"
-            raise UserError(f"DATA must have the same classes in both parts; {parts} have others")
+            raise UserError(f"DATA must have the same classes in both splits; {parts} have different ones")
         taken = torch.arange(len(train))
         if self.label_fraction < 1:
             _, taken = stratified_split(train.labels, self.label_fraction, seed)
             if len(train.labels[taken].unique()) < len(train.labels.unique()):
                 fraction = self.label_fraction
-                raise UserError(f"--label_fraction must leave an image of each class in {self.data}; {fraction:g} does not")
+                raise UserError(f"--label_fraction must keep an image of each class in {self.data}; {fraction:g} does not")
         return train, taken, evaluated
 
 
 class Chosen:
-    """Some images of a data set, by their indices."""
+    """A subset of a data set, by indices."""
 
     def __init__(self, images: Any, ids: Tensor):
         self.images, self.ids = images, ids
@@ -137,7 +138,7 @@ def reading(images: Any, size: Size, view: Callable[[int], View | Callable[[int]
 
 
 def augmented(images: Chosen, size: Size, seed: int) -> Batches:
-    """A random box of each image, mirrored half of the time, anew in each epoch."""
+    """Read a random box of each image, mirrored half of the time, drawn again in each epoch."""
 
     def view(epoch: int, index: int) -> View:
         return drawn(draw_of(seed, epoch, index), size, "rrc", True, TRAINING_AREA)

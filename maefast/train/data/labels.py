@@ -1,23 +1,24 @@
-"""What labels mean: numbers of classes, ids that are too great for that, or names."""
+"""Labels from indices of classes, from ids, or from names."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-MOST_CLASSES = 1_000_000  # numbers from here on are ids, such as dates or taxa: a model has an output for each class
+MOST_CLASSES = 1_000_000  # greater numbers are ids, such as dates: a model has an output per class
 
 
 def named(names: Sequence[str | None]) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels by the alphabetical order of names, -1 for None, and the names."""
+    """Return labels by the alphabetical order of names, -1 for None, and the sorted names."""
     return _indexed(names, tuple(sorted({name for name in names if name is not None})))
 
 
 def numbered(numbers: Sequence[int]) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels from the numbers of classes, 0 or more, -1 for none, and the classes' names.
+    """Return labels and class names from numbers, each 0 or more, or -1 for no label.
 
-    Numbers stay as they are, and all up to the greatest are classes. Where that one is MOST_CLASSES or more, all are ids: classes
-    are those that occur, in the order of the numbers.
+    A number is the index of its class, and all numbers up to the greatest are classes. If the
+    greatest is MOST_CLASSES or more, the numbers are ids; the classes are the ids that occur, in
+    numerical order.
     """
     greatest = max(numbers, default=-1)
     if greatest < MOST_CLASSES:

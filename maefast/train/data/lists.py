@@ -17,10 +17,11 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", re.IGNOR
 
 
 def listed_images(path: Path, channels: int | None) -> FileImages:
-    """A line is `path` or `path label`; a line that ends as an image's name has no label.
+    """Return the images of a list. A line is `path` or `path label`; a line that ends like the name
+    of an image has no label.
 
-    Paths are relative to the list's folder, or to the folder of the list's name beside it: val/ for val.txt. Labels are all
-    numbers of classes, as `labels.numbered` takes them, or all names; -1 is no label beside either.
+    Paths are relative to the list's folder, or to the folder of its name, such as val/ for val.txt.
+    Labels are all numbers (`labels.numbered`) or all names; -1 means no label in both cases.
     """
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
@@ -28,7 +29,7 @@ def listed_images(path: Path, channels: int | None) -> FileImages:
         raise UserError(f"{path} cannot be read: {error}") from error
     rows = {number: _list_row(line) for number, line in enumerate(lines, 1) if line}
     if not rows:
-        raise UserError(f"{path} must list images, one a line; it is empty")
+        raise UserError(f"{path} must list images, one per line; it is empty")
     files = _found(path, [name for name, _ in rows.values()])
     labels, classes = _labels(path, {number: label for number, (_, label) in rows.items()})
     images = FileImages(files, labels, classes, channels)
@@ -42,24 +43,25 @@ def _list_row(line: str) -> tuple[str, str | None]:
 
 
 def _found(path: Path, names: Sequence[str]) -> list[str]:
-    """The files of these names. Raises UserError unless all are there."""
+    """Return the files of these names. Raises UserError unless all exist."""
     files = [str(path.parent / name) for name in names]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         below = [str(path.with_suffix("") / name) for name in names]
         if not all(map(os.path.isfile, below)):
-            raise UserError(f"{path} lists {len(missing)} of {len(files)} files that are not there; the first is {missing[0]}")
+            raise UserError(f"{path} must list files that exist; {len(missing)} of {len(files)} do not, such as {missing[0]}")
         return below
     return files
 
 
 def _labels(path: Path, texts: dict[int, str | None]) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels and classes from the texts of lines. Raises UserError for numbers of no class, and for names among numbers."""
+    """Return labels and classes from the texts of lines. Raises UserError for a number that is no
+    class, and for names among numbers."""
     given = {line: text for line, text in texts.items() if text not in (None, "-1")}
     numbers = {line: text for line, text in given.items() if text is not None and NUMBER.fullmatch(text)}
     for line, text in numbers.items():
         if not text.isdigit() or len(text) > MOST_DIGITS:
-            what = "a name, a whole number, 0 or more, or -1 for none"
+            what = "names, whole numbers from 0 on, or -1 for no label"
             raise UserError(f"{path} must have labels that are {what}; in line {line} it is {text[: MOST_DIGITS + 1]!r}")
     if not numbers:
         return named([None if text == "-1" else text for text in texts.values()])

@@ -1,17 +1,22 @@
-"""PNG and JPEG files without the metadata that pixels do not need: some decoders give up on metadata that they cannot read."""
+"""PNG and JPEG files without needless metadata, since some decoders fail on broken metadata."""
 
 import zlib
 from collections.abc import Iterator
 
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-SOS = 0xDA  # a JPEG's pixels follow
+SOS = 0xDA  # start of scan: a JPEG's pixels follow
 NEEDED_CHUNKS = frozenset((b"tRNS", b"eXIf"))  # beside the critical ones
-NEEDED_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xE1: (b"Exif\0\0", 6), 0xEE: (b"Adobe", 12)}  # how each begins, its least length
+NEEDED_SEGMENTS = {
+    0xE0: (b"JFIF\0", 14),
+    0xE1: (b"Exif\0\0", 6),
+    0xEE: (b"Adobe", 12),
+}  # marker -> how it begins, its least length
 OTHER_SEGMENTS = frozenset((*range(0xE0, 0xF0), 0xFE))  # APP0 to APP15, comments
 
 
 def without_metadata(content: bytes) -> bytes | None:
-    """Return the image with only its pixels and orientation; None for other formats, and where there is nothing to leave out."""
+    """Return the image with only its pixels and orientation. None: another format, or nothing to
+    remove."""
     if content.startswith(PNG_MAGIC):
         bare = PNG_MAGIC + b"".join(_chunks(content))
     elif content.startswith(JPEG_MAGIC):
@@ -22,7 +27,7 @@ def without_metadata(content: bytes) -> bytes | None:
 
 
 def _chunks(content: bytes) -> Iterator[bytes]:
-    """The chunks of a PNG; those that are not critical leave if they are not needed or damaged."""
+    """Yield the chunks of a PNG, without ancillary ones that are not needed or are damaged."""
     at = len(PNG_MAGIC)
     while at + 12 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
@@ -35,7 +40,7 @@ def _chunks(content: bytes) -> Iterator[bytes]:
 
 
 def _segments(content: bytes) -> Iterator[bytes]:
-    """The segments of a JPEG after its first marker, up to the pixels, then the rest as it is."""
+    """Yield the needed segments of a JPEG after its first marker, then its pixels unchanged."""
     at = 2
     while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] != SOS:
         marker, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")

@@ -1,4 +1,4 @@
-"""What the pixels of an image mean: every mode of Pillow as grey, colours, or colours with transparency, of 8 bits."""
+"""Conversion of every Pillow mode to 8-bit grey, colours, or colours with transparency."""
 
 import math
 import zlib
@@ -15,12 +15,12 @@ HIGH_DEPTH_MODES = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
 OTHER_COLOURS = frozenset(("CMYK", "YCbCr", "HSV"))
 CHUNK = 1 << 20  # pixels that are converted at a time
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF
-# By what stored_as says of a PNG: what makes a transparent value of the file one of Pillow's pixels.
+# stored_as of a PNG -> conversion of its transparent value to the value of Pillow's pixels.
 TRANSPARENT_VALUE = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
 
 
 def converted(image: "Image", mode: str) -> "Image":
-    """An image of any mode in one of MODES; the rules are in docs/data.md."""
+    """Convert an image of any mode to one of MODES; the rules are in docs/data.md."""
     return _colours(_in_8_bits(image), mode)
 
 
@@ -68,7 +68,7 @@ def resized_by_bands(image: "Image", mode: str, resize: Callable[["Image"], "Ima
 
 
 def _stretched_grey(image: "Image") -> "Image":
-    """Grey of more than 8 bits in 8, with its transparency."""
+    """Convert grey of more than 8 bits, with its transparency, to 8 bits."""
     import numpy as np
     from PIL import Image
 
@@ -97,27 +97,28 @@ def _from_lab(image: "Image") -> "Image":
 
     profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
     colours = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-    assert colours is not None  # which is for those that change in place
+    assert colours is not None  # it is None only for changes in place
     return colours
 
 
 def stored_as(image: Any) -> str:
-    """Pillow's name for how a file that has not been decoded yet holds its pixels; empty where it does not say."""
+    """Return Pillow's raw mode of an image that is not decoded yet; empty if it states none."""
     stored = image.tile[0][3] if getattr(image, "tile", None) else ""
     stored = stored[0] if isinstance(stored, tuple) and stored else stored
     return stored if isinstance(stored, str) else ""
 
 
 def with_16_bit_grey(image: "Image", file: str | bytes) -> "Image":
-    """A PNG of 16-bit grey with transparency, of which Pillow would keep the upper eight bits, stretched as other grey is; any
-    other image as it is."""
+    """Return a PNG of 16-bit grey with transparency stretched as other grey; Pillow would keep only
+    its upper eight bits. Any other image is returned unchanged."""
     import numpy as np
     from PIL import Image
 
     if image.format != "PNG" or getattr(image, "stored_as", "") != "LA;16B":
         return image
     content = file if isinstance(file, bytes) else Path(file).read_bytes()
-    # Two values of 16 bits take the room of four of 8: under a header that says so Pillow decodes the bytes as they are.
+    # Two 16-bit values have the size of four 8-bit ones. With a header for RGBA of 8 bits, Pillow
+    # decodes the bytes unchanged.
     header = content[12:24] + bytes((8, 6)) + content[26:29]
     content = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
     with Image.open(BytesIO(content)) as halves:
@@ -128,8 +129,8 @@ def with_16_bit_grey(image: "Image", file: str | bytes) -> "Image":
 
 
 def stretched(values: Any, inverted: bool = False) -> Any:
-    """Return an array of any real dtype as uint8, its least value at 0 and its greatest at 255, or
-    the other way round; NaN at 0.
+    """Stretch an array of any real dtype to uint8: the least value to 0, the greatest to 255, or the
+    other way round; NaN to 0.
 
     Raises ValueError for infinities and complex values.
     """

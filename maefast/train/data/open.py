@@ -1,4 +1,4 @@
-"""Images of one's own for training: `open_images` finds out what is at a path."""
+"""Data sets of images: `open_images` detects the kind of data at a path."""
 
 import sys
 from collections import Counter, defaultdict
@@ -30,15 +30,17 @@ IDX_NAMES = {"train": "train", "val": "t10k", "test": "t10k"}
 def open_images(
     path: str | Path, split: str | None = None, channels: int | None = None, exclude: Path | None = None
 ) -> ImageDataset:
-    """The images at `path`, of any kind that docs/data.md lists: folders, lists, tar shards, .npy, idx.
+    """Open the images at `path`: a folder, list, tar shards, .npy or idx (docs/data.md).
 
-    split     "train", "val" or "test": that subfolder, the list or shards named so, or MNIST's pair of files; "train" is `path`
-              itself where nothing there is split. None: all of a folder, the training pair of MNIST's files.
-    channels  of the images that are read: 1 and 3 convert, others need as many in the file. None: what an array has; 3 for files,
-              or what the first one has if it is a TIFF of more than four.
-    exclude   a folder or file below `path` that is left out: what a run writes
-    Raises UserError when there is nothing to read, when a folder can be read in two ways, and for lists, shards and arrays that
-    are broken as a whole.
+    split     "train", "val" or "test": the subfolder, list, shards or MNIST files of that name;
+              "train" is `path` itself if nothing there is named after a split. None: all of a
+              folder, or MNIST's training files
+    channels  of the images that are read; images convert to 1, 3 or 4, any other number must be
+              that of the file. None: an array's own number; 3 for files, or the number of bands if
+              the first file is a TIFF of bands
+    exclude   a folder or file below `path` to leave out, such as the output of a run
+    Raises UserError if there is nothing to read, if a folder can be read in two ways, and for a
+    broken list, shard or array.
     """
     if split is not None and split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FOLDERS)}; it is {split!r}")
@@ -46,30 +48,31 @@ def open_images(
         raise ValueError(f"channels must be 1 or more; it is {channels!r}")
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} is not there")
+        raise UserError(f"{path} does not exist")
     root = path if split is None else _part(path, split, exclude)
     images, chosen = _opened(path, root, split, channels, exclude)
     what = f"split {split}" if chosen or root != path else "all of it"
     images.source = f"{root} ({images.kind}, {what})"
     if root != path and root.is_dir() and (beside := sum(1 for _ in _image_files(path, exclude))):
-        images.left_out["beside the parts"] += beside
+        images.left_out["beside the splits"] += beside
     return images
 
 
 def open_part(path: Path, split: str, channels: int | None, exclude: Path | None = None) -> ImageDataset:
-    """`open_images` of a split where `path` is a folder that has some, of all that is there otherwise."""
+    """Open a split of `path` if it is a folder with splits, otherwise all of it."""
     return open_images(path, split if path.is_dir() and _parts(path, exclude) else None, channels, exclude)
 
 
 def tell(*opened: ImageDataset) -> None:
-    """Print a line on stderr for each data set, which says what was opened."""
+    """Print a line about each opened data set to stderr."""
     for images in opened:
-        if isinstance(images, ImageDataset):  # other objects with its methods are taken too
+        if isinstance(images, ImageDataset):  # other objects with its methods are allowed
             print(images.described(), file=sys.stderr, flush=True)
 
 
 def _opened(path: Path, root: Path, split: str | None, channels: int | None, exclude: Path | None) -> tuple[ImageDataset, bool]:
-    """The images at `root`, which is `path` or a part of it, and whether they are those of `split` among others there."""
+    """Return the images at `root`, which is `path` or a split of it, and whether `split` chose them
+    among others there."""
     split = split if root == path else None
     if root.is_dir():
         left_out = Counter[str]()
@@ -84,7 +87,7 @@ def _opened(path: Path, root: Path, split: str | None, channels: int | None, exc
         found = [f"{kind} ({example})" for kind, example in kinds.items() if example]
         if len(found) > 1:
             raise UserError(
-                f"{root} can be read in two ways: {found[0]} or {found[1]} that lie beside; give the path of one, or move one"
+                f"{root} can be read in two ways: {found[0]} or {found[1]}; give the path of one, or move the other away"
             )
         if idx:
             return ArrayImages(idx, channels), split is not None
@@ -120,14 +123,15 @@ def _lists(folder: Path) -> list[Path]:
 
 
 def _image_files(folder: Path, exclude: Path | None) -> list[Path]:
-    """Image files in the folder itself."""
+    """Return the image files directly in a folder."""
     extensions = readable_extensions()
     files = (file for file in folder.iterdir() if file.suffix.lower() in extensions and not file.name.startswith("."))
     return [file for file in files if file.is_file() and file != exclude]
 
 
 def _parts(path: Path, exclude: Path | None) -> dict[str, list[Path]]:
-    """Where each part of a folder lies: its subfolder, its list, its first shard, its idx file. Raises UserError."""
+    """Return the places of each split of a folder: its subfolder, list, first shard and idx file.
+    Raises UserError."""
     parts = defaultdict[str, list[Path]](list)
     for name, folder in split_folders(path, exclude).items():
         parts[name].append(folder)
@@ -141,11 +145,12 @@ def _parts(path: Path, exclude: Path | None) -> dict[str, list[Path]]:
 
 
 def _part(path: Path, split: str, exclude: Path | None) -> Path:
-    """Where a split lies, `path` itself for "train" where nothing there is split. Raises UserError."""
+    """Return the place of a split; `path` itself for "train" if it has no splits. Raises
+    UserError."""
     if not path.is_dir() and split == "train":
         return path
     names = SPLIT_FOLDERS[split]
-    missing = f"{path} has no part for {split!r}: a folder {' or '.join(names)}"
+    missing = f"{path} has no {split!r} split, such as a folder {' or '.join(names)}"
     if not path.is_dir():
         raise UserError(missing)
     here = [folder for folder in path.iterdir() if folder.is_dir() and split_of(folder.name) == split]
@@ -156,40 +161,42 @@ def _part(path: Path, split: str, exclude: Path | None) -> Path:
     if places := parts.get(split):
         if len(places) > 1:
             ways = " or ".join(map(str, places))
-            raise UserError(f"{path} can be read in two ways: its part for {split!r} may be {ways}; give the path of one")
+            raise UserError(f"{path} can be read in two ways: its {split!r} split may be {ways}; give the path of one")
         return places[0] if places[0].is_dir() or places[0].suffix in LISTS else path
     if split == "train" and not parts:
         return path
     if here:
         raise ambiguous(path, here, sorted(folder for folder in path.iterdir() if folder.is_dir() and folder != here[0]))
     of_shards = [place.name for place in chain(*parts.values()) if place.suffix == ".tar"]
-    raise UserError(f"{missing}; its shards are of others, such as {of_shards[0]}" if of_shards else missing)
+    raise UserError(f"{missing}; its shards belong to other splits, such as {of_shards[0]}" if of_shards else missing)
 
 
 def _shards_of(
     root: Path, shards: list[Path], split: str | None, channels: int | None, left_out: Counter[str]
 ) -> tuple[TarImages, bool]:
-    """Shards of a folder; of a split, where their names tell one."""
+    """Return the shards of a folder, or of a split if their names contain splits, and whether they
+    do."""
     splits = [None if split is None else split_of_shard(shard.name) for shard in shards]
     named = any(splits)
     if named and None in splits:
         unnamed = shards[splits.index(None)].name
         raise UserError(
-            f"{root} can be read in two ways: the names of some shards tell their part, others, such as {unnamed}, do not: they "
-            f"may belong to {split!r} or not"
+            f"{root} can be read in two ways: the names of some shards contain a split, others, such as {unnamed}, do not and "
+            f"may or may not belong to {split!r}"
         )
     chosen = [shard for shard, its in zip(shards, splits, strict=True) if its == split or not named]
     images = TarImages(chosen, channels)
     images.left_out += left_out
     if others := len(shards) - len(chosen):
-        images.left_out["shards of other parts"] += others
+        images.left_out["shards of other splits"] += others
     return images, named
 
 
 def folder_images(root: Path, channels: int | None = None, exclude: Path | None = None, *, is_part: bool = False) -> FileImages:
-    """The images below a folder. The class of one is the first folder on its way, below those of the parts of a data set.
+    """Open the images below a folder. The class of an image is the first folder of its path, below
+    the folders of splits.
 
-    is_part    `root` is such a part itself, so that all folders in it are classes
+    is_part    `root` is the folder of a split, so that all folders in it are classes
     """
     left_out = Counter[str]()
     paths = find_images(root, exclude, left_out)

@@ -1,8 +1,8 @@
-"""`maefast pack`: any images as one uint8 array, which a random crop is read from without decoding.
+"""`maefast pack`: images as one uint8 array, from which random crops are read without decoding.
 
-An array and not shards of JPEGs, because decoding is most of what reading costs (docs/data.md). All images have one size there,
-so each is stretched, to a square as a rule; sizes.npy keeps what it was, and a crop chosen in the original's pixels, with its
-aspect ratio, is read from the part that shows it.
+Decoding is most of the cost of reading (docs/data.md). All images of the array have one size, so
+each is stretched, by default to a square. sizes.npy stores the original sizes; a crop is chosen in
+pixels of the original and read from the matching part of the array.
 """
 
 import json
@@ -24,18 +24,18 @@ from .sources import ArrayImages, ImageDataset
 
 
 def pack(source: Path, out: Path, *, split: str | None = None, size: int | Size = 256, channels: int | None = None) -> int:
-    """Write the folder `out`: images.npy (n, *size, C) uint8, axes.json, sizes.npy (n, 2), labels.npy (n,), classes.json;
-    returns n.
+    """Write the folder `out` and return its number of images n: images.npy (n, *size, C) uint8,
+    axes.json, sizes.npy (n, 2), labels.npy (n,), classes.json.
 
-    Unreadable images are left out and printed. Raises UserError with nothing written when there is no image left, `out` is there
-    already, or does not fit on its disk.
+    Unreadable images are left out and printed. Raises UserError, with nothing written, if no image
+    can be read, `out` exists, or its disk is too small.
     """
     if out.exists():
-        raise UserError(f"{out} must be a folder to be made; it is there already")
+        raise UserError(f"{out} must be a folder that does not exist yet; it exists")
     height, width = (size, size) if isinstance(size, int) else size
     data = open_images(source, split, channels)
     if isinstance(data, ArrayImages):
-        raise UserError(f"{data.path} is one array already; it needs no packing")
+        raise UserError(f"{source} must be images to pack; {data.path} is an array already")
     try:
         with replace_file(out) as temporary:
             temporary.mkdir()
@@ -46,14 +46,16 @@ def pack(source: Path, out: Path, *, split: str | None = None, size: int | Size 
     for failure in sorted(data.skipped.values(), key=lambda failure: failure.path):
         print(f"skipped {failure}")
     stored = (out / "images.npy").stat().st_size
-    print(f"{out}: {count} images of {height} x {width}, {stored / 1e6:.1f} MB, {len(data.skipped)} unreadable ones skipped")
+    print(f"{out}: {count} images of {height} x {width}, {stored / 1e6:.1f} MB, unreadable images skipped: {len(data.skipped)}")
     return count
 
 
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder.parent} has {free / 1e9:.1f} GB free; the images need {needed / 1e9:.1f} GB")
+        raise UserError(
+            f"{folder.parent} must have {needed / 1e9:.1f} GB of free space for the images; it has {free / 1e9:.1f} GB"
+        )
 
 
 def _write(data: ImageDataset, folder: Path, size: Size) -> int:
@@ -71,7 +73,7 @@ def _write(data: ImageDataset, folder: Path, size: Size) -> int:
             sizes.append(stored_size)
         if not kept:
             first = next(iter(data.skipped.values()))
-            raise UserError(f"none of the {len(data)} images could be read; {first}")
+            raise UserError(f"{data.source} must hold images that can be read; none of {len(data)} can be, such as {first}")
         file.seek(0)
         _write_header(file, (len(kept), *shape))
     np.save(folder / "sizes.npy", np.array(sizes, np.int32))
@@ -83,14 +85,16 @@ def _write(data: ImageDataset, folder: Path, size: Size) -> int:
 
 
 def _write_header(file: Any, shape: tuple[int, ...]) -> None:
-    """The header of a uint8 .npy; NumPy leaves room for the first axis to change, so that its length does not."""
+    """Write the header of a uint8 .npy file. NumPy pads it, so that its length does not change when
+    the first axis does."""
     import numpy as np
 
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def _squares(data: ImageDataset, size: Size) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-    """Index, pixels and original (height, width) of each readable image, in order; decoded by all cores."""
+    """Yield index, pixels and original (height, width) of each readable image, in order; all cores
+    decode."""
 
     def square(index: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
         seen = list[tuple[int, int]]()

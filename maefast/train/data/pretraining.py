@@ -1,5 +1,5 @@
-"""Images to batches. What a batch holds depends on the seed, the epoch and the indices alone: neither the number of workers nor
-an interruption changes it."""
+"""Batches of images for pre-training. A batch depends only on the seed, the epoch and the indices,
+not on the number of workers or on interruptions."""
 
 import random
 import signal
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 AUGMENTATIONS = ("none", "crop", "rrc", "rrc+jitter")
 JITTER = 0.4  # brightness, contrast and saturation change by a factor of 1 - JITTER to 1 + JITTER
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
-UNREADABLE_RUN = 100  # unreadable images in a row, from which on it is no accident
+UNREADABLE_RUN = 100  # unreadable images in a row that end a run
 
 Key = tuple[int, int]  # epoch, index
-Unreadable = tuple[str, str]  # the name of an image, and why
-Sample = tuple[Tensor | None, list[Unreadable]]  # an image, None where too many are unreadable; those on the way to it
-Batch = tuple[Tensor, list[Unreadable]]  # images (N, C, H, W) uint8, and what was unreadable
+Unreadable = tuple[str, str]  # the name of an image, and the reason
+Sample = tuple[Tensor | None, list[Unreadable]]  # an image (None: too many are unreadable), and the unreadable ones before it
+Batch = tuple[Tensor, list[Unreadable]]  # images (N, C, H, W) uint8, and the unreadable ones
 
 
 def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
-    """Brightness, contrast and saturation of image (C, H, W) uint8 changed by random factors, in random order; saturation where
-    C = 3. Each is a blend rounded to uint8, its means are sums of integers, so that results do not depend on threads."""
+    """Change brightness, contrast and, if C = 3, saturation of image (C, H, W) uint8 by random
+    factors, in random order. Each change is rounded to uint8, and means are sums of integers:
+    results do not depend on the number of threads."""
     changes = ["brightness", "contrast"] + (["saturation"] if len(image) == 3 else [])
     draw.shuffle(changes)
     weights = torch.tensor(LUMA if len(image) == 3 else (1 / len(image),) * len(image))
@@ -50,12 +51,12 @@ def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
 
 
 class Augmented(Dataset[Sample]):
-    """Crops and flips of the images of `data`, by (epoch, index).
+    """The augmented images of `data`, by (epoch, index).
 
-    augment  "none" (the largest centred box), "crop" (a box of a fixed size), "rrc" (of random size and aspect) or "rrc+jitter"
-             (the same, then colour_jitter)
+    augment  "none" (the largest centred box), "crop" (a box of a fixed size), "rrc" (a random size
+             and aspect) or "rrc+jitter" (rrc, then colour_jitter)
     flip     mirror half of the images
-    An unreadable image gives way to the one after it, and is named beside it.
+    An unreadable image is replaced by the next one and reported.
     """
 
     def __init__(self, data: "ImageDataset", size: tuple[int, int], augment: str, flip: bool, seed: int):
@@ -72,21 +73,21 @@ class Augmented(Dataset[Sample]):
             except UserError as error:
                 unreadable.append(_named(error))
                 if len(unreadable) == min(UNREADABLE_RUN, len(self.data)):
-                    return None, unreadable  # an exception would cross from the worker with its traceback in the message
+                    return None, unreadable  # an exception from a worker would have its traceback in the message
                 index = (index + 1) % len(self.data)
                 continue
             image = image.flip(-1) if view.flip else image
             return colour_jitter(image, draw) if self.augment == "rrc+jitter" else image, unreadable
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
-        """The samples of a batch, as DataLoader asks for them."""
+        """Return the samples of a batch; DataLoader calls it."""
         if self.augment != "none" or self.flip:
             return [self[key] for key in keys]
         try:
             images = self.data.read_many([index for _, index in keys], self.size, partial(centred, size=self.size))
             return [(image, []) for image in images]
         except UserError:
-            return [self[key] for key in keys]  # each unreadable image is named, and gives way
+            return [self[key] for key in keys]  # replaces and reports each unreadable image
 
 
 def _named(error: UserError) -> Unreadable:
@@ -94,7 +95,8 @@ def _named(error: UserError) -> Unreadable:
 
 
 def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:
-    """Up to `count` images of all of the data set, without augmentation; None with the reason for one that cannot be read."""
+    """Yield up to `count` images, evenly spaced over the data set, without augmentation; None and
+    the reason for an unreadable one."""
     for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
         try:
             yield data.read(index, size, partial(centred, size=size)), []
@@ -103,9 +105,10 @@ def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> It
 
 
 class Keys(Sampler[list[Key]]):
-    """The first `batches` batches of each of `epochs`, in the first one from batch `skip` on; the rest of an epoch is dropped.
+    """The keys of the first `batches` batches of each of `epochs`; the rest of an epoch is dropped.
 
-    share  (rank, size): of each `size` batches in order, this process among `size` takes the one at `rank`
+    skip   batches of the first epoch that are done already
+    share  (rank, size) of this process: it takes batch `rank` of every `size` batches
     """
 
     def __init__(
@@ -133,15 +136,16 @@ def _collate(samples: list[Sample]) -> Sample:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals reach the whole process group; the training process ends the workers when it is done."""
+    """Ignore Ctrl-C and a scheduler's signals, which reach the whole process group. The training
+    process ends its workers when it is done."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
-    """uint8 batches (N, C, H, W) in the order of `keys`, each with what was unreadable.
+    """Yield uint8 batches (N, C, H, W) in the order of `keys`, each with its unreadable images.
 
-    Raises UserError when too many images cannot be read.
+    Raises UserError if too many images cannot be read.
     """
     loader = DataLoader(
         images,
@@ -150,17 +154,18 @@ def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) 
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # its draws leave the global generator alone
+        generator=torch.Generator(),  # so that the global generator is not used
     )
     for images_or_none, unreadable in _reporting_deaths(iter(loader)) if workers else loader:
         if images_or_none is None:
             such = ": ".join(filter(None, unreadable[-1]))
-            raise UserError(f"--data_path must hold images that can be read; too many cannot be, such as {such}")
+            raise UserError(f"--data_path must hold images that can be read; too many cannot be read, such as {such}")
         yield images_or_none, unreadable
 
 
 def _reporting_deaths(batches: Iterator[Sample]) -> Iterator[Sample]:
-    """The same; where a worker's pipe breaks, torch's handler of SIGCHLD has the time to raise the reason."""
+    """Yield the batches. If a worker's pipe breaks, wait until torch's SIGCHLD handler raises the
+    reason."""
     while True:
         try:
             yield next(batches)
@@ -173,7 +178,8 @@ def _reporting_deaths(batches: Iterator[Sample]) -> Iterator[Sample]:
 
 @contextmanager
 def dead_workers_reported() -> Iterator[None]:
-    """UserError when a process that loads images dies: torch's handler raises wherever the training happens to be."""
+    """Raise UserError if a process that loads images dies. torch's handler may raise anywhere in
+    the training."""
     try:
         yield
     except RuntimeError as error:

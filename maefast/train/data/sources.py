@@ -1,4 +1,5 @@
-"""Where images come from: files, tar shards, arrays. Each is an ImageDataset; `open.open_images` chooses."""
+"""Sources of images: files, tar shards, arrays. Each is an ImageDataset; `open.open_images`
+chooses."""
 
 import math
 import posixpath
@@ -21,18 +22,18 @@ from .labels import numbered
 from .modes import MODES
 
 MOST_DIGITS = 40  # of a label
-LARGEST_IMAGE = 1 << 27  # pixels that an array's image grows to
+LARGEST_IMAGE = 1 << 27  # pixels that an array's image may be resized to
 
 
 class ImageDataset:
-    """Images with their labels, read one at a time from any process or thread; one subclass per kind of source.
+    """Images with labels, read one at a time from any process or thread.
 
     classes    names, () without labels
-    labels     (len,) int64, -1 where there is none
-    channels   of what `read` returns
-    dtype      of what `read` returns: uint8, or fp32 for float arrays, in their own unit, with NaN for what is missing
-    skipped    what `try_read` could not read, by index; a worker process has a list of its own
-    source     where the images come from, and of which kind; left_out  files there that are no images of the set, by reason
+    labels     (len,) int64, -1 for no label
+    channels   of the images that `read` returns
+    dtype      of these images: uint8, or fp32 for float arrays, in their own unit, NaN for missing
+    skipped    errors of `try_read`, by index; each worker process has its own
+    source     the path and the kind; left_out  the number of files that were ignored, by reason
     """
 
     kind = "images"
@@ -47,7 +48,7 @@ class ImageDataset:
         return len(self.labels)
 
     def described(self) -> str:
-        """What was opened, in a line."""
+        """Return a line about the data set."""
         classes, unlabelled = len(self.classes), int((self.labels < 0).sum())
         labels = (
             f"{classes} classes" + (f", {unlabelled} images without a label" if unlabelled else "") if classes else "no labels"
@@ -56,10 +57,11 @@ class ImageDataset:
         return shown(f"{self.source}: {len(self)} images, {labels}{left_out}", 4096)
 
     def read(self, index: int, size: Size | None = None, box: BoxOf | None = None) -> Tensor:
-        """uint8 (channels, *size): the part box(height, width) of an image, resized to `size` = (height, width).
+        """Return a part of an image, uint8 (channels, *size).
 
-        box    returns (left, top, right, bottom) in pixels of the stored image, fractions allowed; None: all of it
-        size   None leaves the part as large as it is stored; resizing is bicubic and antialiased
+        size   (height, width); resizing is bicubic and antialiased. None: no resizing
+        box    maps (height, width) to (left, top, right, bottom) in pixels of the original,
+               fractions allowed. None: the whole image
         Raises UnreadableImage for a broken file, IndexError and ValueError for arguments.
         """
         if not 0 <= index < len(self):
@@ -69,7 +71,7 @@ class ImageDataset:
         return self._read(index, size, box)
 
     def try_read(self, index: int, size: Size | None = None, box: BoxOf | None = None) -> Tensor | None:
-        """`read`, or None for a broken file, which joins `skipped`."""
+        """Call `read`; for a broken file, add the error to `skipped` and return None."""
         try:
             return self.read(index, size, box)
         except UnreadableImage as error:
@@ -77,7 +79,8 @@ class ImageDataset:
             return None
 
     def read_many(self, indices: Sequence[int], size: Size, box: BoxOf) -> Tensor:
-        """uint8 (n, channels, *size): `read` of each of n images, 1 or more, with one box, and its errors."""
+        """Return n images, uint8 (n, channels, *size), as `read` does, with one box; n is 1 or
+        more."""
         return torch.stack([self.read(index, size, box) for index in indices])
 
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
@@ -85,7 +88,8 @@ class ImageDataset:
 
 
 class EncodedImages(ImageDataset):
-    """Images decoded as they are read. `channels` None: 3, or the count of the first one if it is a TIFF beyond Pillow."""
+    """Encoded images. `channels` None: 3, or the number of bands if the first one is a TIFF of
+    bands."""
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], channels: int | None) -> None:
         require("reading these images needs", {"PIL": "pillow"}, "train")
@@ -94,7 +98,7 @@ class EncodedImages(ImageDataset):
             require("reading these images needs", {"tifffile": "tifffile"}, "train")
 
     def stored(self, index: int) -> tuple[str, str | bytes]:
-        """The name of an image, and its path or its bytes."""
+        """Return the name of an image, and its path or its bytes."""
         raise NotImplementedError
 
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
@@ -115,9 +119,9 @@ class FileImages(EncodedImages):
 
 
 class TarImages(EncodedImages):
-    """Members of uncompressed tar files by webdataset's naming: key.jpg (or any image), and the label as an integer in key.cls.
+    """Members of uncompressed tar files with webdataset's names: key.jpg, the label in key.cls.
 
-    The shards are scanned once; an image is then one seek and one read.
+    The shards are scanned once. An image then needs one seek and one read.
     """
 
     kind = "tar shards"
@@ -132,7 +136,7 @@ class TarImages(EncodedImages):
                 spans.append((number, offset, size))
                 labels.append(shard_labels.get(key, -1))
         if not spans:
-            raise UserError(f"no image ({COMMON}) in {_listed(shards)}")
+            raise UserError(f"{_listed(shards)} must hold images ({COMMON}); there is none")
         self.spans = torch.tensor(spans)  # (len, 3): shard, offset, bytes
         super().__init__(*numbered(labels), channels)
         self.left_out = left_out
@@ -153,7 +157,8 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[str, int, int]]], dict[str, int]]:
-    """The image members of a tar file, each with its key, name, offset and size, and the labels by key."""
+    """Return the image members of a tar file as (key, (name, offset, size)), and the labels by
+    key."""
     images, labels = list[tuple[str, tuple[str, int, int]]](), dict[str, int]()
     stored, sparse = dict[str, tuple[int, int]](), (tarfile.GNUTYPE_SPARSE,)
     extensions = readable_extensions()
@@ -162,12 +167,12 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
             end = 0
             for member in tar:
                 if tar.offset <= end:
-                    raise tarfile.ReadError(f"the size of {member.name} leads back to where it has been read")
+                    raise tarfile.ReadError(f"the size of {member.name} leads back to a place that has been read")
                 end = tar.offset
                 name = posixpath.normpath(member.name)
                 if member.isfile() and member.type not in sparse:
                     stored[name] = member.offset_data, member.size
-                elif member.islnk():  # the same file under another name: its content was stored before
+                elif member.islnk():  # a hard link: its content was stored before
                     stored[name] = stored.get(posixpath.normpath(member.linkname), (0, 0))
                 elif not member.isdir():
                     left_out["links or special files"] += 1
@@ -191,14 +196,15 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
                     left_out[f"of another format ({extension or 'no ending'})"] += 1
     except UserError:
         raise
-    except Exception as error:  # whatever the bytes lead the parser to
+    except Exception as error:  # broken bytes may raise anything
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{shard} cannot be read as an uncompressed tar file: {why}") from error
     return images, labels
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """A member's sample and its part of it by webdataset's naming: the name up to its first dot, and from there on."""
+    """Split a member's name, as webdataset does, at its first dot into the key and the
+    extension."""
     folder, name = posixpath.split(name)
     stem, dot, extension = name.partition(".")
     return posixpath.join(folder, stem), (dot + extension).lower()
@@ -207,19 +213,22 @@ def key_of(name: str) -> tuple[str, str]:
 def _label(shard: Path, name: str, content: bytes) -> int:
     text = content.strip()
     if text != b"-1" and not (text.isdigit() and len(text) <= MOST_DIGITS):
-        raise UserError(f"{name} in {shard} must hold a class number, 0 or more; it holds {content[:20]!r}")
+        raise UserError(f"{name} in {shard} must hold the number of a class, 0 or more; it holds {content[:20]!r}")
     return int(text)
 
 
 class ArrayImages(ImageDataset):
-    """All images in one array of uint8 or floats: .npy, mapped into memory, or an idx file.
+    """All images in one array of uint8 or floats: .npy, memory-mapped, or an idx file.
 
-    path   axes (N, H, W), (N, H, W, C) or (N, C, H, W); which of the second and the last counts the channels is told by a file
-           "axes", or by `channels` where one of them alone is as long, or else by "sizes", which go with NHWC; without any of
-           these it is the smaller one, the last where they are equal
-    Beside it, named with another word in place of "images", where there are such files: "labels"; "classes", a JSON list of
-    names; "axes", NHWC or NCHW as a JSON string; "sizes", integers (N, 2) of height and width that `maefast pack` writes: the
-    images were stretched to one size, and boxes are in pixels of the original.
+    path   an array (N, H, W), (N, H, W, C) or (N, C, H, W)
+    Optional files beside it have another word in place of "images" in their names:
+    labels     integers (N,), -1 for no label
+    classes    a JSON list of names
+    axes       "NHWC" or "NCHW" as JSON. Without it, the channels are on the axis whose length is
+               `channels`; if both or neither match, on the last axis if there are sizes, else on
+               the shorter one, or on the last one if both are equal
+    sizes      integers (N, 2), height and width, written by `maefast pack`: the images are
+               stretched to one size, and boxes are in pixels of the original
     """
 
     kind = "array"
@@ -227,7 +236,7 @@ class ArrayImages(ImageDataset):
     def __init__(self, path: Path, channels: int | None) -> None:
         self.path = path
         self._values: Any = None
-        self.nodata: float | None = None  # what stands for a missing value in floats, as NaN and infinities do
+        self.nodata: float | None = None  # a value of floats that means missing, as NaN and infinities do
         shape = self.values.shape
         if self.values.dtype.kind == "f":
             self.dtype = torch.float32
@@ -243,11 +252,13 @@ class ArrayImages(ImageDataset):
         stored = 1 if len(shape) == 3 else shape[axes.index("C")]
         channels = channels or stored
         if channels != stored and (stored not in (1, 3) or channels not in MODES or self.dtype != torch.uint8):
-            raise UserError(f"channels must be {stored}, as {path} has in the axes {axes}, {shape}; it is {channels}")
+            raise UserError(
+                f"channels must be {stored}, as in {path} with the axes {axes} and the shape {shape}; it is {channels}"
+            )
         count = len(self.values)
         numbers = read_integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
         if min(numbers) < -1:
-            raise UserError(f"{beside['labels']} must hold numbers of classes, or -1 for none; it holds {min(numbers)}")
+            raise UserError(f"{beside['labels']} must hold numbers of classes, or -1 for no label; it holds {min(numbers)}")
         if beside["sizes"] and read_integers(beside["sizes"], (count, 2)).min() < 1:
             raise UserError(f"{beside['sizes']} must hold heights and widths, each 1 or more; it holds another number")
         self.sizes = torch.from_numpy(read_integers(beside["sizes"], (count, 2)).astype("int64")) if beside["sizes"] else None
@@ -277,7 +288,7 @@ class ArrayImages(ImageDataset):
         return super().read_many(indices, size, box)
 
     def _present(self, values: Any) -> Any:
-        """Floats as fp32, NaN where there is none."""
+        """Return floats as fp32, with NaN for missing values; uint8 unchanged."""
         import numpy as np
 
         if values.dtype == "uint8":
@@ -298,7 +309,9 @@ class ArrayImages(ImageDataset):
         left, top, right, bottom = part_of(box, height, width)
         size = size or (round(bottom - top), round(right - left))
         if min(size) < 1 or math.prod(size) > LARGEST_IMAGE:
-            what = f"its original has {height} x {width} pixels, more than {LARGEST_IMAGE} are asked for; give a smaller size"
+            what = (
+                f"its original has {height} x {width} pixels, and more than {LARGEST_IMAGE} were requested; give a smaller size"
+            )
             raise UnreadableImage(f"{self.path}: image {index}", what)
         part = (left * columns / width, top * rows / height, right * columns / width, bottom * rows / height)
         return with_channels(resized(pixels, part, size), self.channels)

@@ -1,11 +1,12 @@
-"""A labelled set of images in two parts."""
+"""Random splits of labelled images."""
 
 import torch
 from torch import Tensor
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (train, held_out) with `fraction` of each class held out, and at least one image on either side. labels (N,)."""
+    """Return indices (train, held_out) with `fraction` of each class held out, at least one image
+    in each. labels (N,)."""
     generator = torch.Generator().manual_seed(seed)
     train, held_out = list[Tensor](), list[Tensor]()
     for label in labels.unique():

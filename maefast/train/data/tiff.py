@@ -1,4 +1,4 @@
-"""TIFFs whose pixels tifffile reads: bands of any number, and those that Pillow does not know or gives wrongly."""
+"""TIFFs that tifffile reads: any number of bands, and files that Pillow cannot read or misreads."""
 
 import logging
 from collections.abc import Callable
@@ -15,16 +15,16 @@ BITS_PER_SAMPLE, DESCRIPTION, ORIENTATION, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT 
 GREYS, RGB, SEPARATED = (WHITE_IS_ZERO, 1), 2, 5  # values of PHOTOMETRIC
 UNSPECIFIED, PREMULTIPLIED, ALPHA = 0, 1, 2  # values of EXTRA_SAMPLES
 UNSIGNED, SIGNED = 1, 2  # values of SAMPLE_FORMAT
-NAMES_ITS_AXES = ("ImageJ=", "<OME", '"axes"')  # in descriptions
+NAMES_ITS_AXES = ("ImageJ=", "<OME", '"axes"')  # in the description
 
 
 class Stored(NamedTuple):
     """The first image of a TIFF as it is stored.
 
     pixels       (H, W, S)
-    photometric  what its samples are
-    extra        what its samples beyond the colours are
-    orientation  by the values of EXIF
+    photometric  the kind of its samples, a value of PHOTOMETRIC
+    extra        the kinds of the samples beyond the colours, values of EXTRA_SAMPLES
+    orientation  the value of EXIF
     """
 
     pixels: Any
@@ -34,7 +34,7 @@ class Stored(NamedTuple):
 
     @property
     def colours(self) -> int:
-        """How many samples are grey or colours that can be shown; 0 where they are bands."""
+        """Return the number of grey or colour samples; 0 for bands, which are no picture."""
         samples = self.pixels.shape[-1]
         if self.photometric in GREYS:
             return {1: 1, 3: 3}.get(samples, 1 if samples == 2 and self.alpha is not None else 0)
@@ -43,12 +43,13 @@ class Stored(NamedTuple):
 
     @property
     def alpha(self) -> int | None:
-        """The kind of the first sample beyond the colours, where that is transparency."""
+        """Return the kind of the first sample beyond the colours if it is transparency, else
+        None."""
         return self.extra[0] if self.extra and self.extra[0] in (PREMULTIPLIED, ALPHA) else None
 
     @property
     def has_fourth_band(self) -> bool:
-        """Whether there is one beside red, green and blue that is not transparency."""
+        """Return whether there is a band beside red, green and blue that is not transparency."""
         return self.photometric == RGB and self.pixels.shape[-1] > 3 and self.alpha is None
 
 
@@ -60,10 +61,10 @@ def is_tiff(file: str | bytes) -> bool:
 
 
 def is_misread(image: Any, channels: int | None) -> bool:
-    """Whether Pillow, which has opened this TIFF, would give other pixels than it holds.
+    """Return whether Pillow, which has opened this TIFF, would return wrong pixels.
 
-    These are signed bytes, unsigned 32-bit values, separate planes of grey or of many bits, a second or fourth band that the file
-    does not call transparency, and bands that lie on pages.
+    It does so for signed bytes, unsigned 32-bit values, separate planes of grey or of many bits, a
+    second or fourth band that the file does not call transparency, and bands on pages.
     """
     tags = image.tag_v2
     photometric, bits, kinds = tags.get(PHOTOMETRIC), _first(tags.get(BITS_PER_SAMPLE), 1), _first(tags.get(SAMPLE_FORMAT), 1)
@@ -83,13 +84,14 @@ def _first(values: Any, default: int) -> Any:
 
 
 def read_tiff(file: str | bytes, channels: int | None) -> Stored:
-    """The first image of a TIFF; its pages of one sample are bands where it calls them so, or as many are asked for."""
+    """Read the first image of a TIFF. Pages of one sample are bands if the file calls them so, or
+    if their number is `channels`."""
     try:
         import tifffile
     except ImportError as error:
-        raise ImportError('Pillow cannot read this TIFF, tifffile may: pip install "maefast[train]"') from error
+        raise ImportError('this TIFF needs tifffile, since Pillow cannot read it: pip install "maefast[train]"') from error
     if not (log := logging.getLogger("tifffile")).level:
-        log.setLevel(logging.CRITICAL)  # a line for each tag of a broken file, which is named once already
+        log.setLevel(logging.CRITICAL)  # it logs a line for each tag of a broken file
     with tifffile.TiffFile(BytesIO(file) if isinstance(file, bytes) else file) as tiff:
         page: Any = tiff.pages[0]
         series = tiff.series[0]
@@ -101,7 +103,7 @@ def read_tiff(file: str | bytes, channels: int | None) -> Stored:
         if page.axes == "YX" and channels not in (None, *MODES) and len(series.pages) == channels:
             return Stored(_pages(series, series.shape.index(channels)), photometric, (), turned)
         if page.axes not in SAMPLES_LAST:
-            raise ValueError(f"its page has the axes {page.axes}, {tuple(page.shape)}; an image has rows, columns and samples")
+            raise ValueError(f"its page must have rows, columns and samples; it has the axes {page.axes}, {tuple(page.shape)}")
         _check_size(page.imagelength, page.imagewidth, page.samplesperpixel, page.dtype)
         pixels = SAMPLES_LAST[page.axes](page.asarray())
         return Stored(pixels, photometric, tuple(map(int, page.extrasamples)), turned)
@@ -115,7 +117,8 @@ SAMPLES_LAST: dict[str, Callable[[Any], Any]] = {  # by the axes of a page, as t
 
 
 def _pages(series: Any, bands: int) -> Any:
-    """(H, W, C) of pages of one sample, axis `bands` counting the channels; of every other axis the first."""
+    """Return pages of one sample as (H, W, C). Axis `bands` becomes C; of every other axis the
+    first index is taken."""
     kept = [series.axes.index("Y"), series.axes.index("X"), bands]
     height, width, _ = (series.shape[axis] for axis in kept)
     _check_size(height, width, series.size // max(1, height * width), series.dtype)
@@ -125,32 +128,36 @@ def _pages(series: Any, bands: int) -> Any:
 
 
 def _most_pixels() -> float:
-    """Twice the number from which on Pillow warns, as it reads no more in any format."""
+    """Return the most pixels that Pillow reads in any format: twice the number at which it
+    warns."""
     from PIL import Image
 
     return float("inf") if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
 def _check_size(height: int, width: int, samples: int, dtype: Any) -> None:
-    """Raise ValueError for more pixels than Pillow reads, or more bytes, with the 8-bit values, than RGBA of that many has."""
+    """Raise ValueError for more pixels than Pillow reads, or more bytes, with the 8-bit values, than
+    an RGBA image of that size has."""
     most = _most_pixels()
     if height * width > most or height * width * samples * (dtype.itemsize + (dtype.itemsize > 1)) > 4 * most:
         raise ValueError(too_large(f"{width} x {height} pixels of {samples} x {8 * dtype.itemsize} bits"))
 
 
 def too_large(what: str) -> str:
-    return f"it has {what}, more than are read ({_most_pixels():.0f} pixels of 32 bits); cut it into parts"
+    return f"it must have at most {_most_pixels():.0f} pixels of 32 bits; it has {what}: cut it into parts"
 
 
 def as_bands(stored: Stored, channels: int) -> Any:
-    """(H, W, channels) uint8: the samples as they are, stretched together if they have another dtype."""
+    """Return the samples as (H, W, channels) uint8, stretched together if they have another
+    dtype."""
     if (found := stored.pixels.shape[-1]) != channels:
-        raise ValueError(f"it has {found} channels, not {channels}")
+        raise ValueError(f"it must have {channels} channels; it has {found}")
     return _in_8_bits(stored.pixels, stored.photometric)
 
 
 def _in_8_bits(pixels: Any, photometric: int) -> Any:
-    """Samples stretched together where they are no uint8; great ones bright."""
+    """Return samples as uint8, stretched together if they have another dtype. Great values are
+    bright."""
     inverted = photometric == WHITE_IS_ZERO
     if pixels.dtype != "uint8":
         return stretched(pixels, inverted)
@@ -158,7 +165,7 @@ def _in_8_bits(pixels: Any, photometric: int) -> Any:
 
 
 def as_picture(stored: Stored) -> "Image":
-    """An image of Pillow, of `stored.colours` grey or colour samples and their transparency, in 8 bits."""
+    """Return an 8-bit Pillow image of `stored.colours` grey or colour samples and transparency."""
     import numpy as np
     from PIL import Image
 
@@ -177,7 +184,7 @@ def as_picture(stored: Stored) -> "Image":
 
 
 def _alpha(values: Any) -> Any:
-    """Transparency as uint8: integers by their range, floating-point numbers from 0 to 1."""
+    """Return transparency as uint8: integers scaled by their range, floats from 0..1."""
     import numpy as np
 
     if values.dtype.kind == "f":

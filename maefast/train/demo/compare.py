@@ -1,4 +1,4 @@
-"""The same training steps with maefast and with the plain reference, in rotation."""
+"""Timing of the same training steps with maefast and the plain reference, in rotation."""
 
 import copy
 import time
@@ -15,30 +15,32 @@ from ..baseline import reference_on
 from ..optim import adamw
 from ..step import training_step
 
-STEPS_PER_ROUND = 4  # of each of the two
-FEWEST_ROUNDS = 6  # that a 95 % interval of a median needs
-SPREAD = 0.1  # of the ratio at which the rounds end, as the width of its interval over its median
-SECONDS = 30.0  # after which they end all the same
-COMPARED_ROUNDS = 10  # whose losses are compared: rounding lets two runs of any code drift apart
+STEPS_PER_ROUND = 4  # steps of each model
+FEWEST_ROUNDS = 6  # needed for a 95 % interval of a median
+SPREAD = 0.1  # width of the interval over the median at which rounds end
+SECONDS = 30.0  # after which rounds end in any case
+COMPARED_ROUNDS = 10  # rounds whose losses are compared: later ones drift apart by rounding
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return a 95 % confidence interval of the median of at least 6 independent values, whatever their distribution.
+    """Return a 95 % confidence interval of the median of at least 6 independent values, whatever
+    their distribution.
 
-    The k-th smallest of n values lies above the median with the probability that fewer than k of n tosses of a coin show heads.
+    The k-th smallest of n values lies above the median with the probability that fewer than k of n
+    coin tosses show heads.
     """
     n, k, ways, tail = len(values), 0, 1, 0
     while 40 * (tail + ways) <= 2**n:  # at most 2.5 % on either side
         tail, ways, k = tail + ways, ways * (n - k) // (k + 1), k + 1
     if k == 0:
-        raise ValueError(f"values must be {FEWEST_ROUNDS} or more for a 95 % interval, there are {n}")
+        raise ValueError(f"values must be {FEWEST_ROUNDS} or more for a 95 % interval; there are {n}")
     ordered = sorted(values)
     return ordered[k - 1], ordered[n - k]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of a step, from a uint8 batch to updated weights: its mean in each timed round."""
+    """Seconds per step, from a uint8 batch to updated weights, as the mean of each timed round."""
 
     batch_size: int
     seconds: Sequence[float]  # of maefast
@@ -51,7 +53,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """How many times faster maefast is, the median over the rounds; below 1 it is slower."""
+        """The speed-up of maefast, the median over the rounds; below 1 it is slower."""
         return median(self.ratios)
 
     @property
@@ -84,12 +86,14 @@ class Comparison:
 def compare(
     config: dict[str, Any], images: Iterator[Tensor], *, rounds: int, lr: float, mask_ratio: float, seed: int
 ) -> Comparison:
-    """Train `MAE(**config)` and a ReferenceMAE from the same weights on the same batches and noise, in rotation.
+    """Train `MAE(**config)` and a ReferenceMAE from the same weights on the same batches and noise,
+    in rotation.
 
-    rounds   the most that are timed; they end before where the ratio has settled or SECONDS have passed, after 6 at the earliest
+    rounds   the most rounds to time; after 6, they end when the ratio has settled or SECONDS have
+             passed
 
-    The reference gets float images, normalised in its own time: maefast does that inside its step. The first round warms up and
-    is not timed.
+    The time of the reference includes the normalisation to float images, which maefast does in its
+    step. The first round is a warm-up and not timed.
     """
     model = MAE(**config)
     twin = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""`maefast demo`: pre-train a small MAE on real images, show that it worked and what it cost."""
+"""`maefast demo`: pre-train a small MAE on real images, show its result and its cost."""
 
 import json
 import time
@@ -27,7 +27,7 @@ PICTURES = 8  # in a row of reconstruction.png
 
 @dataclass
 class Trained:
-    """One trained model of the demo, and its cost."""
+    """A trained model of the demo, and its cost."""
 
     recipe: Experiment
     data: ImageSet
@@ -52,13 +52,13 @@ def demo(
     mask_ratio: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train, compare, probe, draw; prints what it finds and writes checkpoint.pt,
+    """Train, compare, probe and draw; print the results and write checkpoint.pt,
     reconstruction.png, loss.png, log.jsonl.
 
     data     a folder of images; scikit-learn's digits and photographs if not given
-    steps, batch_size, mask_ratio    None for those of the recipe
+    steps, batch_size, mask_ratio    None: those of the recipe
     returns  the summary, which is also the last line of log.jsonl
-    Raises UserError before any work for what the user can put right.
+    Raises UserError, before any work, for errors that the user can correct.
     """
     started = time.perf_counter()
     require("the demo needs", NEEDS, "demo")
@@ -125,12 +125,12 @@ def train(recipe: Experiment, data: ImageSet, seed: int) -> Trained:
 
 
 def run_probe(trained: Trained, seed: int) -> bool | None:
-    """Print the few-label table and keep it; returns whether pre-training won by enough, None
-    without classes."""
+    """Print and store the few-label table. Return whether pre-training won by enough; None without
+    classes."""
     data = enough_per_class(trained.data, labelled=min(SHOTS))
     if data is None or data.labels is None:
-        few = f"{min(SHOTS) + 1} images or more each, one of them held out"
-        print(f"no few-label probe: it needs two class folders or more, with {few}")
+        few = f"{min(SHOTS) + 1} or more images each, one of them held out"
+        print(f"no few-label probe: it needs two or more class folders, with {few}")
         return None
     if len(data.classes) < len(trained.data.classes):
         print(f"the probe leaves out {len(trained.data.classes) - len(data.classes)} classes of too few images")
@@ -162,8 +162,8 @@ def _panel(trained: Trained, seed: int) -> Panel:
 
 
 def _save_checkpoint(trained: Trained, seed: int, path: Path) -> None:
-    """The official layout; `MAE(**checkpoint["config"])` builds the model, and
-    torch.load(weights_only=True) reads it."""
+    """Write a checkpoint of the official layout. torch.load(weights_only=True) reads it, and
+    `MAE(**checkpoint["config"])` builds the model."""
     recipe = trained.recipe
     args = {name: getattr(recipe, name) for name in ("steps", "batch_size", "mask_ratio", "lr")} | {"seed": seed}
     with replace_file(path) as temporary:

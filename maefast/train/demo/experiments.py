@@ -28,7 +28,7 @@ class Experiment:
         kept = int(patches * (1 - changed.mask_ratio))
         if not 1 <= kept < patches:
             what = f"{mask_ratio} keeps {kept} of the {patches} patches of {self.name}"
-            raise UserError(f"--mask_ratio must keep one patch and remove one, or more of each; {what}")
+            raise UserError(f"--mask_ratio must keep at least one patch and remove at least one; {what}")
         return changed
 
 

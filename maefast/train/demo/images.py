@@ -1,4 +1,5 @@
-"""Images for the demo, all in memory as uint8: scikit-learn's digits and photographs, or any folder."""
+"""Images for the demo, all in memory as uint8: scikit-learn's digits and photographs, or any
+folder."""
 
 import os
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ class ImageSet:
 
 
 def digits(seed: int) -> ImageSet:
-    """scikit-learn's 1797 handwritten digits: (1797, 1, 8, 8) uint8 with 10 classes; a third is held out."""
+    """Load scikit-learn's 1797 handwritten digits, (1797, 1, 8, 8) uint8, 10 classes; hold out a
+    third."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -39,14 +41,15 @@ def digits(seed: int) -> ImageSet:
     return ImageSet(images, train, held_out, labels, tuple(str(name) for name in bunch.target_names))
 
 
-# Per photograph, the part of its width that is held out: the right half of the pavilion, of the flower.
+# The held-out band of each photograph, as fractions of its width.
 HELD_OUT_BANDS = {"china.jpg": (0.32, 0.55), "flower.jpg": (0.48, 0.71)}
 
 
 def photographs(side: int) -> ImageSet:
-    """scikit-learn's two photographs as overlapping tiles at three scales: (N, 3, side, side) uint8.
+    """Cut scikit-learn's two photographs into overlapping tiles at three scales, (N, 3, side, side)
+    uint8.
 
-    A band of each photograph is held out: no tile to train on reaches into it, and the held-out tiles lie within it.
+    A band of each photograph is held out. Training tiles lie outside it, held-out tiles within it.
     """
     import numpy as np
     from PIL import Image
@@ -68,17 +71,19 @@ def photographs(side: int) -> ImageSet:
 
 
 def _tiles(picture: Tensor, side: int) -> list[Tensor]:
-    """The (C, side, side) tiles of a (C, H, W) picture, a sixteenth of their side apart; none where it is smaller than one."""
+    """Return tiles (C, side, side) of a picture (C, H, W), a sixteenth of their side apart. There
+    are none if the picture is smaller than a tile."""
     (_, height, width), stride = picture.shape, max(1, side // 16)
     rows, cols = range(0, height - side + 1, stride), range(0, width - side + 1, stride)
     return [picture[:, r : r + side, c : c + side] for r in rows for c in cols]
 
 
 def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude: Path | None = None) -> ImageSet:
-    """At most `limit` images below `root`, chosen at random, as (N, 3, side, side) uint8; a fifth is held out.
+    """Load at most `limit` random images below `root` as (N, 3, side, side) uint8; hold out a
+    fifth.
 
-    An image's label is the first folder below `root` on its way (below `train`, `val` and the like, where those come first).
-    Unreadable files are skipped and listed. Raises UserError when fewer than two images can be read.
+    The class of an image is the first folder of its path, below the folders of splits. Unreadable
+    files are skipped and listed. Raises UserError if fewer than two images can be read.
     """
     data = folder_images(root, channels=3, exclude=exclude)
     shuffled = iter(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist())
@@ -93,7 +98,7 @@ def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude
     if len(images) < 2:
         what = f"{len(images)} of {len(data)} files could be read"
         why = "".join(f"; {path}: {reason}" for path, reason in skipped[:3])
-        raise UserError(f"{root} must hold at least two images, one to train on and one to hold out; {what}{why}")
+        raise UserError(f"{root} must hold at least two readable images, one of them to hold out; {what}{why}")
     tell(data)
     labels = data.labels[kept]
     train, held_out = stratified_split(labels, 1 / 5, seed)
@@ -101,7 +106,8 @@ def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude
 
 
 def enough_per_class(data: ImageSet, labelled: int) -> ImageSet | None:
-    """`data` with only the classes that have `labelled` images to train on and one held out; None if fewer than two are left."""
+    """Return `data` with only the classes that have `labelled` training images and a held-out one;
+    None if fewer than two classes are left."""
     if data.labels is None:
         return None
     train, held_out = (
@@ -119,7 +125,7 @@ def enough_per_class(data: ImageSet, labelled: int) -> ImageSet | None:
 
 
 def batches(data: ImageSet, side: int, batch_size: int, generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
-    """Endless (batch_size, C, side, side) uint8 batches of the images to train on, each pass in a new order.
+    """Yield endless batches (batch_size, C, side, side) uint8 of training images, in random order.
 
     Larger images are cropped at random, and mirrored at random if `flip`.
     """
@@ -141,6 +147,6 @@ def batches(data: ImageSet, side: int, batch_size: int, generator: torch.Generat
 
 
 def centre_crops(images: Tensor, side: int) -> Tensor:
-    """(N, C, S, S) -> (N, C, side, side)."""
+    """Crop the centre of images: (N, C, S, S) -> (N, C, side, side)."""
     start = (images.shape[-1] - side) // 2
     return images[..., start : start + side, start : start + side]

@@ -14,12 +14,13 @@ from ..optim import adamw
 from ..schedule import warmup_cosine
 from ..step import training_step
 
-PLAIN_LINES = 10  # of progress, where there is no terminal to draw a bar on
-LOG_LINES = 200  # at most, of one run
+PLAIN_LINES = 10  # lines of progress without a terminal
+LOG_LINES = 200  # the most records of a run
 
 
 class Progress:
-    """A live bar with loss, images/s and time left on a terminal; an occasional line on stderr elsewhere."""
+    """A bar with loss, images/s and time left on a terminal, and a few lines on stderr
+    elsewhere."""
 
     def __init__(self, title: str, steps: int, batch_size: int):
         from tqdm import tqdm
@@ -36,7 +37,7 @@ class Progress:
         self.bar.close()
 
     def update(self, done: int, loss: float) -> None:
-        """`done` steps are behind us, the last with this loss."""
+        """Show that `done` steps are finished, the last one with this loss."""
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.bar.update(self.batch_size)
         if self.plain and done * PLAIN_LINES // self.steps > (done - 1) * PLAIN_LINES // self.steps:
@@ -49,10 +50,12 @@ class Progress:
 def train_loop(
     model: nn.Module, images: Iterator[Tensor], *, title: str, steps: int, lr: float, mask_ratio: float
 ) -> list[dict[str, Any]]:
-    """`steps` steps of AdamW (0.9, 0.95, weight decay 0.05) under a warm-up over a tenth of them and a half-cycle cosine.
+    """Train for `steps` steps of AdamW (0.9, 0.95, weight decay 0.05), with a warm-up of a tenth of
+    them and half a cosine.
 
     images   batches (N, C, H, W) uint8
-    returns  at most LOG_LINES records: step (how many are done), loss (the mean since the last record), lr, images_per_second
+    returns  at most LOG_LINES records: step (finished steps), loss (the mean since the last
+             record), lr, images_per_second
     """
     optimizer = adamw(model, lr)
     every = max(1, math.ceil(steps / LOG_LINES))

@@ -1,4 +1,4 @@
-"""The few-label probe: how far a handful of labels goes on frozen features."""
+"""The few-label probe: logistic regression on frozen features with few labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,30 +12,32 @@ from ...model import MAE
 
 SHOTS = (2, 5, 10)
 DRAWS = 20
-TOLERANCE = 1e-7  # of the largest component of a fit's gradient; at 1e-8 one fit in hundreds is stopped by rounding first
-FULL_FIT = 4_000_000  # images times the lesser of images and features; beyond, a fit to all labels takes ten seconds and more
-GRID = 4  # cells a side that patch tokens are averaged over
-MARGIN = 0.05  # what pre-training must win by, at the fewest labels
+TOLERANCE = 1e-7  # of the largest component of the gradient; at 1e-8 rounding stops one fit in hundreds
+FULL_FIT = 4_000_000  # images x min(images, features); beyond it a fit to all labels takes ten seconds
+GRID = 4  # cells per side over which patch tokens are averaged
+MARGIN = 0.05  # the lead that pre-training must have at the fewest labels
 
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """Accuracy on the held-out images of one representation at one number of labels."""
+    """Held-out accuracy of a representation at one number of labels."""
 
     features: str
     labels_per_class: int | None  # None = all of them
     mean: float
-    std: float  # over the draws; 0 where there is only one way to draw
+    std: float  # over the draws; 0 for a single draw
     draws: int
 
 
 @torch.no_grad()
 def patch_features(model: MAE, images: Tensor, batch_size: int = 256) -> Tensor:
-    """(N, D*GRID*GRID) fp32: the patch tokens of `encode()`, averaged over a grid of cells. images (N, C, H, W).
+    """(N, D*GRID*GRID) fp32: the patch tokens of `encode()`, averaged over a grid of cells. images
+    (N, C, H, W).
 
-    On digits, whose patches are the cells, at 2 labels per class and with standardised features, this beats the mean of all
-    tokens and the class token for the pre-trained encoder (0.85 against 0.83 and 0.83) and far more for the untrained one (0.65
-    against 0.28 and 0.32): it is the harder comparison too.
+    On digits, whose patches are the cells, at 2 labels per class and with standardised features,
+    this beats the mean of all tokens and the class token for the pre-trained encoder (0.85 against
+    0.83 and 0.83) and far more for the untrained one (0.65 against 0.28 and 0.32): it is the harder
+    comparison too.
     """
     rows, cols = model.patch_embed.grid_size
     features = []
@@ -56,14 +58,15 @@ def few_label_probe(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[ProbeRow]:
-    """Logistic regression on frozen features, with few labels and with all of them.
+    """Fit logistic regression to frozen features, with few labels and with all of them.
 
-    representations  name -> (N, F) features; each is centred and scaled by one number, both from the images of `train` without
-                     their labels (a number of its own for every feature costs raw pixels 4 points)
+    representations  name -> (N, F) features. Each is centred, and scaled by one number, computed
+                     from all images of `train`; a number per feature costs raw pixels 4 points
     labels           (N,) int64
-    train, held_out  indices of the images that labels are drawn from, and of those that accuracy is measured on
-    returns          a row for each representation and each of `shots` that every class has images for, then for all labels
-                     (unless FULL_FIT says no); the draws are the same for every representation
+    train, held_out  indices of the images to draw labels from, and of the images to score
+    returns          a row for each representation and each of `shots` for which every class has
+                     enough images, then for all labels (within FULL_FIT). All representations have
+                     the same draws
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits  # scikit-learn depends on it
@@ -80,7 +83,7 @@ def few_label_probe(
 
     regression = LogisticRegression(solver="newton-cg", max_iter=1000, tol=TOLERANCE)
     rows = []
-    # In matrices this small a second thread costs more than it brings, ten times as much where something else is running.
+    # A second thread makes matrices this small slower, ten times so on a busy machine.
     with threadpool_limits(1, user_api="blas"):
         for name, features in representations.items():
             centred = features - features[train].mean(dim=0)
@@ -94,13 +97,14 @@ def few_label_probe(
 
 
 def _accuracy(regression: Any, x: Tensor, y: Tensor, held_out_x: Tensor, held_out_y: Tensor) -> float:
-    """Held-out accuracy of scikit-learn's `regression`. x (n, F) and held_out_x (m, F) float64, y (n,), held_out_y (m,).
+    """Return the held-out accuracy of scikit-learn's `regression`. x (n, F), held_out_x (m, F)
+    float64.
 
-    Fitted to the end: it stops on the largest component of the gradient, which a loose tolerance reaches at once where
-    the gradient is spread over many features. At 1e-3, raw pixels of 64 x 64 images scored 0.19 instead of 0.38. Newton's steps
-    get there in a dozen iterations where L-BFGS takes hundreds.
+    The tolerance must be tight. It bounds the largest component of the gradient, which is small at
+    once if the gradient is spread over many features: at 1e-3, raw pixels of 64 x 64 images scored
+    0.19 instead of 0.38. Newton's method needs a dozen iterations, L-BFGS hundreds.
     """
-    if x.shape[1] > x.shape[0]:  # the solution lies in the span of x: there the problem is the same and has n dimensions
+    if x.shape[1] > x.shape[0]:  # the solution lies in the span of x, so n dimensions are enough
         basis = torch.linalg.qr(x.T).Q  # [F, n]
         x, held_out_x = x @ basis, held_out_x @ basis
     fitted = regression.fit(x.numpy(), y.numpy())
@@ -108,7 +112,7 @@ def _accuracy(regression: Any, x: Tensor, y: Tensor, held_out_x: Tensor, held_ou
 
 
 def _draw(labels: Tensor, train: Tensor, classes: list[int], shot: int, generator: torch.Generator) -> Tensor:
-    """Indices of `shot` images of each class, at random from `train`."""
+    """Draw the indices of `shot` images of each class from `train`."""
     picked = []
     for c in classes:
         ids = train[labels[train] == c]
@@ -117,19 +121,20 @@ def _draw(labels: Tensor, train: Tensor, classes: list[int], shot: int, generato
 
 
 def verdict(rows: Sequence[ProbeRow], pretrained: str) -> tuple[bool, str]:
-    """Whether `pretrained` beats every other representation by MARGIN at the fewest labels, and a sentence that says so."""
+    """Return whether `pretrained` beats all other representations by MARGIN at the fewest labels,
+    and a sentence about it."""
     fewest = rows[0].labels_per_class
     at = {row.features: row.mean for row in rows if row.labels_per_class == fewest}
     best = max((name for name in at if name != pretrained), key=lambda name: at[name])
     lead = at[pretrained] - at[best]
     held = lead >= MARGIN
     labels = "all labels" if fewest is None else f"{fewest} labels per class"
-    points = f"{lead * 100:+.1f} points against the {best} at {labels} (asked for: {MARGIN * 100:+.0f})"
+    points = f"{lead * 100:+.1f} points against the {best} at {labels} (required: {MARGIN * 100:+.0f})"
     return held, f"{'Pre-training helped' if held else 'Pre-training did not help enough'}: {points}."
 
 
 def table(rows: Sequence[ProbeRow]) -> str:
-    """The rows as a Markdown table: one line per representation, one column per number of labels."""
+    """Return a Markdown table with a line per representation and a column per number of labels."""
     columns = list(dict.fromkeys(row.labels_per_class for row in rows))
     cells = {(row.features, row.labels_per_class): row for row in rows}
     names = list(dict.fromkeys(row.features for row in rows))
@@ -145,5 +150,5 @@ def table(rows: Sequence[ProbeRow]) -> str:
 
 
 def as_records(rows: Sequence[ProbeRow]) -> list[dict[str, Any]]:
-    """The rows as plain dictionaries, for JSON."""
+    """Return the rows as dictionaries, for JSON."""
     return [vars(row).copy() for row in rows]

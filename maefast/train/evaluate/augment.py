@@ -1,4 +1,5 @@
-"""Augmentation of labelled batches: RandAugment and erasing by kornia, mixup and cutmix with soft targets."""
+"""Augmentation of labelled batches: RandAugment and erasing by kornia, mixup and cutmix with soft
+targets."""
 
 import argparse
 import re
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..errors import require
 
-LEVELS, KORNIA_LEVELS = 10, 30  # the greatest magnitude by the flag, by kornia
+LEVELS, KORNIA_LEVELS = 10, 30  # the greatest magnitude of the flag, of kornia
 GROUP = 8  # images that get the same operations
 POLICY = re.compile(r"rand((-(m\d+(\.\d+)?|n\d+|mstd\d+(\.\d+)?|inc[01]))*)")
 ERASED_AREA = (0.02, 1 / 3)
@@ -20,7 +21,8 @@ ERASED_AREA = (0.02, 1 / 3)
 
 @dataclass(frozen=True)
 class RandPolicy:
-    """RandAugment (Cubuk et al. 2020): `count` operations at a magnitude from N(magnitude, spread), of 0 to 10."""
+    """RandAugment (Cubuk et al. 2020): `count` operations with a magnitude from N(magnitude,
+    spread), on a scale of 0 to 10."""
 
     magnitude: float = 9.0
     spread: float = 0.0
@@ -28,25 +30,30 @@ class RandPolicy:
 
 
 def rand_policy(text: str) -> RandPolicy | None:
-    """A value of --aa, as the official launcher has it: rand-m9-mstd0.5-inc1; none."""
+    """Parse --aa as the official launcher does: rand-m9-mstd0.5-inc1, or none."""
     if text == "none":
         return None
     match = POLICY.fullmatch(text)
     given = dict(re.findall(r"-(mstd|m|n|inc)([\d.]+)", match[1])) if match else {}
     policy = RandPolicy(float(given.get("m", 9)), float(given.get("mstd", 0)), int(given.get("n", 2)))
     if match is None or not 0 < policy.magnitude <= LEVELS or not 1 <= policy.count <= 5:
-        raise argparse.ArgumentTypeError(f"must be none or as rand-m9-n2-mstd0.5-inc1, m to {LEVELS} and n to 5; it is {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be none or like rand-m9-n2-mstd0.5-inc1, m <= {LEVELS} and n <= 5; it is {text!r}"
+        )
     return policy
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a batch before the model sees it, by the official flags; draws are from torch's own generator.
+    """Augmentations of a batch, with the official flags; torch's global generator draws.
 
     aa        RandAugment; its operations are drawn for groups of eight images
-    reprob    the part of the images of which a rectangle of 2 to 33 % of the area becomes the mean colour
-    mixup     alpha of Beta(alpha, alpha), an image's share in its mixture with another of the batch (Zhang et al. 2018); 0: none
-    cutmix    likewise of the area that another image does not cover (Yun et al. 2019); with both, either happens half of the time
+    reprob    the fraction of images in which a rectangle of 2 to 33 % of the area is erased to the
+              mean colour
+    mixup     alpha of Beta(alpha, alpha), the weight of an image mixed with another one of the
+              batch (Zhang et al. 2018); 0: off
+    cutmix    alpha of Beta(alpha, alpha), the area of an image that another one does not cover (Yun
+              et al. 2019); 0: off. With both, each batch gets one of them with equal probability
     """
 
     aa: RandPolicy | None = None
@@ -58,7 +65,7 @@ class Augmentation:
         return any((self.aa, self.reprob, self.mixup, self.cutmix))
 
     def check(self) -> None:
-        """Raise UserError where the library that this needs is not installed."""
+        """Raise UserError if a needed library is not installed."""
         if self.aa or self.reprob:
             require("--aa and --reprob need", {"kornia": "kornia"}, "augment")
 
@@ -67,9 +74,10 @@ NO_AUGMENTATION = Augmentation()
 
 
 class Augment:
-    """An Augmentation of batches for a model with mean and std.
+    """An Augmentation for a model with mean and std.
 
-    Images (n, C, H, W), uint8 or normalised fp32, and labels (n,) become normalised fp32 and probabilities (n, classes).
+    It maps images (n, C, H, W), uint8 or normalised fp32, and labels (n,) to normalised fp32 images
+    and probabilities (n, classes).
     """
 
     def __init__(self, augmentation: Augmentation, model: Any, classes: int):
@@ -98,25 +106,26 @@ class Augment:
 
 
 def _rand_augmented(x: Tensor, policy: RandPolicy) -> Tensor:
-    """Images (n, C, H, W) in 0..1, all by the same operations."""
+    """Augment images (n, C, H, W) in 0..1, all with the same operations."""
     from kornia.augmentation.auto import RandAugment
     from kornia.augmentation.auto.rand_augment.rand_augment import default_policy
 
     level = policy.magnitude + policy.spread * torch.randn(()).item()
     level = min(max(level, 0.0), LEVELS) / LEVELS * KORNIA_LEVELS
     operations = [entry for entry in default_policy if x.shape[1] == 3 or entry[0][0] != "color"]
-    kornia: Any = RandAugment  # its magnitude is said to be an int, and may be a fraction
+    kornia: Any = RandAugment  # its magnitude is annotated as int but may be a fraction
     out: Tensor = kornia(policy.count, min(max(level, 0.1), KORNIA_LEVELS - 0.1), operations)(x)
     return out.clamp(0, 1)
 
 
 def mixup(x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Each image with the one at its place from the end of the batch, x and y alike."""
+    """Mix images, and labels, with those of the reversed batch."""
     return share * x + (1 - share) * x.flip(0), share * y + (1 - share) * y.flip(0)
 
 
 def cutmix(x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """A rectangle of 1 - share of the area, centred anywhere and cut to the image, from the image at its place from the end."""
+    """Replace a rectangle by that of the reversed batch. It has 1 - share of the area and a random
+    centre, and is cut off at the edges."""
     height, width = x.shape[-2:]
     (top, bottom), (left, right) = (_side(side, share) for side in (height, width))
     x = x.clone()
@@ -126,6 +135,6 @@ def cutmix(x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _side(side: int, share: float) -> Sequence[int]:
-    """From where to where a rectangle reaches along one side of an image."""
+    """Return start and end of the rectangle along one side of an image."""
     length, centre = int(side * (1 - share) ** 0.5), int(torch.randint(side, ()))
     return max(0, centre - length // 2), min(side, centre + length // 2)

@@ -1,4 +1,4 @@
-"""The classifiers that fine-tuning writes: what it takes to build one again stands beside its weights."""
+"""Checkpoints of fine-tuned classifiers, which also hold what is needed to build the model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,11 +15,11 @@ from ..errors import UserError
 class Classifier(NamedTuple):
     model: VisionTransformer
     classes: tuple[str, ...]
-    crop_pct: float | None  # of the largest centred box, per side, with which it was scored; None: crops.usual_scale
+    crop_pct: float | None  # per side of the largest centred box, as it was scored; None: crops.usual_scale
 
 
 def described(model: VisionTransformer, classes: Sequence[str], crop_pct: float | None) -> dict[str, Any]:
-    """What a checkpoint of `model` has to hold for `load_classifier`, beside the weights."""
+    """Return what `load_classifier` needs of `model` beside its weights."""
     first: Any = model.blocks[0]
     mean, std = (None if buffer is None else buffer.tolist() for buffer in (model.mean, model.std))
     facts = Facts(first.attn.num_heads, 1, model.patch_embed.img_size, False, first.norm1.eps, mean=mean, std=std)
@@ -29,7 +29,8 @@ def described(model: VisionTransformer, classes: Sequence[str], crop_pct: float 
 
 
 def load_classifier(path: Path) -> Classifier:
-    """A classifier that `maefast finetune` or `partial` wrote, in eval mode on the CPU. Raises UserError for any other file."""
+    """Load a classifier that `maefast finetune` or `partial` wrote, in eval mode, on the CPU.
+    Raises UserError for any other file."""
     try:
         contents = read(path)
     except (CheckpointError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What the commands extract, knn, linprobe and reconstruct do: a checkpoint and images in, numbers out."""
+"""The commands extract, knn, linprobe and reconstruct."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .supervised import Recipe
 def extract(
     source: Source, data: Path, split: str | None, out: Path, *, kind: str, batch_size: int, crop_pct: float | None
 ) -> None:
-    """Features of all images of `data` to `out`, a .npy or .parquet file."""
+    """Write features of all images of `data` to `out`, a .npy or .parquet file."""
     check_output(out)
     encoder = source.encoder()
     images = open_images(data, split, encoder.patch_embed.proj.in_channels, out)
@@ -38,7 +38,7 @@ def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str
     """Print the accuracy of weighted k-NN."""
     encoder, train, evaluated = prepared(source, data)
     if k > len(train):
-        raise UserError(f"--k must be at most {len(train)}, the number of images with labels; it is {k}")
+        raise UserError(f"--k must be at most {len(train)}, the number of training images; it is {k}")
     tell(train.images, evaluated)
     (bank, labels), (queries, truth) = (
         collect(features_of(encoder, images, kind, batch_size=batch_size, part=data.crop_pct)) for images in (train, evaluated)
@@ -48,9 +48,10 @@ def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str
 
 
 def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, output_dir: Path | None, sweep: bool = False) -> None:
-    """Train a linear probe and print its accuracy; features are computed once unless images are augmented.
+    """Train a linear probe and print its accuracy. Without augmentation, features are computed
+    once.
 
-    sweep    take `best_blr` instead of the recipe's
+    sweep    use `best_blr` instead of the recipe's blr
     """
     encoder, train, evaluated = prepared(source, data)
     check_run(recipe, train, output_dir)
@@ -73,7 +74,7 @@ def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, outpu
 
 
 def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mask_ratio: float, count: int) -> None:
-    """A picture of the first `count` images of `data`: original, masked and reconstructed."""
+    """Draw the first `count` images of `data`: original, masked and reconstructed."""
     from ..pictures import make_panel, save_reconstructions
 
     require("reconstruct needs", {"matplotlib": "matplotlib"}, "eval")
@@ -83,7 +84,7 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
     images = open_images(data, split, model.patch_embed.proj.in_channels, out)
     images = fitted(model, images, source.nodata)
     if images.channels not in (1, 3):
-        raise UserError(f"pictures are of 1 or 3 channels; the images have {images.channels}")
+        raise UserError(f"DATA must have 1 or 3 channels for pictures; the images have {images.channels}")
     ids = torch.arange(min(count, len(images)))
     size = model.patch_embed.img_size
     ((pixels, _),) = read_batches(images, [ids], size, still(size, 1.0))

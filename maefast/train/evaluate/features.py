@@ -1,4 +1,5 @@
-"""Features of a frozen encoder: read from a checkpoint, computed for every image of a data set, written to a file."""
+"""Features of a frozen encoder: loading it, computing them for a data set, writing them to a
+file."""
 
 import os
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ FORMATS = (".npy", ".parquet")
 
 
 def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any) -> VisionTransformer:
-    """The encoder of a checkpoint in any layout of maefast.checkpoint; a decoder stays where it is.
+    """Load the encoder of a checkpoint of any layout of maefast.checkpoint.
 
-    random_init    its architecture alone, with weights drawn as VisionTransformer draws them, and sin-cos positions
+    random_init    take only the architecture, with VisionTransformer's initial weights and sin-cos
+                   positions
     options        arguments of VisionTransformer; num_classes is 0 by default
     Raises UserError for a checkpoint without an encoder, or one that does not fit the options.
     """
@@ -40,9 +42,7 @@ def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any)
         return encoder
 
     try:
-        encoder, _ = checkpoint.from_pretrained(
-            build, path, **{"decoder_num_heads": 1} | options
-        )  # of a decoder that is not built
+        encoder, _ = checkpoint.from_pretrained(build, path, **{"decoder_num_heads": 1} | options)  # the decoder is not built
     except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     if random_init:
@@ -51,22 +51,23 @@ def load_encoder(path: str | Path, *, random_init: bool = False, **options: Any)
 
 
 def fitted(model: Backbone, images: Any, nodata: float | None = None) -> Any:
-    """The images of an ImageDataset as the model takes them; missing values of floats are read as the mean.
+    """Return the images of an ImageDataset as the model takes them. Missing values become the mean.
 
-    Raises UserError unless they have its channels, and mean and std are known.
+    Raises UserError if the number of channels differs, or mean and std are unknown.
     """
     if (channels := model.patch_embed.proj.in_channels) != images.channels:
-        raise UserError(f"the data must have {channels} channels, as the checkpoint's images; they have {images.channels}")
+        raise UserError(f"DATA must have {channels} channels, as the checkpoint's images have; it has {images.channels}")
     if model.mean is None:
-        raise UserError(f"--mean and --std must be given for images of {channels} channels: the checkpoint does not tell them")
+        raise UserError(f"--mean and --std must be given for images of {channels} channels: the checkpoint does not store them")
     return in_unit_of(model, images, nodata, fill=True)
 
 
 @torch.no_grad()
 def pooled(encoder: VisionTransformer, imgs: Tensor, kind: str) -> Tensor:
-    """Of imgs (N, C, H, W), after `norm`, in fp32.
+    """Return features of imgs (N, C, H, W) after `norm`, in fp32.
 
-    kind    "cls": the class token (N, D); "mean": that of the patch tokens (N, D); "all": (N, 1+L, D), the class token first
+    kind    "cls": the class token (N, D); "mean": the mean of the patch tokens (N, D); "all": every
+            token (N, 1+L, D), the class token first
     """
     tokens = encoder.encode(imgs).float()
     return {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1), "all": lambda: tokens}[kind]()
@@ -75,9 +76,9 @@ def pooled(encoder: VisionTransformer, imgs: Tensor, kind: str) -> Tensor:
 def features_of(
     encoder: VisionTransformer, images: Any, kind: str, *, batch_size: int = 256, part: float | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`pooled` features, on the CPU, and labels of all images in their order, batch by batch.
+    """Yield `pooled` features, on the CPU, and labels of all images in order, batch by batch.
 
-    part    of the largest centred box of the encoder's proportions that is looked at, per side; None: crops.usual_scale
+    part    the scale of the centred box that is read, as in crops.centred; None: crops.usual_scale
     """
     size, device = encoder.patch_embed.img_size, encoder.cls_token.device
     batches = torch.arange(len(images)).split(batch_size)
@@ -87,13 +88,14 @@ def features_of(
 
 
 def collect(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Features and labels of all batches in memory."""
+    """Return the features and labels of all batches."""
     features, labels = zip(*batches, strict=True)
     return torch.cat(features), torch.cat(labels)
 
 
 def check_output(out: Path) -> None:
-    """Raise UserError unless features can be written to `out`, by its suffix, and what that needs is installed."""
+    """Raise UserError unless `out` is in a folder, its suffix is known and its package is
+    installed."""
     if out.suffix not in FORMATS:
         raise UserError(f"OUT must end in {' or '.join(FORMATS)}; it is {out}")
     if not out.parent.is_dir() or out.is_dir():
@@ -103,11 +105,11 @@ def check_output(out: Path) -> None:
 
 
 def write_features(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], out: Path) -> None:
-    """Features (count, *shape) of `batches` to `out`, whole or not at all, one batch in memory at a time.
+    """Write features (count, *shape) to `out`, completely or not at all, with one batch in memory.
 
     .npy        float32 (count, *shape)
-    .parquet    columns `features`, a list of fixed length (tokens one after the other), and `label`, null where there is none;
-                the metadata of its schema has `shape`
+    .parquet    columns `features`, a list of fixed length (all tokens, one after the other), and
+                `label`, null for no label; the metadata of the schema has `shape`
     """
     check_output(out)
     with writing("OUT", out), replace_file(out) as temporary:
@@ -118,7 +120,7 @@ def _write_npy(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tupl
     import numpy as np
 
     array, done = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, *shape)), 0
-    with path.open("r+b") as file:  # a page that finds no room on a full disk ends the process with SIGBUS
+    with path.open("r+b") as file:  # else a full disk ends the process with SIGBUS
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for features, _ in batches:
         array[done : done + len(features)] = features.numpy()

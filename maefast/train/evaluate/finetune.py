@@ -1,4 +1,4 @@
-"""What `maefast finetune` and `maefast partial` do, in a run that survives being killed."""
+"""`maefast finetune` and `maefast partial`, in a run that can be resumed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,23 +28,23 @@ HEAD_STD = 2e-5
 
 @dataclass(frozen=True)
 class Tuning:
-    """What fine-tuning changes of the encoder, beside the recipe."""
+    """Settings of fine-tuning that concern the encoder."""
 
-    blocks: float | None = None  # how many of the last ones learn; None: all that there is
+    blocks: float | None = None  # the number of last blocks to train; None: the whole model
     layer_decay: float = 0.75
     drop_path: float = 0.1
     global_pool: bool = True
-    ema: float | None = None  # the decay of the average of the weights that is scored; None: the weights themselves
+    ema: float | None = None  # decay of an average of the weights, which is scored; None: no average
     amp: str = "off"
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run goes: log.txt and checkpoint.pth, and with `resume` the last checkpoint-E.pth, from which it goes on."""
+    """The folder of log.txt and checkpoint.pth; with `resume` also of the last checkpoint-E.pth."""
 
     folder: Path | None = None
     resume: bool = False
-    eval_every: int = 1  # epochs from one score to the next; the last epoch always has one
+    eval_every: int = 1  # epochs between scores; the last epoch is always scored
 
 
 def finetune(
@@ -58,11 +58,11 @@ def finetune(
     """Fine-tune the encoder, or its last blocks, and print its accuracy."""
     augmentation.check()
     if output.resume and output.folder is None:
-        raise UserError("--resume must come with --output_dir, the folder of the run")
+        raise UserError("--resume must be given together with --output_dir, the folder of the run")
     encoder, train, evaluated = prepared(source, data, drop_path_rate=tuning.drop_path, global_pool=tuning.global_pool)
     check_run(recipe, train, output.folder)
     if augmentation.aa is not None and train.dtype != torch.uint8:
-        raise UserError("--aa must be none for float images, whose values have no colours")
+        raise UserError("--aa must be none for float images, which have no colours; DATA holds floats")
     classes = train.images.classes
     encoder.num_classes = len(classes)
     encoder.head = nn.Linear(encoder.embed_dim, encoder.num_classes).to(source.device)
@@ -104,7 +104,7 @@ def finetune(
 
 
 def _identity(source: Source, data: Labelled, recipe: Recipe, tuning: Tuning, augmentation: Augmentation, images: int) -> Any:
-    """What a run cannot change when it goes on."""
+    """Return the settings that must not change when a run is resumed."""
     given = asdict(source) | asdict(data) | asdict(recipe) | asdict(tuning) | asdict(augmentation) | {"number of images": images}
     return {
         name: value if isinstance(value, int | float | None) else str(value) for name, value in given.items() if name != "device"
@@ -112,7 +112,7 @@ def _identity(source: Source, data: Labelled, recipe: Recipe, tuning: Tuning, au
 
 
 def _resumed(output: Output, learning: Mapping[str, Any], identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Put what learns where the newest checkpoint left it; the records of the epochs that are done."""
+    """Load the newest checkpoint into `learning` and return the records of the finished epochs."""
     there = checkpoints.find(output.folder) if output.resume and output.folder is not None else []
     if not there:
         return []

@@ -1,4 +1,5 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv 1805.01978,
+section 3.4)."""
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,12 @@ def knn_votes(
     temperature: float = TEMPERATURE,
     batch_size: int = 512,
 ) -> Tensor:
-    """Votes (m, classes) for queries (m, F) of the k nearest of features (n, F), whose labels (n,) are int64, 0 to classes - 1.
+    """Return the votes (m, classes) of the k nearest of features (n, F) for queries (m, F).
 
-    Neighbours are nearest by cosine similarity s, and each votes for its class with exp((s - s_max) / temperature), s_max that of
-    the nearest: the weights of the paper but for a factor of the query, which keeps them within the range of fp32.
+    labels    (n,) int64, 0 to classes - 1
+    Neighbours are nearest by cosine similarity s. Each votes for its class with exp((s - s_max) /
+    temperature), where s_max is the largest s of the query. The paper has exp(s / temperature); the
+    factor keeps the votes in the range of fp32 and does not change their order.
     Raises ValueError unless 1 <= k <= n, temperature is positive and the shapes fit together.
     """
     if features.dim() != 2 or queries.dim() != 2 or features.shape[1] != queries.shape[1] or labels.shape != features.shape[:1]:

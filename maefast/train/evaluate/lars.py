@@ -1,4 +1,4 @@
-"""LARS: layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017), the optimizer of linear probes."""
+"""LARS, layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017): the optimizer of probes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step of each weight is in proportion to the weight's norm.
+    """SGD with momentum in which the step of a weight is proportional to the norm of the weight.
 
-    params       parameters, or groups of them
-    lr           0 by default: schedules set it before each step
-    Of a parameter w with gradient g, for w of two dimensions and more:
-        d = g + weight_decay * w;  d *= trust_coefficient * |w| / |d|  (by 1 where either norm is 0)
-    and d = g for w of fewer (biases, norms). Then m = momentum * m + d and w -= lr * m, m starting at 0.
+    params       parameters, or groups of parameters
+    lr           0 by default, since schedules set it before each step
+    For a parameter w of two or more dimensions with gradient g:
+        d = g + weight_decay * w;  d *= trust_coefficient * |w| / |d|  (1 if either norm is 0)
+    For other parameters (biases, norms) d = g. Then m = momentum * m + d and w -= lr * m, with m =
+    0 at the start.
     Raises ValueError for a negative value.
     """
 
@@ -34,7 +35,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; returns what `closure` does, if there is one."""
+        """Take one step; return the value of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What fine-tuning changes of an encoder: which parameters learn, and how fast each of them does."""
+"""The trainable parameters of fine-tuning, and their layer-wise learning rates."""
 
 from collections import defaultdict
 from typing import Any
@@ -9,7 +9,8 @@ from ...encoder import VisionTransformer
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer of an encoder's parameter: 0 for the embeddings, 1 to depth for the blocks, depth + 1 for what comes after."""
+    """Return the layer of a parameter: 0 for embeddings, 1 to depth for blocks, depth + 1 after
+    them."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):
@@ -18,8 +19,9 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(encoder: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups of the trainable parameters for an optimizer, each with `lr_scale`: layer_decay to the number of layers above it
-    (Clark et al. 2020). One-dimensional parameters, class token and positions get no weight decay."""
+    """Return groups of the trainable parameters for an optimizer. `lr_scale` of a group is
+    layer_decay to the power of the number of layers above it (Clark et al. 2020). One-dimensional
+    parameters, class token and positions get no weight decay."""
     depth, undecayed = len(encoder.blocks), encoder.no_weight_decay()
     groups = defaultdict[tuple[int, float], list[nn.Parameter]](list)
     for name, parameter in encoder.named_parameters():
@@ -33,10 +35,11 @@ def layer_decay_groups(encoder: VisionTransformer, weight_decay: float, layer_de
 
 
 def train_last_blocks(encoder: VisionTransformer, blocks: float) -> None:
-    """Freeze all but the head and the last `blocks` blocks with the norm after them (He et al. 2022, figure 9).
+    """Freeze all but the head, the last `blocks` blocks and the final norm (He et al. 2022, figure
+    9).
 
-    blocks    0 (the head alone), 0.5 (the MLP of the last block, and its norm) or 1 to depth
-    Frozen blocks lose their stochastic depth. Raises ValueError for another number.
+    blocks    0 (only the head), 0.5 (the MLP of the last block and its norm) or 1 to depth
+    Stochastic depth is turned off in frozen blocks. Raises ValueError for another number.
     """
     depth, all_blocks = len(encoder.blocks), list[Any](encoder.blocks)
     if not (0 <= blocks <= depth and (blocks == 0.5 or blocks == int(blocks))):
@@ -55,7 +58,7 @@ def train_last_blocks(encoder: VisionTransformer, blocks: float) -> None:
 
 
 def reset_head(encoder: VisionTransformer, std: float) -> None:
-    """Draw the head's weights from N(0, std) cut off at -2 and 2; its biases are 0."""
+    """Draw the head's weights from N(0, std), truncated at -2 and 2; set its biases to 0."""
     head: Any = encoder.head
     weight: Tensor = head.weight
     nn.init.trunc_normal_(weight, std=std)

@@ -1,4 +1,5 @@
-"""The linear probe: one linear layer on frozen features, behind a batch norm that centres and scales them."""
+"""The linear probe: a batch norm without affine parameters and a linear layer on frozen
+features."""
 
 import sys
 from dataclasses import replace
@@ -27,7 +28,8 @@ class LinearProbe(nn.Sequential):
 
 
 class ProbedEncoder(nn.Module):
-    """A probe on an encoder that stays frozen and in eval mode: images (n, C, H, W) -> (n, classes)."""
+    """A probe on an encoder that stays frozen and in eval mode: images (n, C, H, W) -> (n,
+    classes)."""
 
     def __init__(self, encoder: VisionTransformer, probe: LinearProbe, kind: str):
         super().__init__()
@@ -48,10 +50,12 @@ def optimizer_of(probe: LinearProbe, recipe: Recipe) -> LARS:
 
 
 def best_blr(features: Tensor, labels: Tensor, classes: int, recipe: Recipe, device: str = "cpu") -> float:
-    """The one of BLRS whose probe is right most often on a tenth of each class that it did not learn from; the least of equals.
+    """Return the rate of BLRS whose probe is most accurate on a held-out tenth of each class; the
+    smallest such rate.
 
-    LARS moves weights in proportion to the rate, so that the best one depends on the number of steps: the official 0.1 is
-    for 7,000 of 16,384 images each. Prints what each scores to stderr. Raises Diverged where none ends with a finite loss.
+    The steps of LARS are proportional to the rate, so the best rate depends on the number of steps:
+    the official 0.1 is for 7,000 steps of 16,384 images. Prints the score of each rate to stderr.
+    Raises Diverged if no rate ends with a finite loss.
     """
     train, held_out = stratified_split(labels, HELD_OUT, recipe.seed)
     batches, scored = in_memory(features[train], labels[train]), in_memory(features[held_out], labels[held_out])
@@ -69,5 +73,5 @@ def best_blr(features: Tensor, labels: Tensor, classes: int, recipe: Recipe, dev
                 raise
             continue
         found[blr] = count_correct(probe, scored, len(held_out))
-        print(f"blr {blr:g}: {found[blr]} of {len(held_out)} images held out", file=sys.stderr, flush=True)
+        print(f"blr {blr:g}: {found[blr]} of {len(held_out)} held-out images are right", file=sys.stderr, flush=True)
     return max(found, key=lambda blr: (found[blr], -blr))

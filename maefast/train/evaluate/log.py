@@ -1,4 +1,4 @@
-"""What a training with labels prints and writes."""
+"""The output of training with labels: lines, log.txt and checkpoint.pth."""
 
 import json
 import sys
@@ -14,16 +14,18 @@ from .supervised import Epoch, Recipe
 
 
 class Log:
-    """A line for each epoch on stderr; log.txt, one JSON object for each, and checkpoint.pth in a folder, if there is one.
+    """The log of a training: a line per epoch on stderr, and log.txt (a JSON object per epoch) and
+    checkpoint.pth in `folder`, if given.
 
-    records    of the epochs of an earlier process
+    records    the records of epochs of an earlier process
     """
 
     def __init__(self, folder: Path | None, records: Sequence[dict[str, Any]] = ()):
         self.folder, self.records = folder, list(records)
 
     def add(self, epoch: Epoch, correct: int | None, count: int) -> None:
-        """An epoch, and how many of `count` images were right after it; None where they were not looked at."""
+        """Add an epoch. correct: how many of `count` images are right after it; None: not
+        scored."""
         score = {} if correct is None else {"top1": correct / count, "correct": correct, "images": count}
         self.records.append(asdict(epoch) | score)
         shown = "" if correct is None else f", top-1 {correct / count:.4f}"

@@ -1,4 +1,4 @@
-"""`maefast robustness`: a fine-tuned classifier on corrupted images and on folders of other images of its classes."""
+"""`maefast robustness`: the accuracy of a classifier on corrupted images and on other folders."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,33 +23,35 @@ from .features import fitted
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What a classifier is scored on."""
+    """The images that a classifier is scored on."""
 
     data: Path | None = None  # images of its classes, clean and corrupted
     eval_split: str = "val"
     kinds: tuple[str, ...] = CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES
-    count: int | None = None  # of the images of `data`, evenly spaced; None: all
+    count: int | None = None  # the number of images of `data`, evenly spaced; None: all
     folder: Path | None = None  # more images
-    class_map: Path | None = None  # which class a class of `folder` is; None: the one of its name
-    nodata: float | None = None  # of float arrays
+    class_map: Path | None = None  # maps names of `folder` to classes; None: the names are equal
+    nodata: float | None = None  # the missing value of float arrays
     seed: int = 0
     device: str = "cpu"
     batch_size: int = 256
 
 
 def robustness(path: Path, check: Check, out: Path | None = None) -> dict[str, Any]:
-    """Print a table of accuracies, and write them to `out` as JSON.
+    """Print a table of accuracies, write them to `out` as JSON, and return them.
 
-    returns    clean (of `data`), corrupted (kind -> accuracies by severity), mean_corrupted, folder, and the number of images
-    Raises UserError before anything is written for a checkpoint without classifier and images that do not fit it.
+    returns    clean (of `data`), corrupted (kind -> severity -> accuracy), mean_corrupted, folder,
+               and the numbers of images
+    Raises UserError, before anything is written, for a checkpoint without classifier and for images
+    that do not fit it.
     """
     if check.data is None and check.folder is None:
-        raise UserError("DATA or --folder must be given")
+        raise UserError("DATA or --folder must be given; neither is")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out must be a file in a folder that exists; it is {out}")
     if check.class_map is not None and check.folder is None:
-        raise UserError("--class_map must come with --folder, whose classes it maps")
+        raise UserError("--class_map must be given together with --folder, whose classes it maps")
     if check.data is not None and check.kinds and find_spec("imagecorruptions") is None:
         raise UserError('robustness needs imagecorruptions: pip install "maefast[robustness]", or --kinds none')
     classifier = load_classifier(path)
@@ -70,7 +72,7 @@ def robustness(path: Path, check: Check, out: Path | None = None) -> dict[str, A
 
 
 def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tensor]:
-    """The images, and for each the class of the classifier."""
+    """Return the images, and the index of each one's class in the classifier."""
     from ..data.open import open_images, tell
 
     path = getattr(check, name)
@@ -78,40 +80,40 @@ def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tenso
     images = open_images(path, split, classifier.model.patch_embed.proj.in_channels)
     images = fitted(classifier.model, images, check.nodata)
     if check.data is path and check.kinds and images.channels not in (1, 3):
-        raise UserError(f"corruptions are of images of 1 or 3 channels; the classifier's have {images.channels}")
+        raise UserError(f"--kinds must be none for a classifier of {images.channels} channels: corruptions need 1 or 3")
     if check.data is path and check.kinds and images.dtype != torch.uint8:
-        raise UserError(f"corruptions are of uint8 images; {path} holds floats: --kinds none leaves them out")
+        raise UserError(f"--kinds must be none for float images: corruptions need uint8; {path} holds floats")
     if not images.classes or (images.labels < 0).any():
         raise UserError(f"{path} must have a label for every image")
     names = images.classes
     if name == "folder" and check.class_map is not None:
         known = _read_map(check.class_map)
         if missing := [its for its in names if its not in known]:
-            raise UserError(f"--class_map must tell the class of each folder; {check.class_map} lacks {missing[0]!r}")
+            raise UserError(f"--class_map must have a line for each folder; {check.class_map} has none for {missing[0]!r}")
         names = tuple(known[its] for its in names)
     ours = {its: number for number, its in enumerate(classifier.classes)}
     if strange := [its for its in names if its not in ours]:
-        hint = nearest(strange[0], classifier.classes) if len(ours) < 50 else "--class_map tells which it is"
-        raise UserError(f"{path} must have classes of the classifier; it has {strange[0]!r}: {hint}")
+        hint = nearest(strange[0], classifier.classes) if len(ours) < 50 else "--class_map can name its class"
+        raise UserError(f"{path} must have only classes of the classifier; it has {strange[0]!r}: {hint}")
     tell(images)
     return images, torch.tensor([ours[its] for its in names])[images.labels]
 
 
 def _read_map(path: Path) -> dict[str, str]:
-    """Lines of the name of a folder and that of its class."""
+    """Return the class of each folder, from lines of a folder's name and a class."""
     try:
         rows = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class_map must be a text file; {path} cannot be read: {error}") from error
     if bad := next((number for number, row in enumerate(rows, 1) if len(row) != 2), None):
-        raise UserError(f"--class_map must have lines of a folder and its class; line {bad} of {path} has one word")
+        raise UserError(f"--class_map must have a folder and its class in each line; line {bad} of {path} has one word")
     return {folder: its.strip() for folder, its in rows}
 
 
 def _read(
     classifier: Classifier, images: Any, labels: Tensor, chosen: Sequence[int], check: Check
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (n, C, H, W) uint8 and labels of the classifier (n,), batch by batch."""
+    """Yield images (n, C, H, W) uint8 and labels (n,) of the classifier, batch by batch."""
     size, ids = classifier.model.patch_embed.img_size, torch.tensor(chosen).split(check.batch_size)
     for part, (pixels, _) in zip(ids, read_batches(images, ids, size, still(size, classifier.crop_pct)), strict=True):
         yield pixels, labels[part]
@@ -119,7 +121,7 @@ def _read(
 
 @torch.no_grad()
 def _score(classifier: Classifier, batches: Iterator[tuple[Tensor, Tensor]], among: Tensor | None = None) -> float:
-    """The accuracy; `among`: the classes that are told apart, all of them by default."""
+    """Return the accuracy. among: the only classes that may be predicted; None: all."""
     device, right, count = classifier.model.cls_token.device, 0, 0
     for pixels, labels in batches:
         logits = classifier.model(pixels.to(device)).float().cpu()
@@ -145,7 +147,7 @@ def _on_corrupted(classifier: Classifier, check: Check, images: Any, labels: Ten
 
 
 def _table(result: dict[str, Any]) -> str:
-    """In Markdown."""
+    """Return the accuracies as Markdown."""
     lines = list[str]()
     if "clean" in result:
         lines.append(f"clean: {result['clean']:.4f} of {result['images']} images")

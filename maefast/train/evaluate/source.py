@@ -1,4 +1,4 @@
-"""A checkpoint and images to evaluate it on, opened so that they fit."""
+"""The checkpoint and the images of an evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,16 @@ from .features import fitted, load_encoder
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, and what it may not tell; None: what it tells."""
+    """A checkpoint, and values that override it or that it may lack; None: no override."""
 
     checkpoint: Path
-    key: str | None = None  # which weights, where it holds several
+    key: str | None = None  # chooses one of several models
     input_size: int | tuple[int, int] | None = None
     num_heads: int | None = None
-    decoder_num_heads: int | None = None  # of reconstruct alone
+    decoder_num_heads: int | None = None  # only for reconstruct
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    nodata: float | None = None  # of float arrays
+    nodata: float | None = None  # the missing value of float arrays
     random_init: bool = False
     device: str = "cpu"
     seed: int = 0
@@ -38,14 +38,14 @@ class Source:
         return {name: value for name, value in given.items() if value is not None}
 
     def encoder(self, **options: Any) -> VisionTransformer:
-        """On its device; all that is random later follows from the seed too."""
+        """Return the encoder on its device, and seed torch's generator for all later draws."""
         torch.manual_seed(self.seed)
         encoder = load_encoder(self.checkpoint, random_init=self.random_init, **self.overrides(), **options)
         return encoder.to(find_device(self.device))
 
 
 def load_mae(source: Source) -> MAE:
-    """The whole model of a checkpoint. Raises UserError for one without decoder."""
+    """Load the whole model of a checkpoint. Raises UserError if it has no decoder."""
     torch.manual_seed(source.seed)
     try:
         model, report = checkpoint.from_pretrained(MAE, source.checkpoint, **source.overrides())
@@ -54,12 +54,12 @@ def load_mae(source: Source) -> MAE:
     except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError) as error:
         raise UserError(str(error)) from error
     if not report.has_decoder:
-        raise UserError(f"CHECKPOINT must have a decoder to reconstruct with; {source.checkpoint} has none")
+        raise UserError(f"CHECKPOINT must have a decoder for reconstruct; {source.checkpoint} has none")
     return model
 
 
 def prepared(source: Source, data: Labelled, **options: Any) -> tuple[VisionTransformer, Chosen, Any]:
-    """The encoder, the images to learn from and those to score, which fit it."""
+    """Return the encoder, the images to learn from and the images to score."""
     encoder = source.encoder(**options)
     train, taken, evaluated = data.opened(encoder.patch_embed.proj.in_channels, source.seed)
     train, evaluated = (fitted(encoder, images, source.nodata) for images in (train, evaluated))

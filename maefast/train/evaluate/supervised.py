@@ -1,4 +1,4 @@
-"""Training with labels: what the linear probe and fine-tuning share."""
+"""Training with labels, for the linear probe and fine-tuning."""
 
 import math
 import random
@@ -18,28 +18,28 @@ from ..schedule import warmup_cosine
 
 
 class Diverged(UserError):  # noqa: N818 - like UserError's, its text is for the user
-    """A loss that is not finite."""
+    """The loss is not finite."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, in what steps and at which learning rates; flags of the official launchers."""
+    """Epochs, batch sizes and learning rates, with the names of the official flags."""
 
     epochs: int
     warmup_epochs: int
     batch_size: int
-    blr: float  # learning rate for 256 images a step
+    blr: float  # learning rate for 256 images per step
     weight_decay: float
-    lr: float | None = None  # instead of blr * batch_size * accum_iter / 256
+    lr: float | None = None  # overrides blr * batch_size * accum_iter / 256
     min_lr: float = 0.0
     label_smoothing: float = 0.0
     seed: int = 0
-    accum_iter: int = 1  # batches a step
+    accum_iter: int = 1  # batches per step
     clip_grad: float | None = None  # greatest norm of the gradient
 
     @property
     def step_size(self) -> int:
-        """Images of one step of the optimizer."""
+        """Return the number of images per optimizer step."""
         return self.batch_size * self.accum_iter
 
     @property
@@ -47,7 +47,7 @@ class Recipe:
         return self.blr * self.step_size / 256 if self.lr is None else self.lr
 
     def check(self, images: int) -> None:
-        """Raise UserError unless the recipe fits that many images."""
+        """Raise UserError unless the recipe fits this number of images."""
         if self.step_size > images:
             what = "--batch_size" if self.accum_iter == 1 else "--batch_size x --accum_iter"
             raise UserError(f"{what} must be at most {images}, the number of images to train on; it is {self.step_size}")
@@ -57,7 +57,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known after an epoch: how many are done, the mean loss, the last learning rate."""
+    """The result of an epoch: the number of finished epochs, the mean loss, the last learning
+    rate."""
 
     epoch: int
     loss: float
@@ -78,13 +79,16 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train on the cross-entropy of model(x), (n, classes), and yield after each epoch.
 
-    batches      reads the `images` samples, shuffled anew in each epoch; what is left after whole steps is left out
-    average      updated after each step
-    change       of inputs and labels (n,) on the device of the model, to inputs and labels or probabilities (n, classes)
-    start        how many epochs are done already
-    Order and all that torch's own generator is asked for (stochastic depth, `change`) follow from the seed and the epoch alone.
-    The learning rate, per step, is warmup_cosine's, times the `lr_scale` of a group that has one.
-    Raises UserError where the recipe does not fit, and Diverged where the loss is not finite.
+    batches      reads the `images` samples, shuffled in each epoch; an incomplete last step is
+                 dropped
+    average      is updated after each step
+    change       maps inputs and labels (n,) on the model's device to inputs and labels, or to
+                 probabilities (n, classes)
+    start        the number of epochs that are done already
+    The order and the draws of torch's global generator (stochastic depth, `change`) depend only on
+    the seed and the epoch. The learning rate of a step is warmup_cosine's, times `lr_scale` of the
+    group, if any.
+    Raises UserError if the recipe does not fit, and Diverged if the loss is not finite.
     """
     recipe.check(images)
     per_epoch = images // recipe.step_size
@@ -124,7 +128,8 @@ def fit(
 def count_correct(
     model: nn.Module, batches: Batches, images: int, *, batch_size: int = 256, autocast: torch.dtype | None = None
 ) -> int:
-    """How many of `images` samples model(x), (n, classes), gives its greatest value at their label; it is left in eval mode."""
+    """Return how many of `images` samples model(x), (n, classes), classifies correctly. The model
+    stays in eval mode."""
     model.eval()
     device, correct = next(model.parameters()).device, 0
     for x, y in batches(0, torch.arange(images).split(batch_size)):

@@ -1,4 +1,4 @@
-"""What a pre-training needs before it starts: options that fit, images, the model."""
+"""Preparation of a pre-training: checks of the options, the images, the model."""
 
 from typing import Any
 
@@ -20,25 +20,26 @@ SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "
 
 
 def training_images(options: Options) -> ImageDataset:
-    """The images to train on. Raises UserError."""
+    """Open the images to train on. Raises UserError."""
     return open_images(options.data_path, "train", options.in_chans, options.output_dir)
 
 
 def check_options(options: Options, group: Group, batch: int, images: int) -> None:
-    """Raise UserError unless the options fit each other, the processes and that many images, `batch` of them a step."""
+    """Raise UserError unless the options fit each other, the processes, the number of images and
+    the images per step, `batch`."""
     if images < batch:
         needed = f"--batch_size x --accum_iter{' x processes' if group.world_size > 1 else ''} = {batch} images"
         raise UserError(f"--data_path must hold at least {needed}; {options.data_path} holds {images}")
     if options.start_epoch >= options.epochs:
         raise UserError(f"--start_epoch must be less than --epochs, {options.epochs}; it is {options.start_epoch}")
     if options.fsdp and group.local_rank is None:
-        raise UserError("--fsdp must run in several processes (torchrun --nproc_per_node N); this one was started alone")
+        raise UserError("--fsdp must run in several processes (torchrun --nproc_per_node N); there is only this process")
     if options.reference and group.local_rank is not None:
-        raise UserError(f"--reference must run in a process started alone; there are {group.world_size}")
+        raise UserError(f"--reference must run in one process, without a launcher; there are {group.world_size}")
 
 
 def find_autocast(options: Options, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of --amp, None for off. Raises UserError for one that the device cannot run."""
+    """Return the dtype of --amp, None for off. Raises UserError if the device cannot run it."""
     amp = options.amp or ("bf16" if device.type == "cuda" else "off")
     if amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 must run on a GPU; the device is {device}")
@@ -46,7 +47,7 @@ def find_autocast(options: Options, device: torch.device) -> torch.dtype | None:
 
 
 def init_model(model: MAE, options: Options) -> checkpoint.LoadReport:
-    """Start the model from the weights of --init. Raises UserError where it cannot."""
+    """Load the weights of --init into the model. Raises UserError if they do not fit."""
     assert options.init is not None
     try:
         return model.init_from(options.init, key=options.key)
@@ -61,11 +62,12 @@ def check_values(options: Options, images: Any) -> None:
     if options.mean is None or options.std is None:
         raise UserError("--mean and --std must be given for float images, in their own unit; --data_path holds floats")
     if options.augment == "rrc+jitter":
-        raise UserError("--augment must be none, crop or rrc for float images, whose values have no colours; it is rrc+jitter")
+        raise UserError("--augment must be none, crop or rrc for float images, which have no colours; it is rrc+jitter")
 
 
 def build_model(options: Options, channels: int) -> MAE:
-    """A fresh model, its weights from the seed. Raises UserError for sizes or a mask ratio that do not fit together."""
+    """Build a model with weights drawn from the seed. Raises UserError if sizes, mask ratio or
+    sampler do not fit together."""
     given: dict[str, Any] = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     half = None if channels == 3 else (0.5,) * channels
     given |= {"mean": options.mean or half, "std": options.std or half, "norm_pix_loss": options.norm_pix_loss}

@@ -1,4 +1,4 @@
-"""What a run writes after each epoch: log.txt, TensorBoard's events, pictures."""
+"""The output of a run after each epoch: log.txt, TensorBoard events, pictures."""
 
 import json
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from .options import Options
 
 
 class Journal:
-    """The files of a run in its output_dir, beside its checkpoints.
+    """The files of a run in its output_dir, except its checkpoints.
 
-    next_epoch    what is there of this epoch and later ones is dropped: they will be done again
-    Raises UserError where the folder cannot be written.
+    next_epoch    records of this epoch and later ones are removed, since they will be run again
+    Raises UserError if the folder cannot be written.
     """
 
     def __init__(self, options: Options, next_epoch: int):
@@ -33,7 +33,8 @@ class Journal:
             raise UserError(f"--output_dir must be a folder that can be written; {error}") from error
 
     def add(self, record: Mapping[str, Any], panel: Panel | None) -> None:
-        """Add the record of an epoch and its pictures. Raises UserError where they cannot be written."""
+        """Write the record of an epoch and its pictures. Raises UserError if they cannot be
+        written."""
         epoch = record["epoch"]
         try:
             with (self.folder / "log.txt").open("a") as file:
@@ -62,7 +63,7 @@ def _drop_records(log: Path, next_epoch: int) -> None:
     for line in log.read_text().splitlines() if log.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:  # the process was killed while it wrote this one
+        except ValueError:  # the process was killed while it wrote this line
             continue
         if record["epoch"] < next_epoch:
             kept.append(line + "\n")
@@ -71,7 +72,7 @@ def _drop_records(log: Path, next_epoch: int) -> None:
 
 
 def _open_tensorboard(folder: Path, next_epoch: int) -> Any:
-    """Return a SummaryWriter; None where TensorBoard is not installed."""
+    """Return a SummaryWriter, or None if TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -80,6 +81,6 @@ def _open_tensorboard(folder: Path, next_epoch: int) -> Any:
 
 
 def draw(model: nn.Module, images: Tensor, options: Options, epoch: int) -> Panel:
-    """Picture images (n, C, H, W) uint8, masked alike after each epoch, and what `model` makes of them."""
+    """Reconstruct images (n, C, H, W) uint8 with `model`, with the same masks after each epoch."""
     title = f"epoch {epoch}, {options.mask_ratio:.0%} of the patches removed"
     return make_panel(title, model, images, options.mask_ratio, options.seed, options.sampler)

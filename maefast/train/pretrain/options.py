@@ -1,4 +1,4 @@
-"""The options of `maefast pretrain`: one table for flags, configuration files and Python."""
+"""The options of `maefast pretrain`, for flags, configuration files and Python."""
 
 import argparse
 import os
@@ -18,99 +18,108 @@ MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("ma
 
 
 def option(default: Any, parse: Parse | None, help: str, metavar: str | None = None) -> Any:
-    """A field of Options; without `parse` it is a switch, with the flags --name and --no_name."""
+    """Declare a field of Options. Without `parse` it is a switch with the flags --name and
+    --no_name."""
     return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to pre-train; the names are those of the official launcher where it has the option. None: chosen by the run."""
+    """The options of a pre-training, with the official launcher's names. None: chosen by the
+    run."""
 
     data_path: Path = option(Path("data"), Path, "the images, or a folder with them in train/", "PATH")
-    output_dir: Path = option(Path("output_dir"), Path, "for checkpoints, log.txt and pictures", "DIR")
-    log_dir: Path | None = option(None, Path, "for TensorBoard, where it is installed (output_dir)", "DIR")
-    resume: str = option("", str, "auto: go on with the newest checkpoint of output_dir, if any; or a checkpoint", "auto|FILE")
-    init: Path | None = option(
-        None, Path, "start from the weights of a checkpoint of any layout that maefast convert reads", "FILE"
-    )
-    key: str | None = option(None, str, "which weights of --init to take, where it holds several")
-    start_epoch: int = option(0, whole(0), "the number of the first epoch of a fresh run")
-    model: str = option("mae_vit_large_patch16", one_of(MODELS), "a factory of maefast", "NAME")
+    output_dir: Path = option(Path("output_dir"), Path, "folder of checkpoints, log.txt and pictures", "DIR")
+    log_dir: Path | None = option(None, Path, "folder of TensorBoard events, if TensorBoard is installed (output_dir)", "DIR")
+    resume: str = option("", str, "auto: resume from the newest checkpoint of output_dir, if any; or a checkpoint", "auto|FILE")
+    init: Path | None = option(None, Path, "initial weights: a checkpoint of any layout that maefast convert reads", "FILE")
+    key: str | None = option(None, str, "which model of --init to take, if it holds several")
+    start_epoch: int = option(0, whole(0), "number of the first epoch of a new run")
+    model: str = option("mae_vit_large_patch16", one_of(MODELS), "a model factory of maefast", "NAME")
     input_size: int | tuple[int, int] = option(224, sides, "side of the images, or height and width", "S | H W")
     patch_size: int | tuple[int, int] | None = option(
-        None, sides, "side of a patch, or height and width, where not the model's", "S | H W"
+        None, sides, "side of a patch, or height and width (the model's)", "S | H W"
     )
-    embed_dim: int | None = option(None, whole(1), "width of the encoder, where not the model's")
-    depth: int | None = option(None, whole(1), "blocks of the encoder, likewise")
-    num_heads: int | None = option(None, whole(1), "heads of the encoder, likewise")
-    decoder_embed_dim: int | None = option(None, whole(1), "width of the decoder, likewise")
-    decoder_depth: int | None = option(None, whole(1), "blocks of the decoder, likewise")
-    decoder_num_heads: int | None = option(None, whole(1), "heads of the decoder, likewise")
-    in_chans: int | None = option(None, whole(1), "channels that the images are converted to, where not their own")
+    embed_dim: int | None = option(None, whole(1), "width of the encoder (the model's)")
+    depth: int | None = option(None, whole(1), "blocks of the encoder (the model's)")
+    num_heads: int | None = option(None, whole(1), "heads of the encoder (the model's)")
+    decoder_embed_dim: int | None = option(None, whole(1), "width of the decoder (the model's)")
+    decoder_depth: int | None = option(None, whole(1), "blocks of the decoder (the model's)")
+    decoder_num_heads: int | None = option(None, whole(1), "heads of the decoder (the model's)")
+    in_chans: int | None = option(None, whole(1), "number of channels that the images are converted to (3; an array's own)")
     mean: tuple[float, ...] | None = option(
-        None, numbers(ANY), "per channel, of pixels in 0..1 (3: ImageNet's, else 0.5), of floats in their own unit", "M,.."
+        None, numbers(ANY), "mean per channel, of uint8 in 0..1 (3: ImageNet's, else 0.5), of floats in their unit", "M,.."
     )
-    std: tuple[float, ...] | None = option(None, numbers(0, above=True), "likewise", "S,..")
-    nodata: float | None = option(None, number(ANY), "the value of a float array that stands for a missing one, as NaN does", "V")
-    mask_ratio: float = option(0.75, RATIO, "part of the patches that is removed")
-    sampler: str = option("random", one_of(SAMPLERS), "which patches are removed: any, blocks, all but one of each 2 x 2")
-    target: str = option(None, one_of(TARGETS), "pixels, normalised per patch, or their principal components (pixel)")
-    norm_pix_loss: bool = option(False, None, "--target norm")
-    mask_tokens_in_encoder: bool = option(False, None, "run the encoder on all tokens, mask tokens among them")
+    std: tuple[float, ...] | None = option(
+        None, numbers(0, above=True), "standard deviation per channel, in the unit of --mean", "S,.."
+    )
+    nodata: float | None = option(None, number(ANY), "value of a float array that means missing, as NaN does", "V")
+    mask_ratio: float = option(0.75, RATIO, "fraction of the patches that is removed")
+    sampler: str = option(
+        "random", one_of(SAMPLERS), "which patches are removed: random ones, blocks, or all but one of each 2 x 2"
+    )
+    target: str = option(None, one_of(TARGETS), "pixels, pixels normalised per patch, or principal components of patches (pixel)")
+    norm_pix_loss: bool = option(False, None, "the same as --target norm")
+    mask_tokens_in_encoder: bool = option(False, None, "run the encoder on all tokens, mask tokens included")
     augment: str = option(
-        "rrc", one_of(AUGMENTATIONS), "none: centre; crop: of a fixed size; rrc: of random size and aspect; jitter: of colours"
+        "rrc", one_of(AUGMENTATIONS), "none: centre box; crop: fixed size; rrc: random size and aspect; jitter: random colours"
     )
     flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
-    batch_size: int = option(64, whole(1), "images of one forward of one process")
-    accum_iter: int = option(1, whole(1), "forwards of one step of the optimizer")
+    batch_size: int = option(64, whole(1), "images per forward pass and process")
+    accum_iter: int = option(1, whole(1), "forward passes per optimizer step")
     epochs: int = option(400, whole(1), "passes over the images")
     warmup_epochs: int = option(40, whole(0), "epochs of linear warm-up")
     blr: float = option(1e-3, number(0), "base learning rate: lr = blr x batch_size x accum_iter x processes / 256")
-    lr: float | None = option(None, number(0), "learning rate, instead")
-    min_lr: float = option(0.0, number(0), "where the cosine ends")
-    weight_decay: float = option(0.05, number(0), "of all but biases and one-dimensional parameters")
+    lr: float | None = option(None, number(0), "learning rate, overrides --blr")
+    min_lr: float = option(0.0, number(0), "learning rate at the end of the cosine")
+    weight_decay: float = option(0.05, number(0), "weight decay of all parameters but biases and one-dimensional ones")
     clip_grad: float | None = option(None, number(0, above=True), "greatest norm of the gradient")
     amp: str | None = option(None, one_of(("bf16", "fp16", "off")), "autocast (bf16 on a GPU, off on a CPU)", "bf16|fp16|off")
-    reference: bool = option(False, None, "run the plain eager model instead, for comparison: the same losses, more slowly")
-    device: str | None = option(None, str, "cuda or cpu (cuda where there is one)")
-    seed: int = option(0, SEED, "of weights, order, crops and masks")
-    num_workers: int = option(min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on it")
+    reference: bool = option(False, None, "train the plain eager model instead, for comparison: the same losses, slower")
+    device: str | None = option(None, str, "cuda or cpu (cuda if there is a GPU)")
+    seed: int = option(0, SEED, "seed of weights, order, crops and masks")
+    num_workers: int = option(
+        min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on their number"
+    )
     pin_mem: bool = option(True, None, "page-locked batches for a GPU")
-    rewind: int = option(0, whole(0), "how often a loss that is not finite may lead back to the last checkpoint, not end the run")
-    save_steps: int = option(0, whole(0), "also save after so many steps within an epoch; 0: after epochs alone")
-    keep: int = option(3, whole(1), "checkpoints that are kept, the newest")
+    rewind: int = option(0, whole(0), "how often a run may return to the last checkpoint after a loss that is not finite")
+    save_steps: int = option(0, whole(0), "also save after this many steps within an epoch; 0: only after epochs")
+    keep: int = option(3, whole(1), "number of newest checkpoints to keep")
     compile: bool = option(False, None, "run the model under torch.compile")
-    fsdp: bool = option(False, None, "spread weights and optimizer over the processes instead of copying them")
-    world_size: int | None = option(None, whole(1), "processes that were started, where that is to be checked")
-    local_rank: int | None = option(None, whole(0), "of this process on its machine, where the launcher sets no LOCAL_RANK")
-    dist_on_itp: bool = option(False, None, "take rank and world size from Open MPI's variables")
-    dist_url: str = option("env://", str, "where the processes meet: env://, tcp://HOST:PORT or file:///PATH", "URL")
-    pictures: int = option(8, whole(0), "images whose reconstruction is drawn after each epoch")
+    fsdp: bool = option(False, None, "shard weights and optimizer state over the processes")
+    world_size: int | None = option(None, whole(1), "expected number of processes, to be checked")
+    local_rank: int | None = option(None, whole(0), "rank of this process on its machine, if the launcher sets no LOCAL_RANK")
+    dist_on_itp: bool = option(False, None, "read rank and world size from Open MPI's variables")
+    dist_url: str = option("env://", str, "rendezvous address: env://, tcp://HOST:PORT or file:///PATH", "URL")
+    pictures: int = option(8, whole(0), "number of images to reconstruct and draw after each epoch")
 
     def __post_init__(self) -> None:
-        """Every value as its flag takes it: raises UserError for the others."""
+        """Parse every value as its flag. Raises UserError for a value that the flag refuses."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             if value is not None or entry.default is not None:
                 object.__setattr__(self, entry.name, _parsed(entry.name, value, entry.metadata["parse"]))
         target = self.target or ("norm" if self.norm_pix_loss else "pixel")
         if self.norm_pix_loss and target != "norm":
-            raise UserError(f"--target must be norm where there is --norm_pix_loss; it is {target}")
+            raise UserError(f"--target must be norm with --norm_pix_loss; it is {target}")
         if self.reference and (self.mask_tokens_in_encoder or target == "pca"):
-            raise UserError("--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model")
+            raise UserError(
+                "--reference must be given without --mask_tokens_in_encoder and --target pca, which the plain model lacks"
+            )
         if self.key is not None and self.init is None:
-            raise UserError(f"--key must be beside --init, whose weights it chooses; it is {self.key}")
+            raise UserError(f"--key must be given together with --init, whose weights it chooses; it is {self.key}")
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "norm_pix_loss", target == "norm")
 
 
 def from_arguments(given: Mapping[str, Any]) -> Options:
-    """Build Options from flags, and from the YAML file `config` among them for the others. Raises UserError for a wrong file."""
+    """Build Options from flags and from the YAML file of the flag `config`. Raises UserError."""
     return Options(**with_config(given))
 
 
 def with_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags with the entries of the YAML file that `config` names, if any; flags win."""
+    """Return the flags and the entries of the YAML file of `config`, if given. Flags override
+    it."""
     config, values = given.get("config"), {name: value for name, value in given.items() if name != "config"}
     return values if config is None else _read_config(config) | values
 
@@ -134,8 +143,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     values = dict[str, Any]()
     for name, value in entries.items():
         if name not in known:
-            raise UserError(f"{path}: there is no option {str(name)!r}; {nearest(str(name), known)}")
-        off = name == "amp" and value is False  # YAML's reading of off
+            raise UserError(f"{path} must hold names of options; {str(name)!r} is none: {nearest(str(name), known)}")
+        off = name == "amp" and value is False  # YAML reads off as false
         try:
             values[name] = _parsed(name, "off" if off else value, known[name].metadata["parse"])
         except UserError as error:
@@ -144,7 +153,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: Any, parse: Parse | None) -> Any:
-    """The value of a flag, from a text, a number, a path, true or false, or a list. Raises UserError for one it does not take."""
+    """Parse the value of a flag: a text, number, path, bool or list. Raises UserError."""
     if parse is None:
         if not isinstance(value, bool):
             raise UserError(f"{name} must be true or false; it is {value!r}")

@@ -1,4 +1,4 @@
-"""What a run prints: a bar on a terminal and lines elsewhere."""
+"""The progress of a run: a bar on a terminal, lines elsewhere."""
 
 import resource
 import sys
@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-LINES_APART = 30.0  # seconds, where there is no terminal
+LINES_APART = 30.0  # seconds between lines without a terminal
 
 
 class Report:
-    """Speed and loss of a run of `steps` optimizer steps, `done` of them in an earlier process; each has `images` images.
+    """Speed and loss of a run of `steps` optimizer steps of `images` images each.
 
-    quiet  prints nothing: another process of the run does
+    done   steps of an earlier process
+    quiet  print nothing, since another process of the run prints
     """
 
     def __init__(self, steps: int, done: int, images: int, device: torch.device, quiet: bool = False):
@@ -31,7 +32,7 @@ class Report:
             self.bar = tqdm(total=steps, initial=done, unit=" steps", desc="pretrain")
 
     def step(self, epoch: int, loss: float, lr: float) -> None:
-        """One more step is done."""
+        """Count a finished step."""
         self.done += 1
         if self.bar is not None:
             figures = self.figures()
@@ -42,7 +43,7 @@ class Report:
             self.line(f"epoch {epoch}, step {self.done}/{self.steps}", loss, lr)
 
     def line(self, title: str, loss: float, lr: float) -> None:
-        """One plain line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         figures = self.figures()
         left = figures["seconds"] / max(1, self.done - self.first) * (self.steps - self.done)
         text = (
@@ -63,7 +64,8 @@ class Report:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def figures(self) -> dict[str, float]:
-        """Of this process so far: images_per_second, data_wait (a share of the time), memory_gib (the peak), seconds."""
+        """Return figures of this process so far: images_per_second, data_wait (the share of the
+        time), memory_gib (the peak), seconds."""
         seconds = time.perf_counter() - self.started
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -79,7 +81,7 @@ class Report:
 
 def conclude(summary: Mapping[str, Any]) -> None:
     """Print the summary of a run."""
-    how = "done" if summary["finished"] else f"stopped by {Signals(summary['signal']).name}, --resume auto goes on"
+    how = "done" if summary["finished"] else f"stopped by {Signals(summary['signal']).name}, --resume auto resumes it"
     speed = f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.0%} of the time waiting for data"
     print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s, {speed}", flush=True)
     if summary["unreadable"]:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which one it goes on from, those that it writes, and the one that it rewinds to."""
+"""The checkpoints of a run: resuming, saving and rewinding."""
 
 import argparse
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from .state import RunState
 class Saver:
     """Checkpoints of the run of `options` in its output_dir.
 
-    batch     images of a step
+    batch     images per step
     images    images of the data set
-    newest    the last checkpoint that was written, or that the run goes on from
+    newest    the last checkpoint that was written or resumed from
     """
 
     def __init__(self, options: Options, group: Group, model: MAE, batch: int, images: int):
@@ -31,16 +31,18 @@ class Saver:
         self.architecture = asdict(of_model(model))
         facts = {f"the model's {name}": value for name, value in self.architecture.items()}
         variant = {"the target": options.target, "--mask_tokens_in_encoder": options.mask_tokens_in_encoder}
-        # A run cannot change its identity when it goes on, nor its pace within an epoch: the remaining batches would be others.
+        # A resumed run must have the same identity, and within an epoch the same pace, or its
+        # remaining batches would differ.
         self.identity: dict[str, Any] = facts | variant | {"the number of images": images, "--nodata": options.nodata}
         self.pace = {"batch_size x accum_iter x processes": batch, "seed": options.seed}
 
     def find_resumable(self) -> Path | None:
-        """Return the checkpoint that --resume asks for. Raises UserError for an earlier run in a folder that must hold none."""
+        """Return the checkpoint of --resume, or None. Raises UserError if a new run would overwrite
+        one."""
         there = checkpoints.find(self.folder)
         if not self.options.resume:
             if there:
-                ways = "--resume auto goes on with it, another folder starts anew"
+                ways = "--resume auto resumes it, another folder starts a new run"
                 raise UserError(f"--output_dir must hold no earlier run; {self.folder} holds {there[-1].name}: {ways}")
             return None
         if self.options.resume == "auto" and not there:
@@ -48,22 +50,22 @@ class Saver:
         return there[-1] if self.options.resume == "auto" else Path(self.options.resume)
 
     def resume(self, state: RunState, path: Path) -> None:
-        """Put `state` where the checkpoint `path` left it. Raises UserError for one of another run."""
+        """Load the checkpoint `path` into `state`. Raises UserError if it is of another run."""
         entries = checkpoints.read(path)
         run = entries["run"]
         there = checkpoints.find(self.folder)
         if there and there[-1].resolve() != path.resolve():
-            ways = "--resume auto goes on with it, another folder keeps both"
+            ways = "--resume auto resumes it, another folder keeps both"
             raise UserError(f"--output_dir must hold no later run than {path}; {self.folder} holds {there[-1].name}: {ways}")
         checkpoints.must_agree(path, run["identity"], self.identity)
-        if self.options.init is not None:  # which is then not read: the run has left those weights behind
+        if self.options.init is not None:  # it is not read: the run has changed those weights
             init = run.get("init") or {"file": None}
             checkpoints.must_agree(path, {"--init": init["file"]}, {"--init": self.options.init.name})
         if run["step"]:
             checkpoints.must_agree(path, run["pace"], self.pace)
         if run["masks"].numel() != state.masks.get_state().numel():
             device = state.masks.device.type
-            raise UserError(f"--device must be of the kind that {path} was written on, for its masks; it is {device}")
+            raise UserError(f"--device must be the type that {path} was written on, for the same masks; it is {device}")
         try:
             state.load(entries)
         except ValueError as error:
@@ -71,7 +73,8 @@ class Saver:
         self.newest = path
 
     def save(self, state: RunState, report: Report) -> None:
-        """Write a checkpoint, by the first process; the others wait. A state that is not finite is rewound instead of written."""
+        """Write a checkpoint in the first process; the others wait. Rewind instead if the state is
+        not finite."""
         [broken] = self.group.all_reduce_max(not state.is_finite())
         if broken:
             self.rewind(state, report, "weights or the optimizer's state are not finite", state.at, state.lr)
@@ -82,15 +85,16 @@ class Saver:
         self.newest = path
 
     def _facts(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint tells of the run beside its state."""
+        """Return the entries of a checkpoint that describe the run, and its state."""
         args = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.options).items()}
         run = {**run, "identity": self.identity, "pace": self.pace}
         return {"args": argparse.Namespace(**args), "config": self.architecture, "run": run}
 
     def rewind(self, state: RunState, report: Report, what: str, at: Position, rate: float) -> None:
-        """After a step at `at` that went wrong, go on from here with the weights of the newest checkpoint.
+        """Load the weights of the newest checkpoint after a failed step at `at`, and continue from
+        here.
 
-        Raises UserError where --rewind does not allow it.
+        Raises UserError if --rewind does not allow it.
         """
         where = f"at step {at.step} of epoch {at.epoch}"
         if self.newest is None or state.rewinds >= self.options.rewind:
@@ -100,4 +104,6 @@ class Saver:
         with self.group.together():
             state.rewind(checkpoints.read(self.newest))
         count = f"{state.rewinds} of {self.options.rewind}"
-        report.say(f"the {what} {where}: the weights of {self.newest}, the batches since then left out (rewind {count})")
+        report.say(
+            f"the {what} {where}: the weights of {self.newest} are loaded, the batches since then are lost (rewind {count})"
+        )

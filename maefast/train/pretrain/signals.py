@@ -10,7 +10,8 @@ STOP = (signal.SIGTERM, signal.SIGUSR2)
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect the numbers of the signals that ask to stop, as they arrive, where they can be handled: in the main thread."""
+    """Collect the numbers of stop signals as they arrive. Only the main thread can handle signals;
+    in another thread the list stays empty."""
     received = list[int]()
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,4 +1,4 @@
-"""What a pre-training is between two of its steps."""
+"""The state of a pre-training between two steps."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from ..sharding import all_finite, full_state_dict, is_sharded, shard_optim_stat
 
 @dataclass
 class RunState:
-    """Everything that a step changes; a checkpoint holds all of it.
+    """Everything that a step changes. A checkpoint holds all of it.
 
-    It is the same in all processes of a run, but for the shards of model and optimizer.
+    All processes of a run have the same state, except shards of model and optimizer.
     """
 
     model: MAE
@@ -24,16 +24,16 @@ class RunState:
     scaler: torch.amp.GradScaler
     masks: torch.Generator  # draws the masks
     at: Position
-    loss_sum: float = 0.0  # over the steps of this epoch that no rewind has undone
-    counted: int = 0  # such steps
-    loss: float = math.nan  # of the last step, or the mean of the epoch that it ended
+    loss_sum: float = 0.0  # over the steps of this epoch, without those lost in a rewind
+    counted: int = 0  # the number of these steps
+    loss: float = math.nan  # of the last step, or the mean of an epoch just ended
     rewinds: int = 0
-    init: dict[str, Any] | None = None  # the report of what the run started from, where that was a checkpoint
-    unreadable: dict[str, str] = field(default_factory=dict)  # images that could not be read, by name, and why
+    init: dict[str, Any] | None = None  # the report of --init
+    unreadable: dict[str, str] = field(default_factory=dict)  # unreadable images: name -> reason
 
     @property
     def lr(self) -> float:
-        """Learning rate of the last step."""
+        """Return the learning rate of the last step."""
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
@@ -45,7 +45,8 @@ class RunState:
         self.at, self.loss_sum, self.counted = Position(self.at.epoch + 1, 0), 0.0, 0
 
     def is_finite(self) -> bool:
-        """Say whether weights and the optimizer's state are finite; a shard answers for itself."""
+        """Return whether weights and optimizer state are finite, in this process's shard if
+        sharded."""
         return all_finite((self.model.state_dict(), self.optimizer.state_dict()["state"]))
 
     def entries(self) -> dict[str, Any]:
@@ -61,7 +62,8 @@ class RunState:
         }
 
     def load(self, entries: Mapping[str, Any]) -> None:
-        """Take up a run where `entries` left it. Raises ValueError for the state of another optimizer."""
+        """Load the entries of a checkpoint. Raises ValueError for the state of another
+        optimizer."""
         run = entries["run"]
         self.load_weights(entries)
         self.at = Position(entries["epoch"] + 1, run["step"])
@@ -72,14 +74,14 @@ class RunState:
         self.unreadable.update(run["unreadable"] if isinstance(run["unreadable"], dict) else dict.fromkeys(run["unreadable"], ""))
 
     def rewind(self, entries: Mapping[str, Any]) -> None:
-        """Take the weights of `entries` and stay where the run is."""
+        """Load only the weights of `entries`; epoch and step stay the same."""
         self.load_weights(entries)
         run, same_epoch = entries["run"], entries["epoch"] + 1 == self.at.epoch
         self.loss_sum, self.counted = (run["loss_sum"], run["counted"]) if same_epoch else (0.0, 0)
         self.rewinds += 1
 
     def load_weights(self, entries: Mapping[str, Any]) -> None:
-        """Take weights, the optimizer's state and the scale of gradients. Weight decay stays as it is."""
+        """Load weights, optimizer state and gradient scale, but not the weight decay."""
         weights, optimizer = entries["model"], entries["optimizer"]
         if is_sharded(self.model):
             weights = shard_state_dict(weights, self.model.state_dict())

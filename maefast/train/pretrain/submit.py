@@ -11,7 +11,7 @@ from .options import Options
 
 
 class Pretraining:
-    """What each task of the job runs, and what submitit pickles again when it asks for the job to be started once more."""
+    """The function of each task of the job. submitit pickles it again to requeue the job."""
 
     def __init__(self, options: Options):
         self.options = options
@@ -26,7 +26,7 @@ class Pretraining:
         if environment.num_tasks > 1:
             # Each process finds its GPU by its rank on the machine.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's, for the end of the job's time and for pre-emption
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler of time-outs and pre-emption
         summary = pretrain(self.options, partial(training_images, self.options))
         if summary["signal"] == signal.SIGUSR2 and callable(requeue):
             requeue(signal.SIGUSR2, None)
@@ -40,10 +40,10 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Job:
-    """What a scheduler is asked for."""
+    """The resources of a job."""
 
-    job_dir: Path  # for the logs of the job
-    ngpus: int = 8  # of a machine, and processes on it; 0: a CPU
+    job_dir: Path  # folder of the job's logs
+    ngpus: int = 8  # GPUs, and processes, per machine; 0: one process on CPUs
     nodes: int = 2
     timeout: int = 4320  # minutes
     partition: str | None = None
@@ -52,9 +52,9 @@ class Job:
 
 
 def submit(options: Options, job: Job) -> str:
-    """Start a job that pre-trains by `options`; returns its number.
+    """Submit a job that pre-trains with `options`; return its number.
 
-    Raises UserError where submitit or the cluster is missing, before anything is written.
+    Raises UserError, before anything is written, if submitit or the cluster is missing.
     """
     try:
         import submitit

@@ -1,4 +1,4 @@
-"""`maefast pretrain`: an MAE from images, by the official recipe, in a run that survives being killed."""
+"""`maefast pretrain`: training of an MAE by the official recipe, in a run that can be resumed."""
 
 import math
 import time
@@ -36,19 +36,21 @@ from .saver import Saver
 from .signals import stop_signals
 from .state import RunState
 
-# How many steps later a loss is looked at: on a GPU one, so that it never stands still for it.
+# The number of steps after which a loss is read: one on a GPU, so that the GPU never waits.
 LAG = {"cpu": 0, "cuda": 1}
 
 
 def pretrain(options: Options, data: ImageDataset | Callable[[], ImageDataset]) -> dict[str, Any]:
-    """Train, save, log and draw to options.output_dir; SIGTERM or SIGUSR2 to any process saves at the next step and returns.
+    """Train, and write checkpoints, log and pictures to options.output_dir. After SIGTERM or
+    SIGUSR2 to any process, the run saves at the next step and returns.
 
-    data     the images, or what opens them, called when the processes of the run, where there are several, have found each other
-    returns  the summary: epochs and steps done, loss (the last epoch's mean), images_per_second, data_wait, seconds, unreadable
-             images, rewinds, checkpoint (the newest), signal (that ended the run, or 0), finished (False after a signal)
-    Raises UserError before anything is written for options that do not fit each other, the images or the checkpoint to resume;
-    later for a loss that is not finite, a disk that is full and a worker that died, with the newest checkpoint intact. Several
-    processes raise it together.
+    data     the images, or a function that opens them after the processes are connected
+    returns  the summary: epochs and steps done, loss (mean of the last epoch), images_per_second,
+             data_wait, seconds, unreadable images, rewinds, checkpoint (the newest), signal (that
+             ended the run, or 0), finished (False after a signal)
+    Raises UserError, before anything is written, for options that do not fit each other, the images
+    or the checkpoint. Raises it later for a loss that is not finite, a full disk and a dead worker;
+    the newest checkpoint is then intact. All processes raise it together.
     """
     launch = find_launch(**{name: getattr(options, name) for name in ("world_size", "local_rank", "dist_on_itp", "dist_url")})
     with connected(launch) as group, dead_workers_reported():
@@ -59,12 +61,13 @@ def pretrain(options: Options, data: ImageDataset | Callable[[], ImageDataset]) 
 
 
 class Trainer:
-    """Takes a RunState through the steps of a run, in one of its processes."""
+    """The training loop of a run, in one of its processes."""
 
     def __init__(self, options: Options, data: ImageDataset, group: Group):
-        """Raises UserError, in all processes alike and before anything is written, for what does not fit together."""
+        """Raises UserError, in all processes and before anything is written, if something does not
+        fit."""
         self.options, self.data, self.group = options, data, group
-        self.batch = options.batch_size * options.accum_iter * group.world_size  # images of a step
+        self.batch = options.batch_size * options.accum_iter * group.world_size  # images per step
         self.steps_per_epoch = len(data) // self.batch
         self.peak = options.blr * self.batch / 256 if options.lr is None else options.lr
         path = None
@@ -97,25 +100,26 @@ class Trainer:
         self.forward = self._forward()
         self.len_keep = len_keep(model.patch_embed.num_patches, options.mask_ratio)
         self.needs_pred = bool(model.overridden_methods())
-        self.unread = list[tuple[Callable[[], float], Position, float]]()  # losses of steps, where, their learning rates
+        self.unread = list[tuple[Callable[[], float], Position, float]]()  # loss, position and learning rate of steps
         self.received: Sequence[int] = ()  # signals, as they arrive
-        self.signal = 0  # that ended the run
+        self.signal = 0  # the signal that ended the run
         with group.together():
             if self.resumed is not None:
                 self.saver.resume(self.state, self.resumed)
 
     def _forward(self) -> Callable[..., Any]:
-        """Return what a step calls in the place of the model."""
+        """Return the function that a step calls as the model."""
         options, model = self.options, self.state.model
         if options.reference:
             forward = reference_on(model)
             return torch.compile(forward) if options.compile else forward
-        # Not model.compile(): pictures have another batch size, and would compile once more.
+        # Not model.compile(): pictures have another batch size and would compile again.
         module: Any = torch.compile(model) if options.compile else model
         return replicate(module) if self.group.world_size > 1 and not options.fsdp else module
 
     def train(self, received: Sequence[int] = ()) -> dict[str, Any]:
-        """Go on to the last epoch, or until a signal is in `received` of any process; returns the summary, as `pretrain` does."""
+        """Train to the last epoch, or until `received` of any process holds a signal. Return the
+        summary of `pretrain`."""
         options, state, main = self.options, self.state, self.group.main
         self.received, journal = received, None
         with self.group.together():
@@ -159,7 +163,7 @@ class Trainer:
 
     def _introduce(self, journal: Journal | None) -> None:
         options, say = self.options, self.report.say
-        if isinstance(self.data, ImageDataset):  # other objects with its methods are taken too
+        if isinstance(self.data, ImageDataset):  # other objects with its methods are allowed
             (self.report.warn if self.data.left_out else say)(self.data.described())
         images = f"{len(self.data)} images of {self.data.channels} channels"
         pace = f"{self.steps_per_epoch} steps of {self.batch} an epoch, learning rate {self.peak:.3g}"
@@ -170,7 +174,7 @@ class Trainer:
             for warning in self.init.warnings:
                 self.report.warn(f"--init {options.init}: {warning}")
         if self.resumed is not None:
-            say(f"goes on from {self.resumed}, step {self.state.at.step} of epoch {self.state.at.epoch}")
+            say(f"resumes from {self.resumed}, step {self.state.at.step} of epoch {self.state.at.epoch}")
         if options.log_dir is not None and (journal is None or journal.board is None):
             say('no TensorBoard events: pip install "maefast[tensorboard]"')
         if options.pictures and find_spec("matplotlib") is None:
@@ -180,7 +184,8 @@ class Trainer:
         return self.state.at.epoch * self.steps_per_epoch + self.state.at.step
 
     def _lr(self) -> float:
-        """Learning rate of the next step. A warm-up longer than the run rises to its end, as in the official code."""
+        """Return the learning rate of the next step. As in the official code, a warm-up that is
+        longer than the run rises until its end."""
         options = self.options
         warmup = options.warmup_epochs * self.steps_per_epoch
         steps = max(options.epochs * self.steps_per_epoch, warmup)
@@ -197,7 +202,8 @@ class Trainer:
         return load_batches(images, keys, options.num_workers, options.pin_mem and self.device.type == "cuda")
 
     def _step(self, feed: Iterator[Batch]) -> bool:
-        """Take one step of the optimizer, on `accum_iter` batches of each process; False where one was told to stop instead."""
+        """Run one optimizer step on `accum_iter` batches of each process. Return False if a signal
+        stopped it."""
         options, state, rate = self.options, self.state, self._lr()
         images, weights = self._next_images(feed)
         if self.signal:
@@ -228,9 +234,9 @@ class Trainer:
         return True
 
     def _next_images(self, feed: Iterator[Batch]) -> tuple[Tensor, Tensor | None]:
-        """Return images of this process and weights of their patches, where they differ, when all processes have theirs.
+        """Return images of this process, and weights of their patches if values are missing.
 
-        The wait is the longest one: the others wait for it too.
+        All processes wait for the slowest one, and the report counts its wait.
         """
         started, error = time.perf_counter(), None
         try:
@@ -238,7 +244,7 @@ class Trainer:
                 images, unreadable = next(feed)
             images, weights = fill_missing(images, self.state.model.patch_embed.patch_size)
             if weights is not None and not weights.any():
-                raise UserError("--data_path must hold patches without missing values; a batch has none")
+                raise UserError("--data_path must hold patches without missing values; a batch has no such patch")
         except UserError as caught:
             error = caught
         waited = time.perf_counter() - started
@@ -251,20 +257,21 @@ class Trainer:
         return images, weights
 
     def _noise(self) -> Tensor:
-        """(accum_iter, batch_size, L): this process's rows of what is drawn for the whole step, however many processes and
-        batches share it."""
+        """Return this process's rows of the noise of the whole step, (accum_iter, batch_size, L).
+        The draw does not depend on the number of processes."""
         options, grid = self.options, self.state.model.patch_embed.grid_size
         noise = draw_noise(options.sampler, self.batch, grid, self.len_keep, self.state.masks)
         return noise.view(options.accum_iter, self.group.world_size, options.batch_size, -1)[:, self.group.rank]
 
     def _read_losses(self, keep: int = 0) -> bool:
-        """Count the losses of the steps but the last `keep`; False where one was not finite, and the weights are older ones."""
+        """Read the losses of all steps but the last `keep`. Return False if one was not finite and
+        the state was rewound."""
         while len(self.unread) > keep:
             read, at, rate = self.unread.pop(0)
             loss = read()
             self.report.step(at.epoch, loss, rate)
             if not math.isfinite(loss):
-                self.report.done += len(self.unread)  # steps on weights that were broken
+                self.report.done += len(self.unread)  # steps with broken weights
                 self.unread.clear()
                 self.saver.rewind(self.state, self.report, f"loss is {loss}", at, rate)
                 return False
@@ -272,14 +279,15 @@ class Trainer:
         return True
 
     def _skip(self, unreadable: Iterable[Unreadable]) -> None:
-        """Count what cannot be read, and name it once, whatever the reason is at another crop of it."""
+        """Count and print each unreadable image once, even if another crop fails for another
+        reason."""
         for name, why in sorted(unreadable):
             if name not in self.state.unreadable:
                 self.report.say(f"skipped {name}: {why}" if why else f"skipped {name}")
                 self.state.unreadable[name] = why
 
     def _gather(self) -> None:
-        """Read all losses, and share what could not be read."""
+        """Read all losses, and share the unreadable images among the processes."""
         self._read_losses()
         for unreadable in self.group.all_gather(sorted(self.state.unreadable.items())):
             self._skip(unreadable)
@@ -289,8 +297,9 @@ class Trainer:
         self.saver.save(self.state, self.report)
 
     def _end_epoch(self, journal: Journal | None, samples: Tensor | None) -> None:
-        """Write about the epoch, then step over to the next. The record comes before the checkpoint: when the run goes on, one
-        without its checkpoint is dropped, while a missing one would stay missing."""
+        """Write the record of the epoch, then start the next one. The record is written before the
+        checkpoint: a resumed run removes a record without checkpoint, but cannot add a missing
+        one."""
         self._gather()
         state, epoch = self.state, self.state.at.epoch
         state.loss = state.loss_sum / state.counted if state.counted else state.loss
@@ -299,7 +308,7 @@ class Trainer:
         if state.init is not None and epoch == self.options.start_epoch:
             record["init"] = state.init
         self.report.line(f"epoch {epoch} of {self.options.epochs}", state.loss, state.lr)
-        # All have a part in it where the model is sharded.
+        # All processes take part if the model is sharded.
         panel = None if samples is None else draw(state.model, samples, self.options, epoch)
         with self.group.together():
             if journal is not None:
@@ -307,7 +316,7 @@ class Trainer:
         state.end_epoch()
 
     def _evenly_spaced(self, count: int) -> Iterator[Tensor]:
-        """Images of the data set, the same in every epoch and every process."""
+        """Yield images of the data set, the same in every epoch and process."""
         for image, unreadable in evenly_spaced(self.data, self.state.model.patch_embed.img_size, count):
             self._skip(unreadable)
             if image is not None:
