@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 from official import models_vit as plain_models
-from support import BATCHES, IMAGES, NATIVE, SIZES, Results, assert_results, attends_otherwise, images_for, small_mae, widened
+from support import (
+    BATCHES,
+    IMAGES,
+    NATIVE,
+    SIZES,
+    Batch,
+    Results,
+    assert_results,
+    attends_otherwise,
+    images_for,
+    small_mae,
+    widened,
+)
 from torch import Tensor, nn
 
 import maefast
@@ -67,15 +79,13 @@ def test_against_a_plain_one(options, mode):
     if mode == "bf16":
         model, plain = model.bfloat16(), plain.bfloat16()
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
-    got, eager, exact = [], ([], []), []
-    for seed in range(BATCHES):
+
+    def run(seed: int) -> Batch:
         imgs = images_for(model, IMAGES, BF16 if mode == "bf16" else F32, seed)
-        got.append(classify(model, imgs, seed, mode))
-        eager[0].append(classify(plain, imgs, seed, mode))
-        eager[1].append(classify(other, imgs, seed, mode))
-        exact.append(classify(exact_model, imgs.double(), seed))
-    assert got[0].keys() == exact[0].keys()
-    assert_results(got, eager, exact)
+        eager = [classify(m, imgs, seed, mode) for m in (plain, other)]
+        return classify(model, imgs, seed, mode), eager, classify(exact_model, imgs.double(), seed)
+
+    assert_results(map(run, range(BATCHES)))
 
 
 def test_against_torch_s_own_encoder():
@@ -266,15 +276,14 @@ def test_without_a_head():
 def test_uint8_images_are_normalised_ones():
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
-    got, eager, exact = [], ([], []), []
-    for seed in range(BATCHES):
+
+    def run(seed: int) -> Batch:
         imgs = images_for(model, IMAGES, U8, seed)
         pixels = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
-        got.append(classify(model, imgs, seed))
-        eager[0].append(classify(plain, pixels, seed))
-        eager[1].append(classify(other, pixels, seed))
-        exact.append(classify(exact_model, widened(imgs, model.mean, model.std), seed))
-    assert_results(got, eager, exact)
+        exact = classify(exact_model, widened(imgs, model.mean, model.std), seed)
+        return classify(model, imgs, seed), [classify(m, pixels, seed) for m in (plain, other)], exact
+
+    assert_results(map(run, range(BATCHES)))
     assert not {"mean", "std"} & model.state_dict().keys()
     assert model.bfloat16().mean.dtype == F32
 
@@ -330,15 +339,14 @@ def test_feature_maps_of_any_size(size):
     hand."""
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
-    got, eager, exact = [], ([], []), []
-    for seed in range(8):
+
+    def run(seed: int) -> Batch:
         imgs = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(seed))
-        got.append(maps_of(model, imgs, [2, 0, -1], seed))
-        eager[0].append(maps_of(plain, imgs, [2, 0, -1], seed))
-        eager[1].append(maps_of(other, imgs, [2, 0, -1], seed))
-        exact.append(maps_of(exact_model, imgs.double(), [2, 0, -1], seed))
-    assert got[0].keys() >= {"pos_embed", "patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"}
-    assert_results(got, eager, exact)
+        got, *eager = (maps_of(m, imgs, [2, 0, -1], seed) for m in (model, plain, other))
+        assert got.keys() >= {"pos_embed", "patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"}
+        return got, eager, maps_of(exact_model, imgs.double(), [2, 0, -1], seed)
+
+    assert_results(map(run, range(8)))
 
 
 def test_blocks_behind_the_last_map_do_not_run():

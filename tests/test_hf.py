@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import BATCHES, IMAGES, assert_results
+from support import BATCHES, IMAGES, Batch, assert_results
 from torch import Tensor, nn
 
 from maefast.blocks import Attention, Mlp
@@ -84,17 +84,14 @@ def test_parity(batches, N, options):
     model.set_attn_implementation("sdpa")
     other.set_attn_implementation("eager")
     patches = (config.image_size // config.patch_size) ** 2
-    got, eager, exact = [], ([], []), []
-    for _ in range(batches):
+
+    def batch(_: int) -> Batch:
         images, noise = torch.randn(N, config.num_channels, config.image_size, config.image_size), torch.rand(N, patches)
-        got.append(results(mine, images, noise) | gradients(mine))
-        for m, runs in ((model, eager[0]), (other, eager[1])):
-            runs.append(results(m, images, noise) | gradients_of_theirs(m))
-        exact.append(results(exact_model, images.double(), noise) | gradients_of_theirs(exact_model))
-        assert got[-1].keys() == exact[-1].keys()
-        for name in ("mask", "ids"):
-            assert torch.equal(got[-1].pop(name), eager[0][-1][name]), name
-    assert_results(got, eager, exact)
+        eager = [results(m, images, noise) | gradients_of_theirs(m) for m in (model, other)]
+        exact = results(exact_model, images.double(), noise) | gradients_of_theirs(exact_model)
+        return results(mine, images, noise) | gradients(mine), eager, exact
+
+    assert_results(map(batch, range(batches)))
 
 
 def test_checkpoints_both_ways(tmp_path):
