@@ -5,8 +5,8 @@ from ._version import __version__
 from .dispatch import backend
 from .encoder import VisionTransformer
 from .explain import explain
-from .model import (
-    MAE,
+from .model import MAE
+from .models_mae import (
     mae_vit_base_patch16,
     mae_vit_base_patch16_dec512d8b,
     mae_vit_huge_patch14,

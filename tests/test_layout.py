@@ -28,7 +28,7 @@ LAYERS = (
     {"kernels"},
     {"dispatch"},
     {"ops"},
-    {"plain", "pyramid"},
+    {"masking", "plain", "pyramid"},
     {"blocks", "patch_embed"},
     {"backbone", "checkpoint", "explain"},
     {"model", "encoder"},

@@ -33,19 +33,10 @@ BF16, U8 = torch.bfloat16, torch.uint8
 def test_constructor_is_the_official_one():
     parameters = list(inspect.signature(MAE.__init__).parameters.values())[1:]
     official = {
-        "img_size": 224,
-        "patch_size": 16,
-        "in_chans": 3,
-        "embed_dim": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        "decoder_embed_dim": 512,
-        "decoder_depth": 8,
-        "decoder_num_heads": 16,
-        "mlp_ratio": 4.0,
-        "norm_layer": nn.LayerNorm,
-        "norm_pix_loss": False,
-    }
+        "img_size": 224, "patch_size": 16, "in_chans": 3, "embed_dim": 1024, "depth": 24, "num_heads": 16,
+        "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16,
+        "mlp_ratio": 4.0, "norm_layer": nn.LayerNorm, "norm_pix_loss": False,
+    }  # fmt: skip
     positional = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     assert {p.name: p.default for p in positional} == official
     assert [p.name for p in positional] == list(official)
