@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _torch, dispatch, ops
+from . import _torch, dispatch, ops, request
 from .autocast import compute_dtype, is_autocast, product_dtype
 from .ops._tokens import RepeatedTokens, repeats_enough, take_tokens
 from .ops.attention import OP as ATTENTION
@@ -213,7 +213,7 @@ class Block(nn.Module):
         return requested is None or dispatch.why_not(ATTENTION, requested, ask) is None
 
 
-@dispatch.remembered
+@request.remembered
 def _choose_route(ask: BlockAsk, some: bool, drops: bool) -> tuple[Route, str]:
     chosen = backends(ask)
     norms = {chosen["layer_norm"], chosen["add_layer_norm"], chosen["bias_gelu"]}

@@ -9,7 +9,7 @@ import torch
 from skips import pytest_terminal_summary  # noqa: F401
 
 import maefast
-from maefast import dispatch
+from maefast.request import forget
 from maefast.train import step
 
 GIB = 1 << 30
@@ -35,7 +35,7 @@ def _seeded() -> None:
 def _decisions() -> Iterator[None]:
     """Decisions of a test that changes what the machine has are not those of the next."""
     yield
-    dispatch.forget()
+    forget()
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli, dispatch, reference
+from maefast import _library, cli, reference
+from maefast.request import forget
 from maefast.testing.errors import assert_close_to_float64
 
 NATIVE = _library.HAS_NATIVE
@@ -38,7 +39,7 @@ Batch = tuple[Results, Sequence[Results], Results]  # what is tested, eager runs
 def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
     """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
     monkeypatch.setattr(owner, name, value)
-    dispatch.forget()
+    forget()
 
 
 def multiplies(dtype: torch.dtype) -> bool:
