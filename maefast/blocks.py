@@ -14,13 +14,7 @@ from .autocast import compute_dtype, is_autocast, product_dtype
 from .ops._tokens import RepeatedTokens, repeats_enough, take_tokens
 from .ops.attention import OP as ATTENTION
 from .ops.attention import AttentionAsk
-from .ops.transformer_block import (
-    BlockAsk,
-    BlockWeights,
-    backends,
-    fused_backend,
-    run_block,
-)
+from .ops.transformer_block import BlockAsk, BlockWeights, backends, fused_backend, run_block
 from .plain import is_plain, project
 
 

@@ -60,15 +60,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 class Calls(TorchDispatchMode):
-    """The native ops that run within the `with` block, in order."""
+    """The native ops that run within the `with` block, in order; or those of another namespace."""
 
-    def __init__(self):
+    def __init__(self, namespace: str = "maefast"):
         super().__init__()
-        self.names: list[str] = []
+        self.namespace, self.names = namespace, list[str]()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "maefast":
-            self.names.append(func._schema.name.removeprefix("maefast::"))
+        if func.namespace == self.namespace:
+            self.names.append(func._schema.name.removeprefix(f"{self.namespace}::"))
         return func(*args, **(kwargs or {}))
 
 

@@ -9,16 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import (
-    Results,
-    assert_steps,
-    images_for,
-    noise_for,
-    set_fact,
-    small_mae,
-    small_reference,
-    step,
-)
+from support import Results, assert_steps, images_for, noise_for, set_fact, small_mae, small_reference, step
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

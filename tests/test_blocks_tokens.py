@@ -2,19 +2,7 @@
 
 import pytest
 import torch
-from block_cases import (
-    MODES,
-    D,
-    T,
-    assert_like_plain,
-    autocast,
-    make_block,
-    plain,
-    random_ids,
-    run,
-    samples,
-    through_modules,
-)
+from block_cases import MODES, D, T, assert_like_plain, autocast, make_block, plain, random_ids, run, samples, through_modules
 from support import BATCHES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -158,10 +158,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "step outside": (lambda p: deepspeed(p, "../.."), "latest must name a folder beside it; it holds '../..'"),
     "step that is absent": (lambda p: deepspeed(p, "global_step3"), "latest must name a folder beside it"),
-    "deep config": (
-        lambda p: (folder(p) / "config.json").write_text("[" * 100_000) and p,
-        "config.json is not JSON: ",
-    ),
+    "deep config": (lambda p: (folder(p) / "config.json").write_text("[" * 100_000) and p, "config.json is not JSON: "),
 }
 
 
