@@ -80,7 +80,6 @@ class MAE(Backbone):
         self._set_pixel_statistics(in_chans, mean, std)
 
     # -- checkpoints
-    # ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -125,7 +124,6 @@ class MAE(Backbone):
         checkpoint.save_pretrained(self, folder)
 
     # -- the official methods
-    # ---------------------------------------------------------------------------
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """imgs (N, C, H, W) -> (N, L, ph*pw*C), patches in row-major order, values channel-fastest."""
@@ -182,7 +180,6 @@ class MAE(Backbone):
         )
 
     # -- forward
-    # ----------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -259,7 +256,6 @@ class MAE(Backbone):
         return torch.where(removed == 1, predicted, imgs.float())
 
     # -- what forward is made of
-    # ------------------------------------------------------------------------
 
     def _float_pixels(self, imgs: Tensor) -> Tensor:
         mean, std = self._statistics_for(imgs)
@@ -295,7 +291,6 @@ class MAE(Backbone):
         return project(self.decoder_pred, self._decode(latent, ids_restore, 1 + ids_removed))
 
     # -- overrides and checks
-    # ---------------------------------------------------------------------------
 
     def _overridden(self, name: str) -> bool:
         return name in self.__dict__ or getattr(type(self), name) is not getattr(MAE, name)

@@ -17,7 +17,7 @@ def grads(t: Tensor) -> Tensor:
 
 
 IMGS, IDS, NOISE = torch.rand(2, 3, 8, 12), torch.zeros(2, 3, dtype=I64), torch.rand(2, 6)
-MEAN, STD = torch.rand(3), torch.rand(3) + 0.1
+BYTES, MEAN, STD = IMGS.to(U8), torch.rand(3), torch.rand(3) + 0.1
 X, RESTORE, TOKEN, POS = torch.rand(2, 3, 4), torch.arange(6).expand(2, 6), torch.rand(1, 1, 4), torch.rand(1, 7, 4)
 PRED, MASK = torch.rand(2, 6, 48), torch.tensor([[1.0, 1, 0, 1, 1, 0]] * 2)
 UNEVEN = torch.tensor([[1.0, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0]])
@@ -31,10 +31,7 @@ TYPE_ERRORS: dict[str, Case] = {
     "gather_integers": (lambda: ops.gather_patches(IMGS.int(), IDS, 4), "imgs must be floating-point or uint8.*int32"),
     "gather_bools": (lambda: ops.gather_patches(IMGS > 0, IDS, 4), "imgs must be floating-point or uint8.*bool"),
     "gather_ids_int32": (lambda: ops.gather_patches(IMGS, IDS.int(), 4), "ids must be int64.*int32"),
-    "gather_std_in_float64": (
-        lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN, STD.double()),
-        "std must be float32.*float64",
-    ),
+    "gather_std_in_float64": (lambda: ops.gather_patches(BYTES, IDS, 4, MEAN, STD.double()), "std must be float32.*float64"),
     "gather_to_integers": (lambda: ops.gather_patches(IMGS, IDS, 4, dtype=I64), "dtype must be floating-point.*int64"),
     "unshuffle_integers": (lambda: ops.unshuffle(X.int(), RESTORE, TOKEN, POS), "x must be floating-point.*int32"),
     "unshuffle_float_ids": (lambda: ops.unshuffle(X, RESTORE.float(), TOKEN, POS), "ids_restore must be int64.*float32"),
@@ -70,16 +67,13 @@ VALUE_ERRORS: dict[str, Case] = {
     "gather_patch_of_zero": (lambda: ops.gather_patches(IMGS, IDS, 0), "patch_size must be positive.*0"),
     "gather_ids_of_other_batch": (lambda: ops.gather_patches(IMGS, IDS[:1], 4), r"ids must be \(N, K\) with N = 2.*\(1, 3\)"),
     "gather_ids_on_meta": (lambda: ops.gather_patches(IMGS, IDS.to(META), 4), "ids must be on the device of imgs, cpu.*meta"),
-    "gather_mean_alone": (lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN), "mean and std must be given together"),
+    "gather_mean_alone": (lambda: ops.gather_patches(BYTES, IDS, 4, MEAN), "mean and std must be given together"),
     "gather_mean_of_floats": (
         lambda: ops.gather_patches(IMGS, IDS, 4, MEAN, STD),
         "mean and std normalise uint8 images.*float32",
     ),
-    "gather_mean_too_short": (
-        lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN[:2], STD),
-        r"mean must be \(C,\) = \(3,\).*\(2,\)",
-    ),
-    "gather_std_with_gradient": (lambda: ops.gather_patches(IMGS.to(U8), IDS, 4, MEAN, grads(STD)), "std has no gradient"),
+    "gather_mean_too_short": (lambda: ops.gather_patches(BYTES, IDS, 4, MEAN[:2], STD), r"mean must be \(C,\) = \(3,\).*\(2,\)"),
+    "gather_std_with_gradient": (lambda: ops.gather_patches(BYTES, IDS, 4, MEAN, grads(STD)), "std has no gradient"),
     "unshuffle_flat_ids": (lambda: ops.unshuffle(X, RESTORE[0], TOKEN, POS), r"ids_restore must be \(N, L\).*\(6,\)"),
     "unshuffle_other_batch": (
         lambda: ops.unshuffle(X[:1], RESTORE, TOKEN, POS),
@@ -189,7 +183,7 @@ def raw(name: str, *args: object) -> Callable[[], object]:
     return lambda: getattr(torch.ops.maefast, name)(*args)
 
 
-STATISTICS, NO_EXTRAS = (torch.rand(6), torch.rand(6)), (None, None)
+STATISTICS, NONES = (torch.rand(6), torch.rand(6)), (None, None)
 GATHER, MSE = (4, 4, None, None, torch.float32), (4, 4, True, None, None)
 RAW_CASES: dict[str, Case] = {
     "noise_shape": (raw("random_masking_fwd", NOISE[0], 1), "noise must be"),
@@ -207,9 +201,9 @@ RAW_CASES: dict[str, Case] = {
     "gather_ids_batch": (raw("gather_patches_fwd", IMGS, IDS[:1], *GATHER), "ids must be"),
     "gather_ids_dtype": (raw("gather_patches_fwd", IMGS, IDS.int(), *GATHER), "ids must be"),
     "gather_ids_range": (raw("gather_patches_fwd", IMGS, IDS + 6, *GATHER), r"ids must be in \[0, 6\)"),
-    "gather_mean_short": (raw("gather_patches_fwd", IMGS.to(U8), IDS, 4, 4, MEAN[:1], STD, torch.float32), "mean must be"),
-    "gather_mean_dtype": (raw("gather_patches_fwd", IMGS.to(U8), IDS, 4, 4, MEAN.double(), STD, torch.float32), "mean must be"),
-    "gather_mean_alone": (raw("gather_patches_fwd", IMGS.to(U8), IDS, 4, 4, MEAN, None, torch.float32), "mean and std"),
+    "gather_mean_short": (raw("gather_patches_fwd", BYTES, IDS, 4, 4, MEAN[:1], STD, torch.float32), "mean must be"),
+    "gather_mean_dtype": (raw("gather_patches_fwd", BYTES, IDS, 4, 4, MEAN.double(), STD, torch.float32), "mean must be"),
+    "gather_mean_alone": (raw("gather_patches_fwd", BYTES, IDS, 4, 4, MEAN, None, torch.float32), "mean and std"),
     "unshuffle_x_shape": (raw("unshuffle_fwd", X[0], RESTORE, TOKEN, POS), "x must be"),
     "unshuffle_x_dtype": (raw("unshuffle_fwd", X.double(), RESTORE, TOKEN, POS), "float32"),
     "unshuffle_x_uint8": (raw("unshuffle_fwd", X.to(U8), RESTORE, TOKEN, POS), "x must be"),
@@ -247,15 +241,12 @@ RAW_CASES: dict[str, Case] = {
     "norm_y_dtype": (raw("layer_norm_fwd", X, W4, W4, 1e-6, torch.float64), "dtype must be float32"),
     "norm_weight": (raw("layer_norm_fwd", X, W4[1:], W4, 1e-6, torch.float32), "weight must have 4 values"),
     "norm_bias_dtype": (raw("layer_norm_fwd", X, W4, W4.double(), 1e-6, torch.float32), "bias must be float32"),
-    "norm_dy_shape": (raw("layer_norm_bwd", Y24[0], None, X, W4, W4, *STATISTICS, *NO_EXTRAS), "dy must have the shape of x"),
-    "norm_dy_dtype": (raw("layer_norm_bwd", Y24.double(), None, X, W4, W4, *STATISTICS, *NO_EXTRAS), "dy must be float32"),
-    "norm_dresidual_shape": (raw("layer_norm_bwd", Y24, X[:1], X, W4, W4, *STATISTICS, *NO_EXTRAS), "dresidual must have"),
-    "norm_dresidual_dtype": (
-        raw("layer_norm_bwd", Y24, X.to(U8), X, W4, W4, *STATISTICS, *NO_EXTRAS),
-        "dresidual must be float32",
-    ),
-    "norm_bwd_weight": (raw("layer_norm_bwd", Y24, None, X, W4[1:], W4, *STATISTICS, *NO_EXTRAS), "weight must have 4"),
-    "norm_bwd_center": (raw("layer_norm_bwd", Y24, None, X, W4, W4, W4, W4, *NO_EXTRAS), "center must have 6 values"),
+    "norm_dy_shape": (raw("layer_norm_bwd", Y24[0], None, X, W4, W4, *STATISTICS, *NONES), "dy must have the shape of x"),
+    "norm_dy_dtype": (raw("layer_norm_bwd", Y24.double(), None, X, W4, W4, *STATISTICS, *NONES), "dy must be float32"),
+    "norm_dresidual_shape": (raw("layer_norm_bwd", Y24, X[:1], X, W4, W4, *STATISTICS, *NONES), "dresidual must have"),
+    "norm_dresidual_dtype": (raw("layer_norm_bwd", Y24, X.to(U8), X, W4, W4, *STATISTICS, *NONES), "dresidual must be float32"),
+    "norm_bwd_weight": (raw("layer_norm_bwd", Y24, None, X, W4[1:], W4, *STATISTICS, *NONES), "weight must have 4"),
+    "norm_bwd_center": (raw("layer_norm_bwd", Y24, None, X, W4, W4, W4, W4, *NONES), "center must have 6 values"),
     "norm_bwd_y_dtype": (raw("layer_norm_bwd", Y24, None, X, W4, W4, *STATISTICS, U8, None), "y_dtype must be"),
     "norm_bwd_cast_dtype": (raw("layer_norm_bwd", Y24, None, X, W4, W4, *STATISTICS, None, torch.float64), "cast_dtype must be"),
     "add_norm_residual_shape": (raw("add_layer_norm_fwd", X, X[:1], W4, W4, 1e-6, torch.float32), "residual must have"),

@@ -34,9 +34,6 @@ def official(model: MAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# -- reading ----------------------------------------------------------------------------------------------
-
-
 def test_official_training_checkpoint(model, official):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -187,9 +184,6 @@ def test_target_of_another_kind_warns(official):
     assert str(report).endswith(f"warning: {report.warnings[0]}")
 
 
-# -- positions --------------------------------------------------------------------------------------------
-
-
 def test_fixed_positions_are_computed_for_another_grid(official):
     loaded = MAE.from_pretrained(official, img_size=(64, 40), **HEADS)
     assert torch.equal(loaded.pos_embed, sincos_positions(32, (8, 5)))
@@ -244,9 +238,6 @@ def test_stored_grid_of_trained_positions(tmp_path):
         loaded = MAE.from_pretrained(tmp_path / "tuned.pth", stored_grid=(3, 5), **HEADS)
     assert loaded.patch_embed.img_size == (24, 40)
     assert torch.equal(loaded.pos_embed, stored)
-
-
-# -- writing ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,6 @@ def test_an_encoder_is_no_mae(official):
         checkpoint.init_from(VisionTransformer(**ENCODER), official)
 
 
-# -- the meta device --------------------------------------------------------------------------------------
-
-
 def on_meta(make: type[nn.Module], **options: object) -> nn.Module:
     with torch.device("meta"):
         return make(**options)

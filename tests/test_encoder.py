@@ -141,9 +141,6 @@ def test_without_biases_of_qkv():
     torch.testing.assert_close(model(imgs), other(imgs), rtol=1e-5, atol=1e-6)
 
 
-# -- stochastic depth -------------------------------------------------------------------------------------
-
-
 def test_drop_path_by_hand():
     """Whole samples are dropped, the others divided by the probability of being kept."""
     y = torch.randn(1000, 3, 2)
@@ -200,8 +197,6 @@ def test_compiles_as_one_graph():
         actual = got[name if name == "logits" else f"_orig_mod.{name}"]
         torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)
 
-
-# -- weights of a MAE -------------------------------------------------------------------------------------
 
 HEAD, FC_NORM, NORM = ({f"{name}.{kind}" for kind in ("weight", "bias")} for name in ("head", "fc_norm", "norm"))
 

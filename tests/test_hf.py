@@ -225,9 +225,6 @@ def test_every_other_block_is_checkpointed():
         model.activation_checkpointing_enable(every_n_layers=0)
 
 
-# -- dropout ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rates", [(0.3, 0.0), (0.0, 0.3), (0.3, 0.2)])
 def test_dropout_leaves_inference_as_it_is(rates):
     config = configuration(hidden_dropout_prob=rates[0], attention_probs_dropout_prob=rates[1])

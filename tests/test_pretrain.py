@@ -27,8 +27,6 @@ from maefast.train.errors import UserError
 from maefast.train.pretrain import build
 from maefast.train.pretrain.trainer import LAG, pretrain
 
-# -- runs that survive --------------------------------------------------------------------------------------------------
-
 
 class SlowImages(ArrayImages):
     """Leaves the time to kill the process between its first checkpoints and its last."""
@@ -162,9 +160,6 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
         pretrain(options(tmp_path, num_workers=1), Deadly(pictures()))
 
 
-# -- images to batches --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("augment", pretraining.AUGMENTATIONS)
 def test_batches_depend_on_neither_workers_nor_where_they_begin(augment: str) -> None:
     images = pretraining.Augmented(ArrayImages(pictures()), (16, 16), augment, True, seed=7)
@@ -207,9 +202,6 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, capsys: pytest
         pretrain(options(tmp_path / "none", num_workers=1), ArrayImages(pictures(), broken=tuple(range(COUNT))))
 
 
-# -- the recipe ---------------------------------------------------------------------------------------------------------
-
-
 def test_learning_rate_and_accumulation(tmp_path: Path) -> None:
     """lr = blr x effective batch / 256; two half batches give the step of a whole one, with the same masks."""
     changes = {"blr": 0.16, "epochs": 2, "warmup_epochs": 1, "mask_ratio": 0.5}
@@ -250,9 +242,6 @@ def test_the_papers_axes_go_on_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], truth[name]) for name in truth)
     with pytest.raises(UserError, match="the target is pca, here it is pixel"):
         pretrain(options(tmp_path / "rest", **changes | {"target": "pixel", "resume": "auto"}), data)
-
-
-# -- rewinds ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

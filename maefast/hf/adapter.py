@@ -105,7 +105,6 @@ class Adapter(nn.Module):
         return model.to(dtype=wanted_dtype(dtype, config))
 
     # -- attention
-    # ---------------------------------------------------------------------------------------
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -138,7 +137,6 @@ class Adapter(nn.Module):
         self._require_grads_hook = None
 
     # -- activation checkpointing
-    # ------------------------------------------------------------------------
 
     @property
     def _stacks(self) -> list[nn.ModuleList]:
@@ -189,7 +187,6 @@ class Adapter(nn.Module):
         return self.is_activation_checkpointing
 
     # -- checkpoints
-    # -------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -301,7 +298,6 @@ class Adapter(nn.Module):
         raise ValueError("push_to_hub is not offered: upload the folder of save_pretrained with huggingface_hub.upload_folder")
 
     # -- forward
-    # -----------------------------------------------------------------------------------------
 
     def _flag(self, given: bool | None, name: str, default: bool = False) -> bool:
         """Return an argument of forward, by default the configuration's."""
