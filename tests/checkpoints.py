@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from maefast import MAE, checkpoint
 
 Tensors = dict[str, Tensor]
+Weights = Tensors | nn.Module
 
 SQUARE = {name: value for name, value in SMALL.items() if name != "norm_pix_loss"} | {"img_size": 32, "patch_size": 8}
 HEADS = {"num_heads": 4, "decoder_num_heads": 3}
@@ -27,19 +28,23 @@ def trained(seed: int = 0, **options: object) -> MAE:
     return model
 
 
-def assert_same_weights(a: Tensors | nn.Module, b: Tensors | nn.Module) -> None:
-    a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
+def tensors_of(weights: Weights) -> Tensors:
+    return weights.state_dict() if isinstance(weights, nn.Module) else weights
+
+
+def assert_same_weights(a: Weights, b: Weights) -> None:
+    a, b = tensors_of(a), tensors_of(b)
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         assert tensor.dtype == b[name].dtype, name
         assert torch.equal(tensor, b[name]), name
 
 
-def copy_of(model: nn.Module) -> Tensors:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def copy_of(weights: Weights) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors_of(weights).items()}
 
 
-def assert_loads(path: Path, expected: Tensors | nn.Module, **options: object) -> checkpoint.LoadReport:
+def assert_loads(path: Path, expected: Weights, **options: object) -> checkpoint.LoadReport:
     """Load a file into a model of other weights, which are `expected` then."""
     target = trained(seed=1)
     report = checkpoint.load(target, path, **options)
@@ -47,13 +52,12 @@ def assert_loads(path: Path, expected: Tensors | nn.Module, **options: object) -
     return report
 
 
-def decoder_of(tensors: Tensors) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if name == "mask_token" or name.startswith("decoder_")}
+def decoder_of(weights: Weights) -> Tensors:
+    return {name: t for name, t in tensors_of(weights).items() if name == "mask_token" or name.startswith("decoder_")}
 
 
-def encoder_of(weights: Tensors | nn.Module) -> Tensors:
-    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    return {name: tensor for name, tensor in tensors.items() if name not in decoder_of(tensors)}
+def encoder_of(weights: Weights) -> Tensors:
+    return {name: t for name, t in tensors_of(weights).items() if name not in decoder_of(weights)}
 
 
 def write_hugging_face(folder: Path, tensors: Tensors, config: dict[str, object]) -> Path:

@@ -158,9 +158,7 @@ def test_encoder_for_fine_tuning(model, official, global_pool):
     report = checkpoint.load(encoder, official)
     head = {"head.weight", "head.bias"}
     assert set(report.missing) == head | ({"fc_norm.weight", "fc_norm.bias"} if global_pool else set())
-    assert set(report.unexpected) == decoder_of(model.state_dict()).keys() | (
-        {"norm.weight", "norm.bias"} if global_pool else set()
-    )
+    assert set(report.unexpected) == decoder_of(model).keys() | ({"norm.weight", "norm.bias"} if global_pool else set())
     assert report.warnings == ()
     loaded = encoder.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in encoder_of(model).items() if name in loaded)

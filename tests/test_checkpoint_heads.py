@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from checkpoints import assert_loads, assert_same_weights, encoder_of, mmpretrain, trained
+from checkpoints import assert_loads, assert_same_weights, copy_of, encoder_of, mmpretrain, trained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -50,7 +50,7 @@ def test_a_head_of_other_classes_is_left_out(tmp_path, source):
     """As official fine-tuning does; the model's own stays as it was."""
     torch.save({"model": source.state_dict()}, tmp_path / "classifier.pth")
     target = VisionTransformer(**ENCODER, num_classes=7)
-    head = {name: tensor.clone() for name, tensor in target.head.state_dict().items()}
+    head = copy_of(target.head)
     report = checkpoint.load(target, tmp_path / "classifier.pth")
     assert_same_weights(target.head, head)
     assert torch.equal(target.norm.weight, source.norm.weight)
