@@ -22,7 +22,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0  # where torch does not bring its own
 TESTS ?=
 SANITIZED := build/sanitize/site
-SANITIZED_TESTS ?= tests/ops tests/test_bad_input.py tests/test_library.py
+SANITIZED_TESTS ?= tests/ops tests/test_bad_input*.py tests/test_library.py
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -70,7 +70,7 @@ test-torch:
 
 OLDEST := 2.10.0
 TORCHES ?= 2.11.0 2.12.0 2.13.0 2.14.1
-ABI_TESTS ?= tests/ops tests/test_bad_input.py tests/test_blocks.py tests/test_compile.py tests/test_export.py tests/test_library.py \
+ABI_TESTS ?= tests/ops tests/test_bad_input*.py tests/test_blocks*.py tests/test_compile.py tests/test_export.py tests/test_library.py \
   tests/test_model.py tests/test_parity.py
 test-abi:
 	$(MAKE) test-torch TORCH=torch==$(OLDEST) TESTS=tests/test_library.py

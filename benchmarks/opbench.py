@@ -10,7 +10,7 @@ from torch import Tensor
 from traffic import Passes
 
 import maefast
-from maefast import dispatch
+from maefast import dispatch, request
 from maefast.testing.errors import assert_close_to_float64
 from maefast.testing.timing import Run
 
@@ -99,7 +99,7 @@ class OpBench:
                 return f"there is no {backend} kernel of {op} for {self.workload.device.type}"
         try:
             self.run(contender)(0)
-        except dispatch.CannotRunError as refusal:
+        except request.CannotRunError as refusal:
             return str(refusal)
         return None
 

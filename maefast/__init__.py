@@ -2,11 +2,10 @@
 
 from . import _torch, ops, reference  # noqa: F401  # _torch first: it refuses a torch that is too old
 from ._version import __version__
-from .dispatch import backend
 from .encoder import VisionTransformer
 from .explain import explain
-from .model import (
-    MAE,
+from .model import MAE
+from .models_mae import (
     mae_vit_base_patch16,
     mae_vit_base_patch16_dec512d8b,
     mae_vit_huge_patch14,
@@ -19,6 +18,7 @@ from .model import (
     mae_vit_tiny_patch16_dec512d8b,
 )
 from .pyramid import SimpleFeaturePyramid
+from .request import backend
 
 __all__ = [
     "MAE",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _torch, dispatch
+from . import _torch, request
 from .patch_embed import PatchEmbed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 def _check_graph(model: str) -> None:
     """Raise RuntimeError where torch writes a graph that has no place for maefast's own ops."""
     onnx = _torch.in_onnx_export()
-    if (onnx or torch.jit.is_tracing()) and dispatch.requested() != "eager":
+    if (onnx or torch.jit.is_tracing()) and request.requested() != "eager":
         graph, call = ("an ONNX graph", "torch.onnx.export") if onnx else ("a traced graph", "torch.jit.trace")
         raise RuntimeError(
             f'{graph} has no place for the native ops of {model}: call {call} within maefast.backend("eager"), '

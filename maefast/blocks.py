@@ -9,18 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _torch, dispatch, ops
+from . import _torch, dispatch, ops, request
 from .autocast import compute_dtype, is_autocast, product_dtype
 from .ops._tokens import RepeatedTokens, repeats_enough, take_tokens
 from .ops.attention import OP as ATTENTION
 from .ops.attention import AttentionAsk
-from .ops.transformer_block import (
-    BlockAsk,
-    BlockWeights,
-    backends,
-    fused_backend,
-    run_block,
-)
+from .ops.transformer_block import BlockAsk, BlockWeights, backends, fused_backend, run_block
 from .plain import has_own_rule, is_plain, project
 
 
@@ -215,7 +209,7 @@ class Block(nn.Module):
         return requested is None or dispatch.why_not(ATTENTION, requested, ask) is None
 
 
-@dispatch.remembered
+@request.remembered
 def _choose_route(ask: BlockAsk, some: bool, drops: bool) -> tuple[Route, str]:
     chosen = backends(ask)
     norms = {chosen["layer_norm"], chosen["add_layer_norm"], chosen["bias_gelu"]}

@@ -1,32 +1,27 @@
 """Choose the backend of an op: the fastest that can run, or the one that was asked for.
 
 An op says in its own file what its kernels take (`Kernel`) and in which order `auto` tries them
-(`Op`); this module walks. A request, by the environment variable MAEFAST_BACKEND (read at import)
-or by `backend(...)`, never falls back: it raises.
+(`Op`); this module walks. A request (request.py) never falls back: it raises.
 """
 
-import functools
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from . import _apex, _flash_attn, _library, cpu, gpu, kernels
+from . import _library, gpu
+from .request import BACKENDS, CannotRunError, checked, remembered, requested, why_absent
 
 # a NamedTuple: `device`, the dtype of each tensor under its argument's name, and what else a choice
 # depends on
 Ask = Any
 Dtypes = tuple[torch.dtype, ...]
 
-BACKENDS = ("native", "triton", "apex", "flash_attn", "sdpa", "eager")
 FLOATS: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
 IMAGES: Dtypes = (*FLOATS, torch.uint8)
 _DEVICES = {"cpu": "the CPU", "cuda": "a GPU"}
-_MOST_DECISIONS = 4096  # of one kind that are remembered
 
 
 def _no_reason(ask: Ask) -> str | None:
@@ -71,18 +66,6 @@ class Op:
 
 OPS: dict[str, Op] = {}
 
-_NO_APEX = _apex.why_not("normalization", "fused_layer_norm_cuda")
-_WHY_ABSENT: dict[str, Callable[[], str | None]] = {
-    "native": lambda: None if _library.HAS_NATIVE else cpu.NO_NATIVE,
-    "triton": lambda: None if kernels.HAS_TRITON else "Triton is not installed",
-    "apex": lambda: _NO_APEX,
-    "flash_attn": lambda: None if _flash_attn.RELEASE else "flash-attn is not installed",
-}
-
-
-class CannotRunError(RuntimeError):
-    """A forced backend cannot run an op, or is not installed."""
-
 
 def names_of(dtypes: Dtypes) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -92,14 +75,14 @@ def why_not(op: Op, backend: str, ask: Ask) -> str | None:
     """Return None where `backend` can run `op`, else the reason, in one sentence."""
     if backend == "eager":
         return None
-    if backend in _WHY_ABSENT and (reason := _WHY_ABSENT[backend]()) is not None:
+    if (reason := why_absent(backend)) is not None:
         return reason
     mine = [kernel for kernel in op.kernels if kernel.backend == backend]
     if not mine:
         return f"there is no {backend} kernel of {op.name}"
     dtypes = {name: value for name, value in ask._asdict().items() if isinstance(value, torch.dtype)}
     first, device = next(iter(dtypes)), ask.device.type
-    kernel = next((kernel for kernel in mine if not kernel.devices or device in kernel.devices), None)
+    kernel = next((kernel for kernel in mine if _serves(kernel, backend, device)), None)
     if kernel is None:
         devices = " and on ".join(_DEVICES[name] for kernel in mine for name in kernel.devices)
         return f"{backend} {op.name} runs on {devices}, {first} is on {ask.device}"
@@ -129,45 +112,11 @@ def _serves(kernel: Kernel, backend: str, device: str) -> bool:
     return kernel.backend == backend and (not kernel.devices or device in kernel.devices)
 
 
-def _checked(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str | None:
-    if name == "auto":
-        return None
-    if name not in names:
-        raise ValueError(f"{source} must be one of auto, {', '.join(names)}; it is {name!r}")
-    if name in _WHY_ABSENT and (reason := _WHY_ABSENT[name]()) is not None:
-        raise CannotRunError(f"{source} asks for {name}: {reason}")
-    return name
-
-
 def check_backend(op: Op, name: str, source: str) -> None:
     """Raise ValueError unless `name` is "auto", "eager" or a backend of `op`, RuntimeError where it
     is not installed."""
     mine = {kernel.backend for kernel in op.kernels} | {"eager"}
-    _checked(name, source, tuple(backend for backend in BACKENDS if backend in mine))
-
-
-_requested: str | None = _checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MAEFAST_BACKEND")
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Run every op of the process on `name` within the block; "auto" lets maefast choose. Compiled
-    code notices the switch.
-
-    Raises ValueError for an unknown name and RuntimeError where this installation has no such
-    backend. An op that cannot run on it raises RuntimeError with the reason.
-    """
-    global _requested
-    before, _requested = _requested, _checked(name, "backend")
-    try:
-        yield
-    finally:
-        _requested = before
-
-
-def requested() -> str | None:
-    """Return the backend that was asked for, for the whole process."""
-    return _requested
+    checked(name, source, tuple(backend for backend in BACKENDS if backend in mine))
 
 
 def binds(name: str, op: Op, device: torch.device) -> bool:
@@ -185,43 +134,9 @@ def binds(name: str, op: Op, device: torch.device) -> bool:
 def request_for(op: Op, device: torch.device, asked: str = "auto") -> str | None:
     """Return the backend that `op` must run on: the process's request where it binds `op`, else the
     caller's, else None."""
-    if _requested is not None and binds(_requested, op, device):
-        return _requested
+    if (name := requested()) is not None and binds(name, op, device):
+        return name
     return None if asked == "auto" else asked
-
-
-Decision = TypeVar("Decision")
-_remembered: list[dict[Any, Any]] = []
-
-
-def remembered(decide: Callable[..., Decision]) -> Callable[..., Decision]:
-    """Decorate a decision that follows from its arguments and the process's request: it is made
-    once for each kind of them."""
-    decisions: dict[Any, Decision] = {}
-    _remembered.append(decisions)
-
-    @functools.wraps(decide)
-    def recall(*facts: Any) -> Decision:
-        if torch.compiler.is_compiling():
-            return decide(*facts)
-        key = (facts, _requested)
-        try:
-            decision = decisions.get(key)
-        except TypeError:  # a size that is traced as a symbol has no hash
-            return decide(*facts)
-        if decision is None:
-            if len(decisions) >= _MOST_DECISIONS:
-                decisions.clear()
-            decision = decisions[key] = decide(*facts)
-        return decision
-
-    return recall
-
-
-def forget() -> None:
-    """Make every decision anew from here on: for tests that change what a machine has."""
-    for decisions in _remembered:
-        decisions.clear()
 
 
 @remembered

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from . import _library, _torch, cpu, dispatch
+from . import _library, _torch, cpu, dispatch, request
 from .blocks import Block
 from .dispatch import OPS, Op
 from .ops.attention import OP as ATTENTION
@@ -66,9 +66,9 @@ def _choice(op: Op, ask: dispatch.Ask, asked: str = "auto") -> tuple[str, str]:
     why = [f"{chosen} was requested and cannot run: {reason}"] if reason else []
     if chosen == "sdpa" and reason is None:
         why.append(f"torch picks its {_kernel_of_sdpa(ask)} kernel")
-    for name in dispatch.BACKENDS:
+    for name in request.BACKENDS:
         bound = dispatch.binds(name, op, ask.device)
-        if name != chosen and (bound or name == dispatch.requested()):
+        if name != chosen and (bound or name == request.requested()):
             unbound = "" if bound else " was requested and does not bind this op"
             why.append(f"{name}{unbound}: {_why_not_chosen(op, name, chosen, ask, requested is not None)}")
     return chosen, "; ".join(why) or f"there is no kernel of it for {ask.device.type}"

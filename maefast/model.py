@@ -14,6 +14,7 @@ from . import checkpoint, ops
 from .backbone import Backbone
 from .blocks import Block, run_blocks
 from .init import MAEOutput, init_weights
+from .masking import check_masking, noise_of_mask
 from .ops._tokens import take_tokens
 from .ops.masked_mse import VAR_EPS
 from .patch_embed import PatchEmbed
@@ -79,7 +80,6 @@ class MAE(Backbone):
         self._set_pixel_statistics(in_chans, mean, std)
 
     # -- checkpoints
-    # ------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -124,7 +124,6 @@ class MAE(Backbone):
         checkpoint.save_pretrained(self, folder)
 
     # -- the official methods
-    # ---------------------------------------------------------------------------
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """imgs (N, C, H, W) -> (N, L, ph*pw*C), patches in row-major order, values channel-fastest."""
@@ -181,7 +180,6 @@ class MAE(Backbone):
         )
 
     # -- forward
-    # ----------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -218,7 +216,7 @@ class MAE(Backbone):
         else:
             L = self.patch_embed.num_patches
             if mask is not None:
-                noise, len_keep = self._noise_of_mask(mask)
+                noise, len_keep = noise_of_mask(mask)
             else:
                 len_keep = ops.len_keep(L, mask_ratio)
             if noise is None:
@@ -258,7 +256,6 @@ class MAE(Backbone):
         return torch.where(removed == 1, predicted, imgs.float())
 
     # -- what forward is made of
-    # ------------------------------------------------------------------------
 
     def _float_pixels(self, imgs: Tensor) -> Tensor:
         mean, std = self._statistics_for(imgs)
@@ -294,7 +291,6 @@ class MAE(Backbone):
         return project(self.decoder_pred, self._decode(latent, ids_restore, 1 + ids_removed))
 
     # -- overrides and checks
-    # ---------------------------------------------------------------------------
 
     def _overridden(self, name: str) -> bool:
         return name in self.__dict__ or getattr(type(self), name) is not getattr(MAE, name)
@@ -321,80 +317,11 @@ class MAE(Backbone):
         weights: Tensor | None,
     ) -> None:
         self._check_images(imgs)
-        N, L = imgs.shape[0], self.patch_embed.num_patches
-        if N == 0:
+        if imgs.shape[0] == 0:
             raise ValueError("imgs must hold at least one image; the batch is empty")
         if not return_pred:
             self._refuse("return_pred=False", DECODER_METHODS)
-        given: dict[str, Tensor] = {name: t for name, t in (("noise", noise), ("mask", mask)) if t is not None}
-        if len(given) == 2:
-            raise ValueError("noise and mask both decide what is removed; give one of them")
-        for name in given:
-            self._refuse(f"{name}=", ENCODER_METHODS)
-        for name, tensor in (given | ({} if weights is None else {"weights": weights})).items():
-            if tensor.shape != (N, L):
-                raise ValueError(f"{name} must be (N, L) = ({N}, {L}); its shape is {tuple(tensor.shape)}")
-            if tensor.device != imgs.device:
-                raise ValueError(f"{name} must be on the device of imgs, {imgs.device}; it is on {tensor.device}")
-        if noise is not None and noise.dtype != torch.float32:
-            raise TypeError(f"noise must be float32; it is {str(noise.dtype).removeprefix('torch.')}")
-        if weights is not None and not weights.dtype.is_floating_point:
-            raise TypeError(f"weights must be floating-point; it is {str(weights.dtype).removeprefix('torch.')}")
-        if mask is not None:
-            if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-                raise TypeError(f"mask must be bool or floating-point; it is {str(mask.dtype).removeprefix('torch.')}")
-            return
-        len_keep = ops.len_keep(L, mask_ratio)
-        if not 0 < len_keep < L:
-            raise ValueError(
-                f"mask_ratio must keep at least one of the {L} patches and remove at least one; {mask_ratio} keeps {len_keep}"
-            )
-
-    def _noise_of_mask(self, mask: Tensor) -> tuple[Tensor, int]:
-        """Return a mask of 0 and 1 as noise that ranks its zeros first, and their number."""
-        removed = mask.float()
-        counts = removed.sum(dim=1)
-        # One transfer: the extremes of the counts, and whether there is anything but 0 and 1.
-        facts = torch.stack([counts.min(), counts.max(), ((removed != 0) & (removed != 1)).any().float()]).tolist()
-        if facts[2]:
-            raise ValueError("mask must hold only 0 (kept) and 1 (removed)")
-        if facts[0] != facts[1]:
-            raise ValueError(f"mask must remove as many patches in each row; rows remove {int(facts[0])} to {int(facts[1])}")
-        L, M = mask.shape[1], int(facts[0])
-        if not 0 < M < L:
-            raise ValueError(f"mask must keep at least one of the {L} patches and remove at least one; it removes {M}")
-        return removed, L - M
-
-
-def _factory(name: str, doc: str, **sizes: Any) -> Callable[..., MAE]:
-    def make(*, model_class: type[MAE] = MAE, **kwargs: Any) -> MAE:
-        return model_class(**{**sizes, "mlp_ratio": 4.0, "norm_layer": partial(nn.LayerNorm, eps=1e-6), **kwargs})
-
-    make.__name__ = make.__qualname__ = name
-    make.__doc__ = f"{doc}; keyword arguments are those of MAE. model_class: MAE or a subclass, which is built."
-    return make
-
-
-_DEC512D8B = {"decoder_embed_dim": 512, "decoder_num_heads": 16, "decoder_depth": 8}
-
-mae_vit_tiny_patch16_dec512d8b = _factory(
-    "mae_vit_tiny_patch16_dec512d8b", "ViT-Ti/16", patch_size=16, embed_dim=192, depth=12, num_heads=3, **_DEC512D8B
-)
-mae_vit_small_patch16_dec512d8b = _factory(
-    "mae_vit_small_patch16_dec512d8b", "ViT-S/16", patch_size=16, embed_dim=384, depth=12, num_heads=6, **_DEC512D8B
-)
-mae_vit_base_patch16_dec512d8b = _factory(
-    "mae_vit_base_patch16_dec512d8b", "ViT-B/16", patch_size=16, embed_dim=768, depth=12, num_heads=12, **_DEC512D8B
-)
-mae_vit_large_patch16_dec512d8b = _factory(
-    "mae_vit_large_patch16_dec512d8b", "ViT-L/16", patch_size=16, embed_dim=1024, depth=24, num_heads=16, **_DEC512D8B
-)
-mae_vit_huge_patch14_dec512d8b = _factory(
-    "mae_vit_huge_patch14_dec512d8b", "ViT-H/14", patch_size=14, embed_dim=1280, depth=32, num_heads=16, **_DEC512D8B
-)
-
-mae_vit_tiny_patch16 = mae_vit_tiny_patch16_dec512d8b
-mae_vit_small_patch16 = mae_vit_small_patch16_dec512d8b
-mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
-mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
-mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
+        for name, tensor in (("noise", noise), ("mask", mask)):
+            if tensor is not None:
+                self._refuse(f"{name}=", ENCODER_METHODS)
+        check_masking(imgs, self.patch_embed.num_patches, mask_ratio, noise, mask, weights)

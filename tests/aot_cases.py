@@ -6,15 +6,7 @@ from collections.abc import Callable, Mapping
 import aot
 import torch
 
-from maefast.kernels import (
-    add_layer_norm,
-    bias_gelu,
-    gather_patches,
-    layer_norm,
-    masked_mse,
-    random_masking,
-    unshuffle,
-)
+from maefast.kernels import add_layer_norm, bias_gelu, gather_patches, layer_norm, masked_mse, random_masking, unshuffle
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 N, C = 256, 3

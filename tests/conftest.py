@@ -10,7 +10,7 @@ import torch.distributed as dist
 from skips import pytest_terminal_summary  # noqa: F401
 
 import maefast
-from maefast import dispatch
+from maefast.request import forget
 from maefast.train import step
 
 GIB = 1 << 30
@@ -36,7 +36,7 @@ def _seeded() -> None:
 def _decisions() -> Iterator[None]:
     """Decisions of a test that changes what the machine has are not those of the next."""
     yield
-    dispatch.forget()
+    forget()
 
 
 @pytest.fixture(autouse=True)

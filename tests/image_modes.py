@@ -233,10 +233,7 @@ MEMBERS: dict[str, tuple[Expected, dict[str, Callable[[Path], Path]]]] = {
             "TIFF, separate": tiff(LA, "minisblack", "unassalpha", "separate"),
         },
     ),
-    "grey with a transparent value": (
-        expected((GREY,) * 3, 0),
-        {"PNG": png(L, (GREY,)), "PNG, 16": png(deep(L), (GREY * 257,))},
-    ),
+    "grey with a transparent value": (expected((GREY,) * 3, 0), {"PNG": png(L, (GREY,)), "PNG, 16": png(deep(L), (GREY * 257,))}),
     "palette": (
         COLOURS,
         {

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from images import MemoryImages
 
+from maefast.train import checkpoints
 from maefast.train.pretrain.options import Options
 
 SIZES = {"input_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -45,3 +46,11 @@ def flags(data: Path, output: Path, **options: object) -> list[str]:
     options = SIZES | {"epochs": 2, "warmup_epochs": 1, "batch_size": 8, "blr": 1e-2, "num_workers": 0, "pictures": 0} | options
     named = {"data_path": data, "output_dir": output, **options}
     return ["pretrain", *(f"--{name}={value}" for name, value in named.items())]
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [(record["epoch"], record["train_loss"], record["train_lr"]) for record in records(folder)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.read(checkpoints.find(folder)[-1])["model"]

@@ -5,7 +5,7 @@ import ctypes
 import mmap
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli, dispatch, reference
+from maefast import _library, cli, reference
+from maefast.request import forget
 from maefast.testing.errors import assert_close_to_float64
 
 NATIVE = _library.HAS_NATIVE
@@ -24,23 +25,21 @@ TRANSFORMER_BLOCK = sys.modules["maefast.ops.transformer_block"]  # whose name i
 if NATIVE:
     from maefast import _C
 
-
-def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
-    """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
-    monkeypatch.setattr(owner, name, value)
-    dispatch.forget()
-
-
 BACKENDS = ("native", "eager") if NATIVE else ("eager",)
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
-
-
 # What the native kernels of this process may use: no wider than the CPU, nor than MAEFAST_CPU_ISA.
 USABLE_ISAS = ISAS[: ISAS.index(_C.cpu_isa()) + 1] if NATIVE else ()
 ON_INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 THREADS = (2, 5)  # against one; five are more than the cores of a small machine, and no divisor of anything
 Op = Callable[..., Tensor]
 Results = dict[str, Tensor]
+Batch = tuple[Results, Sequence[Results], Results]  # what is tested, eager runs, exact
+
+
+def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
+    """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
+    monkeypatch.setattr(owner, name, value)
+    forget()
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -61,15 +60,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 class Calls(TorchDispatchMode):
-    """The native ops that run within the `with` block, in order."""
+    """The native ops that run within the `with` block, in order; or those of another namespace."""
 
-    def __init__(self):
+    def __init__(self, namespace: str = "maefast"):
         super().__init__()
-        self.names: list[str] = []
+        self.namespace, self.names = namespace, list[str]()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "maefast":
-            self.names.append(func._schema.name.removeprefix("maefast::"))
+        if func.namespace == self.namespace:
+            self.names.append(func._schema.name.removeprefix(f"{self.namespace}::"))
         return func(*args, **(kwargs or {}))
 
 
@@ -226,17 +225,10 @@ def at_the_edge(t: Tensor, end: bool) -> Tensor:
     if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + pages * page * end), ctypes.c_size_t(page), no_access):
         raise OSError(ctypes.get_errno(), "mprotect")
     view = memoryview(memory)[pages * page - size : pages * page] if end else memoryview(memory)[page : page + size]
-    out = torch.frombuffer(view, dtype=t.dtype).view(t.permute(*_dense_order(t)).shape)
-    return out.copy_(t.permute(*_dense_order(t))).permute(*_inverse(_dense_order(t)))
-
-
-def _dense_order(t: Tensor) -> list[int]:
-    """The dimensions of a dense tensor from the outermost in memory to the innermost."""
-    return sorted(range(t.dim()), key=lambda dim: (-t.stride(dim), dim))
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
+    order = sorted(range(t.dim()), key=lambda dim: (-t.stride(dim), dim))  # from the outermost in memory to the innermost
+    dense = t.permute(*order)
+    out = torch.frombuffer(view, dtype=t.dtype).view(dense.shape)
+    return out.copy_(dense).permute(*sorted(range(t.dim()), key=order.__getitem__))
 
 
 @contextmanager
@@ -306,7 +298,7 @@ def step(model: nn.Module, imgs: Tensor, noise: Tensor, mode: str = "fp32", in_p
     return results | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def stacked(runs: list[Results]) -> Results:
+def stacked(runs: Sequence[Results]) -> Results:
     assert all(run.keys() == runs[0].keys() for run in runs)
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
@@ -326,25 +318,26 @@ def attends_otherwise(plain: nn.Module) -> nn.Module:
     return other
 
 
-def assert_results(got: list[Results], eager: Sequence[list[Results]], exact: list[Results], what: str = "") -> None:
-    """Hold the results of several batches to the error rule, each name as one tensor. `eager` has one or more runs, of which the
-    larger error counts; what they have and `got` has not is left out."""
-    mine, truth, runs = stacked(got), stacked(exact), [stacked(run) for run in eager]
+def assert_results(batches: Iterable[Batch], what: str = "", left_out: Set[str] = frozenset()) -> None:
+    """Hold the results of several batches to the error rule, each name as one tensor, and masks and ids to equality. The larger
+    error of the eager runs counts; what is tested has no results `left_out`."""
+    got, eager, exact = zip(*batches, strict=True)
+    mine, truth, runs = stacked(got), stacked(exact), [stacked(run) for run in zip(*eager, strict=True)]
+    assert truth.keys() - mine.keys() == left_out
     for name, value in mine.items():
-        assert all(value.dtype == run[name].dtype for run in runs), name
-        assert_close_to_float64(f"{what}{name}", value, [run[name] for run in runs], truth[name])
+        if name in ("mask", "ids"):
+            assert all(torch.equal(value, run[name]) for run in runs), name
+        else:
+            assert all(value.dtype == run[name].dtype for run in runs), name
+            assert_close_to_float64(f"{what}{name}", value, [run[name] for run in runs], truth[name])
 
 
-def assert_steps(run: Callable[[Tensor, Tensor], Results], reference: nn.Module, left_out: set[str]) -> None:
+def assert_steps(run: Callable[[Tensor, Tensor], Results], reference: nn.Module, left_out: Set[str]) -> None:
     """Hold `run(imgs, noise)`, a step on its weights without the results `left_out`, to the error rule, and its mask."""
-    other, exact_model = attends_otherwise(reference), copy.deepcopy(reference).double()
-    got, eager, exact = list[Results](), (list[Results](), list[Results]()), list[Results]()
-    for seed in range(BATCHES):
+    other, exact = attends_otherwise(reference), copy.deepcopy(reference).double()
+
+    def batch(seed: int) -> Batch:
         imgs, noise = images_for(reference, IMAGES, seed=seed), noise_for(reference, IMAGES, seed=seed)
-        got.append(run(imgs, noise))
-        eager[0].append(step(reference, imgs, noise))
-        eager[1].append(step(other, imgs, noise))
-        exact.append(step(exact_model, imgs.double(), noise))
-        assert torch.equal(got[-1].pop("mask"), eager[0][-1]["mask"])
-    assert exact[0].keys() - got[0].keys() == {"mask"} | left_out
-    assert_results(got, eager, exact)
+        return run(imgs, noise), [step(model, imgs, noise) for model in (reference, other)], step(exact, imgs.double(), noise)
+
+    assert_results(map(batch, range(BATCHES)), left_out=left_out)

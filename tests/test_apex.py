@@ -14,7 +14,7 @@ from test_dispatch import run_python
 from torch import Tensor
 
 import maefast
-from maefast import _apex, dispatch, ops
+from maefast import _apex, dispatch, ops, request
 from maefast.train.optim import adamw, parameter_groups
 from maefast.train.step import training_step
 
@@ -157,7 +157,7 @@ def test_layer_norm_asks_for_nvidia_s(tmp_path):
 
 
 def test_what_apex_s_layer_norm_takes(monkeypatch):
-    set_fact(monkeypatch, dispatch, "_NO_APEX", None)
+    set_fact(monkeypatch, request, "_NO_APEX", None)
 
     def why(name: str = "layer_norm", **changed: torch.dtype) -> str | None:
         op = dispatch.OPS[name]
@@ -173,11 +173,11 @@ def test_what_apex_s_layer_norm_takes(monkeypatch):
 
 def test_blocks_run_apex_s_layer_norm_for_those_who_ask(install, monkeypatch):
     install(NVIDIA)
-    set_fact(monkeypatch, dispatch, "_NO_APEX", None)
+    set_fact(monkeypatch, request, "_NO_APEX", None)
     norm = dispatch.OPS["layer_norm"]
     on_any_device = tuple(replace(kernel, devices=()) if kernel.backend == "apex" else kernel for kernel in norm.kernels)
     monkeypatch.setitem(norm.__dict__, "kernels", on_any_device)
-    dispatch.forget()
+    request.forget()
     model = small_mae()
     with maefast.backend("apex"):
         loss = model(images_for(model), noise=noise_for(model)).loss

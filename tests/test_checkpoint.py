@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import HEADS, SQUARE, assert_same_weights, encoder_of, trained, write_hugging_face
+from checkpoints import HEADS, SQUARE, assert_loads, assert_same_weights, decoder_of, encoder_of, trained, write_hugging_face
 from support import images_for, noise_for
 from torch import Tensor, nn
 
@@ -32,9 +32,6 @@ def official(model: MAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}
     torch.save({"model": model.state_dict(), "optimizer": optimizer, "epoch": 799, "scaler": {}, "args": args}, path)
     return path
-
-
-# -- reading ----------------------------------------------------------------------------------------------
 
 
 def test_official_training_checkpoint(model, official):
@@ -85,16 +82,13 @@ def test_encoder_alone(model, tmp_path):
     assert_same_weights(encoder_of(loaded), encoder_of(model))
     assert loaded.decoder_blocks[0].attn.qkv.weight.shape == (48, 16)
 
-    target = trained(seed=1)
-    before = {name: t.clone() for name, t in target.state_dict().items()}
-    report = checkpoint.load(target, tmp_path / "encoder.pth")
-    decoder = before.keys() - encoder_of(model).keys()
-    assert set(report.missing) == decoder
+    before = trained(seed=1).state_dict()
+    report = assert_loads(tmp_path / "encoder.pth", {**before, **encoder_of(model)})
+    assert set(report.missing) == decoder_of(before).keys()
     assert not report.has_decoder
     assert report.norm_pix_loss is None
     assert "without decoder" in str(report)
     assert "target: not stored in the file" in str(report)
-    assert_same_weights(target, {**before, **encoder_of(model)})
 
 
 def test_entry_config_is_the_constructors_arguments(tmp_path):
@@ -113,16 +107,12 @@ def test_entry_config_is_the_constructors_arguments(tmp_path):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_of_wrapped_models(model, tmp_path, prefix):
     torch.save({"state_dict": {prefix + name: t for name, t in model.state_dict().items()}}, tmp_path / "wrapped.bin")
-    target = trained(seed=1)
-    checkpoint.load(target, tmp_path / "wrapped.bin")
-    assert_same_weights(target, model)
+    assert_loads(tmp_path / "wrapped.bin", model)
 
 
 def test_torch_save_of_before_version_1_6(model, tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    target = trained(seed=1)
-    checkpoint.load(target, tmp_path / "old.pth")
-    assert_same_weights(target, model)
+    assert_loads(tmp_path / "old.pth", model)
 
 
 def test_reference_loads_too(model, official):
@@ -141,18 +131,14 @@ def test_sharded_folder(model, tmp_path, suffix):
         save({name: tensors[name] for name in held}, tmp_path / file)
     index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
     (tmp_path / f"model.{suffix}.index.json").write_text(json.dumps(index))
-    target = trained(seed=1)
-    checkpoint.load(target, tmp_path)
-    assert_same_weights(target, model)
+    assert_loads(tmp_path, model)
 
 
 def test_folder_of_a_trainer(model, tmp_path):
     """Its other .bin files are no weights."""
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "training_args.bin").write_bytes(b"")
-    target = trained(seed=1)
-    checkpoint.load(target, tmp_path)
-    assert_same_weights(target, model)
+    assert_loads(tmp_path, model)
 
 
 class Encoder(nn.Module):
@@ -172,8 +158,7 @@ def test_encoder_for_fine_tuning(model, official, global_pool):
     report = checkpoint.load(encoder, official)
     head = {"head.weight", "head.bias"}
     assert set(report.missing) == head | ({"fc_norm.weight", "fc_norm.bias"} if global_pool else set())
-    decoder = model.state_dict().keys() - encoder_of(model).keys()
-    assert set(report.unexpected) == decoder | ({"norm.weight", "norm.bias"} if global_pool else set())
+    assert set(report.unexpected) == decoder_of(model).keys() | ({"norm.weight", "norm.bias"} if global_pool else set())
     assert report.warnings == ()
     loaded = encoder.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in encoder_of(model).items() if name in loaded)
@@ -186,19 +171,15 @@ def test_a_fine_tuned_encoder_again(tmp_path):
     with torch.no_grad():
         encoder.pos_embed.normal_()
     torch.save(encoder.state_dict(), tmp_path / "tuned.pth")
-    before = {name: t.clone() for name, t in encoder.state_dict().items()}
     report = checkpoint.load(encoder, tmp_path / "tuned.pth")
     assert (report.missing, report.unexpected, report.positions) == ((), (), ())
-    assert_same_weights(encoder, before)
+    assert_same_weights(encoder, torch.load(tmp_path / "tuned.pth"))
 
 
 def test_target_of_another_kind_warns(official):
     report = checkpoint.load(trained(norm_pix_loss=False), official)
     assert report.warnings == ("norm_pix_loss is False, and the checkpoint was trained with norm_pix_loss=True",)
     assert str(report).endswith(f"warning: {report.warnings[0]}")
-
-
-# -- positions --------------------------------------------------------------------------------------------
 
 
 def test_fixed_positions_are_computed_for_another_grid(official):
@@ -255,9 +236,6 @@ def test_stored_grid_of_trained_positions(tmp_path):
         loaded = MAE.from_pretrained(tmp_path / "tuned.pth", stored_grid=(3, 5), **HEADS)
     assert loaded.patch_embed.img_size == (24, 40)
     assert torch.equal(loaded.pos_embed, stored)
-
-
-# -- writing ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

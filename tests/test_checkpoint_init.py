@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import HEADS, SQUARE, assert_same_weights, encoder_of, trained
+from checkpoints import HEADS, SQUARE, assert_same_weights, copy_of, decoder_of, encoder_of, trained
 from support import images_for, noise_for
-from torch import Tensor, nn
+from torch import nn
 
 from maefast import MAE, VisionTransformer, checkpoint
 from maefast.checkpoint import CheckpointError
@@ -88,10 +88,6 @@ def test_from_one_channel(tmp_path):
     torch.testing.assert_close(target.patch_embed.proj.weight, expected, rtol=0, atol=1e-7)
 
 
-def decoder_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t for name, t in model.state_dict().items() if name not in encoder_of(model)}
-
-
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -102,7 +98,7 @@ def decoder_of(model: nn.Module) -> dict[str, Tensor]:
 )
 def test_another_decoder(model, official, options, why):
     target = trained(seed=1, norm_pix_loss=True, **options)
-    before = {name: tensor.clone() for name, tensor in decoder_of(target).items()}
+    before = copy_of(decoder_of(target))
     report = target.init_from(official)
     assert_same_weights(decoder_of(target), before)
     assert_same_weights(encoder_of(target), encoder_of(model))
@@ -118,7 +114,7 @@ def test_a_decoder_with_other_heads(model, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     model.save_pretrained(tmp_path / "own")
     target = trained(seed=1, decoder_num_heads=4, norm_pix_loss=True)
-    before = {name: tensor.clone() for name, tensor in decoder_of(target).items()}
+    before = copy_of(decoder_of(target))
     (warning,) = target.init_from(tmp_path / "own").warnings
     assert warning.endswith(f"decoder_num_heads is 3 in {tmp_path / 'own'} and 4 in MAE")
     assert_same_weights(decoder_of(target), before)
@@ -129,7 +125,7 @@ def test_a_decoder_with_other_heads(model, tmp_path):
 def test_an_encoder_alone(model, tmp_path):
     torch.save({"model": encoder_of(model)}, tmp_path / "encoder.pth")
     target = trained(seed=1)
-    before = {name: tensor.clone() for name, tensor in decoder_of(target).items()}
+    before = copy_of(decoder_of(target))
     report = target.init_from(tmp_path / "encoder.pth")
     assert_same_weights(target, {name: (encoder_of(model) | before)[name] for name in target.state_dict()})
     assert report.warnings == ("the checkpoint holds no decoder; the model keeps its own",)
@@ -141,7 +137,7 @@ def test_a_classifier(tmp_path, global_pool):
     classifier = VisionTransformer(**ENCODER, num_classes=5, global_pool=global_pool)
     torch.save({"model": classifier.state_dict()}, tmp_path / "tuned.pth")
     target = trained(seed=1)
-    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    before = copy_of(target)
     report = target.init_from(tmp_path / "tuned.pth")
     shared = {name: t for name, t in classifier.state_dict().items() if not name.startswith(("head.", "fc_norm."))}
     assert_same_weights(target, before | shared)
@@ -175,7 +171,7 @@ def test_another_target_warns(official):
 )
 def test_another_encoder_is_refused(official, options, message):
     target = trained(seed=1, **options)
-    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    before = copy_of(target)
     with pytest.raises(CheckpointError, match=message):
         target.init_from(official)
     assert_same_weights(target, before)
@@ -184,9 +180,6 @@ def test_another_encoder_is_refused(official, options, message):
 def test_an_encoder_is_no_mae(official):
     with pytest.raises(TypeError, match="model must be an MAE, with a decoder; it is a VisionTransformer, which load fills"):
         checkpoint.init_from(VisionTransformer(**ENCODER), official)
-
-
-# -- the meta device --------------------------------------------------------------------------------------
 
 
 def on_meta(make: type[nn.Module], **options: object) -> nn.Module:

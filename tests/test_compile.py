@@ -5,17 +5,7 @@ import math
 
 import pytest
 import torch
-from support import (
-    BATCHES,
-    IMAGES,
-    NATIVE,
-    assert_results,
-    images_for,
-    noise_for,
-    small_mae,
-    small_reference,
-    step,
-)
+from support import BATCHES, IMAGES, NATIVE, Batch, assert_results, images_for, noise_for, small_mae, small_reference, step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
@@ -43,19 +33,17 @@ def test_inductor_model_forward_and_backward(mode):
     compiled_reference = torch.compile(copy.deepcopy(reference), fullgraph=True, dynamic=False)
     model, exact_model = small_mae(**SHALLOW), copy.deepcopy(reference).double()
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    got, eager, exact = [], ([], []), []
-    for seed in range(BATCHES):
+
+    def run(seed: int) -> Batch:
         imgs = images_for(model, IMAGES, seed=seed)
-        for m, runs in ((compiled, got), (reference, eager[0]), (compiled_reference, eager[1])):
-            torch.manual_seed(seed)
-            runs.append(step(m, imgs, None, mode))
         torch.manual_seed(seed)
-        exact.append(step(exact_model, imgs.double(), torch.rand(IMAGES, 24)))
-        for runs in (got, eager[1]):
-            runs[-1] = {name.removeprefix("_orig_mod."): value for name, value in runs[-1].items()}
-        assert got[-1].keys() == eager[0][-1].keys()
-        assert torch.equal(got[-1].pop("mask"), eager[0][-1]["mask"])
-    assert_results(got, eager, exact)
+        noise = torch.rand(IMAGES, 24)
+        torch.manual_seed(seed)
+        results = [step(compiled, imgs, None, mode), *(step(m, imgs, noise, mode) for m in (reference, compiled_reference))]
+        got, *eager = ({name.removeprefix("_orig_mod."): value for name, value in run.items()} for run in results)
+        return got, eager, step(exact_model, imgs.double(), noise)
+
+    assert_results(map(run, range(BATCHES)))
 
 
 def test_inductor_draws_the_noise_of_torch_rand():

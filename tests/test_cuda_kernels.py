@@ -1,20 +1,16 @@
-"""The CUDA kernels, entries and all, compiled for the CPU beside tests/cuda_emulator: what they compute.
+"""The CUDA kernels of the MAE ops, entries and all, compiled for the CPU beside tests/cuda_emulator: what they compute.
 
 Their machine code is tests/test_cuda_sources.py's, the real thing tests/gpu's.
 """
 
 import ctypes
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import compiled, cuda, linked, needs_emulator
 from support import (
     IMAGE_LAYOUTS,
     LAYOUTS,
-    NATIVE,
     assert_once_differentiable,
     at_the_edge,
     check_op,
@@ -26,69 +22,22 @@ from support import (
 from torch import Tensor
 
 import maefast
-from maefast import dispatch, ops, tuned
-from maefast.testing.errors import assert_close_to_float64
+from maefast import dispatch, ops
 
-ROOT = Path(__file__).resolve().parent.parent
-TORCH = Path(torch.__file__).parent
-CXX = shutil.which("g++")
-OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse", "attention")
+OPS = ("random_masking", "gather_patches", "unshuffle", "masked_mse")
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 FLOATS = {"fp32": F32, "bf16": BF16, "fp16": F16}
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
-pytestmark = [
-    pytest.mark.skipif(CXX is None or not NATIVE, reason="needs g++ and the native library, which defines the ops"),
-    pytest.mark.usefixtures("emulated", "poisoned"),
-]
+pytestmark = [needs_emulator, pytest.mark.usefixtures("emulated", "poisoned")]
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory) -> ctypes.CDLL:
-    """The sources and the emulator as one library; a misaligned access or an overflow is fatal.
-
-    The sources are links in a tree where csrc/cuda/mma.cuh, whose PTX no CPU runs, is the emulator's.
-    """
-    folder, here = tmp_path_factory.mktemp("emulator"), ROOT / "tests" / "cuda_emulator"
-    cuda = folder / "csrc" / "cuda"
-    cuda.mkdir(parents=True)
-    (folder / "maefast").symlink_to(ROOT / "maefast")
-    for path in (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*")):
-        (cuda if path.parent.name == "cuda" else cuda.parent).joinpath(path.name).symlink_to(path)
-    (cuda / "mma.cuh").unlink()
-    (cuda / "mma.cuh").symlink_to(here / "mma.cuh")
-    (cuda / "attention_c.cpp").symlink_to(here / "attention_c.cpp")
-    sources = [here / "emulator.cpp", cuda / "attention_c.cpp", *(cuda / f"{op}.cu" for op in OPS)]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{here}", "-isystem", TORCH / "include"]
-    flags += ["-DMAEFAST_ENTRY", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-
-    def run(*arguments: str | Path) -> None:
-        done = subprocess.run([CXX, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    def compiled(source: Path) -> Path:
-        run(*flags, "-x", "c++", "-c", source, "-o", folder / f"{source.stem}.o")
-        return folder / f"{source.stem}.o"
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
-    library = folder / "libemulated.so"
-    run("-shared", *objects, "-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", library)
-    torch.ops.load_library(library)
-    return ctypes.CDLL(str(library))
-
-
-class _CudaOps:
-    """torch.ops.maefast, but with the kernels that are registered for CUDA."""
-
-    def __getattr__(self, name: str):
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        return lambda *args: getattr(torch.ops.maefast, name).default.redispatch(keys, *args)
-
-
-cuda = _CudaOps()
+    folder = tmp_path_factory.mktemp("emulator")
+    sources = linked(folder)
+    return compiled(folder, [sources / f"{op}.cu" for op in OPS])
 
 
 @pytest.fixture
@@ -313,43 +262,6 @@ def test_masked_mse_rows_of_no_patch():
     assert torch.equal(dpred, torch.cat([alone, torch.zeros(1, 3, 4)], dim=1))
 
 
-def attention(qkv: Tensor, dout: Tensor, h: int) -> dict[str, Tensor]:
-    out, lse = cuda.attention_fwd(None, qkv, h)
-    _, dqkv, dqkv_sum = cuda.attention_bwd(dout, None, qkv, out, lse, h, True)
-    assert torch.equal(cuda.attention_bwd(dout, None, qkv, out, lse, h)[1], dqkv)
-    return {"out": out, "dqkv": dqkv, "dqkv_sum": dqkv_sum}
-
-
-def by_torch(qkv: Tensor, dout: Tensor, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    leaf = qkv.to(dtype).requires_grad_()
-    out = ops.attention_ref(leaf, h)
-    (dqkv,) = torch.autograd.grad(out, leaf, dout.to(dtype))
-    return {"out": out.detach(), "dqkv": dqkv, "dqkv_sum": dqkv.sum(dim=(0, 1), dtype=torch.promote_types(dtype, F32))}
-
-
-ROWS = {  # T of each tile's ends and of rows that do not fill it, by head width
-    32: (1, 16, 49, 64, 65, 80, 81, 197, 208, 209, 257, 288),
-    64: (7, 50, 56, 64, 80, 100, 197, 208),
-    80: (33, 64, 65, 72, 80),
-}
-
-
-@pytest.mark.parametrize(("d", "T"), [(d, T) for d, lengths in ROWS.items() for T in lengths])
-def test_attention(emulator, d, T):
-    """By the error rule; and not a bit depends on what shared memory held before the launch."""
-    dtype = F16 if T % 8 == 0 else BF16
-    N, h = (1, 1) if T > 80 else (3, 2)
-    qkv, dout = torch.randn(N, T, 3 * h * d).to(dtype), torch.randn(N, T, h * d).to(dtype)
-    results = []
-    for seed in (7, 1, 0):
-        emulator.emulator_seed(seed)
-        results.append(attention(qkv, dout, h))
-    eager, exact = by_torch(qkv, dout, h, dtype), by_torch(qkv, dout, h, torch.float64)
-    for name, value in results[0].items():
-        assert all(torch.equal(value, other[name]) for other in results), f"{name} depends on what was in shared memory"
-        assert_close_to_float64(f"T = {T}, d = {d}, {name}", value, eager[name], exact[name])
-
-
 def test_backward_twice():
     with maefast.backend("native"):
         pred, mask = torch.randn(2, 4, 48, requires_grad=True), removed_mask(2, 4, 1)
@@ -358,50 +270,6 @@ def test_backward_twice():
         tokens = {"x": torch.randn(2, 3, 8), "mask_token": torch.randn(1, 1, 8), "pos_embed": torch.randn(1, 5, 8)}
         leaves = {name: t.requires_grad_() for name, t in tokens.items()}
         assert_once_differentiable(lambda **t: ops.unshuffle(ids_restore=ids_restore, **t), leaves)
-
-
-def alternatives() -> list[tuple[str, int, int, int]]:
-    """Table, head width, tokens and number of each line of attention_tiles.inc that is not the first for its rows."""
-    found = []
-    for table, lines in tuned.attention_tables().items():
-        for i, line in enumerate(lines):
-            d, T = line["head_width"], line["tokens"]
-            number = sum(other["head_width"] == d and other["tokens"] >= T for other in lines[:i])
-            found += [(table, d, T, number)] if number else []
-    return found
-
-
-@pytest.mark.parametrize(("table", "d", "longest", "tile"), alternatives())
-def test_alternative_tiles_of_attention(emulator, table, d, longest, tile):
-    """By the error rule, over more heads than CTAs fit; rows that fill the tile and rows that do not."""
-    N, h = 3, 2
-    for T in (longest, longest - 11):
-        qkv, dout = torch.randn(N, T, 3 * h * d).bfloat16(), torch.randn(N, T, h * d).bfloat16()
-        sizes = (ctypes.c_int64(N), T, h, d, 1)
-        out, lse = cuda.attention_fwd(None, qkv, h)
-        pointers = {name: ctypes.c_void_p(t.data_ptr()) for name, t in {"qkv": qkv, "out": out, "lse": lse, "dout": dout}.items()}
-        if table == "FORWARD":
-            got = {"out": torch.full_like(out, torch.nan), "lse": torch.full_like(lse, torch.nan)}
-            outputs = [ctypes.c_void_p(t.data_ptr()) for t in got.values()]
-            assert emulator.attention_c_fwd(pointers["qkv"], *outputs, *sizes, tile, None) == 0
-            torch.testing.assert_close(got.pop("lse"), lse, rtol=1e-5, atol=1e-5)
-        else:
-            partial = torch.full((N, 3 * h * d), torch.nan)
-            got = {"dqkv": torch.full_like(qkv, torch.nan), "dqkv_sum": torch.full((3 * h * d,), torch.nan)}
-            outputs = [ctypes.c_void_p(t.data_ptr()) for t in (got["dqkv"], partial, got["dqkv_sum"])]
-            assert emulator.attention_c_bwd(*pointers.values(), *outputs, *sizes, tile, None) == 0
-        eager, exact = by_torch(qkv, dout, h, BF16), by_torch(qkv, dout, h, torch.float64)
-        for name, value in got.items():
-            assert_close_to_float64(f"T = {T}, {name}", value, eager[name], exact[name])
-
-
-def test_attention_of_nothing():
-    for shape in ((0, 50, 384), (2, 0, 384)):
-        qkv = torch.empty(shape, dtype=BF16)
-        out, lse = cuda.attention_fwd(None, qkv, 2)
-        _, dqkv, dqkv_sum = cuda.attention_bwd(torch.empty_like(out), None, qkv, out, lse, 2, True)
-        assert (out.shape, lse.shape, dqkv.shape) == ((*shape[:2], 128), (shape[0], 2, shape[1]), shape)
-        assert torch.equal(dqkv_sum, torch.zeros(384))
 
 
 def test_no_samples():

@@ -174,12 +174,7 @@ def labelled(kind: str, split: str) -> str:
 
 
 SHORT = ("--epochs=1", "--warmup_epochs=0", "--batch_size=4")
-COMMANDS = {
-    "knn": ("--k=1",),
-    "linprobe": (*SHORT, "--blr=0.1"),
-    "finetune": SHORT,
-    "partial": (*SHORT, "--blocks=1"),
-}
+COMMANDS = {"knn": ("--k=1",), "linprobe": (*SHORT, "--blr=0.1"), "finetune": SHORT, "partial": (*SHORT, "--blocks=1")}
 
 
 @pytest.fixture

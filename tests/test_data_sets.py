@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from image_files import reds
 from PIL import Image
 
 from maefast import cli
@@ -43,10 +44,6 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
-
-
-def reds(data) -> list[int]:
-    return [data.read(i)[0, 0, 0].item() for i in range(len(data))]
 
 
 @pytest.mark.parametrize(

@@ -1,69 +1,21 @@
-"""Every kind of source that `open_images` takes, crops against plain Pillow, broken files, and `maefast pack`."""
+"""Every kind of source that `open_images` takes, crops against plain Pillow, broken files."""
 
-import gzip
-import io
-import json
 import multiprocessing
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_files import as_tensor, encoded, images_array, photograph, reds, solid, write_folder, write_idx, write_tar
 from PIL import Image
-from torch import Tensor
 
-from maefast import cli
 from maefast.train.data.modes import stretched
 from maefast.train.data.open import open_images
 from maefast.train.data.sources import TarImages
 from maefast.train.errors import UnreadableImage, UserError
 
 BOX = (30, 20, 150, 110)
-
-
-def photograph(height: int, width: int) -> Image.Image:
-    """Smooth, as photographs are, with a different picture in each channel."""
-    y, x = np.mgrid[0:height, 0:width] / 40
-    waves = [np.sin(x + 0.3 * y), np.cos(y), np.sin(0.5 * (x - y))]
-    return Image.fromarray((127 + 120 * np.stack(waves, -1)).round().astype(np.uint8))
-
-
-def as_tensor(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def images_array(n: int = 5, *shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (n, *shape), np.uint8)
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = bytes((0, 0, 8, values.ndim)) + b"".join(size.to_bytes(4, "big") for size in values.shape)
-    (gzip.open if path.suffix == ".gz" else open)(path, "wb").write(header + values.tobytes())
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def solid(value: int) -> bytes:
-    return encoded(Image.new("RGB", (12, 10), (value, 0, 0)), "PNG")
-
-
-def reds(data) -> list[int]:
-    return [data.read(i)[0, 0, 0].item() for i in range(len(data))]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -143,12 +95,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """train/cat 0, 1; train/dog 2; valid/cat 3."""
-    for value, name in enumerate(("train/cat/0", "train/cat/1", "train/dog/2", "valid/cat/3")):
-        path = tmp_path / "folder" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(solid(value))
-    return tmp_path / "folder"
+    return write_folder(tmp_path)
 
 
 def test_folder_splits(folder: Path) -> None:
@@ -302,121 +249,3 @@ def test_without_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None if name == "tifffile" else name)
     with pytest.raises(UserError, match=r'reading these images needs tifffile: pip install "maefast\[train\]"'):
         open_images(tmp_path, channels=6)
-
-
-def truncated(path: Path, content: bytes, cut: int) -> None:
-    path.write_bytes(content[:-cut])
-
-
-def make_bad(kind: str, path: Path) -> Path:
-    """A source of this kind that cannot be used as a whole."""
-    path.mkdir()
-    if kind == "missing":
-        return path / "nowhere"
-    if kind == "list":
-        (path / "list.txt").write_text("a.png 1\n")
-        return path / "list.txt"
-    if kind == "empty list":
-        (path / "list.txt").write_text("\n")
-        return path / "list.txt"
-    if kind in ("cut tar", "tar without end", "label", "no image in tar"):
-        members = {"a.png": solid(1)}
-        if kind != "tar without end":
-            members["a.cls"] = b"cat" if kind == "label" else b"1"
-        if kind == "no image in tar":
-            members.pop("a.png")
-        write_tar(path / "a.tar", members)
-        size = (path / "a.tar").stat().st_size
-        end = 512 + 512  # of the one member, which is smaller than a block
-        if kind == "cut tar":
-            truncated(path / "a.tar", (path / "a.tar").read_bytes(), size - end - 600)
-        if kind == "tar without end":
-            truncated(path / "a.tar", (path / "a.tar").read_bytes(), size - end)
-    if kind == "gzip":
-        (path / "a.tar").write_bytes(gzip.compress(b"tar"))
-    if kind in ("cut npy", "dtype", "axes", "labels"):
-        np.save(path / "images.npy", images_array(4, *((2, 2, 2, 2) if kind == "axes" else (6, 7))).astype(
-            "int32" if kind == "dtype" else "uint8"))  # fmt: skip
-        if kind == "cut npy":
-            truncated(path / "images.npy", (path / "images.npy").read_bytes(), 3)
-        if kind == "labels":
-            np.save(path / "labels.npy", np.arange(3))
-    if kind in ("cut idx", "no idx"):
-        write_idx(path / "train-images-idx3-ubyte", images_array(4, 6, 7))
-        content = (path / "train-images-idx3-ubyte").read_bytes()
-        (path / "train-images-idx3-ubyte").write_bytes(content[:-1] if kind == "cut idx" else b"PK" + content)
-    if kind == "cut gzip":
-        write_idx(path / "train-images-idx3-ubyte.gz", images_array(4, 6, 7))
-        truncated(path / "train-images-idx3-ubyte.gz", (path / "train-images-idx3-ubyte.gz").read_bytes(), 20)
-    if kind == "unknown":
-        (path / "a.zip").write_bytes(b"")
-        return path / "a.zip"
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("missing", "nowhere does not exist"),
-        ("empty folder", "must hold images (.bmp .gif"),
-        ("list", "must list files that exist; 1 of 1 do not, such as "),
-        ("empty list", "must list images, one per line; it is empty"),
-        ("cut tar", "cannot be read as an uncompressed tar file: unexpected end of data"),
-        ("tar without end", "its end-of-archive block is missing"),
-        ("gzip", "cannot be read as an uncompressed tar file"),
-        ("label", "must hold the number of a class, 0 or more; it holds b'cat'"),
-        ("no image in tar", "must hold images (.bmp .gif"),
-        ("cut npy", "images.npy cannot be read as .npy: mmap length is greater than file size"),
-        ("dtype", "must hold uint8 or floats; it holds int32"),
-        ("axes", "its shape is (4, 2, 2, 2, 2)"),
-        ("labels", "labels.npy must hold integers of the shape (4,); it holds int64 of the shape (3,)"),
-        ("cut idx", "cannot be read as an idx file: it holds 167 bytes for the shape (4, 6, 7)"),
-        ("no idx", "it starts with 504b00; idx files of uint8 start with 000008"),
-        ("cut gzip", "cannot be read as an idx file: Compressed file ended"),
-        ("unknown", "a.zip must be a folder, a list (.txt, .lst), .tar, .npy or an idx file"),
-    ],
-)
-def test_bad_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, said: str) -> None:
-    source = make_bad(kind, tmp_path / "data")
-    assert cli.main(["pack", str(source), str(tmp_path / "out")]) == 2
-    line = capsys.readouterr().err
-    assert said in line
-    assert line.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-def test_pack(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = photograph(120, 200)
-    image.save(folder / "train" / "dog" / "wide.png")
-    (folder / "train" / "cat" / "0.png").write_bytes(b"nothing")
-    out = tmp_path / "packed" / "train"
-    assert cli.main(["pack", str(folder), str(out), "--split", "train", "--size", "100"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(f"skipped {folder / 'train/cat/0.png'}: UnidentifiedImageError")
-    assert printed[1] == f"{out}: 3 images of 100 x 100, 0.1 MB, unreadable images skipped: 1"
-    assert np.load(out / "images.npy").shape == (3, 100, 100, 3)
-    assert json.loads((out / "classes.json").read_text()) == ["cat", "dog"]
-    data = open_images(out.parent, "train")
-    assert (data.labels.tolist(), data.classes) == ([0, 1, 1], ("cat", "dog"))
-    assert data.read(2).shape == (3, 120, 200)
-    crop = data.read(2, (45, 60), lambda height, width: BOX if (height, width) == (120, 200) else (0, 0, 1, 1))
-    expected = as_tensor(image.resize((60, 45), Image.Resampling.BICUBIC, box=BOX))
-    assert (crop.float() - expected.float()).abs().mean() < 1  # resized twice
-    assert [path.name for path in out.parent.iterdir()] == ["train"]
-
-
-def test_pack_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def failure(*arguments: str) -> str:
-        assert cli.main(["pack", *arguments]) == 2
-        assert not (tmp_path / "out").exists()
-        return capsys.readouterr().err
-
-    assert "must be a folder that does not exist yet; it exists" in failure(str(folder), str(folder))
-    np.save(tmp_path / "images.npy", images_array(4, 6, 7))
-    assert "must be images to pack; " in failure(str(tmp_path / "images.npy"), str(tmp_path / "out"))
-    assert " of free space for the images; it has " in failure(str(folder), str(tmp_path / "out"), "--size", "10000000")
-    assert "cannot be written: " in failure(str(folder), str(folder / "train" / "cat" / "1.png" / "out"))
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"")
-    assert "must hold images that can be read; none of 4 can be, such as " in failure(str(folder), str(tmp_path / "out"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "images.npy"]

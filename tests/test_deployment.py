@@ -38,9 +38,6 @@ def classifier() -> VisionTransformer:
     return VisionTransformer(**ENCODER, num_classes=5).eval()
 
 
-# -- quantisation -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [classifier, lambda: Encoder(small_mae())], ids=["classifier", "encoder"])
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization", "ignore:torch.quantize_per_tensor")
 def test_quantize_dynamic_finds_every_linear(make):
@@ -83,9 +80,6 @@ def test_weights_of_a_subclass_multiply_by_their_own_rule():
     with torch.no_grad():
         torch.testing.assert_close(scaled(imgs), doubled(imgs), rtol=1e-4, atol=1e-5)
     assert Scaled.calls - before == 9
-
-
-# -- traces and ONNX --------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -157,9 +151,6 @@ def test_export_takes_native_ops(strict):
     with torch.no_grad():
         program = torch.export.export(model, (images_for(model.model),), strict=strict)
     assert any("maefast" in str(node.target) for node in program.graph.nodes)
-
-
-# -- explain ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

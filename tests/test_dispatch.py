@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support import NATIVE, images_for, multiplies, noise_for, set_fact, small_mae
+from support import NATIVE, Calls, images_for, multiplies, noise_for, set_fact, small_mae
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
 from maefast import _library, dispatch, kernels, ops
@@ -27,19 +26,6 @@ AUTO = "native" if NATIVE else "eager"
 NAMES = "auto, native, triton, apex, flash_attn, sdpa, eager"
 
 
-class Seen(TorchDispatchMode):
-    """The native ops that ran within the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "maefast":
-            self.names.add(func._schema.name.removeprefix("maefast::"))
-        return func(*args, **(kwargs or {}))
-
-
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
@@ -52,9 +38,9 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def ops_of_a_step(model: torch.nn.Module, imgs: torch.Tensor, noise: torch.Tensor) -> set[str]:
-    with Seen() as seen:
+    with Calls() as calls:
         model(imgs, noise=noise).loss.backward()
-    return seen.names
+    return set(calls.names)
 
 
 def test_auto_takes_native_where_it_can(native):
@@ -90,10 +76,7 @@ def test_requests_nest_and_end():
 
 @pytest.mark.parametrize("name", ["nativ", "", "cuda", "EAGER"])
 def test_unknown_backend(name):
-    with (
-        pytest.raises(ValueError, match=f"backend must be one of {NAMES}.*'{name}'"),
-        maefast.backend(name),
-    ):
+    with pytest.raises(ValueError, match=f"backend must be one of {NAMES}.*'{name}'"), maefast.backend(name):
         pass
     assert dispatch.choose(MASKING, NOISE) == AUTO
 

@@ -5,19 +5,28 @@ import inspect
 import pickle
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
-from official import models_vit as plain_models
-from support import BATCHES, IMAGES, NATIVE, SIZES, Results, assert_results, attends_otherwise, images_for, small_mae, widened
+from encoders import plain_vit, small_vit, with_random_weights
+from support import (
+    BATCHES,
+    IMAGES,
+    NATIVE,
+    SIZES,
+    Batch,
+    Results,
+    assert_results,
+    attends_otherwise,
+    images_for,
+    small_mae,
+    widened,
+)
 from torch import Tensor, nn
 
 import maefast
 from maefast import VisionTransformer, blocks, models_vit
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
-SMALL = {"img_size": (64, 48), "patch_size": (8, 16), "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 4}
-GRID = (8, 3)
 MODELS = {
     "class_token": {},
     "global_pool": {"global_pool": True},
@@ -25,25 +34,6 @@ MODELS = {
     "dropout": {"drop_rate": 0.2, "drop_path_rate": 0.3},
     "four_channels": {"in_chans": 4, "img_size": 30, "patch_size": 10},
 }
-
-
-def small_vit(seed: int = 0, **options: object) -> VisionTransformer:
-    torch.manual_seed(seed)
-    return VisionTransformer(**{**SMALL, **options})
-
-
-def plain_vit(seed: int = 0, **options: object) -> plain_models.VisionTransformer:
-    torch.manual_seed(seed)
-    return plain_models.VisionTransformer(**{**SMALL, **options})
-
-
-def with_random_weights(model: nn.Module) -> nn.Module:
-    """None of the zeros and ones of a fresh model; larger than trunc_normal's 0.02, so that attention attends to something."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (1.0 if "norm" in name and "weight" in name else 0.0))
-    return model
 
 
 def classify(model: nn.Module, imgs: Tensor, seed: int, mode: str = "fp32") -> Results:
@@ -67,15 +57,13 @@ def test_against_a_plain_one(options, mode):
     if mode == "bf16":
         model, plain = model.bfloat16(), plain.bfloat16()
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
-    got, eager, exact = [], ([], []), []
-    for seed in range(BATCHES):
+
+    def run(seed: int) -> Batch:
         imgs = images_for(model, IMAGES, BF16 if mode == "bf16" else F32, seed)
-        got.append(classify(model, imgs, seed, mode))
-        eager[0].append(classify(plain, imgs, seed, mode))
-        eager[1].append(classify(other, imgs, seed, mode))
-        exact.append(classify(exact_model, imgs.double(), seed))
-    assert got[0].keys() == exact[0].keys()
-    assert_results(got, eager, exact)
+        eager = [classify(m, imgs, seed, mode) for m in (plain, other)]
+        return classify(model, imgs, seed, mode), eager, classify(exact_model, imgs.double(), seed)
+
+    assert_results(map(run, range(BATCHES)))
 
 
 def test_against_torch_s_own_encoder():
@@ -153,9 +141,6 @@ def test_without_biases_of_qkv():
     torch.testing.assert_close(model(imgs), other(imgs), rtol=1e-5, atol=1e-6)
 
 
-# -- stochastic depth -------------------------------------------------------------------------------------
-
-
 def test_drop_path_by_hand():
     """Whole samples are dropped, the others divided by the probability of being kept."""
     y = torch.randn(1000, 3, 2)
@@ -213,8 +198,6 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)
 
 
-# -- weights of a MAE -------------------------------------------------------------------------------------
-
 HEAD, FC_NORM, NORM = ({f"{name}.{kind}" for kind in ("weight", "bias")} for name in ("head", "fc_norm", "norm"))
 
 
@@ -266,15 +249,14 @@ def test_without_a_head():
 def test_uint8_images_are_normalised_ones():
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
-    got, eager, exact = [], ([], []), []
-    for seed in range(BATCHES):
+
+    def run(seed: int) -> Batch:
         imgs = images_for(model, IMAGES, U8, seed)
         pixels = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
-        got.append(classify(model, imgs, seed))
-        eager[0].append(classify(plain, pixels, seed))
-        eager[1].append(classify(other, pixels, seed))
-        exact.append(classify(exact_model, widened(imgs, model.mean, model.std), seed))
-    assert_results(got, eager, exact)
+        exact = classify(exact_model, widened(imgs, model.mean, model.std), seed)
+        return classify(model, imgs, seed), [classify(m, pixels, seed) for m in (plain, other)], exact
+
+    assert_results(map(run, range(BATCHES)))
     assert not {"mean", "std"} & model.state_dict().keys()
     assert model.bfloat16().mean.dtype == F32
 
@@ -284,81 +266,6 @@ def test_copies_and_pickles():
     imgs = images_for(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.eval()(imgs), model.eval()(imgs))
-
-
-# -- feature maps -----------------------------------------------------------------------------------------
-
-
-def cubic(n: int, m: int) -> Tensor:
-    """(m, n) float64: row i holds the weights of n equidistant values in the i-th of m (Keys 1981, a = -0.75)."""
-    weights = np.zeros((m, n))
-    for i in range(m):
-        at = (i + 0.5) * n / m - 0.5
-        for j in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
-            d = abs(at - j)
-            near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
-            weights[i, min(max(j, 0), n - 1)] += near if d <= 1 else far
-    return torch.from_numpy(weights)
-
-
-def resized(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    table = pos_embed[0, 1:].view(*GRID, -1)
-    by_hand = [cubic(n, m).to(pos_embed.dtype) for n, m in zip(GRID, grid, strict=True)]
-    table = torch.einsum("ai,bj,ijd->abd", *by_hand, table)
-    return torch.cat([pos_embed[:, :1], table.flatten(0, 1)[None]], dim=1)
-
-
-def maps_of(model: nn.Module, imgs: Tensor, indices: list[int], seed: int) -> Results:
-    """Feature maps after some blocks, and all gradients for fixed gradients of these."""
-    grid = (imgs.shape[2] // 8, imgs.shape[3] // 16)
-    model.zero_grad()
-    if isinstance(model, VisionTransformer):
-        maps = model.features(imgs, indices)
-    else:
-        outputs = model.tokens(imgs, resized(model.pos_embed, grid))
-        maps = [outputs[i][:, 1:].transpose(1, 2).reshape(len(imgs), -1, *grid) for i in indices]
-    generator = torch.Generator().manual_seed(seed)
-    sum((m * torch.randn(m.shape, generator=generator).to(m.dtype)).sum() for m in maps).backward()
-    return {f"map {i}": m.detach() for i, m in enumerate(maps)} | {
-        name: p.grad for name, p in model.named_parameters() if p.grad is not None
-    }
-
-
-@pytest.mark.parametrize("size", [(64, 48), (32, 96), (128, 16), (8, 64), (160, 288)], ids=str)
-def test_feature_maps_of_any_size(size):
-    """The model's own size, wider, higher, a row of patches, and 360 patches: maps and all gradients, with positions resized by
-    hand."""
-    model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
-    other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
-    got, eager, exact = [], ([], []), []
-    images = IMAGES if size[0] < 160 else 4
-    for seed in range(BATCHES):
-        imgs = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(seed))
-        got.append(maps_of(model, imgs, [2, 0, -1], seed))
-        eager[0].append(maps_of(plain, imgs, [2, 0, -1], seed))
-        eager[1].append(maps_of(other, imgs, [2, 0, -1], seed))
-        exact.append(maps_of(exact_model, imgs.double(), [2, 0, -1], seed))
-    assert got[0].keys() >= {"pos_embed", "patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"}
-    assert_results(got, eager, exact)
-
-
-def test_blocks_behind_the_last_map_do_not_run():
-    model = small_vit()
-    seen = []
-    for i, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda module, args, out, i=i: seen.append(i))
-    maps = model.features(torch.randn(1, 3, 16, 32), [1, -3])
-    assert seen == [0, 1]
-    assert [tuple(m.shape) for m in maps] == [(1, 32, 2, 2)] * 2
-    assert not torch.equal(*maps)
-    assert model.features(torch.randn(1, 3, 16, 32), []) == []
-
-
-def test_feature_maps_of_uint8_images():
-    model = small_vit()
-    imgs = torch.randint(256, (2, 3, 24, 64), dtype=U8)
-    pixels = widened(imgs, model.mean, model.std).float()
-    torch.testing.assert_close(model.features(imgs)[0], model.features(pixels)[0])
 
 
 BAD_INPUT = {

@@ -135,11 +135,7 @@ def timm_folder(folder: Path, told: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
-    [
-        ({"mean": [0.5] * 3, "std": [0.25] * 3}, [[0.5] * 3, [0.25] * 3]),
-        ({}, IMAGENET),
-    ],
+    ("told", "expected"), [({"mean": [0.5] * 3, "std": [0.25] * 3}, [[0.5] * 3, [0.25] * 3]), ({}, IMAGENET)]
 )
 @pytest.mark.filterwarnings("ignore:.*the checkpoint holds no decoder")
 def test_timms_configuration_is_read(tmp_path: Path, told: dict[str, Any], expected: list[list[float]]) -> None:

@@ -1,11 +1,12 @@
 """SimpleFeaturePyramid: scales, against plain torch in float64, gradients back into the encoder, bad input."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import BATCHES, IMAGES, Results, assert_results
+from support import BATCHES, IMAGES, Batch, Results, assert_results
 from torch import Tensor
 
 from maefast import SimpleFeaturePyramid, VisionTransformer
@@ -62,14 +63,13 @@ def random_pyramid() -> SimpleFeaturePyramid:
 def test_against_float64(dtype):
     pyramid = random_pyramid().to(dtype)
     eager, exact = copy.deepcopy(pyramid), copy.deepcopy(pyramid).double()
-    got, theirs, truth = [], ([], []), []
-    for _ in range(BATCHES):
+
+    def batch(seed: int) -> Batch:
         x = torch.randn(IMAGES, 16, 5, 6).to(dtype)
-        got.append(run(pyramid, pyramid, x))
-        theirs[0].append(run(lambda x: plain(eager, x), eager, x))
-        theirs[1].append(run(lambda x: plain(eager, x, by_hand=False), eager, x))
-        truth.append(run(lambda x: plain(exact, x), exact, x.double()))
-    assert_results(got, theirs, truth)
+        theirs = [run(partial(plain, eager, by_hand=by_hand), eager, x) for by_hand in (True, False)]
+        return run(pyramid, pyramid, x), theirs, run(partial(plain, exact), exact, x.double())
+
+    assert_results(map(batch, range(BATCHES)))
 
 
 def test_scales():

@@ -10,6 +10,7 @@ import torch
 from support import (
     BATCHES,
     IMAGES,
+    Batch,
     Results,
     assert_results,
     assert_steps,
@@ -153,14 +154,14 @@ def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> Results:
 def test_without_gradients(context, cast):
     """Nothing requires a gradient, and the numbers are the reference's by the error rule."""
     model, reference = make(), small_reference(decoder_depth=2)
-    exact = copy.deepcopy(reference).double()
-    runs: tuple[list[Results], ...] = ([], [], [], [])
-    for seed in range(BATCHES):
+    other, exact = attends_otherwise(reference), copy.deepcopy(reference).double()
+
+    def run(seed: int) -> Batch:
         imgs, noise = images_for(model, IMAGES, seed=seed), noise_for(model, IMAGES, seed=seed)
-        with context(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            for i, m in enumerate((model, reference, attends_otherwise(reference))):
-                runs[i].append(inference(m, imgs, noise))
         with context():
-            runs[3].append(inference(exact, imgs.double(), noise))
-        assert not any(value.requires_grad for value in runs[0][-1].values())
-    assert_results(runs[0], runs[1:3], runs[3])
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                got, *eager = (inference(m, imgs, noise) for m in (model, reference, other))
+            assert not any(value.requires_grad for value in got.values())
+            return got, eager, inference(exact, imgs.double(), noise)
+
+    assert_results(map(run, range(BATCHES)))

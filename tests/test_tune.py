@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maefast import dispatch, gemm, kernels, ops, tuned
+from maefast import gemm, kernels, ops, request, tuned
 from maefast.kernels import _products, tune
 from maefast.kernels._products import Size
 from maefast.tuned import Attention, Gemm, Table, Tile
@@ -147,7 +147,7 @@ def test_attention_with_wrong_results_is_not_timed(native, monkeypatch, capsys):
     right = ops.attention
 
     def wrong(qkv, num_heads):
-        return right(qkv, num_heads) * (1.02 if dispatch.requested() == "native" else 1)
+        return right(qkv, num_heads) * (1.02 if request.requested() == "native" else 1)
 
     monkeypatch.setattr(ops, "attention", wrong)
     assert tune.time_attention((5, 2, 8), setting({"sdpa": 2.0})) == {"sdpa": 2.0}

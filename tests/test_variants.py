@@ -20,8 +20,6 @@ from maefast.train.variants import (
     variant,
 )
 
-# -- samplers -------------------------------------------------------------------------------------------
-
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -70,9 +68,6 @@ def test_what_a_grid_cannot_keep():
         check_sampler("grid", (8, 8), 32)
 
 
-# -- colours --------------------------------------------------------------------------------------------
-
-
 class Constant(random.Random):
     """Draws 1.25 and leaves orders as they are: brightness, contrast, saturation."""
 
@@ -93,9 +88,6 @@ def test_colour_jitter():
     assert pretraining.colour_jitter(colour, Constant()).flatten().tolist() == [255, 79, 2]
     many = torch.randint(256, (5, 8, 8), dtype=torch.uint8, generator=seeded())
     assert len({pretraining.colour_jitter(many, random.Random(i)).sum().item() for i in range(8)}) == 8
-
-
-# -- models ---------------------------------------------------------------------------------------------
 
 
 def make(cls: type[MAE]) -> MAE:

@@ -9,17 +9,7 @@ from torch import Tensor, nn
 
 from .architecture import is_decoder, misfit
 from .files import CheckpointError
-from .load import (
-    VARIANT,
-    Checkpoint,
-    LoadReport,
-    check_heads,
-    check_model,
-    put,
-    read,
-    refit,
-    stored_positions,
-)
+from .load import VARIANT, Checkpoint, LoadReport, check_heads, check_model, put, read, refit, stored_positions
 from .positions import Grid
 from .statistics import warn_of_model
 from .target import warn_of_target

@@ -96,15 +96,7 @@ def _masked_mse_fwd_kernel(
             corner = n * stride_n + (i // grid_w).to(tl.int64) * (PH * stride_h) + (i % grid_w).to(tl.int64) * (PW * stride_w)
             pred_row = pred_ptr + n * pred_stride_n + row.to(tl.int64) * pred_stride_l
             error = _error(
-                pred_row,
-                imgs_ptr + corner,
-                pred_at,
-                imgs_at,
-                inside,
-                mean=average,
-                rstd=rstd,
-                P=C * PH * PW,
-                NORM=NORM,
+                pred_row, imgs_ptr + corner, pred_at, imgs_at, inside, mean=average, rstd=rstd, P=C * PH * PW, NORM=NORM
             )
             total += w * tl.sum(error * error)
         row += (w != 0).to(tl.int32) if COMPACT else 1
@@ -193,14 +185,7 @@ def launch_config(kernel: str, N: int, L: int, C: int, pixels: int, device: torc
 
 
 def masked_mse_fwd(
-    pred: Tensor,
-    imgs: Tensor,
-    mask: Tensor,
-    patch_h: int,
-    patch_w: int,
-    norm_pix: bool,
-    mean: Tensor | None,
-    std: Tensor | None,
+    pred: Tensor, imgs: Tensor, mask: Tensor, patch_h: int, patch_w: int, norm_pix: bool, mean: Tensor | None, std: Tensor | None
 ) -> Tensor:
     (N, L), (M, P), C = mask.shape, pred.shape[1:], imgs.shape[1]
     if N == 0:

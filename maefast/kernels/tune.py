@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, gemm, kernels, ops, tuned
+from .. import dispatch, gemm, kernels, ops, request, tuned
 from ..ops.attention import OP as ATTENTION
 from ..ops.attention import AttentionAsk
 from ..testing.errors import breach
@@ -90,7 +90,7 @@ class Graph:
         self.incoming = [torch.randn(out.shape, device=out.device).to(out.dtype) for out in self.outputs]
 
     def forward(self) -> tuple[Tensor, ...]:
-        with dispatch.backend(self.backend):
+        with request.backend(self.backend):
             out = self.op(**self.inputs)
         return out if isinstance(out, tuple) else (out,)
 

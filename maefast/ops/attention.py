@@ -70,12 +70,7 @@ KERNELS = (
     Kernel("sdpa", (), {}, capability=(0, 0)),
 )
 AUTO = {"cpu": ("native", "sdpa"), "cuda": ("native", "sdpa")}
-OP = Op(
-    "attention",
-    KERNELS,
-    AUTO,
-    lambda device, dtype: AttentionAsk(device, dtype, tokens=50, head_width=64, queries=False),
-)
+OP = Op("attention", KERNELS, AUTO, lambda device, dtype: AttentionAsk(device, dtype, tokens=50, head_width=64, queries=False))
 
 
 def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -160,13 +155,7 @@ def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[T
 
 @torch.library.register_fake("maefast::attention_bwd")
 def _attention_bwd_fake(
-    dout: Tensor,
-    q: Tensor | None,
-    kv: Tensor,
-    out: Tensor | None,
-    lse: Tensor | None,
-    num_heads: int,
-    with_dkv_sum: bool = False,
+    dout: Tensor, q: Tensor | None, kv: Tensor, out: Tensor | None, lse: Tensor | None, num_heads: int, with_dkv_sum: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = kv.new_empty(0, *dout.shape[1:]) if q is None else kv.new_empty(q.shape)
     return dq, kv.new_empty(kv.shape), kv.new_empty(kv.shape[2] if with_dkv_sum else 0, dtype=torch.float32)

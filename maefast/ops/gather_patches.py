@@ -78,12 +78,7 @@ def gather_patches(
 
 
 def gather_patches_ref(
-    imgs: Tensor,
-    ids: Tensor,
-    patch_size: tuple[int, int],
-    mean: Tensor | None,
-    std: Tensor | None,
-    dtype: torch.dtype,
+    imgs: Tensor, ids: Tensor, patch_size: tuple[int, int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     (ph, pw), (N, C, H, W) = patch_size, imgs.shape
     grid_h, grid_w = H // ph, W // pw

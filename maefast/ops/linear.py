@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import cpu, dispatch, gemm
+from .. import cpu, dispatch, gemm, request
 from ..autocast import compute_dtype, is_autocast
 from ..dispatch import Kernel, Op
 from ._checks import check_dtype, check_floating, check_same_device, shape_of
@@ -86,7 +86,7 @@ class Products(NamedTuple):
     on_gpu: bool = False  # whether is_fused may say so of any
 
 
-@dispatch.remembered
+@request.remembered
 def native_products(ask: LinearAsk) -> Products:
     """Return which products are maefast's. Where it may choose, torch keeps what it is faster at:
     in bf16 the gradient for the input, and the gradient for the weight where few rows are summed.

@@ -8,15 +8,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..dispatch import FLOATS, IMAGES, Kernel, Op
-from ._checks import (
-    check_images,
-    check_out_dtype,
-    check_patch_size,
-    check_same_device,
-    needs_gradient,
-    shape_of,
-    why_no_gradient,
-)
+from ._checks import check_images, check_out_dtype, check_patch_size, check_same_device, needs_gradient, shape_of, why_no_gradient
 from .gather_patches import gather_patches, gather_patches_ref
 from .random_masking import CUDA_RANKS, MaskingAsk, check_noise, random_masking, random_masking_ref
 from .random_masking import OP as RANDOM_MASKING
@@ -46,13 +38,7 @@ def _why_slow(ask: MaskPatchesAsk) -> str | None:
 
 
 KERNELS = (
-    Kernel(
-        "native",
-        ("cuda",),
-        {"imgs": IMAGES, "noise": (torch.float32,), "out": FLOATS},
-        why_not=_why_not,
-        why_slow=_why_slow,
-    ),
+    Kernel("native", ("cuda",), {"imgs": IMAGES, "noise": (torch.float32,), "out": FLOATS}, why_not=_why_not, why_slow=_why_slow),
 )
 AUTO = {"cuda": ("native",)}
 OP = Op(

@@ -68,10 +68,7 @@ KERNELS = (
 )
 AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}
 OP = Op(
-    "masked_mse",
-    KERNELS,
-    AUTO,
-    lambda device, dtype: MseAsk(device, dtype, dtype, differentiated=False, channels=3, values=768),
+    "masked_mse", KERNELS, AUTO, lambda device, dtype: MseAsk(device, dtype, dtype, differentiated=False, channels=3, values=768)
 )
 
 
@@ -116,13 +113,7 @@ def masked_mse(
 
 
 def masked_mse_ref(
-    pred: Tensor,
-    imgs: Tensor,
-    mask: Tensor,
-    patch_size: tuple[int, int],
-    norm_pix: bool,
-    mean: Tensor | None,
-    std: Tensor | None,
+    pred: Tensor, imgs: Tensor, mask: Tensor, patch_size: tuple[int, int], norm_pix: bool, mean: Tensor | None, std: Tensor | None
 ) -> Tensor:
     (ph, pw), (N, C, H, W) = patch_size, imgs.shape
     L = (H // ph) * (W // pw)
@@ -154,21 +145,11 @@ def _check_mask(mask: Tensor, rows: int) -> None:
 
 class _MaskedMse(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        pred: Tensor,
-        imgs: Tensor,
-        mask: Tensor,
-        patch_h: int,
-        patch_w: int,
-        norm_pix: bool,
-        mean: Tensor | None,
-        std: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
+        pred, imgs, mask, *options, mean, std = args
         ctx.save_for_backward(pred, imgs, mask, mean, std)
-        ctx.backend, ctx.options = backend, (patch_h, patch_w, norm_pix)
-        return dispatch.ops_of(backend).masked_mse_fwd(pred, imgs, mask, patch_h, patch_w, norm_pix, mean, std)
+        ctx.backend, ctx.options = backend, options
+        return dispatch.ops_of(backend).masked_mse_fwd(*args)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,29 +172,10 @@ class _MaskedMseGradient(torch.autograd.Function):
 
 
 @register_fake("masked_mse_fwd")
-def _masked_mse_fwd_fake(
-    pred: Tensor,
-    imgs: Tensor,
-    mask: Tensor,
-    patch_h: int,
-    patch_w: int,
-    norm_pix: bool,
-    mean: Tensor | None,
-    std: Tensor | None,
-) -> Tensor:
+def _masked_mse_fwd_fake(pred: Tensor, *_: Any) -> Tensor:
     return pred.new_empty((), dtype=torch.float32)
 
 
 @register_fake("masked_mse_bwd")
-def _masked_mse_bwd_fake(
-    dloss: Tensor,
-    pred: Tensor,
-    imgs: Tensor,
-    mask: Tensor,
-    patch_h: int,
-    patch_w: int,
-    norm_pix: bool,
-    mean: Tensor | None,
-    std: Tensor | None,
-) -> Tensor:
+def _masked_mse_bwd_fake(dloss: Tensor, pred: Tensor, *_: Any) -> Tensor:
     return pred.new_empty(pred.shape)

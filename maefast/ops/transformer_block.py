@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import dispatch, kernels
+from .. import dispatch, kernels, request
 from ..autocast import compute_dtype, is_autocast
 from ..dispatch import FLOATS, Kernel, Op
 from ._checks import check_dtype, check_floating, check_same_device, shape_of
@@ -72,7 +72,7 @@ def backends(ask: BlockAsk) -> dict[str, str]:
 def _why_not(rows: str, ask: BlockAsk) -> str | None:
     try:
         chosen = backends(ask)
-    except dispatch.CannotRunError as refusal:
+    except request.CannotRunError as refusal:
         return str(refusal)
     wanted = dict.fromkeys(chosen, rows) | {"attention": "native"}
     return next((f"its {op} runs on {chosen[op]}" for op in chosen if chosen[op] != wanted[op]), None)
@@ -93,7 +93,7 @@ OP = Op(
 )
 
 
-@dispatch.remembered
+@request.remembered
 def fused_backend(ask: BlockAsk) -> tuple[str | None, str]:
     """Return the backend of the norms and GELU of a block as one op, or None and the reason why it
     is not one."""

@@ -28,11 +28,7 @@ def _why_not_cuda(ask: UnshuffleAsk) -> str | None:
     return f"native unshuffle on a GPU takes mask_token and pos_embed of one dtype, float32 or x's; {dtypes}"
 
 
-KERNELS = (
-    Kernel("native", ("cpu",)),
-    Kernel("native", ("cuda",), why_not=_why_not_cuda),
-    Kernel("triton", kernels.DEVICES),
-)
+KERNELS = (Kernel("native", ("cpu",)), Kernel("native", ("cuda",), why_not=_why_not_cuda), Kernel("triton", kernels.DEVICES))
 AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}
 OP = Op("unshuffle", KERNELS, AUTO, lambda device, dtype: UnshuffleAsk(device, dtype, dtype, dtype))
 

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import images_for, noise_for, small_mae, small_reference, stacked
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import Calls, images_for, noise_for, small_mae, small_reference, stacked
 from tritonrun import DEVICE, F16
 
 import maefast
@@ -13,19 +12,6 @@ from maefast.kernels import OPS
 from maefast.testing.errors import assert_close_to_float64
 
 SHALLOW = {"depth": 1, "img_size": (32, 32), "embed_dim": 128, "decoder_embed_dim": 96}
-
-
-class Seen(TorchDispatchMode):
-    """The Triton ops that ran within the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "maefast_triton":
-            self.names.add(func._schema.name.removeprefix("maefast_triton::").removesuffix("_fwd"))
-        return func(*args, **(kwargs or {}))
 
 
 def step(model, imgs, noise, mode, **options):
@@ -46,11 +32,16 @@ def test_step(mode, options, batches):
     got, eager, exact = [], [], []
     for seed in range(batches):
         imgs, noise = (make(model, N=1, seed=seed).to(DEVICE) for make in (images_for, noise_for))
-        with maefast.backend("triton"), Seen() as seen:
+        with maefast.backend("triton"), Calls("maefast_triton") as calls:
             got.append(step(model, imgs, noise, mode, **options))
         eager.append(step(reference, imgs, noise, mode))
         exact.append(step(exact_model, imgs.double(), noise, "fp32"))
-    assert seen.names == OPS | {"unshuffle_bwd", "masked_mse_bwd", "layer_norm_bwd", "bias_gelu_bwd"}
+    assert {name.removesuffix("_fwd") for name in calls.names} == OPS | {
+        "unshuffle_bwd",
+        "masked_mse_bwd",
+        "layer_norm_bwd",
+        "bias_gelu_bwd",
+    }
     mine, theirs, truth = map(stacked, (got, eager, exact))
     for name, value in mine.items():
         assert value.dtype == theirs[name].dtype

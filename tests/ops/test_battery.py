@@ -11,15 +11,7 @@ import pytest
 import torch
 from op_inputs import Inputs, Size
 from specs import SPECS, Grid, Layout, OpSpec, incoming
-from support import (
-    LAYOUTS,
-    Op,
-    assert_once_differentiable,
-    assert_same_for_any_threads,
-    channels_last,
-    forward_backward,
-    sliced,
-)
+from support import LAYOUTS, Op, assert_once_differentiable, assert_same_for_any_threads, channels_last, forward_backward, sliced
 from torch import Tensor
 
 import maefast

@@ -1,0 +1,102 @@
+"""The CUDA kernels of attention, compiled for the CPU beside tests/cuda_emulator: each tile of the tables by the error rule."""
+
+import ctypes
+
+import pytest
+import torch
+from emulated import compiled, cuda, linked, needs_emulator
+from torch import Tensor
+
+from maefast import ops, tuned
+from maefast.testing.errors import assert_close_to_float64
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+pytestmark = [needs_emulator, pytest.mark.usefixtures("emulator", "poisoned")]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("emulator")
+    sources = linked(folder)
+    return compiled(folder, [sources / "attention_c.cpp", sources / "attention.cu"])
+
+
+def attention(qkv: Tensor, dout: Tensor, h: int) -> dict[str, Tensor]:
+    out, lse = cuda.attention_fwd(None, qkv, h)
+    _, dqkv, dqkv_sum = cuda.attention_bwd(dout, None, qkv, out, lse, h, True)
+    assert torch.equal(cuda.attention_bwd(dout, None, qkv, out, lse, h)[1], dqkv)
+    return {"out": out, "dqkv": dqkv, "dqkv_sum": dqkv_sum}
+
+
+def by_torch(qkv: Tensor, dout: Tensor, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    leaf = qkv.to(dtype).requires_grad_()
+    out = ops.attention_ref(leaf, h)
+    (dqkv,) = torch.autograd.grad(out, leaf, dout.to(dtype))
+    return {"out": out.detach(), "dqkv": dqkv, "dqkv_sum": dqkv.sum(dim=(0, 1), dtype=torch.promote_types(dtype, F32))}
+
+
+ROWS = {  # T of each tile's ends and of rows that do not fill it, by head width
+    32: (1, 16, 49, 64, 65, 80, 81, 197, 208, 209, 257, 288),
+    64: (7, 50, 56, 64, 80, 100, 197, 208),
+    80: (33, 64, 65, 72, 80),
+}
+
+
+@pytest.mark.parametrize(("d", "T"), [(d, T) for d, lengths in ROWS.items() for T in lengths])
+def test_attention(emulator, d, T):
+    """By the error rule; and not a bit depends on what shared memory held before the launch."""
+    dtype = F16 if T % 8 == 0 else BF16
+    N, h = (1, 1) if T > 80 else (3, 2)
+    qkv, dout = torch.randn(N, T, 3 * h * d).to(dtype), torch.randn(N, T, h * d).to(dtype)
+    results = []
+    for seed in (7, 1, 0):
+        emulator.emulator_seed(seed)
+        results.append(attention(qkv, dout, h))
+    eager, exact = by_torch(qkv, dout, h, dtype), by_torch(qkv, dout, h, torch.float64)
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results), f"{name} depends on what was in shared memory"
+        assert_close_to_float64(f"T = {T}, d = {d}, {name}", value, eager[name], exact[name])
+
+
+def alternatives() -> list[tuple[str, int, int, int]]:
+    """Table, head width, tokens and number of each line of attention_tiles.inc that is not the first for its rows."""
+    found = []
+    for table, lines in tuned.attention_tables().items():
+        for i, line in enumerate(lines):
+            d, T = line["head_width"], line["tokens"]
+            number = sum(other["head_width"] == d and other["tokens"] >= T for other in lines[:i])
+            found += [(table, d, T, number)] if number else []
+    return found
+
+
+@pytest.mark.parametrize(("table", "d", "longest", "tile"), alternatives())
+def test_alternative_tiles_of_attention(emulator, table, d, longest, tile):
+    """By the error rule, over more heads than CTAs fit; rows that fill the tile and rows that do not."""
+    N, h = 3, 2
+    for T in (longest, longest - 11):
+        qkv, dout = torch.randn(N, T, 3 * h * d).bfloat16(), torch.randn(N, T, h * d).bfloat16()
+        sizes = (ctypes.c_int64(N), T, h, d, 1)
+        out, lse = cuda.attention_fwd(None, qkv, h)
+        pointers = {name: ctypes.c_void_p(t.data_ptr()) for name, t in {"qkv": qkv, "out": out, "lse": lse, "dout": dout}.items()}
+        if table == "FORWARD":
+            got = {"out": torch.full_like(out, torch.nan), "lse": torch.full_like(lse, torch.nan)}
+            outputs = [ctypes.c_void_p(t.data_ptr()) for t in got.values()]
+            assert emulator.attention_c_fwd(pointers["qkv"], *outputs, *sizes, tile, None) == 0
+            torch.testing.assert_close(got.pop("lse"), lse, rtol=1e-5, atol=1e-5)
+        else:
+            partial = torch.full((N, 3 * h * d), torch.nan)
+            got = {"dqkv": torch.full_like(qkv, torch.nan), "dqkv_sum": torch.full((3 * h * d,), torch.nan)}
+            outputs = [ctypes.c_void_p(t.data_ptr()) for t in (got["dqkv"], partial, got["dqkv_sum"])]
+            assert emulator.attention_c_bwd(*pointers.values(), *outputs, *sizes, tile, None) == 0
+        eager, exact = by_torch(qkv, dout, h, BF16), by_torch(qkv, dout, h, torch.float64)
+        for name, value in got.items():
+            assert_close_to_float64(f"T = {T}, {name}", value, eager[name], exact[name])
+
+
+def test_attention_of_nothing():
+    for shape in ((0, 50, 384), (2, 0, 384)):
+        qkv = torch.empty(shape, dtype=BF16)
+        out, lse = cuda.attention_fwd(None, qkv, 2)
+        _, dqkv, dqkv_sum = cuda.attention_bwd(torch.empty_like(out), None, qkv, out, lse, 2, True)
+        assert (out.shape, lse.shape, dqkv.shape) == ((*shape[:2], 128), (shape[0], 2, shape[1]), shape)
+        assert torch.equal(dqkv_sum, torch.zeros(384))
