@@ -28,6 +28,13 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
+def has_own_rule(weight: Tensor) -> bool:
+    """Return whether `weight` is of a class with a __torch_function__ of its own, as quantised
+    weights of torchao are: only torch's functions, F.linear among them, ask for it."""
+    kind = type(weight)
+    return kind not in (Tensor, nn.Parameter) and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a call of `module` runs a hook."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

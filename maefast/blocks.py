@@ -15,7 +15,7 @@ from .ops._tokens import RepeatedTokens, repeats_enough, take_tokens
 from .ops.attention import OP as ATTENTION
 from .ops.attention import AttentionAsk
 from .ops.transformer_block import BlockAsk, BlockWeights, backends, fused_backend, run_block
-from .plain import has_own_rule, is_plain, project
+from .plain import is_plain, project
 
 
 class Route(Enum):
@@ -175,7 +175,7 @@ class Block(nn.Module):
             return "a Linear of it is hooked or replaced"
         if any(module.weight is None or module.bias is None for module in (norm1, norm2, *linears)):
             return "a module of it has no weight or no bias"
-        if any(has_own_rule(linear.weight) for linear in linears):
+        if any(_torch.has_own_rule(linear.weight) for linear in linears):
             return "a weight of it multiplies by a rule of its own"
         if any(linear.weight.dtype != attn.qkv.weight.dtype for linear in linears):
             return "its weights are of different dtypes"
