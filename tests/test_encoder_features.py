@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from encoders import plain_vit, small_vit, with_random_weights
-from support import Batch, Results, assert_results, attends_otherwise, widened
+from support import BATCHES, IMAGES, Batch, Results, assert_results, attends_otherwise, widened
 from torch import Tensor, nn
 
 from maefast import VisionTransformer
@@ -56,14 +56,15 @@ def test_feature_maps_of_any_size(size):
     hand."""
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
+    images = IMAGES if size[0] < 160 else 4
 
     def run(seed: int) -> Batch:
-        imgs = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(seed))
+        imgs = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(seed))
         got, *eager = (maps_of(m, imgs, [2, 0, -1], seed) for m in (model, plain, other))
         assert got.keys() >= {"pos_embed", "patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"}
         return got, eager, maps_of(exact_model, imgs.double(), [2, 0, -1], seed)
 
-    assert_results(map(run, range(8)))
+    assert_results(map(run, range(BATCHES)))
 
 
 def test_blocks_behind_the_last_map_do_not_run():
