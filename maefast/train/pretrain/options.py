@@ -80,6 +80,7 @@ class Options:
     save_steps: int = option(0, whole(0), "also save after so many steps within an epoch; 0: after epochs alone")
     keep: int = option(3, whole(1), "checkpoints that are kept, the newest")
     compile: bool = option(False, None, "run the model under torch.compile")
+    graph: bool = option(False, None, "run steps as a CUDA graph, for small batches on one GPU")
     fsdp: bool = option(False, None, "spread weights and optimizer over the processes instead of copying them")
     world_size: int | None = option(None, whole(1), "processes that were started, where that is to be checked")
     local_rank: int | None = option(None, whole(0), "of this process on its machine, where the launcher sets no LOCAL_RANK")
@@ -98,10 +99,22 @@ class Options:
             raise UserError(f"--target must be norm where there is --norm_pix_loss; it is {target}")
         if self.reference and (self.mask_tokens_in_encoder or target == "pca"):
             raise UserError("--reference must be without --mask_tokens_in_encoder and --target pca: it is the plain model")
+        if self.graph:
+            self._check_graph()
         if self.key is not None and self.init is None:
             raise UserError(f"--key must be beside --init, whose weights it chooses; it is {self.key}")
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "norm_pix_loss", target == "norm")
+
+    def _check_graph(self) -> None:
+        if self.reference:
+            raise UserError("--graph must be without --reference, which is the plain eager model")
+        if self.fsdp:
+            raise UserError("--graph must be without --fsdp, which runs in several processes")
+        if self.accum_iter > 1:
+            raise UserError(f"--graph must be with --accum_iter 1: a graph is one forward of a step; it is {self.accum_iter}")
+        if self.amp == "fp16":
+            raise UserError("--graph must be without --amp fp16, which needs a gradient scaler; bf16 needs none")
 
 
 def from_arguments(given: Mapping[str, Any]) -> Options:
