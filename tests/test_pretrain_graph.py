@@ -12,7 +12,9 @@ from support import refused
 
 from maefast import cli
 from maefast.train import checkpoints
+from maefast.train.errors import UserError
 from maefast.train.group import Group
+from maefast.train.pretrain.build import check_options
 from maefast.train.pretrain.trainer import Trainer, pretrain
 from maefast.train.step import GraphedStep
 
@@ -122,11 +124,9 @@ def test_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], fla
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """A launcher started this one, even if it is the only one: DDP would wrap the model."""
-    np.save(tmp_path / "images.npy", pictures())
-    meet = f"file://{tmp_path}/meet"
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    line = refused(capsys, *flags(tmp_path / "images.npy", tmp_path / "out", dist_url=meet, device="cpu"), "--graph")
-    assert "--graph must run in a process started alone, on one GPU; there are 1" in line
+@pytest.mark.parametrize("count", [1, 4])
+def test_several_processes_are_refused(tmp_path: Path, count: int) -> None:
+    """Even one, where a launcher started it: its gradients would pass through DDP."""
+    message = rf"--graph must run in a process started alone, on one GPU; there are {count}$"
+    with pytest.raises(UserError, match=message):
+        check_options(options(tmp_path, graph=True), Group(0, count, 0), batch=8 * count, images=40)
