@@ -1,8 +1,8 @@
 """One training step, eager or captured once as a CUDA graph and replayed."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from ..model import MAE
 
 WARM_UP = 3  # steps before a capture: libraries set themselves up, the allocator learns
+
+
+@contextmanager
+def undone_on_error(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Run a backward pass and a step of the optimizer. If one of them raises, say for lack of
+    memory, no gradient is left half summed and no state half created."""
+    known = set(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        optimizer.zero_grad()
+        for parameter in [p for p in optimizer.state if p not in known]:
+            del optimizer.state[parameter]
+        raise
 
 
 def training_step(
@@ -27,10 +41,11 @@ def training_step(
     with nullcontext() if autocast is None else torch.autocast(args[0].device.type, autocast):
         loss = model(*args, **kwargs).loss
     optimizer.zero_grad()
-    loss.backward()
-    if before_step is not None:
-        before_step()
-    optimizer.step()
+    with undone_on_error(optimizer):
+        loss.backward()
+        if before_step is not None:
+            before_step()
+        optimizer.step()
     return loss.detach()
 
 

@@ -26,7 +26,7 @@ from ..masks import draw_noise
 from ..optim import adamw
 from ..schedule import warmup_cosine
 from ..sharding import no_sync, replicate, shard_model
-from ..step import GraphedStep, read_later
+from ..step import GraphedStep, read_later, undone_on_error
 from ..variants import PcaTarget
 from .build import build_model, check_graph, check_options, check_values, find_autocast, init_model
 from .journal import Journal, draw
@@ -211,7 +211,8 @@ class Trainer:
             self.unread.append((read_later(self._replay(images, weights)), state.at, rate))
             self._read_losses(LAG[self.device.type])
         else:
-            self._accumulate(feed, images, weights, rate)
+            with undone_on_error(state.optimizer):
+                self._accumulate(feed, images, weights, rate)
         state.at = Position(state.at.epoch, state.at.step + 1)
         return True
 
