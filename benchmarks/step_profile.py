@@ -1,16 +1,19 @@
 """Time of a ViT-B/16 training step by category, for the eager reference and for maefast.
 
-    PYTHONPATH=tests python benchmarks/step_profile.py [--dtype fp32|bf16]
+    PYTHONPATH=tests python benchmarks/step_profile.py [--dtype fp32|bf16] [--host]
 
-prints a Markdown table from torch.profiler's own time of each op.
+prints a Markdown table from torch.profiler's own time of each op. With --host it prints what Python
+does for a step of 8 images: ops that are called, Python functions that are called, and the CPU time
+of all ops. The blocks are those of ViT-B/16, made so narrow that kernels take next to no time.
 """
 
 import argparse
+import sys
 from collections import defaultdict
 
 import torch
-from stepbench import StepWorkload
-from test_step import CPU
+from stepbench import Size, StepWorkload
+from test_step import CPU, DECODER
 from torch.profiler import ProfilerActivity, profile
 
 CATEGORIES = {
@@ -24,6 +27,8 @@ CATEGORIES = {
     "sums and additions": ("sum", "aten::add", "aten::mul"),
 }
 CONTENDERS = ("reference-sdpa", "maefast-no-pred")
+# the depths and heads of ViT-B/16; 4 patches, heads 4 and 2 wide
+NARROW = Size(8, 32, 16, 48, 12, 12, **(DECODER | {"decoder_embed_dim": 32}))
 WARMUP = 4  # steps until malloc keeps what a step needs
 
 
@@ -43,10 +48,46 @@ def milliseconds(workload: StepWorkload, contender: str) -> dict[str, float]:
     return spent
 
 
+def host_work(workload: StepWorkload, contender: str) -> tuple[int, int, float]:
+    """Return the numbers of ops and of Python functions that a step calls, and the CPU milliseconds
+    of its ops."""
+    run = workload.bench().run(contender)
+    for _ in range(WARMUP):
+        run(0)
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        run(1)
+    finally:
+        sys.setprofile(None)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run(1)
+    ops = [event for event in profiled.key_averages() if "::" in event.key]
+    return sum(event.count for event in ops), calls, sum(event.self_cpu_time_total for event in ops) / 1e3
+
+
+def print_host_work(dtype: str) -> None:
+    workload = StepWorkload("narrow", NARROW, dtype, torch.device("cpu"))
+    print("| | ops | Python calls | CPU ms of ops |\n| --- | ---: | ---: | ---: |")
+    for contender in CONTENDERS:
+        ops, calls, spent = host_work(workload, contender)
+        print(f"| {contender} | {ops} | {calls} | {spent:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    workload = StepWorkload("vit_b16", CPU["vit_b16"], parser.parse_args().dtype, torch.device("cpu"))
+    parser.add_argument("--host", action="store_true", help="what Python does for a step, instead")
+    options = parser.parse_args()
+    if options.host:
+        print_host_work(options.dtype)
+        return
+    workload = StepWorkload("vit_b16", CPU["vit_b16"], options.dtype, torch.device("cpu"))
     spent = {contender: milliseconds(workload, contender) for contender in CONTENDERS}
     print("| ms | " + " | ".join(CONTENDERS) + " |\n| --- | ---: | ---: |")
     for name in (*CATEGORIES, "the rest"):

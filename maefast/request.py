@@ -97,6 +97,10 @@ def remembered(decide: Callable[..., Decision]) -> Callable[..., Decision]:
 
 
 def forget() -> None:
-    """Make every decision anew from here on: for tests that change what a machine has."""
+    """Make every decision anew from here on: in a forked process, which may have lost its GPU, and
+    for tests that change what a machine has."""
     for decisions in _remembered:
         decisions.clear()
+
+
+os.register_at_fork(after_in_child=forget)

@@ -109,4 +109,4 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         return Replay(run, losses[-1]), losses[-1]
 
     monkeypatch.setattr(step, "_captured", captured)
-    monkeypatch.setattr(step, "_require_cuda", lambda device: None)
+    monkeypatch.setattr(step, "require_cuda", lambda device: None)

@@ -229,3 +229,22 @@ def test_what_the_entries_refuse(emulator):
             cuda.linear_fwd(*half, False)
     finally:
         emulator.emulator_capability(9)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@HALVES
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_opcheck(dtype, bias):
+    """The entries of CUDA under the CPU's key, against their schemas and fakes."""
+    library = torch.library.Library("maefast", "IMPL")
+    try:
+        for name in ("linear_gelu_fwd", "linear_gelu_bwd"):
+            library.impl(name, getattr(cuda, name), "CPU")
+        x, weight, b, _ = inputs("linear_gelu_fwd", Size(6, 16, 24), torch.device("cpu"), dtype)
+        for shape in ((6, 16), (2, 3, 16)):
+            torch.library.opcheck(torch.ops.maefast.linear_gelu_fwd.default, (x.view(shape), weight, b if bias else None))
+        dy, weight, _, hidden = inputs("linear_gelu_bwd", Size(6, 16, 24), torch.device("cpu"), dtype)
+        for with_sum in (False, True):
+            torch.library.opcheck(torch.ops.maefast.linear_gelu_bwd.default, (dy, weight, hidden, with_sum))
+    finally:
+        library._destroy()

@@ -270,10 +270,11 @@ def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(LAG, "cpu", request.param)
 
 
-@pytest.mark.usefixtures("lag")
-def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.usefixtures("lag", "without_graphs")
+def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFixture[str], graph: bool) -> None:
     """The weights of the last checkpoint, after the bad batch; a run that is resumed before or after a rewind is the same."""
-    changes = {"epochs": 3, "rewind": 2, "save_steps": 2, "keep": 9}
+    changes = {"epochs": 3, "rewind": 2, "save_steps": 2, "keep": 9, "graph": graph}
     summary = pretrain(options(tmp_path / "whole", **changes), poisoned)
     assert (summary["rewinds"], summary["steps"], summary["finished"]) == (2, 12, True)
     out = capsys.readouterr().out

@@ -1,26 +1,51 @@
 """One training step, eager or captured once as a CUDA graph and replayed."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..model import MAE
+
 WARM_UP = 3  # steps before a capture: libraries set themselves up, the allocator learns
 
 
+@contextmanager
+def undone_on_error(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Run a backward pass and a step of the optimizer. If one of them raises, say for lack of
+    memory, no gradient is left half summed and no state half created."""
+    known = set(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        optimizer.zero_grad()
+        for parameter in [p for p in optimizer.state if p not in known]:
+            del optimizer.state[parameter]
+        raise
+
+
 def training_step(
-    model: Callable[..., Any], optimizer: torch.optim.Optimizer, *args: Any, autocast: torch.dtype | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    *args: Any,
+    autocast: torch.dtype | None = None,
+    before_step: Callable[[], object] | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Run one step on `model(*args, **kwargs).loss`, its forward under autocast where that has a
-    dtype; returns that loss."""
+    dtype; returns that loss. `before_step` may change the gradients before the optimizer's
+    step."""
     with nullcontext() if autocast is None else torch.autocast(args[0].device.type, autocast):
         loss = model(*args, **kwargs).loss
     optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    with undone_on_error(optimizer):
+        loss.backward()
+        if before_step is not None:
+            before_step()
+        optimizer.step()
     return loss.detach()
 
 
@@ -51,52 +76,84 @@ class GraphedStep:
                 one
     mask_ratio  share of the patches that is removed
     autocast    torch.bfloat16, or None for the model's own dtype
+    clip_grad   greatest norm of the gradient, or None
+    noise       (N, L) the noise of a batch, if each call is given its own
+    weights     (N, L) the weights of its patches, likewise
 
-    The masking noise is drawn in the graph from the GPU's default generator: each call masks anew,
+    Without noise, it is drawn in the graph from the GPU's default generator: each call masks anew,
     as the eager step would. Learning rates are tensors that the graph reads: assign to
-    `group["lr"]`, or let a scheduler do it. Construction warms up and captures, and leaves weights,
-    optimizer and generator as they were. After a call each parameter's `grad` holds its gradient.
-    Raises TypeError or ValueError for arguments that do not fit, RuntimeError where the model is
-    not on CUDA.
+    `group["lr"]`, or let a scheduler do it. `load_state_dict` of model and optimizer may be called
+    between steps. Construction warms up and captures, and leaves weights, optimizer and generator
+    as they were. After a call each parameter's `grad` holds its gradient. Raises TypeError or
+    ValueError for arguments that do not fit, RuntimeError where the model is not on CUDA.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: MAE,
         optimizer: torch.optim.Optimizer,
         imgs: Tensor,
         *,
         mask_ratio: float = 0.75,
         autocast: torch.dtype | None = None,
+        clip_grad: float | None = None,
+        noise: Tensor | None = None,
+        weights: Tensor | None = None,
     ):
-        _check(model, optimizer, imgs, autocast)
-        _require_cuda(imgs.device)
-        self._optimizer, self._imgs = optimizer, imgs.clone()
-        given = [group["lr"] for group in optimizer.param_groups]
-        self._rates = [torch.as_tensor(rate, dtype=torch.float32, device=imgs.device) for rate in given]
+        given = _given(imgs, noise, weights)
+        _check(model, optimizer, given, autocast)
+        require_cuda(imgs.device)
+        self._optimizer, self._inputs = optimizer, {name: tensor.clone() for name, tensor in given.items()}
+        named = {name: tensor for name, tensor in self._inputs.items() if name != "imgs"}
+        return_pred = bool(model.overridden_methods())
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._rates = [torch.as_tensor(rate, dtype=torch.float32, device=imgs.device).clone() for rate in rates]
         self._point_to_rates()
 
+        def clip() -> None:
+            if clip_grad is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+
         def step() -> Tensor:
-            return training_step(model, optimizer, self._imgs, mask_ratio, autocast=autocast, return_pred=False)
+            return training_step(
+                model,
+                optimizer,
+                self._inputs["imgs"],
+                mask_ratio,
+                autocast=autocast,
+                before_step=clip,
+                return_pred=return_pred,
+                **named,
+            )
 
         before = _Snapshot(model, optimizer)
         try:
             self._graph, self._loss = _captured(step, imgs.device)
         except BaseException:
-            for group, rate in zip(optimizer.param_groups, given, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             raise
         finally:
             before.restore()
+        self._state = [(p, name, value) for p, state in optimizer.state.items() for name, value in state.items()]
+        optimizer.register_load_state_dict_post_hook(lambda _: self._take_up_loaded_state())
 
-    def __call__(self, imgs: Tensor) -> Tensor:
+    def __call__(self, imgs: Tensor, noise: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Run one step on imgs, of the shape and dtype of the first batch, on any device; returns
-        the loss, a scalar on the GPU, without waiting for it. Raises ValueError for other images.
+        the loss, a scalar on the GPU, without waiting for it. Raises ValueError for other images,
+        noise or weights.
         """
-        if imgs.shape != self._imgs.shape or imgs.dtype != self._imgs.dtype:
-            expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (self._imgs, imgs))
-            raise ValueError(f"imgs must be as those that the step was captured with, {expected}; they are {got}")
-        self._imgs.copy_(imgs, non_blocking=True)
+        given = _given(imgs, noise, weights)
+        if given.keys() != self._inputs.keys():
+            expected, got = (" and ".join(names) for names in (self._inputs, given))
+            raise ValueError(f"a step must be given what it was captured with, {expected}; it is given {got}")
+        for name, tensor in given.items():
+            held = self._inputs[name]
+            if tensor.shape != held.shape or tensor.dtype != held.dtype:
+                expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (held, tensor))
+                raise ValueError(f"{name} must be as those that the step was captured with, {expected}; they are {got}")
+        for name, tensor in given.items():
+            self._inputs[name].copy_(tensor, non_blocking=True)
         self._point_to_rates()
         self._graph.replay()
         return self._loss.clone()
@@ -108,8 +165,23 @@ class GraphedStep:
                 rate.fill_(group["lr"])
                 group["lr"] = rate
 
+    @torch.no_grad()
+    def _take_up_loaded_state(self) -> None:
+        """Copy the state that the optimizer has loaded to where the graph reads it."""
+        for parameter, name, held in self._state:
+            state = self._optimizer.state[parameter]
+            if name in state:
+                held.copy_(state[name])
+            else:  # the loaded state is one before the first step, and in Adam all of it begins at zero
+                held.zero_()
+            state[name] = held
 
-def _check(model: nn.Module, optimizer: torch.optim.Optimizer, imgs: Tensor, autocast: torch.dtype | None) -> None:
+
+def _given(imgs: Tensor, noise: Tensor | None, weights: Tensor | None) -> dict[str, Tensor]:
+    return {name: t for name, t in (("imgs", imgs), ("noise", noise), ("weights", weights)) if t is not None}
+
+
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], autocast: torch.dtype | None) -> None:
     if not isinstance(optimizer, torch.optim.Adam):
         raise TypeError(f"optimizer must be torch's Adam or AdamW; it is {type(optimizer).__name__}")
     if not all(group["capturable"] for group in optimizer.param_groups):
@@ -117,12 +189,13 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer, imgs: Tensor, aut
     if autocast not in (None, torch.bfloat16):
         hint = ", which would need a gradient scaler" if autocast == torch.float16 else ""
         raise ValueError(f"autocast must be torch.bfloat16 or None; it is {autocast}{hint}")
-    devices = {p.device for p in model.parameters()} | {imgs.device}
+    devices = {p.device for p in model.parameters()} | {tensor.device for tensor in given.values()}
     if len(devices) > 1:
-        raise ValueError(f"model and imgs must be on one device; they are on {', '.join(sorted(map(str, devices)))}")
+        names = " and ".join(", ".join(("model", *given)).rsplit(", ", 1))
+        raise ValueError(f"{names} must be on one device; they are on {', '.join(sorted(map(str, devices)))}")
 
 
-def _require_cuda(device: torch.device) -> None:
+def require_cuda(device: torch.device) -> None:
     if device.type != "cuda":
         raise RuntimeError(f"GraphedStep needs CUDA; model and imgs are on {device}")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import images_for, small_mae
+from support import images_for, noise_for, small_mae
 
 from maefast.train.optim import adamw
 from maefast.train.step import GraphedStep, training_step
@@ -49,6 +49,24 @@ def test_a_learning_rate_takes_effect():
     moved, _ = trained(True, None, [0.0, 0.1, 0.0, 0.0])
     assert moved[:2] == still[:2]
     assert moved[2] != still[2]
+
+
+def test_noise_of_ones_own_and_clipping():
+    """The graph reads the noise of each call, and scales the gradient down as the eager step does."""
+    losses, norms = [], []
+    for graphed in (True, False):
+        model = small_mae().cuda()
+        imgs = images_for(model).cuda()
+        draws = [noise_for(model, seed=seed).cuda() for seed in range(3)]
+        optimizer = adamw(model, 0.0, backend="torch", capturable=True)
+        run = GraphedStep(model, optimizer, imgs, clip_grad=1e-3, noise=draws[0]) if graphed else None
+        for noise in draws:
+            losses.append(run(imgs, noise).item() if run else model(imgs, noise=noise, return_pred=False).loss.item())
+        if graphed:
+            norms.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item())
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-6)
+    assert len(set(losses[:3])) == 3
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
 def test_a_step_does_not_wait_for_the_gpu():

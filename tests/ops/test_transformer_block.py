@@ -154,6 +154,34 @@ def test_under_compile(native, fresh_dynamo, autocast):
         assert torch.equal(mine, theirs)
 
 
+@pytest.fixture(params=["recomputed", "kept", "epilogues"])
+def each_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What backward recomputes, what a GPU keeps, and products with GELU in their epilogues."""
+    if request.param == "kept":
+        monkeypatch.setattr(TRANSFORMER_BLOCK, "KEEPING", ("cpu",))
+    elif request.param == "epilogues":
+        request.getfixturevalue("gelu_in_products")
+
+
+@pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
+def test_opcheck(native, fresh_dynamo, each_plan, pending):
+    """Forward and backward through AOTAutograd with dynamic shapes, as an op that is made of others."""
+    library = torch.library.Library("maefast_opcheck", "FRAGMENT")
+    try:
+        library.define("block(Tensor x, Tensor? pending, Tensor[] weights, int num_heads) -> (Tensor, Tensor)")
+
+        def run(x: Tensor, pending: Tensor | None, weights: list[Tensor], num_heads: int) -> tuple[Tensor, Tensor]:
+            return ops.transformer_block(x, pending, BlockWeights(*weights), num_heads)
+
+        library.impl("block", run, "CompositeImplicitAutograd")
+        given = split(make(pending=pending))
+        torch.library.opcheck(
+            torch.ops.maefast_opcheck.block.default, (given["x"], given["pending"], list(given["weights"]), HEADS)
+        )
+    finally:
+        library._destroy()
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

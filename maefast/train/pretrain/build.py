@@ -7,6 +7,7 @@ import torch
 from ... import checkpoint, models_mae
 from ...model import MAE
 from ...ops import len_keep
+from .. import step
 from ..data.open import open_images
 from ..data.sources import ImageDataset
 from ..errors import UserError
@@ -36,6 +37,8 @@ def check_options(options: Options, group: Group, batch: int, images: int) -> No
         raise UserError("--fsdp must run in several processes (torchrun --nproc_per_node N); there is only this process")
     if options.reference and group.local_rank is not None:
         raise UserError(f"--reference must run in one process, without a launcher; there are {group.world_size}")
+    if options.graph and group.local_rank is not None:
+        raise UserError(f"--graph must run in one process, without a launcher; there are {group.world_size}")
 
 
 def find_autocast(options: Options, device: torch.device) -> torch.dtype | None:
@@ -44,6 +47,14 @@ def find_autocast(options: Options, device: torch.device) -> torch.dtype | None:
     if amp == "fp16" and device.type != "cuda":
         raise UserError(f"--amp fp16 must run on a GPU; the device is {device}")
     return DTYPES[amp]
+
+
+def check_graph(device: torch.device) -> None:
+    """Raise UserError unless steps on the device can be a CUDA graph."""
+    try:
+        step.require_cuda(device)
+    except RuntimeError as error:
+        raise UserError(f"--graph must run on a GPU; the device is {device}") from error
 
 
 def init_model(model: MAE, options: Options) -> checkpoint.LoadReport:

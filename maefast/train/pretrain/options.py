@@ -86,6 +86,7 @@ class Options:
     save_steps: int = option(0, whole(0), "also save after this many steps within an epoch; 0: only after epochs")
     keep: int = option(3, whole(1), "number of newest checkpoints to keep")
     compile: bool = option(False, None, "run the model under torch.compile")
+    graph: bool = option(False, None, "run steps as a CUDA graph, for small batches on one GPU")
     fsdp: bool = option(False, None, "shard weights and optimizer state over the processes")
     world_size: int | None = option(None, whole(1), "expected number of processes, to be checked")
     local_rank: int | None = option(None, whole(0), "rank of this process on its machine, if the launcher sets no LOCAL_RANK")
@@ -106,10 +107,24 @@ class Options:
             raise UserError(
                 "--reference must be given without --mask_tokens_in_encoder and --target pca, which the plain model lacks"
             )
+        if self.graph:
+            self._check_graph()
         if self.key is not None and self.init is None:
             raise UserError(f"--key must be given together with --init, whose weights it chooses; it is {self.key}")
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "norm_pix_loss", target == "norm")
+
+    def _check_graph(self) -> None:
+        if self.reference:
+            raise UserError("--graph must be given without --reference, which is the plain eager model")
+        if self.fsdp:
+            raise UserError("--graph must be given without --fsdp, which runs in several processes")
+        if self.accum_iter > 1:
+            raise UserError(
+                f"--graph must be given with --accum_iter 1, since a graph holds one forward pass; it is {self.accum_iter}"
+            )
+        if self.amp == "fp16":
+            raise UserError("--graph must be given without --amp fp16, which needs a gradient scaler; bf16 needs none")
 
 
 def from_arguments(given: Mapping[str, Any]) -> Options:

@@ -11,6 +11,8 @@ from ...model import MAE
 from ..checkpoints import Position
 from ..sharding import all_finite, full_state_dict, is_sharded, shard_optim_state_dict, shard_state_dict
 
+KEPT = ("weight_decay", "capturable")  # of the optimizer, by the options of the run and not by a checkpoint
+
 
 @dataclass
 class RunState:
@@ -29,13 +31,17 @@ class RunState:
     loss: float = math.nan  # of the last step, or the mean of an epoch just ended
     rewinds: int = 0
     init: dict[str, Any] | None = None  # the report of --init
+    lr: float = field(init=False)  # of the last step; in a CUDA graph the optimizer has it as a tensor
     unreadable: dict[str, str] = field(default_factory=dict)  # unreadable images: name -> reason
 
-    @property
-    def lr(self) -> float:
-        """Return the learning rate of the last step."""
-        rate: float = self.optimizer.param_groups[0]["lr"]
-        return rate
+    def __post_init__(self) -> None:
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
+
+    def set_lr(self, rate: float) -> None:
+        """Set the learning rate of the next step."""
+        self.lr = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def count(self, loss: float) -> None:
         """Add the loss of a step to the mean of its epoch."""
@@ -53,9 +59,12 @@ class RunState:
         """Return the entries of a checkpoint. All processes must call it."""
         run = {"step": self.at.step, "masks": self.masks.get_state(), "unreadable": dict(sorted(self.unreadable.items()))}
         run |= {name: getattr(self, name) for name in ("loss_sum", "counted", "rewinds", "loss", "init")}
+        optimizer = full_state_dict(self.optimizer.state_dict())
+        for group in optimizer["param_groups"]:
+            group["lr"] = self.lr
         return {
             "model": full_state_dict(self.model.state_dict()),
-            "optimizer": full_state_dict(self.optimizer.state_dict()),
+            "optimizer": optimizer,
             "epoch": self.at.epoch - 1,
             "scaler": self.scaler.state_dict(),
             "run": run,
@@ -81,15 +90,17 @@ class RunState:
         self.rewinds += 1
 
     def load_weights(self, entries: Mapping[str, Any]) -> None:
-        """Load weights, optimizer state and gradient scale, but not the weight decay."""
+        """Load weights, optimizer state and gradient scale, but not the weight decay, nor whether a
+        CUDA graph can hold the optimizer."""
         weights, optimizer = entries["model"], entries["optimizer"]
         if is_sharded(self.model):
             weights = shard_state_dict(weights, self.model.state_dict())
             optimizer = shard_optim_state_dict(optimizer, self.optimizer)
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        kept = [{name: group[name] for name in KEPT if name in group} for group in self.optimizer.param_groups]
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(optimizer)
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
+        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update(values)
+        self.lr = float(optimizer["param_groups"][0]["lr"])
         if entries["scaler"]:
             self.scaler.load_state_dict(entries["scaler"])

@@ -26,9 +26,9 @@ from ..masks import draw_noise
 from ..optim import adamw
 from ..schedule import warmup_cosine
 from ..sharding import no_sync, replicate, shard_model
-from ..step import read_later
+from ..step import GraphedStep, read_later, undone_on_error
 from ..variants import PcaTarget
-from .build import build_model, check_options, check_values, find_autocast, init_model
+from .build import build_model, check_graph, check_options, check_values, find_autocast, init_model
 from .journal import Journal, draw
 from .options import Options
 from .report import Report, conclude
@@ -74,6 +74,8 @@ class Trainer:
         with group.together():
             check_options(options, group, self.batch, len(data))
             self.device = find_device(options.device, group.local_rank)
+            if options.graph:
+                check_graph(self.device)
             self.autocast = find_autocast(options, self.device)
             check_values(options, data)
             model = build_model(options, data.channels).to(self.device)
@@ -88,16 +90,17 @@ class Trainer:
             self.init = init_model(model, options) if starts else None
         if options.fsdp:
             shard_model(model, group, self.device)
-        backend = "torch" if options.fsdp else "auto"
+        backend = "torch" if options.fsdp or options.graph else "auto"
         self.state = RunState(
             model,
-            adamw(model, self.peak, weight_decay=options.weight_decay, backend=backend),
+            adamw(model, self.peak, weight_decay=options.weight_decay, backend=backend, capturable=options.graph),
             torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16),
             torch.Generator(self.device).manual_seed(options.seed),
             Position(options.start_epoch, 0),
             init=None if self.init is None else self.init.record(),
         )
         self.forward = self._forward()
+        self.graphs = dict[bool, GraphedStep]()  # by whether batches have weights of patches
         self.len_keep = len_keep(model.patch_embed.num_patches, options.mask_ratio)
         self.needs_pred = bool(model.overridden_methods())
         self.unread = list[tuple[Callable[[], float], Position, float]]()  # loss, position and learning rate of steps
@@ -208,10 +211,36 @@ class Trainer:
         images, weights = self._next_images(feed)
         if self.signal:
             return False
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        losses = list[Tensor]()
+        state.set_lr(rate)
         state.model.train()
+        if options.graph:
+            self.unread.append((read_later(self._replay(images, weights)), state.at, rate))
+            self._read_losses(LAG[self.device.type])
+        else:
+            with undone_on_error(state.optimizer):
+                self._accumulate(feed, images, weights, rate)
+        state.at = Position(state.at.epoch, state.at.step + 1)
+        return True
+
+    def _replay(self, images: Tensor, weights: Tensor | None) -> Tensor:
+        """Take the step as a CUDA graph and return its loss."""
+        options, [noise], weighted = self.options, self._noise(), weights is not None
+        if weighted not in self.graphs:
+            given = {"noise": noise} | ({} if weights is None else {"weights": weights.to(self.device)})
+            self.graphs[weighted] = GraphedStep(
+                self.forward,  # type: ignore[arg-type]
+                self.state.optimizer,
+                images.to(self.device),
+                mask_ratio=options.mask_ratio,
+                autocast=self.autocast,
+                clip_grad=options.clip_grad,
+                **given,
+            )
+        return self.graphs[weighted](images, noise, weights)
+
+    def _accumulate(self, feed: Iterator[Batch], images: Tensor, weights: Tensor | None, rate: float) -> None:
+        """Sum gradients over the batches of a step, `images` the first of them, and take it."""
+        options, state, losses = self.options, self.state, list[Tensor]()
         for i, noise in enumerate(self._noise()):
             if i:
                 images, weights = self._next_images(feed)
@@ -230,8 +259,6 @@ class Trainer:
             state.scaler.step(state.optimizer)
             state.scaler.update()
         state.optimizer.zero_grad()
-        state.at = Position(state.at.epoch, state.at.step + 1)
-        return True
 
     def _next_images(self, feed: Iterator[Batch]) -> tuple[Tensor, Tensor | None]:
         """Return images of this process, and weights of their patches if values are missing.
