@@ -124,7 +124,7 @@ fuzz: $(VENV)/.build
 PILLOW := $(shell sed -n 's/^train.*"pillow>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 test-pillow: $(VENV)/.build
 	$(BIN)/python -m pip install --no-deps --upgrade --target build/pillow-$(PILLOW) pillow==$(PILLOW)
-	PYTHONPATH=build/pillow-$(PILLOW) $(BIN)/python -m pytest tests/test_data*.py
+	PYTHONPATH=build/pillow-$(PILLOW) $(BIN)/python -m pytest tests/test_data*.py tests/test_image_modes.py
 
 bench: $(VENV)/.build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full

@@ -18,10 +18,10 @@ from .crops import BoxOf, Size
 from .decode import channels_of, decode, part_of, resized, with_channels
 from .folders import COMMON, listed, readable_extensions
 from .labels import numbered
+from .limits import FREE
 from .modes import MODES
 
 MOST_DIGITS = 40  # of a label
-LARGEST_IMAGE = 1 << 27  # pixels that an array's image grows to
 
 
 class ImageDataset:
@@ -297,8 +297,8 @@ class ArrayImages(ImageDataset):
         height, width = (rows, columns) if self.sizes is None else self.sizes[index].tolist()
         left, top, right, bottom = part_of(box, height, width)
         size = size or (round(bottom - top), round(right - left))
-        if min(size) < 1 or math.prod(size) > LARGEST_IMAGE:
-            what = f"its original has {height} x {width} pixels, more than {LARGEST_IMAGE} are asked for; give a smaller size"
+        if min(size) < 1 or math.prod(size) > FREE:
+            what = f"its original has {height} x {width} pixels, more than {FREE} are asked for; give a smaller size"
             raise UnreadableImage(f"{self.path}: image {index}", what)
         part = (left * columns / width, top * rows / height, right * columns / width, bottom * rows / height)
         return with_channels(resized(pixels, part, size), self.channels)
