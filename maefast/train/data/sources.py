@@ -16,7 +16,7 @@ from .arrays import find_beside, read_array, read_classes, read_integers
 from .axes import axes_told, likely_axes
 from .crops import BoxOf, Size
 from .decode import channels_of, decode, part_of, resized, with_channels
-from .folders import COMMON, listed, readable_extensions
+from .folders import COMMON, check_one_part, is_hidden, listed, readable_extensions
 from .labels import numbered
 from .limits import FREE
 from .modes import MODES
@@ -127,6 +127,7 @@ class TarImages(EncodedImages):
         spans, left_out = list[tuple[int, int, int]](), Counter[str]()
         for number, shard in enumerate(shards):
             images, shard_labels = _scan(shard, left_out)
+            check_one_part(shard, (name for _, (name, _, _) in images))
             for key, (name, offset, size) in images:
                 self.names.append(name)
                 spans.append((number, offset, size))
@@ -178,7 +179,7 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
             for name, (offset, size) in stored.items():
                 key, extension = key_of(name)
                 base, last = posixpath.splitext(name)
-                if posixpath.basename(name).startswith("."):
+                if any(map(is_hidden, name.split("/"))):
                     left_out["hidden"] += 1
                 elif extension == ".cls" or (last == ".cls" and key not in samples):
                     file.seek(offset)

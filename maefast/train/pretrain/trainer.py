@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import len_keep
+from ...ops import len_keep, random_masking
 from ..baseline import reference_on
 from ..checkpoints import Position
 from ..data.floats import fill_missing, in_unit_of
@@ -96,8 +96,10 @@ class Trainer:
         )
         self.forward = self._forward()
         self.len_keep = len_keep(model.patch_embed.num_patches, options.mask_ratio)
+        self.one = torch.ones((), device=self.device)
         self.needs_pred = bool(model.overridden_methods())
-        self.unread = list[tuple[Callable[[], float], Position, float]]()  # losses of steps, where, their learning rates
+        self.unread = list[tuple[Callable[[], Any], Position, float]]()  # losses of steps, where, their learning rates
+        self.valueless = 0  # steps since the last one that had a loss
         self.received: Sequence[int] = ()  # signals, as they arrive
         self.signal = 0  # that ended the run
         with group.together():
@@ -210,13 +212,14 @@ class Trainer:
             if i:
                 images, weights = self._next_images(feed)
             images, last = images.to(self.device, non_blocking=True), i == options.accum_iter - 1
-            given = {} if weights is None else {"weights": weights.to(self.device)}
+            given, has_loss = self._weights(weights, noise)
             with nullcontext() if last else no_sync(self.forward):
                 with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
                     loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred, **given).loss
+                loss = loss if weights is None else loss * has_loss
                 state.scaler.scale(loss / options.accum_iter).backward()
-            losses.append(loss.detach())
-        self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean())), state.at, rate))
+            losses.append(torch.stack([loss.detach(), has_loss.to(loss)]))
+        self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean(dim=0))), state.at, rate))
         if self._read_losses(LAG[self.device.type]):
             if options.clip_grad is not None:
                 state.scaler.unscale_(state.optimizer)
@@ -226,6 +229,17 @@ class Trainer:
         state.optimizer.zero_grad()
         state.at = Position(state.at.epoch, state.at.step + 1)
         return True
+
+    def _weights(self, weights: Tensor | None, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the argument `weights` of the forward, and 1 where a removed patch has a value, else 0.
+
+        A batch without such a patch is trained on with weights of 1 and counts 0 times: no process waits to find out.
+        """
+        if weights is None:
+            return {}, self.one
+        weights = weights.to(self.device)
+        has_loss = (random_masking(noise, self.len_keep)[2] * weights).any()
+        return {"weights": torch.where(has_loss, weights, 1.0)}, has_loss
 
     def _next_images(self, feed: Iterator[Batch]) -> tuple[Tensor, Tensor | None]:
         """Return images of this process and weights of their patches, where they differ, when all processes have theirs.
@@ -237,8 +251,6 @@ class Trainer:
             with dead_workers_reported():
                 images, unreadable = next(feed)
             images, weights = fill_missing(images, self.state.model.patch_embed.patch_size)
-            if weights is not None and not weights.any():
-                raise UserError("--data_path must hold patches without missing values; a batch has none")
         except UserError as caught:
             error = caught
         waited = time.perf_counter() - started
@@ -261,7 +273,11 @@ class Trainer:
         """Count the losses of the steps but the last `keep`; False where one was not finite, and the weights are older ones."""
         while len(self.unread) > keep:
             read, at, rate = self.unread.pop(0)
-            loss = read()
+            total, share = read()
+            if share == 0 == total:
+                self._step_without_loss(at, rate)
+                continue
+            loss, self.valueless = total / share if share else total, 0
             self.report.step(at.epoch, loss, rate)
             if not math.isfinite(loss):
                 self.report.done += len(self.unread)  # steps on weights that were broken
@@ -270,6 +286,13 @@ class Trainer:
                 return False
             self.state.count(loss)
         return True
+
+    def _step_without_loss(self, at: Position, rate: float) -> None:
+        self.report.step(at.epoch, self.state.loss, rate)
+        self.valueless += 1
+        if self.valueless == self.steps_per_epoch:
+            what = f"the removed patches of {self.valueless} steps have none"
+            raise UserError(f"--data_path must hold patches without missing values; {what}")
 
     def _skip(self, unreadable: Iterable[Unreadable]) -> None:
         """Count what cannot be read, and name it once, whatever the reason is at another crop of it."""
