@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 OLDEST = (2, 10)
 
@@ -35,14 +32,6 @@ def is_hooked(module: nn.Module) -> bool:
     """Return whether a call of `module` runs a hook."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or _has_any_global_hook()
-
-
-def computes_itself(parameter: Tensor | None) -> bool:
-    """Return whether a parameter is of a subclass that runs operations by its own rules, such as a
-    quantised weight."""
-    if parameter is None or type(parameter) in (Tensor, nn.Parameter) or isinstance(parameter, FakeTensor):
-        return False
-    return has_torch_function((parameter,)) or is_traceable_wrapper_subclass(parameter)
 
 
 def has_kernel(op: str, key: str) -> bool:

@@ -178,7 +178,7 @@ class Block(nn.Module):
             return "a module of it is hooked or replaced"
         linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         if not all(is_plain(linear, nn.Linear) for linear in linears):
-            return "a Linear of it is hooked, replaced or has a weight of its own kind"
+            return "a Linear of it is hooked or replaced"
         if any(module.weight is None or module.bias is None for module in (norm1, norm2, *linears)):
             return "a module of it has no weight or no bias"
         if any(linear.weight.dtype != attn.qkv.weight.dtype for linear in linears):

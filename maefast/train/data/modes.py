@@ -100,7 +100,4 @@ def stretched(values: Any) -> Any:
     low, high = np.nanmin(values), np.nanmax(values)
     if not np.isfinite(high - low):
         raise ValueError("its pixels are not finite")
-    values -= low
-    values *= 255.0 / max(high - low, 1e-12)
-    np.nan_to_num(values, copy=False)
-    return np.round(values, out=values).astype(np.uint8)
+    return np.nan_to_num((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8)

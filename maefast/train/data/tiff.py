@@ -5,7 +5,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .limits import check_bands
+from .limits import check_held
 from .modes import HIGH_DEPTH_MODES, MODES, PHOTOMETRIC, WHITE_IS_ZERO, stretched
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def read_tiff(file: str | bytes, channels: int | None) -> Stored:
             return Stored(_pages(series, series.shape.index(channels), stored), photometric, (), turned)
         if page.axes not in SAMPLES_LAST:
             raise ValueError(f"its page has the axes {page.axes}, {tuple(page.shape)}; an image has rows, columns and samples")
-        check_bands(page.imagelength, page.imagewidth, page.samplesperpixel, page.dtype, stored)
+        _check_size(page.imagelength, page.imagewidth, page.samplesperpixel, page.dtype)
+        check_held(page.imagelength * page.imagewidth * page.samplesperpixel, stored)
         pixels = SAMPLES_LAST[page.axes](page.asarray())
         return Stored(pixels, photometric, tuple(map(int, page.extrasamples)), turned)
 
@@ -123,10 +124,29 @@ def _pages(series: Any, bands: int, stored: int) -> Any:
     """(H, W, C) of pages of one sample, axis `bands` counting the channels; of every other axis the first."""
     kept = [series.axes.index("Y"), series.axes.index("X"), bands]
     height, width, _ = (series.shape[axis] for axis in kept)
-    check_bands(height, width, series.size // max(1, height * width), series.dtype, stored)
+    _check_size(height, width, series.size // max(1, height * width), series.dtype)
+    check_held(series.size, stored)
     pixels = series.asarray()
     pixels = pixels[tuple(slice(None) if axis in kept else 0 for axis in range(pixels.ndim))]
     return pixels.transpose([sorted(kept).index(axis) for axis in kept])
+
+
+def _most_pixels() -> float:
+    """Twice the number from which on Pillow warns, as it reads no more in any format."""
+    from PIL import Image
+
+    return float("inf") if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
+def _check_size(height: int, width: int, samples: int, dtype: Any) -> None:
+    """Raise ValueError for an image of more pixels than Pillow reads, or of more bytes than RGBA of that many would have."""
+    most = _most_pixels()
+    if height * width > most or height * width * samples * dtype.itemsize > 4 * most:
+        raise ValueError(too_large(f"{width} x {height} pixels of {samples} x {8 * dtype.itemsize} bits"))
+
+
+def too_large(what: str) -> str:
+    return f"it has {what}, more than are read ({_most_pixels():.0f} pixels of 32 bits); cut it into parts"
 
 
 def as_bands(stored: Stored, channels: int) -> Any:
