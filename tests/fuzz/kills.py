@@ -6,6 +6,7 @@ whose losses or weights are not, bit for bit, those of a run that nobody killed.
 """
 
 import argparse
+import io
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ from pretraining import flags, pictures, records
 from maefast import cli
 from maefast.train import checkpoints
 
-LENGTH = {"epochs": 24, "accum_iter": 2, "save_steps": 3, "resume": "auto"}  # 96 steps on 64 images
+LENGTH = {"epochs": 12, "accum_iter": 2, "save_steps": 3, "resume": "auto"}  # 48 steps on 64 images
+NOTHING = (-1, 0)  # the progress of a run without a checkpoint
 
 
 def command(folder: Path, workers: int) -> None:
     os.setpgrp()
-    torch.set_num_threads(1)
     with folder.with_suffix(".txt").open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -51,7 +52,7 @@ def progress(folder: Path) -> tuple[int, int]:
     """Epoch and step of the newest checkpoint."""
     found = checkpoints.find(folder)
     if not found:
-        return -1, 0
+        return NOTHING
     entries = checkpoints.read(found[-1])
     return entries["epoch"], entries["run"]["step"]
 
@@ -71,7 +72,7 @@ def kill(home: Path, workers: int, count: int, draw: random.Random) -> Counter[s
     while seen["kills"] < count or not finished:
         folder = home / f"run-{workers}-{number}"
         before, parts = progress(folder), {*folder.glob(".checkpoint*")}
-        process = start(folder, workers)
+        began, process = time.perf_counter(), start(folder, workers)
         process.join(draw.uniform(0, seconds) if seen["kills"] < count else None)
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -83,6 +84,8 @@ def kill(home: Path, workers: int, count: int, draw: random.Random) -> Counter[s
             seen["lost"] += progress(folder) < before
             continue
         number += 1
+        if before == NOTHING:  # as long as a whole run takes here and now
+            seconds = time.perf_counter() - began
         if process.exitcode:
             seen["lost"] += 1
             print(folder.with_suffix(".txt").read_text(), file=sys.stderr)
@@ -103,6 +106,9 @@ def main() -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as home:
         np.save(Path(home, "images.npy"), pictures(64))
+        torch.set_num_threads(1)
+        with redirect_stdout(io.StringIO()):  # what a run imports, the runs that are forked have then
+            cli.main(flags(Path(home, "images.npy"), Path(home, "first"), epochs=1))
         for workers in (0, 2):
             seen = kill(Path(home), workers, given.count // 2, random.Random(f"{given.seed} {workers}"))
             print(f"| {workers} | {' | '.join(str(seen[column]) for column in columns)} |", flush=True)
