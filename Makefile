@@ -13,6 +13,7 @@
 #   make gpu-check        on a machine with a GPU: builds, tests, benchmarks, at most nine minutes, no network (scripts/gpu_check.sh)
 #   make test-sanitize    the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fuzz             2,000 mutated images, containers and checkpoints from a seed, two minutes; COUNT=... SEED=...
+#   make kills            200 times `kill -9` at random moments of a resumed pre-training: none lost, no other loss
 #   make test-pillow      the tests of what is read, on the oldest Pillow that pyproject.toml takes
 #
 # PYTHON=... chooses the interpreter; one that already has torch lends it, and torch is then not downloaded.
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh") CMakeLists.txt setup.py pyproject.toml maefast/schemas.inc maefast/attention_tiles.inc maefast/_version.py
 
-.PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-pillow test-sanitize fuzz gpu-check bench lint clean
+.PHONY: demo test test-torch test-abi wheels test-wheels test-aarch64 test-aot test-pillow test-sanitize fuzz kills gpu-check bench lint clean
 .DELETE_ON_ERROR:
 
 # An interpreter with torch lends its site-packages through a .pth file: that works from inside a virtual environment too. Naming
@@ -121,10 +122,13 @@ SEED ?= 0
 fuzz: $(VENV)/.build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --count $(COUNT) --seed $(SEED)
 
+kills: $(VENV)/.build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kills.py --seed $(SEED)
+
 PILLOW := $(shell sed -n 's/^train.*"pillow>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 test-pillow: $(VENV)/.build
 	$(BIN)/python -m pip install --no-deps --upgrade --target build/pillow-$(PILLOW) pillow==$(PILLOW)
-	PYTHONPATH=build/pillow-$(PILLOW) $(BIN)/python -m pytest tests/test_data*.py
+	PYTHONPATH=build/pillow-$(PILLOW) $(BIN)/python -m pytest tests/test_data*.py tests/test_image_modes.py
 
 bench: $(VENV)/.build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full

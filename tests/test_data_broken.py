@@ -1,12 +1,15 @@
 """Containers and checkpoints that lead their parsers astray: each is refused in one sentence. `make fuzz` found these."""
 
 import gzip
+import re
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from fuzz.mutations import bombs, with_pickle
 from fuzz.originals import encoded, idx, many_bands, npy, small_mae
+from PIL import Image
 
 from maefast import checkpoint
 from maefast.train.data.open import open_images
@@ -87,6 +90,40 @@ def test_an_original_that_would_fill_the_memory_is_read_in_a_size(tmp_path) -> N
     assert data.read(1).shape == (3, 8, 6)
     with pytest.raises(UnreadableImage, match=r"images\.npy: image 0: its original has 1048576 x 1048576 pixels"):
         data.read(0)
+
+
+def declaring(kind: str, side: int) -> bytes:
+    """A small file whose header declares side x side pixels."""
+    if kind == "PNG":
+        content = encoded("PNG")
+        header = b"IHDR" + struct.pack(">II", side, side) + content[24:29]
+        return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    content = many_bands(np.zeros((20, 24, 6), np.uint8))["compressed tiff"] if kind == "bands" else encoded("TIFF")
+    for tag, stored in ((256, 24 if kind == "bands" else 32), (257, 20 if kind == "bands" else 24)):
+        found = re.search(struct.pack("<H", tag) + b"[\3\4]\0" + struct.pack("<II", 1, stored), content)
+        assert found
+        content = content[: found.start()] + struct.pack("<HHII", tag, 4, 1, side) + content[found.end() :]
+    return content
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "bands"])
+def test_a_header_that_declares_more_than_its_file_can_hold(tmp_path, kind) -> None:
+    if kind == "bands":
+        pytest.importorskip("tifffile")
+    path = tmp_path / ("a.png" if kind == "PNG" else "a.tif")
+    path.write_bytes(declaring(kind, 8192))
+    values, stored = 8192 * 8192 * (6 if kind == "bands" else 1), path.stat().st_size
+    with pytest.raises(
+        UnreadableImage, match=rf"its header declares {values} values, its {stored} bytes hold at most {4096 * stored}"
+    ):
+        open_images(tmp_path, channels=6 if kind == "bands" else 3).read(0, (8, 8))
+
+
+@pytest.mark.parametrize("ending", ["png", "gif", "jpg", "tif"])
+def test_a_large_image_of_one_colour_is_sound(tmp_path, ending) -> None:
+    compression = {"compression": "tiff_lzw"} if ending == "tif" else {}
+    Image.new("RGB", (4100, 4100), (200, 100, 50)).save(tmp_path / f"a.{ending}", **compression)
+    assert open_images(tmp_path).read(0, (1, 1)).flatten().tolist() == pytest.approx((200, 100, 50), abs=2)
 
 
 def test_a_tiff_without_columns(tmp_path) -> None:

@@ -6,6 +6,7 @@ import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from image_files import reds
 from PIL import Image
@@ -58,6 +59,10 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
         (("train/cat/0.png", "annotations/a.json"), "train", [0], ("cat",)),
         (("TRAIN/cat/0.png", "Valid/cat/1.png"), "val", [1], ("cat",)),
         (("train/train/0.png", "train/val/1.png", "val/val/2.png", "val/train/3.png"), "val", [3, 2], ("train", "val")),
+        (("train2017/cat/0.png", "val2017/cat/1.png"), "train", [0], ("cat",)),
+        (("train_2017/cat/0.png", "test2017/cat/1.png"), "test", [1], ("cat",)),
+        (("bus/0.png", "train123/1.png"), "train", [0, 1], ("bus", "train123")),
+        (("cat/0.png", "cat/@eaDir/0.png", "__MACOSX/cat/0.png", ".trash/0.png"), "train", [0], ("cat",)),
     ],
 )
 def test_the_name_of_a_part_counts_where_a_part_can_stand(tmp_path, names, split, found, classes) -> None:
@@ -73,6 +78,7 @@ def test_the_name_of_a_part_counts_where_a_part_can_stand(tmp_path, names, split
         (("train/cat/0.png", "extra/cat/1.png"), "train"),
         (("train/cat/0.png", "val/cat/1.png", "extra/2.png"), None),
         (("bus/0.png", "val/1.png"), "val"),
+        (("train2017/cat/0.png", "val2017/cat/1.png", "unlabeled2017/2.png"), "train"),
     ],
 )
 def test_both_readings_of_a_folder_are_named(tmp_path, capsys, names, split) -> None:
@@ -197,6 +203,9 @@ def test_linked_folders_are_folders(tmp_path) -> None:
         (("a.png", "a.seg.png", "a.cls"), [0], [2]),  # a mask, which is another part of the sample
         (("a.png", link("b.png", "a.png", tarfile.LNKTYPE), "b.cls"), [0, 0], [-1, 2]),
         (("a.png", link("b.png", "a.png", tarfile.SYMTYPE)), [0], [-1]),
+        (("train/a.png", "bus/b.png"), [0, 1], [-1, -1]),  # train is a class here
+        (("voc/train/train/a.png", "voc/train/bus/b.png"), [0, 1], [-1, -1]),
+        (("a.png", "__MACOSX/a.png"), [0], [-1]),
     ],
 )
 def test_members_of_shards(tmp_path, members, found, labels) -> None:
@@ -204,6 +213,21 @@ def test_members_of_shards(tmp_path, members, found, labels) -> None:
     assert (reds(data), data.labels.tolist()) == (found, labels)
     named = sum(not (name if isinstance(name, str) else name.name).endswith(".cls") for name in members)
     assert len(data) + sum(data.left_out.values()) == named
+
+
+@pytest.mark.parametrize("root", ["", "imagenet/"])
+def test_an_archive_of_several_parts_is_refused(tmp_path, root) -> None:
+    path = shard(tmp_path / "a.tar", f"{root}train/cat/0.png", f"{root}val/cat/1.png")
+    with pytest.raises(UserError, match=r"a.tar must hold one split; it holds train, val: give a tar file of each"):
+        open_images(path, "train")
+
+
+@pytest.mark.parametrize("name", ["0.npy", "cat/0.npy"])
+def test_a_folder_of_single_arrays(tmp_path, name) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    np.save(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"left out: 1 of another format \(.npy\): stack them into one array \(N, H, W, C\)"):
+        open_images(tmp_path)
 
 
 def test_a_command_says_what_it_opens(tmp_path, capsys) -> None:

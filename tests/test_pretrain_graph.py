@@ -108,6 +108,17 @@ def test_missing_values_have_a_graph_of_their_own(tmp_path: Path, steps: list[tu
     assert_same_run(tmp_path / "graph", tmp_path / "plain")
 
 
+def test_a_batch_without_values_is_no_graph(tmp_path: Path, steps: list[tuple[str, ...]]) -> None:
+    values = np.random.default_rng(0).normal(size=(6, 16, 16)).astype("float32")
+    values[3] = np.nan
+    np.save(tmp_path / "values.npy", values)
+    changes = {"mean": 0.0, "std": 1.0, "augment": "none", "warmup_epochs": 0, "batch_size": 1, **CONSTANT}
+    for name, graph in (("plain", []), ("graph", ["--graph"])):
+        assert cli.main([*flags(tmp_path / "values.npy", tmp_path / name, **changes), *graph]) == 0
+    assert steps == [("imgs", "noise")]
+    assert_same_run(tmp_path / "graph", tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [

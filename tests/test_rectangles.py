@@ -14,6 +14,7 @@ from maefast import MAE, checkpoint, cli
 from maefast.reference import ReferenceMAE
 from maefast.train.data.floats import NormalisedImages, fill_missing
 from maefast.train.data.open import open_images
+from maefast.train.data.order import epoch_order
 from maefast.train.errors import UserError
 from maefast.train.pretrain.trainer import pretrain
 
@@ -159,11 +160,35 @@ def test_units_of_bytes(flags: str, reason: str, capsys: pytest.CaptureFixture[s
     assert not Path("run").exists()
 
 
-def test_nothing_but_missing_values(capsys: pytest.CaptureFixture[str]) -> None:
-    np.save("f32.npy", np.full((4, *SIZE, 1), np.nan, np.float32))
-    assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} --mean 0 --std 1 --pictures 0") == 2
+@pytest.mark.parametrize("flags", ["", "--accum_iter 2", "--target pixel --pictures 2", "--reference"])
+def test_nothing_but_missing_values(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("f32.npy", np.full((8, *SIZE, 1), np.nan, np.float32))
+    assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} --mean 0 --std 1 --pictures 0 {flags}") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--data_path must hold patches without missing values; a batch has no such patch" in line
+    steps = 1 if "accum" in flags else 2
+    assert f"--data_path must hold patches without missing values; the removed patches of {steps} steps have none" in line
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_a_batch_without_values_has_no_part_in_the_loss(accum_iter: int) -> None:
+    """Of four batches of one image two have none; weights stay as they are at a learning rate of zero."""
+    values = spectrograms(4, missing=False)
+    values[[0, 2]] = np.nan
+    np.save("f32.npy", values)
+    command = f"pretrain --data_path f32.npy --output_dir run {RUN} --mean -20 --std 8 --pictures 0 --augment none --lr 0"
+    assert maefast(f"{command} --batch_size 1 --accum_iter {accum_iter}") == 0
+    model: Any = MAE.from_pretrained("run/checkpoint-0.pth", num_heads=2, decoder_num_heads=2)
+    masks, losses = torch.Generator().manual_seed(0), list[list[float]]()
+    order = iter(epoch_order(4, 0, 0))
+    for _ in range(4 // accum_iter):
+        step = list[float]()
+        for noise in torch.rand(accum_iter, model.patch_embed.num_patches, generator=masks):
+            if (index := next(order)) % 2:
+                image = torch.from_numpy((values[index] + 20) / 8).permute(2, 0, 1)
+                step.append(model(image[None], noise=noise[None]).loss.item())
+        losses += [step] if step else []
+    expected = np.mean([np.mean(step) for step in losses])
+    assert records(Path("run"))[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_missing_values_are_found() -> None:

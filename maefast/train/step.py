@@ -49,18 +49,18 @@ def training_step(
     return loss.detach()
 
 
-def read_later(value: Tensor) -> Callable[[], float]:
-    """What reads the number that `value` holds: from a GPU by a copy that is under way already, so
+def read_later(value: Tensor) -> Callable[[], Any]:
+    """Return what reads the number or numbers that `value` holds: from a GPU by a copy that is under way already, so
     that to read it after the next step has been launched does not wait for that step."""
     if value.device.type != "cuda":
-        return value.item
+        return value.tolist
     there = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
 
-    def read() -> float:
+    def read() -> Any:
         done.synchronize()
-        return there.item()
+        return there.tolist()
 
     return read
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UnreadableImage
 from . import tiff
 from .crops import Box, BoxOf, Size
+from .limits import check_held
 from .metadata import without_metadata
 from .modes import MODES, converted, resized_by_bands, stored_as, with_16_bit_grey
 
@@ -162,6 +163,7 @@ def _open(file: str | bytes, channels: int | None) -> Any:
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(tiff.too_large(str(error).split("(")[1].split(")")[0])) from error
+    check_held(image.width * image.height, len(file) if isinstance(file, bytes) else Path(file).stat().st_size)
     image.stored_as = stored_as(image)
     if image.format == "TIFF" and tiff.is_misread(image, channels):
         image.close()

@@ -3,7 +3,8 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from ..errors import UserError
@@ -16,6 +17,13 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 COMMON = ".bmp .gif .jpeg .jpg .png .tif .webp, and others that Pillow reads"
 OF_A_RUN = {"log.txt", "reconstructions"}  # files of a pre-training run beside its checkpoints
+OF_A_SYSTEM = {
+    "@eaDir",
+    "__MACOSX",
+    "$RECYCLE.BIN",
+    "lost+found",
+    "System Volume Information",
+}  # thumbnails
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -30,8 +38,25 @@ def readable_extensions() -> frozenset[str]:
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder of this name may hold, or None."""
-    return next((split for split, names in SPLIT_FOLDERS.items() if name.lower() in names), None)
+    """Return the split that a folder of this name may hold, or None. A year may follow, as in
+    train2017."""
+    bare = re.sub(r"[-_]?(19|20)\d\d$", "", name.lower())
+    return next((split for split, names in SPLIT_FOLDERS.items() if bare in names), None)
+
+
+def check_one_split(archive: Path, names: Iterable[str]) -> None:
+    """Raise UserError if the members of an archive lie in folders of several splits, below the
+    folders that all of them share."""
+    folders = [name.split("/")[:-1] for name in names]
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
+    tops = {folder[shared] for folder in folders if len(folder) > shared}
+    if len(splits := {split_of(top) for top in tops}) > 1 and None not in splits:
+        raise UserError(f"{archive} must hold one split; it holds {', '.join(sorted(tops))}: give a tar file of each")
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a folder of this name is not part of a data set."""
+    return name.startswith(".") or name in OF_A_SYSTEM
 
 
 def split_of_shard(name: str) -> str | None:
@@ -75,7 +100,7 @@ def walk(root: Path, exclude: Path | None, left_out: Counter[str]) -> Iterator[P
             continue
         for entry in entries:
             extension = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 left_out["hidden"] += 1
             elif entry.is_dir():
                 waiting.append((Path(entry.path), above | {real}))
@@ -101,7 +126,8 @@ def find_images(root: Path, exclude: Path | None = None, left_out: Counter[str] 
     found = sorted(walk(root, exclude, left_out := Counter[str]() if left_out is None else left_out))
     if not found:
         passed_over = f"; left out: {listed(left_out)}" if left_out else ""
-        raise UserError(f"{root} must hold images ({COMMON}); it holds none{passed_over}")
+        stacked = ": stack them into one array (N, H, W, C), images.npy" if any("(.npy)" in why for why in left_out) else ""
+        raise UserError(f"{root} must hold images ({COMMON}); it holds none{passed_over}{stacked}")
     return found
 
 
@@ -119,7 +145,7 @@ def split_folders(path: Path, exclude: Path | None = None) -> dict[str, Path]:
 
     Raises UserError if both are possible.
     """
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
     if exclude is not None:
         written = {exclude.resolve(), exclude.resolve() / "reconstructions"}
         folders = [folder for folder in folders if folder.resolve() not in written]

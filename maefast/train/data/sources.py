@@ -17,12 +17,12 @@ from .arrays import find_beside, read_array, read_classes, read_integers
 from .axes import axes_told, likely_axes
 from .crops import BoxOf, Size
 from .decode import channels_of, decode, part_of, resized, with_channels
-from .folders import COMMON, listed, readable_extensions
+from .folders import COMMON, check_one_split, is_hidden, listed, readable_extensions
 from .labels import numbered
+from .limits import FREE
 from .modes import MODES
 
 MOST_DIGITS = 40  # of a label
-LARGEST_IMAGE = 1 << 27  # pixels that an array's image may be resized to
 
 
 class ImageDataset:
@@ -131,6 +131,7 @@ class TarImages(EncodedImages):
         spans, left_out = list[tuple[int, int, int]](), Counter[str]()
         for number, shard in enumerate(shards):
             images, shard_labels = _scan(shard, left_out)
+            check_one_split(shard, (name for _, (name, _, _) in images))
             for key, (name, offset, size) in images:
                 self.names.append(name)
                 spans.append((number, offset, size))
@@ -183,7 +184,7 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
             for name, (offset, size) in stored.items():
                 key, extension = key_of(name)
                 base, last = posixpath.splitext(name)
-                if posixpath.basename(name).startswith("."):
+                if any(map(is_hidden, name.split("/"))):
                     left_out["hidden"] += 1
                 elif extension == ".cls" or (last == ".cls" and key not in samples):
                     file.seek(offset)
@@ -308,10 +309,8 @@ class ArrayImages(ImageDataset):
         height, width = (rows, columns) if self.sizes is None else self.sizes[index].tolist()
         left, top, right, bottom = part_of(box, height, width)
         size = size or (round(bottom - top), round(right - left))
-        if min(size) < 1 or math.prod(size) > LARGEST_IMAGE:
-            what = (
-                f"its original has {height} x {width} pixels, and more than {LARGEST_IMAGE} were requested; give a smaller size"
-            )
+        if min(size) < 1 or math.prod(size) > FREE:
+            what = f"its original has {height} x {width} pixels, and more than {FREE} were requested; give a smaller size"
             raise UnreadableImage(f"{self.path}: image {index}", what)
         part = (left * columns / width, top * rows / height, right * columns / width, bottom * rows / height)
         return with_channels(resized(pixels, part, size), self.channels)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .limits import check_held
 from .modes import HIGH_DEPTH_MODES, MODES, PHOTOMETRIC, WHITE_IS_ZERO, stretched
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS_PER_SAMPLE, DESCRIPTION, ORIENTATION, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 270, 274, 284, 338, 339
-GREYS, RGB, SEPARATED = (WHITE_IS_ZERO, 1), 2, 5  # values of PHOTOMETRIC
+GREYS, RGB, SEPARATED, YCBCR = (WHITE_IS_ZERO, 1), 2, 5, 6  # values of PHOTOMETRIC
+JPEGS = 6, 7  # values of a page's compression
 UNSPECIFIED, PREMULTIPLIED, ALPHA = 0, 1, 2  # values of EXTRA_SAMPLES
 UNSIGNED, SIGNED = 1, 2  # values of SAMPLE_FORMAT
 NAMES_ITS_AXES = ("ImageJ=", "<OME", '"axes"')  # in the description
@@ -38,7 +40,7 @@ class Stored(NamedTuple):
         samples = self.pixels.shape[-1]
         if self.photometric in GREYS:
             return {1: 1, 3: 3}.get(samples, 1 if samples == 2 and self.alpha is not None else 0)
-        known = {RGB: 3, SEPARATED: 4}.get(self.photometric, 0)
+        known = {RGB: 3, SEPARATED: 4, YCBCR: 3}.get(self.photometric, 0)
         return known if samples >= known else 0
 
     @property
@@ -64,12 +66,14 @@ def is_misread(image: Any, channels: int | None) -> bool:
     """Return whether Pillow, which has opened this TIFF, would return wrong pixels.
 
     It does so for signed bytes, unsigned 32-bit values, separate planes of grey or of many bits, a
-    second or fourth band that the file does not call transparency, and bands on pages.
+    second or fourth band that the file does not call transparency, bands on pages, and uncompressed
+    YCbCr in releases that call it RGB.
     """
     tags = image.tag_v2
     photometric, bits, kinds = tags.get(PHOTOMETRIC), _first(tags.get(BITS_PER_SAMPLE), 1), _first(tags.get(SAMPLE_FORMAT), 1)
     separate = tags.get(PLANES) == 2 and (bits != 8 or photometric in GREYS)
-    if separate or (kinds, bits) in ((SIGNED, 8), (UNSIGNED, 32)):
+    is_raw_ycbcr = photometric == YCBCR and image.mode == "RGB" and image.tile[0][0] == "raw"
+    if separate or is_raw_ycbcr or (kinds, bits) in ((SIGNED, 8), (UNSIGNED, 32)):
         return True
     extra = tags.get(EXTRA_SAMPLES) or ()
     if _first(extra, ALPHA) == UNSPECIFIED and (photometric in GREYS or (channels == 4 and photometric == RGB)):
@@ -97,14 +101,17 @@ def read_tiff(file: str | bytes, channels: int | None) -> Stored:
         series = tiff.series[0]
         orientation = page.tags.get(ORIENTATION)
         turned = orientation.value if orientation is not None and isinstance(orientation.value, int) else 1
-        photometric = int(page.photometric)
+        photometric, stored = int(page.photometric), tiff.filehandle.size
+        if photometric == YCBCR and page.compression in JPEGS:
+            photometric = RGB  # as tifffile gives it
         if page.axes == "YX" and "C" in series.axes:
-            return Stored(_pages(series, series.axes.index("C")), photometric, (), turned)
+            return Stored(_pages(series, series.axes.index("C"), stored), photometric, (), turned)
         if page.axes == "YX" and channels not in (None, *MODES) and len(series.pages) == channels:
-            return Stored(_pages(series, series.shape.index(channels)), photometric, (), turned)
+            return Stored(_pages(series, series.shape.index(channels), stored), photometric, (), turned)
         if page.axes not in SAMPLES_LAST:
             raise ValueError(f"its page must have rows, columns and samples; it has the axes {page.axes}, {tuple(page.shape)}")
         _check_size(page.imagelength, page.imagewidth, page.samplesperpixel, page.dtype)
+        check_held(page.imagelength * page.imagewidth * page.samplesperpixel, stored)
         pixels = SAMPLES_LAST[page.axes](page.asarray())
         return Stored(pixels, photometric, tuple(map(int, page.extrasamples)), turned)
 
@@ -116,12 +123,13 @@ SAMPLES_LAST: dict[str, Callable[[Any], Any]] = {  # by the axes of a page, as t
 }
 
 
-def _pages(series: Any, bands: int) -> Any:
+def _pages(series: Any, bands: int, stored: int) -> Any:
     """Return pages of one sample as (H, W, C). Axis `bands` becomes C; of every other axis the
     first index is taken."""
     kept = [series.axes.index("Y"), series.axes.index("X"), bands]
     height, width, _ = (series.shape[axis] for axis in kept)
     _check_size(height, width, series.size // max(1, height * width), series.dtype)
+    check_held(series.size, stored)
     pixels = series.asarray()
     pixels = pixels[tuple(slice(None) if axis in kept else 0 for axis in range(pixels.ndim))]
     return pixels.transpose([sorted(kept).index(axis) for axis in kept])
@@ -175,12 +183,13 @@ def as_picture(stored: Stored) -> "Image":
         colours = (colours >> 8).astype(np.uint8)
     colours = _in_8_bits(colours, stored.photometric)
     samples = [np.ascontiguousarray(colours[..., i]) for i in range(count)]
-    mode = {1: "L", 3: "RGB", 4: "CMYK"}[count]
-    if stored.alpha is not None and count < min(4, stored.pixels.shape[-1]):
+    mode = "YCbCr" if stored.photometric == YCBCR else {1: "L", 3: "RGB", 4: "CMYK"}[count]
+    if mode != "YCbCr" and stored.alpha is not None and count < min(4, stored.pixels.shape[-1]):
         samples.append(np.ascontiguousarray(_alpha(stored.pixels[..., count])))
         mode += "a" if stored.alpha == PREMULTIPLIED else "A"
-    image = Image.merge(mode.upper(), [Image.fromarray(sample) for sample in samples])
-    return image if mode == mode.upper() else Image.frombytes(mode, image.size, image.tobytes()).convert(mode.upper())
+    premultiplied = mode.endswith("a")
+    image = Image.merge(mode.upper() if premultiplied else mode, [Image.fromarray(sample) for sample in samples])
+    return Image.frombytes(mode, image.size, image.tobytes()).convert(mode.upper()) if premultiplied else image
 
 
 def _alpha(values: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import len_keep
+from ...ops import len_keep, random_masking
 from ..baseline import reference_on
 from ..checkpoints import Position
 from ..data.floats import fill_missing, in_unit_of
@@ -102,8 +102,10 @@ class Trainer:
         self.forward = self._forward()
         self.graphs = dict[bool, GraphedStep]()  # by whether batches have weights of patches
         self.len_keep = len_keep(model.patch_embed.num_patches, options.mask_ratio)
+        self.one = torch.ones((), device=self.device)
         self.needs_pred = bool(model.overridden_methods())
-        self.unread = list[tuple[Callable[[], float], Position, float]]()  # loss, position and learning rate of steps
+        self.unread = list[tuple[Callable[[], Any], Position, float]]()  # loss, position and learning rate of steps
+        self.valueless = 0  # steps since the last one that had a loss
         self.received: Sequence[int] = ()  # signals, as they arrive
         self.signal = 0  # the signal that ended the run
         with group.together():
@@ -213,18 +215,20 @@ class Trainer:
             return False
         state.set_lr(rate)
         state.model.train()
-        if options.graph:
-            self.unread.append((read_later(self._replay(images, weights)), state.at, rate))
+        noise = self._noise()
+        if options.graph and (weights is None or self._weights(weights, noise[0])[1]):
+            loss = self._replay(images, noise[0], weights)
+            self.unread.append((read_later(torch.stack([loss, self.one.to(loss)])), state.at, rate))
             self._read_losses(LAG[self.device.type])
         else:
             with undone_on_error(state.optimizer):
-                self._accumulate(feed, images, weights, rate)
+                self._accumulate(feed, images, weights, noise, rate)
         state.at = Position(state.at.epoch, state.at.step + 1)
         return True
 
-    def _replay(self, images: Tensor, weights: Tensor | None) -> Tensor:
+    def _replay(self, images: Tensor, noise: Tensor, weights: Tensor | None) -> Tensor:
         """Take the step as a CUDA graph and return its loss."""
-        options, [noise], weighted = self.options, self._noise(), weights is not None
+        options, weighted = self.options, weights is not None
         if weighted not in self.graphs:
             given = {"noise": noise} | ({} if weights is None else {"weights": weights.to(self.device)})
             self.graphs[weighted] = GraphedStep(
@@ -238,20 +242,21 @@ class Trainer:
             )
         return self.graphs[weighted](images, noise, weights)
 
-    def _accumulate(self, feed: Iterator[Batch], images: Tensor, weights: Tensor | None, rate: float) -> None:
+    def _accumulate(self, feed: Iterator[Batch], images: Tensor, weights: Tensor | None, noises: Tensor, rate: float) -> None:
         """Sum gradients over the batches of a step, `images` the first of them, and take it."""
         options, state, losses = self.options, self.state, list[Tensor]()
-        for i, noise in enumerate(self._noise()):
+        for i, noise in enumerate(noises):
             if i:
                 images, weights = self._next_images(feed)
             images, last = images.to(self.device, non_blocking=True), i == options.accum_iter - 1
-            given = {} if weights is None else {"weights": weights.to(self.device)}
+            given, has_loss = self._weights(weights, noise)
             with nullcontext() if last else no_sync(self.forward):
                 with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
                     loss = self.forward(images, options.mask_ratio, noise=noise, return_pred=self.needs_pred, **given).loss
+                loss = loss if weights is None else loss * has_loss
                 state.scaler.scale(loss / options.accum_iter).backward()
-            losses.append(loss.detach())
-        self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean())), state.at, rate))
+            losses.append(torch.stack([loss.detach(), has_loss.to(loss)]))
+        self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean(dim=0))), state.at, rate))
         if self._read_losses(LAG[self.device.type]):
             if options.clip_grad is not None:
                 state.scaler.unscale_(state.optimizer)
@@ -259,6 +264,18 @@ class Trainer:
             state.scaler.step(state.optimizer)
             state.scaler.update()
         state.optimizer.zero_grad()
+
+    def _weights(self, weights: Tensor | None, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the argument `weights` of the forward, and 1 if a removed patch has a value, else 0.
+
+        A batch without such a patch runs with weights of 1, and its loss is multiplied by 0. So no process
+        has to wait for the answer.
+        """
+        if weights is None:
+            return {}, self.one
+        weights = weights.to(self.device)
+        has_loss = (random_masking(noise, self.len_keep)[2] * weights).any()
+        return {"weights": torch.where(has_loss, weights, 1.0)}, has_loss
 
     def _next_images(self, feed: Iterator[Batch]) -> tuple[Tensor, Tensor | None]:
         """Return images of this process, and weights of their patches if values are missing.
@@ -270,8 +287,6 @@ class Trainer:
             with dead_workers_reported():
                 images, unreadable = next(feed)
             images, weights = fill_missing(images, self.state.model.patch_embed.patch_size)
-            if weights is not None and not weights.any():
-                raise UserError("--data_path must hold patches without missing values; a batch has no such patch")
         except UserError as caught:
             error = caught
         waited = time.perf_counter() - started
@@ -295,7 +310,11 @@ class Trainer:
         the state was rewound."""
         while len(self.unread) > keep:
             read, at, rate = self.unread.pop(0)
-            loss = read()
+            total, share = read()
+            if share == 0 == total:
+                self._step_without_loss(at, rate)
+                continue
+            loss, self.valueless = total / share if share else total, 0
             self.report.step(at.epoch, loss, rate)
             if not math.isfinite(loss):
                 self.report.done += len(self.unread)  # steps with broken weights
@@ -304,6 +323,13 @@ class Trainer:
                 return False
             self.state.count(loss)
         return True
+
+    def _step_without_loss(self, at: Position, rate: float) -> None:
+        self.report.step(at.epoch, self.state.loss, rate)
+        self.valueless += 1
+        if self.valueless == self.steps_per_epoch:
+            what = f"the removed patches of {self.valueless} steps have none"
+            raise UserError(f"--data_path must hold patches without missing values; {what}")
 
     def _skip(self, unreadable: Iterable[Unreadable]) -> None:
         """Count and print each unreadable image once, even if another crop fails for another
