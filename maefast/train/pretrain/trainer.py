@@ -221,6 +221,8 @@ class Trainer:
             self.unread.append((read_later(torch.stack([loss, self.one.to(loss)])), state.at, rate))
             self._read_losses(LAG[self.device.type])
         else:
+            if options.graph:
+                state.optimizer.zero_grad()  # a graph leaves its gradient
             with undone_on_error(state.optimizer):
                 self._accumulate(feed, images, weights, noise, rate)
         state.at = Position(state.at.epoch, state.at.step + 1)
