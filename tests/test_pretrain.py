@@ -25,7 +25,8 @@ from maefast.train import checkpoints
 from maefast.train.data import crops, order, pretraining
 from maefast.train.errors import UserError
 from maefast.train.pretrain import build
-from maefast.train.pretrain.trainer import LAG, pretrain
+from maefast.train.pretrain.losses import LAG
+from maefast.train.pretrain.trainer import pretrain
 
 
 class SlowImages(ArrayImages):

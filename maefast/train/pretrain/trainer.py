@@ -1,6 +1,5 @@
 """`maefast pretrain`: training of an MAE by the official recipe, in a run that can be resumed."""
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -26,18 +25,16 @@ from ..masks import draw_noise
 from ..optim import adamw
 from ..schedule import warmup_cosine
 from ..sharding import no_sync, replicate, shard_model
-from ..step import GraphedStep, read_later, undone_on_error
+from ..step import GraphedStep, undone_on_error
 from ..variants import PcaTarget
 from .build import build_model, check_graph, check_options, check_values, find_autocast, init_model
 from .journal import Journal, draw
+from .losses import Losses
 from .options import Options
 from .report import Report, conclude
 from .saver import Saver
 from .signals import stop_signals
 from .state import RunState
-
-# The number of steps after which a loss is read: one on a GPU, so that the GPU never waits.
-LAG = {"cpu": 0, "cuda": 1}
 
 
 def pretrain(options: Options, data: ImageDataset | Callable[[], ImageDataset]) -> dict[str, Any]:
@@ -104,8 +101,6 @@ class Trainer:
         self.len_keep = len_keep(model.patch_embed.num_patches, options.mask_ratio)
         self.one = torch.ones((), device=self.device)
         self.needs_pred = bool(model.overridden_methods())
-        self.unread = list[tuple[Callable[[], Any], Position, float]]()  # loss, position and learning rate of steps
-        self.valueless = 0  # steps since the last one that had a loss
         self.received: Sequence[int] = ()  # signals, as they arrive
         self.signal = 0  # the signal that ended the run
         with group.together():
@@ -131,6 +126,7 @@ class Trainer:
             if main:
                 journal = Journal(options, state.at.epoch)
         self.report = Report(options.epochs * self.steps_per_epoch, self._steps_done(), self.batch, self.device, quiet=not main)
+        self.losses = Losses(state, self.saver, self.report, self.steps_per_epoch)
         self._introduce(journal)
         samples = self._samples() if main and find_spec("matplotlib") is not None else None
         if options.fsdp:
@@ -218,8 +214,7 @@ class Trainer:
         noise = self._noise()
         if options.graph and (weights is None or self._weights(weights, noise[0])[1]):
             loss = self._replay(images, noise[0], weights)
-            self.unread.append((read_later(torch.stack([loss, self.one.to(loss)])), state.at, rate))
-            self._read_losses(LAG[self.device.type])
+            self.losses.add(torch.stack([loss, self.one.to(loss)]), rate)
         else:
             if options.graph:
                 state.optimizer.zero_grad()  # a graph leaves its gradient
@@ -258,8 +253,7 @@ class Trainer:
                 loss = loss if weights is None else loss * has_loss
                 state.scaler.scale(loss / options.accum_iter).backward()
             losses.append(torch.stack([loss.detach(), has_loss.to(loss)]))
-        self.unread.append((read_later(self.group.all_reduce_mean(torch.stack(losses).mean(dim=0))), state.at, rate))
-        if self._read_losses(LAG[self.device.type]):
+        if self.losses.add(self.group.all_reduce_mean(torch.stack(losses).mean(dim=0)), rate):
             if options.clip_grad is not None:
                 state.scaler.unscale_(state.optimizer)
                 torch.nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_grad)
@@ -307,32 +301,6 @@ class Trainer:
         noise = draw_noise(options.sampler, self.batch, grid, self.len_keep, self.state.masks)
         return noise.view(options.accum_iter, self.group.world_size, options.batch_size, -1)[:, self.group.rank]
 
-    def _read_losses(self, keep: int = 0) -> bool:
-        """Read the losses of all steps but the last `keep`. Return False if one was not finite and
-        the state was rewound."""
-        while len(self.unread) > keep:
-            read, at, rate = self.unread.pop(0)
-            total, share = read()
-            if share == 0 == total:
-                self._step_without_loss(at, rate)
-                continue
-            loss, self.valueless = total / share if share else total, 0
-            self.report.step(at.epoch, loss, rate)
-            if not math.isfinite(loss):
-                self.report.done += len(self.unread)  # steps with broken weights
-                self.unread.clear()
-                self.saver.rewind(self.state, self.report, f"loss is {loss}", at, rate)
-                return False
-            self.state.count(loss)
-        return True
-
-    def _step_without_loss(self, at: Position, rate: float) -> None:
-        self.report.step(at.epoch, self.state.loss, rate)
-        self.valueless += 1
-        if self.valueless == self.steps_per_epoch:
-            what = f"the removed patches of {self.valueless} steps have none"
-            raise UserError(f"--data_path must hold patches without missing values; {what}")
-
     def _skip(self, unreadable: Iterable[Unreadable]) -> None:
         """Count and print each unreadable image once, even if another crop fails for another
         reason."""
@@ -343,7 +311,7 @@ class Trainer:
 
     def _gather(self) -> None:
         """Read all losses, and share the unreadable images among the processes."""
-        self._read_losses()
+        self.losses.read()
         for unreadable in self.group.all_gather(sorted(self.state.unreadable.items())):
             self._skip(unreadable)
 
