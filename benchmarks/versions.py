@@ -1,0 +1,116 @@
+"""Time this checkout against another one, in one rotation.
+
+`python benchmarks/versions.py OTHER [--full] [--out FILE]` writes results/<machine>/versions.json. OTHER is a checkout
+with its library built in place. Each has a process of its own; only one of the two runs at a time, by turns. A group is
+compared where both checkouts have it, with the contender that a user gets.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MODULES = ("test_ops", "test_blocks", "test_step")
+MINE = ("maefast", "maefast-auto", "maefast-native")  # names of the contender, the preferred one first
+SETS, WARM_UP = 3, 2
+
+
+class Checkout:
+    """A process that runs the benchmarks of the checkout at `root`."""
+
+    def __init__(self, root: Path, full: bool):
+        path = os.pathsep.join(map(str, (root, root / "benchmarks", root / "tests")))
+        command = [sys.executable, __file__, "--serve", *(["--full"] if full else [])]
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def ask(self, *words: object) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(*words, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the benchmarks of {self.process.args} ended with {self.process.wait()}")
+        return answer.strip()
+
+
+def serve(full: bool) -> None:
+    """Answer the questions on stdin: the groups there are, one made ready, the seconds of one run."""
+    import importlib
+
+    import torch
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    found = {w.name: w for module in MODULES for w in importlib.import_module(module).workloads(full, torch.device("cpu"))}
+    run = None
+    for line in sys.stdin:
+        match line.split():
+            case ["groups"]:
+                answer: object = " ".join(found)
+            case ["take", name]:
+                run = None
+                workload = found[name]
+                run = workload.bench().run(next(c for c in MINE if c in workload.contenders))
+                answer = "ready"
+            case ["run", i]:
+                started = time.perf_counter()
+                run(int(i))
+                answer = time.perf_counter() - started
+        print(answer, file=answers, flush=True)
+
+
+def compare(name: str, checkouts: dict[str, Checkout], rounds: int) -> dict[str, object]:
+    """Return the medians of both, and the quartiles of how much slower the other one is in a round."""
+    samples: dict[str, list[float]] = {which: [] for which in checkouts}
+    for which in checkouts.values():
+        which.ask("take", name)
+    for r in range(-WARM_UP, rounds):
+        for which in list(checkouts)[:: 1 if r % 2 else -1]:
+            seconds = float(checkouts[which].ask("run", r % SETS))
+            if r >= 0:
+                samples[which].append(seconds)
+    ratios = [other / this for this, other in zip(samples["this"], samples["other"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    medians = {f"{which}_seconds": statistics.median(values) for which, values in samples.items()}
+    return {"group": name, **medians, "other_over_this": middle, "quartiles": [low, high]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("other", type=Path, nargs="?", help="a checkout with its library built in place")
+    parser.add_argument("--full", action="store_true", help="ViT-B/16 sizes, every dtype")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--out", type=Path, help="instead of results/<machine>/versions.json")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.full)
+        return
+    import machine
+    import report
+    import torch
+
+    checkouts = {
+        which: Checkout(root.resolve(), args.full) for which, root in (("this", Path(__file__).parents[1]), ("other", args.other))
+    }
+    theirs = checkouts["other"].ask("groups").split()
+    rows = []
+    for name in checkouts["this"].ask("groups").split():
+        if name in theirs:
+            rows.append(compare(name, checkouts, args.rounds))
+            print("{group:32} {this_seconds:.3g} s, the other {other_over_this:.3f} x as long".format(**rows[-1]), flush=True)
+    info = machine.describe(torch.device("cpu")) | {"other": commit(args.other), "size": "full" if args.full else "quick"}
+    print(report.write_rows("versions", info, rows, args.out))
+
+
+def commit(root: Path) -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()[:12]
+
+
+if __name__ == "__main__":
+    main()
