@@ -10,6 +10,7 @@ from opbench import Inputs, OpEntry, OpWorkload, Outputs
 from rotation import ReplayClock
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maefast import ops, reference
 from maefast.blocks import Block
@@ -18,6 +19,7 @@ CLOCK = ReplayClock()
 SHAPES = {"encoder": (50, 768, 12), "decoder": (197, 512, 16)}  # tokens, width, heads
 LINEARS = {"encoder_qkv": (50, 768, 2304), "decoder_fc1": (197, 512, 2048), "decoder_fc2": (197, 2048, 512)}  # tokens, in, out
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 QUICK_N, FULL_N = 4, 16
 QUICK = ("attention_decoder", "linear_decoder_fc1", "block_encoder")
 
@@ -52,6 +54,12 @@ def plain_attention(qkv: Tensor, heads: int) -> Outputs:
     return {"y": (weights @ v).transpose(1, 2).flatten(2)}
 
 
+def sdpa(kernel: SDPBackend, qkv: Tensor, heads: int) -> Outputs:
+    """Return what one of torch's kernels gives; it raises RuntimeError for what it does not take."""
+    with sdpa_kernel(kernel):
+        return {"y": ops.attention_ref(qkv, heads)}
+
+
 def fused_attention(qkv: Tensor, heads: int) -> Outputs:
     return {"y": ops.attention(qkv, heads)}
 
@@ -69,6 +77,7 @@ def attention_entry(part: str) -> OpEntry:
         bytes=lambda N, x, y: 0,
         flops=lambda N: traffic.attention_flops(N, T, D),
         backends=("native", "flash_attn", "eager"),  # eager is SDPA
+        on_gpu=tuple((f"sdpa-{name}", partial(sdpa, kernel, heads=heads)) for name, kernel in SDPA.items()),
     )
 
 
