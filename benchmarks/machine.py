@@ -51,7 +51,7 @@ def cpu_slug(cpuinfo: str, cores: int) -> str:
 
 def machine_slug(device: torch.device) -> str:
     if device.type == "cuda":
-        return slug(torch.cuda.get_device_name(device))
+        return slug(torch.cuda.get_device_name(device)).removeprefix("nvidia-")
     path = Path("/proc/cpuinfo")
     forced = os.environ.get("MAEFAST_CPU_ISA", "auto")  # results of a forced narrower instruction set do not describe the machine
     return cpu_slug(path.read_text() if path.exists() else "", torch.get_num_threads()) + f"-{forced}" * (forced != "auto")

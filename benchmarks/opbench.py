@@ -36,6 +36,7 @@ class OpEntry:
     bytes: Callable[[int, Inputs, Outputs], Passes]
     flops: Callable[[int], Passes]
     backends: tuple[str, ...] = (*OURS, "eager")
+    on_gpu: tuple[tuple[str, Callable[..., Outputs]], ...] = ()  # contenders that are not maefast's
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class OpWorkload:
 
     @property
     def contenders(self) -> list[str]:
-        return [self.eager_name, self.compiled_name, *(f"maefast-{backend}" for backend in self.entry.backends)]
+        ours, others = (f"maefast-{backend}" for backend in self.entry.backends), dict(self.entry.on_gpu)
+        return [self.eager_name, self.compiled_name, *ours, *(others if self.device.type == "cuda" else ())]
 
     def bench(self) -> "OpBench":
         return OpBench(self)
@@ -81,8 +83,9 @@ class OpBench:
 
     def __init__(self, workload: OpWorkload):
         self.workload, self.entry = workload, workload.entry
-        generator = torch.Generator().manual_seed(0)
-        self.inputs = [self.entry.make(workload.N, workload.variant, generator) for _ in range(SETS)]
+        generator = torch.Generator(workload.device).manual_seed(0)
+        with workload.device:  # a CPU takes minutes to draw the values of 1,024 images
+            self.inputs = [self.entry.make(workload.N, workload.variant, generator) for _ in range(SETS)]
         self.inputs = [{k: v.to(workload.device) for k, v in inputs.items()} for inputs in self.inputs]
         self.leaves = [leaf for leaf in self.entry.leaves if leaf in self.inputs[0] and not workload.forward]
         for inputs in self.inputs:
@@ -92,6 +95,8 @@ class OpBench:
     def why_not(self, contender: str) -> str | None:
         """Return why the op refuses a call, or None."""
         backend = contender.removeprefix("maefast-")
+        if contender in dict(self.entry.on_gpu):
+            return self._refusal(contender)
         if backend in (contender, "auto"):
             return None
         for op in self.entry.ops:
@@ -103,7 +108,16 @@ class OpBench:
             return str(refusal)
         return None
 
+    def _refusal(self, contender: str) -> str | None:
+        try:
+            self.run(contender)(0)
+        except RuntimeError as refusal:
+            return str(refusal).splitlines()[0]
+        return None
+
     def run(self, contender: str) -> Run:
+        if (other := dict(self.entry.on_gpu).get(contender)) is not None:
+            return lambda i: self._apply(other, self.inputs[i])
         if contender == self.workload.eager_name:
             return lambda i: self._apply(self.entry.plain, self.inputs[i])
         if contender == self.workload.compiled_name:
@@ -149,7 +163,8 @@ class OpBench:
 
     def _compare(self, contender: str, got: Outputs) -> None:
         for name, exact in self.exact.items():
-            where = f"{self.workload.name}, {contender}, {name}"
+            where, dtype = f"{self.workload.name}, {contender}, {name}", self.eager[name].dtype
+            assert got[name].dtype == dtype, f"{where}: is {got[name].dtype}, the reference's {dtype}"
             if exact.is_floating_point():
                 assert_close_to_float64(where, got[name], self.eager[name], exact.double())
             else:

@@ -10,6 +10,7 @@ from opbench import Inputs, OpEntry, OpWorkload, Outputs, workloads_of
 from rotation import ReplayClock
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maefast import ops, reference
 from maefast.blocks import Block
@@ -19,6 +20,7 @@ SHAPES = {"encoder": (50, 768, 12), "decoder": (197, 512, 16)}  # tokens, width,
 HUGE = {"encoder_huge": (65, 1280, 16), "decoder_huge": (257, 512, 16)}  # of ViT-H/14
 LINEARS = {"encoder_qkv": (50, 768, 2304), "decoder_fc1": (197, 512, 2048), "decoder_fc2": (197, 2048, 512)}  # tokens, in, out
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 QUICK_N, FULL_N = 4, 16
 QUICK = ("attention_decoder", "linear_decoder_fc1", "block_encoder")
 
@@ -55,6 +57,12 @@ def plain_attention(qkv: Tensor, heads: int) -> Outputs:
     return {"y": (weights @ v).transpose(1, 2).flatten(2)}
 
 
+def sdpa(kernel: SDPBackend, qkv: Tensor, heads: int) -> Outputs:
+    """Return what one of torch's kernels gives; it raises RuntimeError for what it does not take."""
+    with sdpa_kernel(kernel):
+        return {"y": ops.attention_ref(qkv, heads)}
+
+
 def fused_attention(qkv: Tensor, heads: int) -> Outputs:
     return {"y": ops.attention(qkv, heads)}
 
@@ -72,6 +80,7 @@ def attention_entry(part: str) -> OpEntry:
         bytes=lambda N, x, y: traffic.attention_bytes(N, T, D, y["y"].itemsize) if x["qkv"].is_cuda else traffic.Passes(0),
         flops=lambda N: traffic.attention_flops(N, T, D),
         backends=("native", "flash_attn", "eager"),  # eager is SDPA
+        on_gpu=tuple((f"sdpa-{name}", partial(sdpa, kernel, heads=heads)) for name, kernel in SDPA.items()),
     )
 
 

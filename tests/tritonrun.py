@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import maefast
+from maefast import ops
 from maefast.kernels import INTERPRETED
 from maefast.testing.errors import assert_close_to_float64
 
@@ -50,6 +51,29 @@ def outputs(op: Op, inputs: Tensors, dy: Incoming) -> Tensors:
     used = [(t, grad.to(t.dtype)) for t, grad in zip(outs, dys, strict=True) if grad is not None]
     grads = torch.autograd.grad([t for t, _ in used], list(leaves.values()), [grad for _, grad in used], allow_unused=True)
     return results | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+
+
+def step_inputs(N: int) -> list[Tensor]:
+    shapes = ((N, 6), (N, 3, 4, 6), (N, 3, 8), (1, 1, 8), (1, 7, 8), (N, 6, 12), (8,), (8,))
+    return [random(*shape).requires_grad_(i in (2, 3, 5, 6, 7)) for i, shape in enumerate(shapes)]
+
+
+def step(
+    noise: Tensor, imgs: Tensor, x: Tensor, mask_token: Tensor, pos_embed: Tensor, pred: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Every op but attention and products, one after the other."""
+    ids_keep, ids_restore, mask = ops.random_masking(noise, 2)
+    y = ops.unshuffle(x, ids_restore, mask_token, pos_embed)
+    normed, total = ops.add_layer_norm(ops.layer_norm(y, weight, bias), y, weight, bias)
+    return ops.gather_patches(imgs, ids_keep, 2), ops.bias_gelu(normed), total, ops.masked_mse(pred, imgs, mask, 2, True)
+
+
+def run_step(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], backend: str) -> list[Tensor]:
+    """Return the outputs and every gradient."""
+    with maefast.backend(backend):
+        patches, *outs = function(*inputs)
+        leaves, dys = [t for t in inputs if t.requires_grad], [out.detach().cos() for out in outs]
+        return [t.detach() for t in (patches, *outs, *torch.autograd.grad(outs, leaves, dys))]
 
 
 def check(op: Op, *cases: Tensors, dy: Incoming = None, exact: Op | None = None) -> None:

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(
 BF16, F16 = torch.bfloat16, torch.float16
 SMALL = [(1, 1, 32), (2, 9, 32), (3, 49, 64), (2, 50, 64), (2, 65, 80)]  # h, T, d
 LARGE = [(4, T, 32) for T in (80, 81, 197, 208, 209, 257, 288)] + [(3, T, 64) for T in (64, 80, 197)] + [(2, 80, 80)]
+LONGEST = {32: 288, 64: 208, 80: 80}
+RAGGED = [(T, d) for d in LONGEST for T in (2, 7, 63, 66, 196, 198, 256) if LONGEST[d] >= T]  # one off a tile or a model
 
 
 def run(qkv: Tensor, dout: Tensor, h: int, backend: str) -> dict[str, Tensor]:
@@ -29,8 +31,9 @@ def inputs(N: int, h: int, T: int, d: int, dtype: torch.dtype, scale: float = 1.
     return scale * torch.randn(N, T, 3 * h * d, device="cuda").to(dtype), torch.randn(N, T, h * d, device="cuda")
 
 
-def check(N: int, h: int, T: int, d: int, dtype: torch.dtype) -> None:
+def check(N: int, h: int, T: int, d: int, dtype: torch.dtype, q_scale: float = 1.0) -> None:
     qkv, dout = inputs(N, h, T, d, dtype)
+    qkv[..., : h * d] *= q_scale
     got, again = (run(qkv, dout, h, "native") for _ in range(2))
     eager, exact = run(qkv, dout, h, "eager"), run(qkv.double(), dout, h, "eager")
     for name, value in got.items():
@@ -51,9 +54,22 @@ def test_large(h, T, d, dtype):
     check(17, h, T, d, dtype)
 
 
-@pytest.mark.parametrize(("h", "T", "d"), [(2, 50, 64), (2, 197, 32)])
-def test_extreme_logits(h, T, d):
-    qkv, dout = inputs(2, h, T, d, BF16, scale=100.0)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("T", "d"), RAGGED)
+def test_large_ragged(T, d, dtype):
+    check(2, 3, T, d, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("h", "T", "d"), [(2, 50, 64), (2, 65, 80), (2, 197, 32)])
+def test_equal_scores(h, T, d, dtype):
+    check(2, h, T, d, dtype, q_scale=0.0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("h", "T", "d"), [(2, 50, 64), (2, 65, 80), (2, 197, 32)])
+def test_extreme_logits(h, T, d, dtype):
+    qkv, dout = inputs(2, h, T, d, dtype, scale=100.0)
     for name, value in run(qkv, dout, h, "native").items():
         assert value.isfinite().all(), name
 

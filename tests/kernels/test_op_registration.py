@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from tritonrun import permutations, random
+from tritonrun import permutations, random, run_step, step, step_inputs
 
-import maefast
-from maefast import ops
 from maefast.kernels import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs the interpreter or a GPU")
@@ -36,22 +34,10 @@ def test_opcheck():
         torch.library.opcheck(maefast_triton.bias_gelu_bwd.default, args, test_utils=checks)
 
 
-def step(noise, imgs, x, mask_token, pos_embed, pred):
-    ids_keep, ids_restore, mask = ops.random_masking(noise, 2)
-    y = ops.unshuffle(x, ids_restore, mask_token, pos_embed)
-    return ops.gather_patches(imgs, ids_keep, 2), y, ops.masked_mse(pred, imgs, mask, 2, True)
-
-
 def test_fullgraph_forward_and_backward():
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for N in (2, 3, 4):
-        inputs = [random(N, 6), random(N, 3, 4, 6), random(N, 3, 8), random(1, 1, 8), random(1, 7, 8), random(N, 6, 12)]
-        leaves = [inputs[i].requires_grad_() for i in (2, 3, 5)]
-        with maefast.backend("triton"):
-            results = []
-            for function in (compiled, step):
-                patches, y, loss = function(*inputs)
-                results.append([patches, y, loss, *torch.autograd.grad((y.square().sum() + loss), leaves)])
-        for got, expected in zip(*results, strict=True):
+        inputs = step_inputs(N)
+        for got, expected in zip(run_step(compiled, inputs, "triton"), run_step(step, inputs, "triton"), strict=True):
             assert torch.equal(got, expected)
