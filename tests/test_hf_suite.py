@@ -17,12 +17,12 @@ SUITE = Path("models", "vit_mae", "test_modeling_vit_mae.py")
 
 # Of transformers 5.23; a name stands for all parameters of a test.
 NOT_APPLICABLE = {
-    "test_cannot_load_with_meta_device_context_manager": "maefast can load there, and fills the model",
-    "test_eager_matches_sdpa_inference": "the parameters with `attention_mask`, which MAE has no use for",
+    "test_cannot_load_with_meta_device_context_manager": "maefast can load in this context",
+    "test_eager_matches_sdpa_inference": "the cases with `attention_mask`, which MAE does not use",
     "test_gradient_checkpointing_enable_disable": "looks for transformers' `GradientCheckpointingLayer`",
     "test_initialization": "wants `initializer_range`; maefast initialises as the official model",
     "test_model_weights_reload_no_missing_tied_weights": "a file without any weights of the model is refused",
-    "test_retain_grad_hidden_states_attentions": "attention weights are computed beside the fused attention, not on its way",
+    "test_retain_grad_hidden_states_attentions": "attention weights are computed separately from the fused attention",
     "test_sdpa_can_dispatch_non_composite_models": 'wants `_attn_implementation == "sdpa"`; maefast chooses its own',
     "test_training_gradient_checkpointing": "looks for transformers' `GradientCheckpointingLayer`",
     "test_training_gradient_checkpointing_use_reentrant_false": "the same",

@@ -56,8 +56,8 @@ def test_groups(compact, monkeypatch):
     """Several patches a program, the last program of a row with fewer, and rows longer than one block of weights."""
     from maefast.kernels import masked_mse
 
-    chosen = masked_mse.config
-    monkeypatch.setattr(masked_mse, "config", lambda *shape: chosen(*shape) | {"GROUP": 4})
+    chosen = masked_mse.launch_config
+    monkeypatch.setattr(masked_mse, "launch_config", lambda *shape: chosen(*shape) | {"GROUP": 4})
     check(op((2, 2)), run((2, 2), grid=(3, 2), N=3, compact=compact), run((2, 2), grid=(3, 2), N=3, compact=compact))
     check(op((1, 2)), run((1, 2), grid=(15, 18), C=1, N=1, K=200, compact=compact))
 
