@@ -122,8 +122,8 @@ def check_backend(op: Op, name: str, source: str) -> None:
 def binds(name: str, op: Op, device: torch.device) -> bool:
     """Return whether a request for the backend `name` applies to `op` on `device`.
 
-    It applies to each op of which the backend has a kernel: on this type of device, or on any where
-    it has none for this type.
+    It applies to each op of which the backend has a kernel on this type of device. A backend that
+    has no kernel at all there applies to all of its ops, which then refuse.
     """
     if name == "eager":
         return True

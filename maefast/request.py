@@ -49,8 +49,8 @@ _requested: str | None = checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MAE
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every op of the process on `name` within the block; "auto" lets maefast choose. Compiled
-    code notices the switch.
+    """Run the ops of the process that `name` implements on it within the block; "auto" lets maefast
+    choose. Compiled code notices the switch.
 
     Raises ValueError for an unknown name and RuntimeError where this installation has no such
     backend. An op that cannot run on it raises RuntimeError with the reason.
