@@ -8,7 +8,7 @@ namespace MAEFAST_ISA {
 namespace {
 
 // A bound on v that lets NaN through.
-inline Vec at_most(Vec v, float bound) {
+MAEFAST_INLINE Vec at_most(Vec v, float bound) {
 #if defined(MAEFAST_ISA_avx512)
   return reinterpret_cast<Vec>(
       _mm512_maskz_min_ps(kAllLanes, reinterpret_cast<__m512>(broadcast(bound)), reinterpret_cast<__m512>(v)));
@@ -17,7 +17,7 @@ inline Vec at_most(Vec v, float bound) {
 #endif
 }
 
-inline Vec at_least(Vec v, float bound) {
+MAEFAST_INLINE Vec at_least(Vec v, float bound) {
 #if defined(MAEFAST_ISA_avx512)
   return reinterpret_cast<Vec>(
       _mm512_maskz_max_ps(kAllLanes, reinterpret_cast<__m512>(broadcast(bound)), reinterpret_cast<__m512>(v)));
@@ -29,7 +29,7 @@ inline Vec at_least(Vec v, float bound) {
 // Returns 1 / v, on AVX-512 by a guess of 14 bits and, unless kNarrow, a Newton step: a division
 // takes several times as long.
 template <bool kNarrow>
-inline Vec reciprocal(Vec v) {
+MAEFAST_INLINE Vec reciprocal(Vec v) {
 #if defined(MAEFAST_ISA_avx512)
   const Vec guess = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(kAllLanes, reinterpret_cast<__m512>(v)));
   if constexpr (kNarrow) return guess;
@@ -50,7 +50,7 @@ struct Tail {
 // at z = 0. All are least-maximum fits. For fp32: 2^f to 9e-8 relative, the tail to 2e-8 absolute
 // and 4e-6 relative; narrow, for 16 bits: 3e-6, 4e-7 and 1e-4.
 template <bool kNarrow>
-inline Tail compute_tail(Vec v) {
+MAEFAST_INLINE Tail compute_tail(Vec v) {
   constexpr float kMax = 3.402823466e38f;  // infinity times a bell of zero would be NaN
   const Vec z = at_most(reinterpret_cast<Vec>(reinterpret_cast<VecU>(v) & 0x7fffffffu), kMax);
   constexpr float kHalfLog2E = 0.72134752044f;
@@ -73,10 +73,10 @@ inline Tail compute_tail(Vec v) {
 }
 
 // v cdf(v) = max(v, 0) - z cdf(-z)
-inline Vec gelu(Vec v, const Tail& at) { return at_least(v, 0.0f) - at.z * (at.bell * at.ratio); }
+MAEFAST_INLINE Vec gelu(Vec v, const Tail& at) { return at_least(v, 0.0f) - at.z * (at.bell * at.ratio); }
 
 // cdf(v) + v density(v); for z it is one less what it is for -z
-inline Vec gelu_slope(Vec v, const Tail& at) {
+MAEFAST_INLINE Vec gelu_slope(Vec v, const Tail& at) {
   constexpr float kInvSqrt2Pi = 0.39894228040f;
   const Vec left = at.bell * (at.ratio - kInvSqrt2Pi * at.z);
   return v < 0.0f ? left : 1.0f - left;

@@ -29,7 +29,7 @@ namespace MAEFAST_ISA {
 namespace {
 
 template <typename In>
-inline Vec pixel(Vec v, float scale, float shift) {
+MAEFAST_INLINE Vec pixel(Vec v, float scale, float shift) {
   if constexpr (sizeof(In) == 1) return v * broadcast(scale) + broadcast(shift);
   return v;
 }

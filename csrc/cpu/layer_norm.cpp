@@ -31,7 +31,7 @@ inline Vec load_as(Part part, const Rows& rows, int64_t row, int64_t i) {
 }
 
 template <typename Part>
-inline void store_as(Part part, void* out, DType dtype, int64_t i, Vec v) {
+MAEFAST_INLINE void store_as(Part part, void* out, DType dtype, int64_t i, Vec v) {
   visit_float(dtype, [&](auto value) { part.store(static_cast<decltype(value)*>(out) + i, v); });
 }
 

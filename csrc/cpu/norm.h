@@ -23,7 +23,7 @@ struct Mean {
   Vec center, residue;
 };
 
-inline Vec normalise(Vec x, Mean mean, Vec rstd) { return ((x - mean.center) - mean.residue) * rstd; }
+MAEFAST_INLINE Vec normalise(Vec x, Mean mean, Vec rstd) { return ((x - mean.center) - mean.residue) * rstd; }
 
 // The mean of a row, center + residue, and its variance: from the first two moments about center.
 struct Moments {

@@ -23,7 +23,7 @@ struct Product {
 };
 
 template <bool kPairs>
-inline Vec multiply_add(const float* a, Vec b, Vec c) {
+MAEFAST_INLINE Vec multiply_add(const float* a, Vec b, Vec c) {
 #ifdef __AVX512BF16__
   if constexpr (kPairs) {
     int32_t pair;

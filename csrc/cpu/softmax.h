@@ -7,17 +7,17 @@ namespace maefast::cpu::MAEFAST_ISA {
 namespace {
 
 #ifdef __AVX512BF16__
-inline VecU16 round_to_bf16(Vec v) { return reinterpret_cast<VecU16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))); }
+MAEFAST_INLINE VecU16 round_to_bf16(Vec v) { return reinterpret_cast<VecU16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))); }
 #endif
 
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+MAEFAST_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-inline float largest(Vec v) {
+MAEFAST_INLINE float largest(Vec v) {
   return fold_lanes<kLanes>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // 2^x for x <= 0 by the minimax polynomial of degree 6, within 2 ulp; 0 far below, -inf included.
-inline Vec exp2_of_negative(Vec x) {
+MAEFAST_INLINE Vec exp2_of_negative(Vec x) {
 #ifdef MAEFAST_ISA_avx512
   // 2^(x - floor(x)) * 2^floor(x). GCC 12 warns of the unmasked forms.
   const __m512 exponent = reinterpret_cast<__m512>(x);

@@ -38,6 +38,10 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 1;
 #endif
 
+// For functions that take a vector by value: GCC 12 pushes one of a single lane onto the stack, and
+// in a loop does not take it off again.
+#define MAEFAST_INLINE [[gnu::always_inline]] inline
+
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
@@ -111,9 +115,9 @@ inline Vec load(const uint8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(bytes, VecI), Vec);
 }
 
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+MAEFAST_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store(bf16* p, Vec v) {
+MAEFAST_INLINE void store(bf16* p, Vec v) {
   const VecU bits = reinterpret_cast<VecU>(v);
   const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const VecU quiet = (bits >> 16) | 0x40;
@@ -121,7 +125,7 @@ inline void store(bf16* p, Vec v) {
   std::memcpy(p, &out, sizeof out);
 }
 
-inline void store(f16* p, Vec v) {
+MAEFAST_INLINE void store(f16* p, Vec v) {
 #if defined(MAEFAST_ISA_avx512)
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAllLanes, reinterpret_cast<__m512>(v), kNearest));
@@ -158,7 +162,7 @@ inline Vec load_first(const T* p, int64_t n) {
 }
 
 template <typename T>
-inline void store_first(T* p, Vec v, int64_t n) {
+MAEFAST_INLINE void store_first(T* p, Vec v, int64_t n) {
   T lanes[kLanes];
   store(lanes, v);
   std::memcpy(p, lanes, n * sizeof(T));
@@ -166,7 +170,7 @@ inline void store_first(T* p, Vec v, int64_t n) {
 
 // Stores past the caches, for outputs larger than L3; p must be aligned to the vector. A kernel
 // that streams ends with stream_fence().
-inline void stream(float* p, Vec v) {
+MAEFAST_INLINE void stream(float* p, Vec v) {
 #if defined(MAEFAST_ISA_avx512)
   _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
 #elif defined(MAEFAST_ISA_avx2)
@@ -199,7 +203,7 @@ class Scratch {
 };
 
 template <int N>
-inline Vec polynomial(Vec v, const float (&coefficients)[N]) {  // the highest power first
+MAEFAST_INLINE Vec polynomial(Vec v, const float (&coefficients)[N]) {  // the highest power first
   Vec p = broadcast(coefficients[0]);
 #pragma GCC unroll 8
   for (int i = 1; i < N; ++i) p = p * v + coefficients[i];
@@ -208,7 +212,7 @@ inline Vec polynomial(Vec v, const float (&coefficients)[N]) {  // the highest p
 
 // Folds all lanes into one by halves: combine(a, b) takes vectors of every width.
 template <int N, typename V, typename Combine>
-inline float fold_lanes(V v, Combine combine) {
+MAEFAST_INLINE float fold_lanes(V v, Combine combine) {
   if constexpr (N == 1) {
     return v[0];
   } else {
@@ -219,7 +223,7 @@ inline float fold_lanes(V v, Combine combine) {
   }
 }
 
-inline float sum(Vec v) {
+MAEFAST_INLINE float sum(Vec v) {
   return fold_lanes<kLanes>(v, [](auto a, auto b) { return a + b; });
 }
 
