@@ -43,15 +43,18 @@ def compiled(folder: Path, sources: Sequence[Path], *more: str) -> ctypes.CDLL:
 
 
 def linked(folder: Path) -> Path:
-    """Make a tree of links to the sources and return its csrc/cuda, where mma.cuh, whose PTX no CPU runs, is the emulator's."""
+    """Make a tree of links to the sources and return its csrc/cuda. mma.cuh, whose PTX no CPU runs, and gemm/multiply.cuh, whose
+    wgmma none does, are the emulator's there."""
     cuda = folder / "csrc" / "cuda"
-    cuda.mkdir(parents=True)
+    (cuda / "gemm").mkdir(parents=True)
     (folder / "maefast").symlink_to(ROOT / "maefast")
-    for path in (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*")):
-        (cuda if path.parent.name == "cuda" else cuda.parent).joinpath(path.name).symlink_to(path)
-    (cuda / "mma.cuh").unlink()
-    (cuda / "mma.cuh").symlink_to(HERE / "mma.cuh")
-    (cuda / "attention_c.cpp").symlink_to(HERE / "attention_c.cpp")
+    replaced = {"mma.cuh": cuda, "multiply.cuh": cuda / "gemm", "attention_c.cpp": cuda}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        there = folder / path.relative_to(ROOT)
+        if there.parent.is_dir() and path.name not in replaced:
+            there.symlink_to(path)
+    for name, there in replaced.items():
+        (there / name).symlink_to(HERE / name)
     return cuda
 
 

@@ -8,7 +8,7 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import HERE, ROOT, compiled, cuda, needs_emulator
+from emulated import HERE, compiled, cuda, linked, needs_emulator
 from support import LAYOUTS, at_the_edge
 from torch import Tensor
 
@@ -24,8 +24,11 @@ pytestmark = [needs_emulator, pytest.mark.usefixtures("emulator")]
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory) -> ctypes.CDLL:
-    sources = [HERE / "multiply.cpp", ROOT / "csrc" / "cuda" / "gemm" / "linear.cu"]
-    return compiled(tmp_path_factory.mktemp("gemm"), sources, "-ffp-contract=off")
+    folder = tmp_path_factory.mktemp("gemm")
+    gemm = linked(folder) / "gemm"
+    instances = gemm / "instances.cpp"
+    instances.write_text("".join(f'#include "{path.name}"\n' for path in sorted(gemm.glob("*_*.cu"))))
+    return compiled(folder, [HERE / "multiply.cpp", gemm / "linear.cu", instances], "-ffp-contract=off")
 
 
 def every(dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,7 @@
 #include "multiply.cuh"
 
-template cudaError_t maefast::cuda::gemm::multiply<maefast::cuda::gemm::Epilogue::gelu, maefast::cuda::DType::bf16>(
-    const maefast::cuda::gemm::Multiply&, cudaStream_t);
+namespace maefast::cuda::gemm {
+
+template cudaError_t multiply<Epilogue::gelu, DType::bf16>(const Multiply&, cudaStream_t);
+
+}  // namespace maefast::cuda::gemm
