@@ -29,6 +29,7 @@ WORK = ROOT / "build" / "wheels"
 PYTHONS = os.environ.get("PYTHONS", "3.10 3.11 3.12 3.13").split()
 TESTS = ("tests/ops", "-k", "unshuffle or random_masking or masked_mse")
 
+# Run by python -I: the folder it runs in may hold the sources.
 LOAD = """
 import ctypes, importlib.util
 library = ctypes.CDLL(importlib.util.find_spec("maefast").submodule_search_locations[0] + "/libmaefast.so")
@@ -96,7 +97,7 @@ def build() -> None:
         for version, python in pythons():
             python = install(version, python, "--no-deps", wheel)
             run([python, "-m", "compileall", "-q", python.parent.parent / f"lib/python{version}/site-packages/maefast"])
-            isa = output(python, "-c", LOAD, env=os.environ | {"LD_LIBRARY_PATH": str(torch / "lib")}).strip()
+            isa = output(python, "-I", "-c", LOAD, env=os.environ | {"LD_LIBRARY_PATH": str(torch / "lib")}).strip()
             print(f"  Python {version}: installs and loads, kernels for {isa}")
 
 
