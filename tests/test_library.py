@@ -135,6 +135,7 @@ def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package)
 
 def test_explain_names_the_native_objects(native_package):
     code = "import torch; torch.version.cuda = None; import maefast; maefast.explain()"
+    (native_package / "maefast" / "libmaefast_cuda.so").unlink(missing_ok=True)
     _, cpu, cuda, *_ = run_python(code, native_package).stdout.splitlines()
     kernels = "scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar"
     assert re.fullmatch(rf"libmaefast\.so: \S+ [\d.]+, kernels for {kernels}", cpu)
