@@ -1,12 +1,14 @@
 """Time this checkout against another one, in one rotation.
 
 `python benchmarks/versions.py OTHER [--full] [--out FILE]` writes results/<machine>/versions.json. OTHER is a checkout
-with its library built in place. Each has a process of its own; only one of the two runs at a time, by turns. A group is
-compared where both checkouts have it, with the contender that a user gets.
+with its library built in place. Each has a process of its own. They take turns, and the one that waits is stopped: idle
+OpenMP threads would otherwise spin on the cores of the other. A turn is an untimed run and 30 ms of timed ones. A group
+is compared where both checkouts have it, with the contender that a user gets.
 """
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,6 +18,9 @@ from pathlib import Path
 MODULES = ("test_ops", "test_blocks", "test_step")
 MINE = ("maefast", "maefast-auto", "maefast-native")  # names of the contender, the preferred one first
 SETS, WARM_UP = 3, 2
+TURN = 0.03  # seconds
+# Freed memory is kept: whether glibc maps a tensor anew would depend on what ran before it.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
 
 
 class Checkout:
@@ -24,7 +29,7 @@ class Checkout:
     def __init__(self, root: Path, full: bool):
         path = os.pathsep.join(map(str, (root, root / "benchmarks", root / "tests")))
         command = [sys.executable, __file__, "--serve", *(["--full"] if full else [])]
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | MALLOC
         self.process = subprocess.Popen(
             command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -32,10 +37,12 @@ class Checkout:
     def ask(self, *words: object) -> str:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGCONT)
         print(*words, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the benchmarks of {self.process.args} ended with {self.process.wait()}")
+        self.process.send_signal(signal.SIGSTOP)
         return answer.strip()
 
 
@@ -60,7 +67,11 @@ def serve(full: bool) -> None:
             case ["run", i]:
                 started = time.perf_counter()
                 run(int(i))
-                answer = time.perf_counter() - started
+                repeats = max(1, int(TURN / (time.perf_counter() - started)))
+                started = time.perf_counter()
+                for _ in range(repeats):
+                    run(int(i))
+                answer = (time.perf_counter() - started) / repeats
         print(answer, file=answers, flush=True)
 
 
@@ -104,6 +115,8 @@ def main() -> None:
         if name in theirs:
             rows.append(compare(name, checkouts, args.rounds))
             print("{group:32} {this_seconds:.3g} s, the other {other_over_this:.3f} x as long".format(**rows[-1]), flush=True)
+    for checkout in checkouts.values():
+        checkout.process.kill()
     info = machine.describe(torch.device("cpu")) | {"other": commit(args.other), "size": "full" if args.full else "quick"}
     print(report.write_rows("versions", info, rows, args.out))
 
