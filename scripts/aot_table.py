@@ -4,8 +4,8 @@ docs/kernels.csv.
     python scripts/aot_table.py [--jobs 2]
 
 Needs Triton and nvcc (on PATH or in CUDACXX). Exits with 1 where a kernel keeps something in local
-memory that SPILLS does not explain, stores fewer than 8 bytes at a time where NARROW_STORES does
-not, or rounds fp32 to TF32.
+memory, stores fewer than 8 bytes at a time where NARROW_STORES of tests/aot_cases.py does not
+explain it, or rounds fp32 to TF32.
 """
 
 import argparse

@@ -139,7 +139,7 @@ def named(symbol: str) -> tuple[str, str, str]:
     said = re.sub(r"\(anonymous namespace\)::|maefast::cuda::|^void ", "", said)
     said = re.sub(r"\b(Forward|Backward)<(\d+)>", lambda line: _tile(line[1].upper(), int(line[2])), said)
     kernel, arguments = re.match(r"(\w+)(?:<(.*)>)?\(", said).groups()
-    values = arguments.split(", ") if arguments else []
+    values = arguments.strip().split(", ") if arguments else []
     dtypes = [_DTYPES[value] for value in values if value in _DTYPES]
     return kernel, " ".join(value for value in values if value not in _DTYPES), " ".join(dtypes)
 

@@ -23,20 +23,8 @@ TYPES = {  # of the residual stream, mask token and positions, or of images; of 
 }
 
 
-# Kernel, and the constants that its template begins with -> bytes of local memory a thread that it may take, and why.
-SPILLS = {
-    "attention_bwd_long_kernel 64 208": (48, "416 threads leave 128 registers to each"),
-    "attention_bwd_long_kernel 32 208": (16, "two blocks of 224 threads leave 128 registers to each"),
-    "attention_bwd_long_kernel 32 288": (8, "three of nine warps on one scheduler leave 168 registers a thread"),
-    "attention_fwd_kernel 80 72": (16, "three blocks of 160 threads leave 128 registers to each"),
-    "attention_fwd_kernel 32 288": (16, "three of nine warps on one scheduler leave 168 registers a thread"),
-    "attention_fwd_kernel 32 64": (16, "six blocks of 128 threads leave 80 registers to each"),
-    "masked_mse_fwd_kernel": (8, "its launch bounds leave 64 registers to each thread"),
-}
 # Kernel -> stores of fewer than 8 bytes in its machine code, and what they store.
 NARROW_STORES = {
-    "attention_bwd_long_kernel": (1, "sums of a sample"),
-    "attention_bwd_row_kernel": (1, "sums of a sample"),
     "attention_fwd_kernel": (4, "the log-sum-exp of a row"),
     "column_sum_kernel": (1, "sums over chunks"),
     "gather_patches_kernel": (1, "a mask"),
@@ -57,8 +45,7 @@ NARROW_STORES = {
 
 def problems(kernel: str, shape: str, stack: int, stores: Mapping[int, int]) -> list[str]:
     """shape: the case, or the constants of a template; one that is 1 or 2 alone is the kernel for what cannot be read wider."""
-    spilt = next((most for name, (most, _) in SPILLS.items() if f"{kernel} {shape} ".startswith(f"{name} ")), 0)
-    found = [f"{kernel} of {shape} keeps {stack} bytes a thread in local memory"] if stack > spilt else []
+    found = [f"{kernel} of {shape} keeps {stack} bytes a thread in local memory"] if stack else []
     narrow = sum(count for width, count in stores.items() if width < 8)
     if shape not in ("1", "2") and narrow > NARROW_STORES.get(kernel, (0, ""))[0]:
         found.append(f"{kernel} of {shape} has {narrow} stores of fewer than 8 bytes")

@@ -5,12 +5,14 @@ import ctypes
 import pytest
 import torch
 from emulated import compiled, cuda, linked, needs_emulator
+from support import at_the_edge
 from torch import Tensor
 
 from maefast import ops, tuned
 from maefast.testing.errors import assert_close_to_float64
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
 pytestmark = [needs_emulator, pytest.mark.usefixtures("emulator", "poisoned")]
 
 
@@ -36,7 +38,7 @@ def by_torch(qkv: Tensor, dout: Tensor, h: int, dtype: torch.dtype) -> dict[str,
 
 
 ROWS = {  # T of each tile's ends and of rows that do not fill it, by head width
-    32: (1, 16, 49, 64, 65, 80, 81, 197, 208, 209, 257, 288),
+    32: (1, 16, 49, 64, 65, 80, 81, 113, 197, 208, 209, 257, 288),
     64: (7, 50, 56, 64, 80, 100, 197, 208),
     80: (33, 64, 65, 72, 80),
 }
@@ -44,50 +46,65 @@ ROWS = {  # T of each tile's ends and of rows that do not fill it, by head width
 
 @pytest.mark.parametrize(("d", "T"), [(d, T) for d, lengths in ROWS.items() for T in lengths])
 def test_attention(emulator, d, T):
-    """By the error rule; and not a bit depends on what shared memory held before the launch."""
+    """By the error rule. Not a bit depends on what shared memory held before the launch, nor on the order of the threads."""
     dtype = F16 if T % 8 == 0 else BF16
     N, h = (1, 1) if T > 80 else (3, 2)
     qkv, dout = torch.randn(N, T, 3 * h * d).to(dtype), torch.randn(N, T, h * d).to(dtype)
     results = []
-    for seed in (7, 1, 0):
-        emulator.emulator_seed(seed)
-        results.append(attention(qkv, dout, h))
+    try:
+        for seed, reverse in ((7, False), (1, True), (0, False)):
+            emulator.emulator_seed(seed)
+            emulator.emulator_reverse(reverse)
+            results.append(attention(qkv, dout, h))
+    finally:
+        emulator.emulator_seed(0)
+        emulator.emulator_reverse(False)
     eager, exact = by_torch(qkv, dout, h, dtype), by_torch(qkv, dout, h, torch.float64)
     for name, value in results[0].items():
-        assert all(torch.equal(value, other[name]) for other in results), f"{name} depends on what was in shared memory"
+        assert all(torch.equal(value, other[name]) for other in results), f"{name} depends on memory or order"
         assert_close_to_float64(f"T = {T}, d = {d}, {name}", value, eager[name], exact[name])
 
 
-def alternatives() -> list[tuple[str, int, int, int]]:
-    """Table, head width, tokens and number of each line of attention_tiles.inc that is not the first for its rows."""
+def tiles() -> list[tuple[str, int, int, int]]:
+    """Table, head width, tokens and number of each line of attention_tiles.inc."""
     found = []
     for table, lines in tuned.attention_tables().items():
         for i, line in enumerate(lines):
             d, T = line["head_width"], line["tokens"]
-            number = sum(other["head_width"] == d and other["tokens"] >= T for other in lines[:i])
-            found += [(table, d, T, number)] if number else []
+            found.append((table, d, T, sum(other["head_width"] == d and other["tokens"] >= T for other in lines[:i])))
     return found
 
 
-@pytest.mark.parametrize(("table", "d", "longest", "tile"), alternatives())
-def test_alternative_tiles_of_attention(emulator, table, d, longest, tile):
-    """By the error rule, over more heads than CTAs fit; rows that fill the tile and rows that do not."""
+@pytest.mark.parametrize(("table", "d", "longest", "tile"), tiles())
+def test_each_tile(emulator, table, d, longest, tile):
+    """By the error rule, over more heads than CTAs fit; rows that fill the tile and rows that do not.
+
+    All tensors lie up against pages that may not be touched, and every value of the outputs is written.
+    """
     N, h = 3, 2
-    for T in (longest, longest - 11):
-        qkv, dout = torch.randn(N, T, 3 * h * d).bfloat16(), torch.randn(N, T, h * d).bfloat16()
+    for T, end in ((longest, True), (longest - 11, False)):
+
+        def placed(t: Tensor, end: bool = end) -> Tensor:
+            return at_the_edge(t, end)
+
+        qkv, dout = placed(torch.randn(N, T, 3 * h * d).bfloat16()), placed(torch.randn(N, T, h * d).bfloat16())
         sizes = (ctypes.c_int64(N), T, h, d, 1)
-        out, lse = cuda.attention_fwd(None, qkv, h)
-        pointers = {name: ctypes.c_void_p(t.data_ptr()) for name, t in {"qkv": qkv, "out": out, "lse": lse, "dout": dout}.items()}
+        out, lse = map(placed, cuda.attention_fwd(None, qkv, h))
         if table == "FORWARD":
             got = {"out": torch.full_like(out, torch.nan), "lse": torch.full_like(lse, torch.nan)}
-            outputs = [ctypes.c_void_p(t.data_ptr()) for t in got.values()]
-            assert emulator.attention_c_fwd(pointers["qkv"], *outputs, *sizes, tile, None) == 0
+            run, inputs = emulator.attention_c_fwd, (qkv,)
+        else:
+            partial, total = torch.full((N, 3 * h * d), torch.nan), torch.full((3 * h * d,), torch.nan)
+            got = {"dqkv": torch.full_like(qkv, torch.nan), "partial": partial, "dqkv_sum": total}
+            run, inputs = emulator.attention_c_bwd, (qkv, out, lse, dout)
+        got = {name: placed(t) for name, t in got.items()}
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (*inputs, *got.values()))
+        assert run(*pointers, *sizes, tile, None) == 0
+        if table == "FORWARD":
             torch.testing.assert_close(got.pop("lse"), lse, rtol=1e-5, atol=1e-5)
         else:
-            partial = torch.full((N, 3 * h * d), torch.nan)
-            got = {"dqkv": torch.full_like(qkv, torch.nan), "dqkv_sum": torch.full((3 * h * d,), torch.nan)}
-            outputs = [ctypes.c_void_p(t.data_ptr()) for t in (got["dqkv"], partial, got["dqkv_sum"])]
-            assert emulator.attention_c_bwd(*pointers.values(), *outputs, *sizes, tile, None) == 0
+            first, second, third = got.pop("partial")
+            assert torch.equal(first + second + third, got["dqkv_sum"])
         eager, exact = by_torch(qkv, dout, h, BF16), by_torch(qkv, dout, h, torch.float64)
         for name, value in got.items():
             assert_close_to_float64(f"T = {T}, {name}", value, eager[name], exact[name])

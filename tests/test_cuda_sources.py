@@ -18,6 +18,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Compiled together: torch's headers, read once for the host and once for the GPU, take longer than most of the kernels.
 UNITS = (("attention", "random_masking"), ("gather_patches", "masked_mse", "unshuffle"))
 
+sys.path.append(str(ROOT / "scripts"))  # aot_table
+
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on PATH")
 
 # What torch_cuda would provide: without a GPU nothing gets as far as a launch.
@@ -97,6 +99,30 @@ def test_no_spills_and_no_narrow_stores(objects):
             found += aot_cases.problems(kernel, shape, int(stack), accesses[symbol][1])
     assert {("attention_fwd_kernel", "32"), ("gather_patches_kernel", "8"), ("random_masking_kernel", "")} <= kernels
     assert not found
+
+
+FAULTY = """
+__global__ void faulty_kernel(float* y, const float* x, int n) {
+  float kept[16];  // indexed at run time: not in registers
+  for (int i = 0; i < 16; ++i) kept[i] = x[i] * x[i + n];
+  y[threadIdx.x] = kept[n];
+}
+__global__ void sound_kernel(float4* y, const float4* x) { __stcg(y + threadIdx.x, x[threadIdx.x]); }
+"""
+
+
+def test_what_the_table_must_not_have(tmp_path):
+    """`make test-aot` ends with 1 where a source of csrc/cuda spills or stores 4 bytes at a time."""
+    pytest.importorskip("triton")
+    aot_table = pytest.importorskip("aot_table")
+    source = tmp_path / "faulty.cu"
+    source.write_text(FAULTY)
+    found, problems = aot_table.of_cuda(NVCC, source, 90)
+    assert {kernel: cell.stores for (kernel, _, _), cell in found.items()} == {"faulty_kernel": "4:1", "sound_kernel": "16:1"}
+    assert problems == [
+        "faulty_kernel of  keeps 64 bytes a thread in local memory on sm_90",
+        "faulty_kernel of  has 1 stores of fewer than 8 bytes on sm_90",
+    ]
 
 
 def test_entries(objects, tmp_path):

@@ -63,6 +63,7 @@ cudaError_t start(const AttentionFwd& a, cudaStream_t stream) {
 
 template <typename Element, typename Line>
 cudaError_t start(const AttentionBwd& a, cudaStream_t stream) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(a.d));
   const BackwardArgs args{
       .qkv = static_cast<const uint16_t*>(a.qkv),
       .out = static_cast<const uint16_t*>(a.out),
@@ -72,7 +73,8 @@ cudaError_t start(const AttentionBwd& a, cudaStream_t stream) {
       .sums = a.partial,
       .T = a.T,
       .h = a.h,
-      .scale = 1.0f / std::sqrt(static_cast<float>(a.d)),
+      .scale = scale,
+      .scale_log2 = scale * kLog2e,
   };
   if constexpr (Line::kTile.rowwise) {
     return launch_tile<Line>(attention_bwd_row_kernel<Element, Line>, a.N, args, stream);

@@ -12,7 +12,7 @@ struct BackwardArgs {
   uint16_t* dqkv;             // [N, T, 3*h*D]
   float* sums;                // [N, 3*h*D] of the columns of dqkv over the tokens of a sample, or null
   int T, h, ahead;            // ahead: CTAs from one to the next on its SM
-  float scale;
+  float scale, scale_log2;    // scale_log2: times log2(e)
 };
 
 // Asks for the rows that the CTA of head `task` will read, 64 bytes at a time.
@@ -31,15 +31,21 @@ __device__ __forceinline__ void prefetch_rows(const BackwardArgs& a, int64_t tas
   }
 }
 
-// The sums that each of `warps` warps has left as [3, D] floats, `stride` bytes apart from `first` on, added in their order.
-template <int D>
-__device__ __forceinline__ void store_sums(const BackwardArgs& a, uint32_t first, int stride, int warps) {
+// Writes the sums of the columns of dQ, dK and dV, k = 0, 1, 2: partial(k, column, i) is where four of `parts(k)` partial sums lie
+// in shared memory, which are added in the order of i.
+template <int D, typename Parts, typename Partial>
+__device__ __forceinline__ void store_sums(const BackwardArgs& a, const Parts& parts, const Partial& partial) {
   const int64_t n = blockIdx.x / a.h;
   const int head = blockIdx.x % a.h, width = a.h * D;
-  for (int i = threadIdx.x; i < 3 * D; i += blockDim.x) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < warps; ++warp) sum += ld_shared(first + warp * stride + i * 4);
-    a.sums[n * 3 * width + i / D * width + head * D + i % D] = sum;
+  for (int i = threadIdx.x * 4; i < 3 * D; i += blockDim.x * 4) {
+    const int k = i / D, column = i % D;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int part = 0; part < parts(k); ++part) {
+      float v[4];
+      ld_shared_v4(v, partial(k, column, part));
+      sum = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
+    }
+    __stcg(reinterpret_cast<float4*>(a.sums + n * 3 * width + k * width + head * D + column), sum);
   }
 }
 

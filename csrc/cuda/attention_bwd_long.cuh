@@ -19,37 +19,36 @@ __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// 16 * kBlocks rows of K or V as A fragments: kept in registers, or loaded whenever they are needed.
-template <int D, int kBlocks, bool kKeep>
+// 16 * kBlocks rows of K or V, from row kRow0 of a block on, as A fragments: kept in registers, or loaded whenever they are needed.
+template <int D, int kBlocks, int kRow0, bool kKeep>
 class Rows {
   using Address = Block<D, Order::kRowMajor>;
-  Address address_;
-  int row0_;
-  uint32_t kept_[kKeep ? kBlocks : 1][D / 16][4];
+  uint32_t kept_[kKeep ? kBlocks : 1][D / 16][4] = {};
 
  public:
-  __device__ __forceinline__ Rows(const Address& address, int row0) : address_(address), row0_(row0) {
+  __device__ __forceinline__ explicit Rows(const Address& block) {
     if constexpr (kKeep) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(kept_[b][ks], address(row0 + 16 * b, 2 * ks));
+        for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(kept_[b][ks], block(kRow0 + 16 * b, 2 * ks));
       }
     }
   }
-  __device__ __forceinline__ void get(uint32_t (&a)[4], int b, int ks) const {
+  __device__ __forceinline__ void get(uint32_t (&a)[4], const Address& block, int b, int ks) const {
     if constexpr (kKeep) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = kept_[b][ks][i];
     } else {
-      ldmatrix_x4(a, address_(row0_ + 16 * b, 2 * ks));
+      ldmatrix_x4(a, block(kRow0 + 16 * b, 2 * ks));
     }
   }
 };
 
 // out[b] (16 keys, 16 queries) = keys (16 * kBlocks, D) * rows [row0, row0 + 16) of a tile (queries, D)^T + start (per query)
-template <typename Element, int D, int kBlocks, bool kKeep>
-__device__ __forceinline__ void key_scores(float (&out)[kBlocks][2][4], const Rows<D, kBlocks, kKeep>& keys,
+template <typename Element, int D, int kBlocks, typename Keys>
+__device__ __forceinline__ void key_scores(float (&out)[kBlocks][2][4], const Keys& keys,
+                                           const Block<D, Order::kRowMajor>& key_block,
                                            const Block<D, Order::kColMajor>& block, int row0, uint32_t start) {
   float first[2][4];
 #pragma unroll
@@ -61,7 +60,7 @@ __device__ __forceinline__ void key_scores(float (&out)[kBlocks][2][4], const Ro
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       uint32_t a[4];
-      keys.get(a, b, ks);
+      keys.get(a, key_block, b, ks);
 #pragma unroll
       for (int i = 0; i < 2; ++i) Element::mma_m16n8k16(out[b][i], a, q[2 * i], q[2 * i + 1], ks == 0 ? first[i] : out[b][i]);
     }
@@ -86,18 +85,17 @@ __device__ __forceinline__ void accumulate(float (&acc)[kBlocks][D / 8][4], cons
 
 // grid N * h, 32 * ceil(T / warp_rows) threads
 template <typename Element, typename Line>
-__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_bwd_long_kernel(BackwardArgs a) {
+__global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMultiprocessorBytes))
+    attention_bwd_long_kernel(BackwardArgs a) {
   constexpr BackwardTile kTile = Line::kTile;
   constexpr int D = kTile.head_width, kBlocks = kTile.warp_rows / kMmaRows, kRows = kTile.tile_rows,
                 kChunk = kTile.chunk / kMmaRows, kTileBytes = kTile.tile_bytes();
   // Q, K, V, dO, dS, what P and dS start from, and 16 rows for each warp's results
   const uint32_t q_tile = shared_address(shared<uint4>()), v_tile = q_tile + 2 * kTileBytes, do_tile = v_tile + kTileBytes,
                  ds_tile = do_tile + kTileBytes, stats = ds_tile + kTile.score_bytes();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, row0 = warp * kTile.warp_rows;
   const int64_t n = blockIdx.x / a.h;
   const int T = a.T, head = blockIdx.x % a.h, width = a.h * D;
   const int blocks = (T + 15) / 16, rows = blocks * 16;
-  const float scale = a.scale, scale_log2 = scale * kLog2e;
 
   load_tiles<D, 3, kTileBytes>(q_tile, a.qkv + n * T * 3 * width + head * D, 3 * width, width, T, rows);
   load_tiles<D, 1, kTileBytes>(do_tile, a.dout + n * T * width + head * D, width, width, T, rows);
@@ -135,7 +133,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
     for (int step = 1; step < kPerRow; step *= 2) delta += __shfl_xor_sync(kAllLanes, delta, step);
     if (i % kPerRow == 0) {
       // exp2(scale_log2 * (s + start)) is P; past T it is nothing.
-      const float start = row < T ? a.lse[blockIdx.x * static_cast<int64_t>(T) + row] / -scale : -INFINITY;
+      const float start = row < T ? a.lse[blockIdx.x * static_cast<int64_t>(T) + row] / -a.scale : -INFINITY;
       const uint32_t at = stats + row / 2 * 16 + row % 2 * 4;
       st_shared(at, start);
       st_shared(at + 8, start);
@@ -145,11 +143,12 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   }
 
   // The tiles lie one after the other: row r of K is row kRows + r of Q, and so on.
-  constexpr int kK = kRows, kV = 2 * kRows, kDo = 3 * kRows;
-  Block<D, Order::kRowMajor> row_block(q_tile);
-  Block<D, Order::kColMajor> col_block(q_tile);
-  const Rows<D, kBlocks, kTile.keep_k> k(row_block, kK + row0);
-  const Rows<D, kBlocks, kTile.keep_v> v(row_block, kV + row0);
+  constexpr int kK = kRows, kV = 2 * kRows, kDo = 3 * kRows, kStride = Tile<D>::kStride;
+  const auto key_block = [&](unsigned thread) {
+    return Block<D, Order::kRowMajor>(q_tile + thread / kWarp * kTile.warp_rows * kStride, thread % kWarp);
+  };
+  const Rows<D, kBlocks, kK, kTile.keep_k> k(key_block(threadIdx.x));
+  const Rows<D, kBlocks, kV, kTile.keep_v> v(key_block(threadIdx.x));
   float dk[kBlocks][D / 8][4], dv[kBlocks][D / 8][4];
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -159,55 +158,71 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   __syncthreads();
 
   constexpr int kScoreStride = Tile<kChunk * 16>::kStride;
-  uint32_t ds_store = block_address<kChunk * 16, Order::kRowMajor>(ds_tile, 0) + row0 * kScoreStride,
-           start = stats + lane % 4 * 16;
-  const int left = T - row0 - lane / 4;
-  uint16_t* dst = a.dqkv + n * T * 3 * width + head * D;
+  constexpr bool kOneChunk = kTile.chunk >= kTile.tokens;
+  const auto rows_of = [&](int row) { return a.dqkv + (n * T + row) * 3 * width + head * D; };
   // Rows of V that only this warp has read, once it has them in registers.
-  const uint32_t stage = kTile.keep_v ? v_tile + row0 * D * 2 : stats + kTile.stats_bytes() + warp * 16 * D * 2;
-  const float one[2] = {1.0f, 1.0f}, scales[2] = {scale, scale};
-  ColumnSums<Element, D> dq_sums;
+  const uint32_t stages = kTile.keep_v ? v_tile : stats + kTile.stats_bytes();
+  constexpr int kStageBytes = (kTile.keep_v ? kTile.warp_rows : kMmaRows) * D * 2;
+  const float one[2] = {1.0f, 1.0f}, scales[2] = {a.scale, a.scale};
+  // The sums of 16 rows of dQ lie where those queries had what P and dS start from.
+  static_assert(D <= 64);
+  const auto dq_sums_at = [&](int block, int column) {
+    return stats + block * 128 + column / 32 * kRows * 8 + column % 32 * 4;
+  };
 
+  // The registers are full of dK and dV. What a thread computes from its index is computed anew for each chunk.
 #pragma unroll 1
   for (int first = 0; first < blocks; first += kChunk) {
-    const int count = min(kChunk, blocks - first);
+    const int count = kOneChunk ? blocks : min(kChunk, blocks - first);
+    {
+      const unsigned thread = thread_anew();
+      const int lane = thread % kWarp, row0 = thread / kWarp * kTile.warp_rows;
+      const int left = T - row0 - lane / 4;
+      const auto keys = key_block(thread);
+      Block<D, Order::kRowMajor> row_block(q_tile + first * 16 * kStride, lane);
+      Block<D, Order::kColMajor> col_block(q_tile + first * 16 * kStride, lane);
+      uint32_t ds_store = block_address<kChunk * 16, Order::kRowMajor>(ds_tile, 0, lane) + row0 * kScoreStride;
+      uint32_t start = stats + first * 128 + lane % 4 * 16;
 #pragma unroll 1
-    for (const uint32_t end = start + count * 128; start != end; start += 128) {
-      float s[kBlocks][2][4];
-      uint32_t p[kBlocks][4], ds[kBlocks][4];  // A fragments: P stays in 2 bytes, or the registers do not suffice
-      key_scores<Element>(s, k, col_block, 0, start);
+      for (const uint32_t end = start + count * 128; start != end; start += 128) {
+        float s[kBlocks][2][4];
+        uint32_t p[kBlocks][4], ds[kBlocks][4];  // A fragments: P stays in 2 bytes, or the registers do not suffice
+        key_scores<Element, D>(s, k, keys, col_block, 0, start);
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+        for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float (&c)[4] = s[b][i / 2];
-          p[b][i] = Element::pack(ex2_approx(c[i % 2 * 2] * scale_log2), ex2_approx(c[i % 2 * 2 + 1] * scale_log2));
+          for (int i = 0; i < 4; ++i) {
+            const float (&c)[4] = s[b][i / 2];
+            p[b][i] = Element::pack(ex2_approx(c[i % 2 * 2] * a.scale_log2), ex2_approx(c[i % 2 * 2 + 1] * a.scale_log2));
+          }
         }
-      }
-      accumulate<Element, D>(dv, p, row_block, kDo);
-      key_scores<Element>(s, v, col_block, kDo, start + kRows * 8);
+        accumulate<Element, D>(dv, p, row_block, kDo);
+        key_scores<Element, D>(s, v, keys, col_block, kDo, start + kRows * 8);
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+        for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float (&c)[4] = s[b][i / 2];
-          const float2 weight = Element::unpack(p[b][i]);
-          ds[b][i] = Element::pack(weight.x * c[i % 2 * 2], weight.y * c[i % 2 * 2 + 1]);
-          if (left <= 16 * b + i % 2 * 8) ds[b][i] = 0;  // a key past T: its weight is not bounded
+          for (int i = 0; i < 4; ++i) {
+            const float (&c)[4] = s[b][i / 2];
+            const float2 weight = Element::unpack(p[b][i]);
+            ds[b][i] = Element::pack(weight.x * c[i % 2 * 2], weight.y * c[i % 2 * 2 + 1]);
+            if (left <= 16 * b + i % 2 * 8) ds[b][i] = 0;  // a key past T: its weight is not bounded
+          }
+          stmatrix_x4(ds_store + 16 * b * kScoreStride, ds[b]);
         }
-        stmatrix_x4(ds_store + 16 * b * kScoreStride, ds[b]);
+        accumulate<Element, D>(dk, ds, row_block, 0);
+        row_block.advance(16);
+        col_block.advance(16);
+        ds_store += 32;
       }
-      accumulate<Element, D>(dk, ds, row_block, 0);
-      row_block.advance(16);
-      col_block.advance(16);
-      ds_store += 32;
     }
-    ds_store -= count * 32;
     __syncthreads();
 #pragma unroll 1
-    for (int block = warp; block < count; block += warps) {
-      Block<D, Order::kRowMajor> k_block(q_tile + kTileBytes);
-      uint32_t ds_load = block_address<kChunk * 16, Order::kColMajor>(ds_tile, 0) + block * 32;
+    for (int block = thread_anew() / kWarp; block < count; block += blockDim.x / kWarp) {
+      const unsigned thread = thread_anew();
+      const int lane = thread % kWarp;
+      const uint32_t stage = stages + thread / kWarp * kStageBytes;
+      Block<D, Order::kRowMajor> k_block(q_tile + kTileBytes, lane);
+      uint32_t ds_load = block_address<kChunk * 16, Order::kColMajor>(ds_tile, 0, lane) + block * 32;
       float dq[1][D / 8][4];
       clear(dq[0]);
 #pragma unroll 1
@@ -218,29 +233,40 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
         k_block.advance(16);
       }
       const int row = 16 * (first + block);
-      store_rows<Element, D>(dq[0], scales, stage, dst + row * 3 * width, 3 * width, T - row);
-      if (a.sums) dq_sums.add(stage);
+      store_rows<Element, D>(dq[0], scales, stage, rows_of(row), 3 * width, T - row, thread_anew() % kWarp);
+      if (a.sums) {
+        ColumnSums<Element, D> sums(thread_anew() % kWarp);
+        sums.add(stage);
+        sums.store([&](int column) { return dq_sums_at(first + block, column); });
+      }
     }
+    if (kOneChunk) break;
     if (first + count < blocks) __syncthreads();
   }
-  ColumnSums<Element, D> dk_sums, dv_sums;
+  const unsigned thread = thread_anew();
+  const int lane = thread % kWarp, row0 = thread / kWarp * kTile.warp_rows;
+  const uint32_t stage = stages + thread / kWarp * kStageBytes;
+  ColumnSums<Element, D> dk_sums(lane), dv_sums(lane);
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int row = row0 + 16 * b;
     if (row >= T) break;
-    store_rows<Element, D>(dv[b], one, stage, dst + row * 3 * width + 2 * width, 3 * width, T - row);
+    store_rows<Element, D>(dv[b], one, stage, rows_of(row) + 2 * width, 3 * width, T - row, lane);
     if (a.sums) dv_sums.add(stage);
-    store_rows<Element, D>(dk[b], scales, stage, dst + row * 3 * width + width, 3 * width, T - row);
+    store_rows<Element, D>(dk[b], scales, stage, rows_of(row) + width, 3 * width, T - row, lane);
     if (a.sums) dk_sums.add(stage);
   }
   if (a.sums == nullptr) return;
   __syncwarp();
-  dq_sums.store(stage);
-  dk_sums.store(stage + D * 4);
-  dv_sums.store(stage + 2 * D * 4);
+  dk_sums.store([&](int column) { return stage + column * 4; });
+  dv_sums.store([&](int column) { return stage + (D + column) * 4; });
   __syncthreads();
-  const int stride = (kTile.keep_v ? kTile.warp_rows : kMmaRows) * D * 2;
-  store_sums<D>(a, stage - warp * stride, stride, warps);
+  const int warps = blockDim.x / kWarp;
+  store_sums<D>(
+      a, [&](int k) { return k == 0 ? blocks : warps; },
+      [&](int k, int column, int i) {
+        return k == 0 ? dq_sums_at(i, column) : stages + i * kStageBytes + ((k - 1) * D + column) * 4;
+      });
 }
 
 }  // namespace maefast::cuda

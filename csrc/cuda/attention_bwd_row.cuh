@@ -53,13 +53,14 @@ __device__ __forceinline__ void over_queries(float (&acc)[D / 8][4], uint32_t sc
 
 // grid N * h
 template <typename Element, typename Line>
-__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_bwd_row_kernel(BackwardArgs a) {
+__global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMultiprocessorBytes))
+    attention_bwd_row_kernel(BackwardArgs a) {
   constexpr BackwardTile kTile = Line::kTile;
   constexpr int D = kTile.head_width, kRows = kTile.tile_rows, kFragments = kTile.chunk / 8, kTileBytes = kTile.tile_bytes();
   // Q, K, V, dO, then P and dS as (queries, keys)
   const uint32_t q_tile = shared_address(shared<uint4>()), k_tile = q_tile + kTileBytes, v_tile = k_tile + kTileBytes,
                  do_tile = v_tile + kTileBytes, p_tile = do_tile + kTileBytes, ds_tile = p_tile + kTile.score_bytes();
-  const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * kMmaRows;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, row0 = warp * kMmaRows;
   const int64_t n = blockIdx.x / a.h;
   const int T = a.T, head = blockIdx.x % a.h, width = a.h * D;
 
@@ -78,7 +79,6 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
     const int t = row0 + lane / 4 + 8 * half;
     lse_log2[half] = t < T ? a.lse[blockIdx.x * static_cast<int64_t>(T) + t] * kLog2e : INFINITY;  // a row past T weighs nothing
   }
-  const float scale_log2 = a.scale * kLog2e;
 
   float p[kFragments][4], ds[kFragments][4];
   cp_async_wait_group<1>();
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   for (int i = 0; i < kFragments; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      p[i][j] = ex2_approx(fmaf(p[i][j], scale_log2, -lse_log2[j / 2]));
+      p[i][j] = ex2_approx(fmaf(p[i][j], a.scale_log2, -lse_log2[j / 2]));
       if (8 * i + 8 > T && 8 * i + lane % 4 * 2 + j % 2 >= T) p[i][j] = 0.0f;
       delta[j / 2] += p[i][j] * ds[i][j];
     }
@@ -123,9 +123,12 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   }
   __syncthreads();
 
-  // No warp reads V any more: its rows carry the results to global memory.
+  // No warp reads V any more: its rows carry the results to global memory. The columns of P that belong to a warp's keys are read by
+  // it alone: once it has dV, they take its sums.
   const uint32_t stage = v_tile + row0 * D * 2;
-  ColumnSums<Element, D> sums[3];
+  const auto sums_at = [&](int warp, int k, int column) {
+    return p_tile + Tile<kRows>::offset((k * D + column) / 8, 2 * warp + column % 8 / 4) + column % 4 * 4;
+  };
   uint16_t* dst = a.dqkv + (n * T + row0) * 3 * width + head * D;
   const float one[2] = {1.0f, 1.0f}, scales[2] = {a.scale, a.scale};
   if (row0 < T) {
@@ -143,20 +146,26 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
       }
     }
     store_rows<Element, D>(acc, scales, stage, dst, 3 * width, T - row0);
-    if (a.sums) sums[0].add(stage);
+    ColumnSums<Element, D> dq_sums, dv_sums, dk_sums;
+    if (a.sums) dq_sums.add(stage);
     over_queries<Element, D, kRows>(acc, p_tile, row0, do_tile);
     store_rows<Element, D>(acc, one, stage, dst + 2 * width, 3 * width, T - row0);
-    if (a.sums) sums[2].add(stage);
+    if (a.sums) {
+      dv_sums.add(stage);
+      dq_sums.store([&](int column) { return sums_at(warp, 0, column); });
+      dv_sums.store([&](int column) { return sums_at(warp, 2, column); });
+    }
     over_queries<Element, D, kRows>(acc, ds_tile, row0, q_tile);
     store_rows<Element, D>(acc, scales, stage, dst + width, 3 * width, T - row0);
-    if (a.sums) sums[1].add(stage);
+    if (a.sums) {
+      dk_sums.add(stage);
+      dk_sums.store([&](int column) { return sums_at(warp, 1, column); });
+    }
   }
   if (a.sums == nullptr) return;
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 3; ++i) sums[i].store(stage + i * D * 4);
   __syncthreads();
-  store_sums<D>(a, v_tile, kMmaRows * D * 2, kTile.warps());
+  const int warps = (T + kMmaRows - 1) / kMmaRows;
+  store_sums<D>(a, [&](int) { return warps; }, [&](int k, int column, int warp) { return sums_at(warp, k, column); });
 }
 
 }  // namespace maefast::cuda

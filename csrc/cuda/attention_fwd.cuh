@@ -24,11 +24,12 @@ struct ForwardState {
   float max[kBlocks][2], sum[kBlocks][2];  // of rows g and g + 8; the sum is this lane's part
   float scale_log2;
   int T;
+  uint32_t v_tile;
   Block<D, Order::kColMajor> k_block;
   Block<D, Order::kRowMajor> v_block;
 
-  __device__ __forceinline__ ForwardState(uint32_t smem, float scale_log2, int T)
-      : scale_log2(scale_log2), T(T), k_block(smem + kTileBytes), v_block(smem + 2 * kTileBytes) {
+  __device__ __forceinline__ ForwardState(uint32_t smem, float scale_log2, int T, int lane)
+      : scale_log2(scale_log2), T(T), v_tile(smem + 2 * kTileBytes), k_block(smem + kTileBytes, lane), v_block(v_tile, lane) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       clear(o[b]);
@@ -78,6 +79,8 @@ struct ForwardState {
       }
       if constexpr (kFragments % 2) p[b][kSteps - 1][2] = p[b][kSteps - 1][3] = 0;
     }
+    // Where scores take half of the registers, there is no room for the addresses of V meanwhile.
+    if constexpr (kBlocks * kTile.chunk >= 128) v_block = Block<D, Order::kRowMajor>(v_tile, thread_anew() % kWarp);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -160,23 +163,23 @@ struct ForwardState {
 
 // grid N * h, or with two stages as many CTAs as the GPU holds: each takes every gridDim.x-th head
 template <typename Element, typename Line>
-__global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) attention_fwd_kernel(ForwardArgs a) {
+__global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMultiprocessorBytes))
+    attention_fwd_kernel(ForwardArgs a) {
   constexpr ForwardTile kTile = Line::kTile;
   using State = ForwardState<Element, Line>;
   constexpr int D = State::D, kBlocks = State::kBlocks, kTileBytes = kTile.tile_bytes();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, row0 = warp * kTile.warp_rows;
   const int T = a.T, width = a.h * D;
   const float scale_log2 = a.scale * kLog2e;
   // Every row that a warp computes with holds something of its own launch, for a row that is no query can start a rescaling of
   // those that are: rows of Q past the tile are rows of K.
   const int rows = kTile.whole_row() ? kTile.tile_rows : min(kTile.threads_for(T) / kWarp * kTile.warp_rows, kTile.tile_rows);
   // Two groups of copies: Q and K, then V.
-  const auto load = [&](int task, uint32_t smem) {
+  const auto load = [&](int task, uint32_t smem, unsigned thread) {
     if (task < a.tasks) {
       const uint16_t* src = a.qkv + static_cast<int64_t>(task / a.h) * T * 3 * width + task % a.h * D;
-      load_tiles<D, 2, kTileBytes>(smem, src, 3 * width, width, T, rows);
+      load_tiles<D, 2, kTileBytes>(smem, src, 3 * width, width, T, rows, thread);
       cp_async_commit_group();
-      load_tiles<D, 1, kTileBytes>(smem + 2 * kTileBytes, src + 2 * width, 3 * width, width, T, rows);
+      load_tiles<D, 1, kTileBytes>(smem + 2 * kTileBytes, src + 2 * width, 3 * width, width, T, rows, thread);
       cp_async_commit_group();
     } else {
       cp_async_commit_group();
@@ -187,12 +190,15 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
   constexpr int kAhead = 2 * (kTile.stages - 1);  // groups of the next head
   uint32_t smem = shared_address(shared<uint4>()), next_smem = smem + 3 * kTileBytes;
   int task = blockIdx.x;
-  load(task, smem);
+  load(task, smem, threadIdx.x);
   while (true) {
+    // Where a CTA takes several heads, what follows from its index is computed anew for each: the registers are full.
+    const unsigned thread = kTile.stages > 1 ? thread_anew() : threadIdx.x;
+    const int lane = thread % kWarp, row0 = thread / kWarp * kTile.warp_rows;
     const int next = task + gridDim.x;
-    if constexpr (kTile.stages > 1) load(next, next_smem);
-    State state(smem, scale_log2, T);
-    const Block<D, Order::kRowMajor> q_block(smem);
+    if constexpr (kTile.stages > 1) load(next, next_smem, thread);
+    State state(smem, scale_log2, T, lane);
+    const Block<D, Order::kRowMajor> q_block(smem, lane);
     cp_async_wait_group<1 + kAhead>();
     __syncthreads();
 #pragma unroll
@@ -230,7 +236,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, Line::kTile.per_sm) atten
       }
       // Rows of Q that only this warp has read.
       uint16_t* dst = a.out + (static_cast<int64_t>(task / a.h) * T + row) * width + task % a.h * D;
-      store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row);
+      store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row, lane);
     }
     if (kTile.stages == 1 || next >= a.tasks) return;
     __syncthreads();  // the tiles are free

@@ -6,6 +6,23 @@
 
 namespace maefast::cuda {
 
+// Bytes of shared memory of a multiprocessor. A CTA takes kReservedBytes more than it asks for.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+constexpr int kMultiprocessorBytes = 228 << 10;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int kMultiprocessorBytes = 164 << 10;
+#else
+constexpr int kMultiprocessorBytes = 100 << 10;
+#endif
+constexpr int kReservedBytes = 1 << 10;
+
+// Of the CTAs that a tile is cut for, those whose shared memory fits a multiprocessor: the others leave it their registers.
+template <typename Tile>
+__host__ __device__ constexpr int resident(const Tile& tile, int shared_bytes) {
+  const int fit = shared_bytes / (tile.shared + kReservedBytes);
+  return fit < 1 ? 1 : fit < tile.per_sm ? fit : tile.per_sm;
+}
+
 struct ForwardTile {
   static constexpr bool prefetch = false;
   int head_width, tokens, warp_rows, tile_rows, chunk, stages, threads, per_sm, shared;

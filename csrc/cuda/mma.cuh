@@ -120,13 +120,20 @@ __device__ __forceinline__ void ld_shared_v4(float (&v)[4], uint32_t address) {
                : "r"(address)
                : "memory");
 }
-__device__ __forceinline__ float ld_shared(uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
 __device__ __forceinline__ void st_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+__device__ __forceinline__ void st_shared_v2(uint32_t address, const float (&v)[2]) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v[0]), "f"(v[1]) : "memory");
+}
+
+// threadIdx.x, read anew: the compiler keeps nothing that is computed from it, whereas what it computes from threadIdx stays in
+// registers for the whole of a loop.
+__device__ __forceinline__ unsigned thread_anew() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread < 1024);
+  return thread;
 }
 
 // Brings the sector of global memory that holds `address` into the L2.

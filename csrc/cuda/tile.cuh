@@ -31,8 +31,7 @@ struct Tile {
 enum class Order { kRowMajor, kColMajor };
 
 template <int kWidth, Order kOrder>
-__device__ __forceinline__ uint32_t block_address(uint32_t tile, int chunk) {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ uint32_t block_address(uint32_t tile, int chunk, int lane = threadIdx.x % kWarp) {
   const int row = kOrder == Order::kRowMajor ? lane % 16 : lane % 8 + lane / 16 * 8;
   return tile + Tile<kWidth>::offset(row, chunk + (kOrder == Order::kRowMajor ? lane / 16 : lane / 8 % 2));
 }
@@ -45,9 +44,9 @@ class Block {
   uint32_t at_[(kMask + 1) / 2];
 
  public:
-  __device__ __forceinline__ explicit Block(uint32_t tile) {
+  __device__ __forceinline__ explicit Block(uint32_t tile, int lane = threadIdx.x % kWarp) {
 #pragma unroll
-    for (int i = 0; i < (kMask + 1) / 2; ++i) at_[i] = block_address<kWidth, kOrder>(tile, 2 * i);
+    for (int i = 0; i < (kMask + 1) / 2; ++i) at_[i] = block_address<kWidth, kOrder>(tile, 2 * i, lane);
   }
   __device__ __forceinline__ uint32_t operator()(int row, int chunk) const {
     return at_[(chunk & kMask) / 2] + row * Tile<kWidth>::kStride + ((chunk & ~kMask) << 4);
@@ -61,9 +60,10 @@ class Block {
 // Starts copying rows [0, rows) of kTensors tensors, `apart` values apart, into tiles kTileBytes
 // apart; rows from T on become zeros.
 template <int D, int kTensors, int kTileBytes>
-__device__ __forceinline__ void load_tiles(uint32_t tile, const uint16_t* src, int row_stride, int apart, int T, int rows) {
+__device__ __forceinline__ void load_tiles(uint32_t tile, const uint16_t* src, int row_stride, int apart, int T, int rows,
+                                           unsigned thread = threadIdx.x) {
   constexpr int kChunks = Tile<D>::kChunks;
-  for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
+  for (int i = thread; i < rows * kChunks; i += blockDim.x) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool valid = row < T;
     const uint16_t* from = src + (valid ? row * row_stride + chunk * 8 : 0);
@@ -86,9 +86,9 @@ __device__ __forceinline__ void clear(float (&acc)[kFragments][4]) {
 // a tile that no other warp uses. The tile then holds these rows, and zeros past them.
 template <typename Element, int D>
 __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const float (&factor)[2], uint32_t stage, uint16_t* dst,
-                                           int row_stride, int valid) {
-  const int group = threadIdx.x % kWarp / 4;
-  const Block<D, Order::kRowMajor> block(stage);
+                                           int row_stride, int valid, int lane = threadIdx.x % kWarp) {
+  const int group = lane / 4;
+  const Block<D, Order::kRowMajor> block(stage, lane);
 #pragma unroll
   for (int i = 0; i < D / 8; i += 2) {
     uint32_t r[4] = {Element::pack(acc[i][0] * factor[0], acc[i][1] * factor[0]),
@@ -102,8 +102,8 @@ __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const f
   __syncwarp();
   constexpr int kChunks = Tile<D>::kChunks;
 #pragma unroll
-  for (int i = threadIdx.x % kWarp; i < kMmaRows * kChunks; i += kWarp) {
-    const int row = i / kChunks, chunk = i % kChunks;
+  for (int turn = 0; turn < kMmaRows * kChunks / kWarp; ++turn) {
+    const int i = lane + turn * kWarp, row = i / kChunks, chunk = i % kChunks;
     const uint4 v = ld_shared_v4(stage + Tile<D>::offset(row, chunk));
     // A plain store of a uint4 becomes four of 4 bytes; test-aot holds that this one does not.
     if (row < valid) __stcg(reinterpret_cast<uint4*>(dst + row * row_stride + chunk * 8), v);
@@ -116,16 +116,17 @@ __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const f
 template <typename Element, int D>
 class ColumnSums {
   static constexpr int kKept = (D + 63) / 64;
+  int lane_;
   float kept_[kKept][2];
 
  public:
-  __device__ __forceinline__ ColumnSums() {
+  __device__ __forceinline__ explicit ColumnSums(int lane = threadIdx.x % kWarp) : lane_(lane) {
 #pragma unroll
     for (int j = 0; j < kKept; ++j) kept_[j][0] = kept_[j][1] = 0.0f;
   }
   __device__ __forceinline__ void add(uint32_t rows) {
-    const int group = threadIdx.x % kWarp / 4;
-    const Block<D, Order::kRowMajor> block(rows);
+    const int group = lane_ / 4;
+    const Block<D, Order::kRowMajor> block(rows, lane_);
     const uint32_t one = Element::pack(1.0f, 1.0f), ones[4] = {one, one, one, one};
 #pragma unroll
     for (int i = 0; i < D / 8; i += 2) {
@@ -143,16 +144,13 @@ class ColumnSums {
       }
     }
   }
-  // To D floats in shared memory.
-  __device__ __forceinline__ void store(uint32_t at) const {
-    const int lane = threadIdx.x % kWarp;
+  // To shared memory, where address(column) is that of a column; four of them lie side by side.
+  template <typename Address>
+  __device__ __forceinline__ void store(const Address& address) const {
 #pragma unroll
     for (int j = 0; j < kKept; ++j) {
-      const int column = 8 * (lane / 4 + 8 * j) + lane % 4 * 2;
-      if (column < D) {
-        st_shared(at + column * 4, kept_[j][0]);
-        st_shared(at + column * 4 + 4, kept_[j][1]);
-      }
+      const int column = 8 * (lane_ / 4 + 8 * j) + lane_ % 4 * 2;
+      if (column < D) st_shared_v2(address(column), kept_[j]);
     }
   }
 };

@@ -123,8 +123,10 @@ inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
 
 inline uint4 ld_shared_v4(uint32_t address) { return in_shared<uint4>(address); }
 inline void ld_shared_v4(float (&v)[4], uint32_t address) { std::memcpy(v, &in_shared<uint4>(address), sizeof(v)); }
-inline float ld_shared(uint32_t address) { return in_shared<float>(address); }
 inline void st_shared(uint32_t address, float value) { in_shared<float>(address) = value; }
+inline void st_shared_v2(uint32_t address, const float (&v)[2]) { std::memcpy(&in_shared<uint64_t>(address), v, sizeof(v)); }
+
+inline unsigned thread_anew() { return threadIdx.x; }
 
 inline void prefetch_l2(const void*) {}
 
