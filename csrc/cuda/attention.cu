@@ -1,8 +1,9 @@
-// attention(qkv, num_heads) on CUDA: the packed output of the qkv Linear in, (N, T, h*d) out, the whole row on chip.
+// attention(qkv, num_heads) on CUDA: from the packed output of the qkv Linear to (N, T, h*d). The
+// whole row of keys is on chip.
 //
-// Which kernel runs is decided by (d, T) alone, as the table in attention_tiles.inc says: short rows have a row of scores in
-// registers; long ones come in chunks of keys, and their backward keeps dK and dV in registers, exchanges dS through shared
-// memory and also reads O.
+// attention_tiles.inc chooses the kernel by (d, T). Short rows keep a row of scores in registers.
+// Long rows are read in chunks of keys; their backward pass keeps dK and dV in registers, exchanges
+// dS through shared memory and also reads O.
 #include "attention.h"
 
 #include <algorithm>
@@ -19,7 +20,8 @@
 namespace maefast::cuda {
 namespace {
 
-// What is asked once for each kernel and device: permission for more than 48 KB of shared memory; the multiprocessors.
+// Sets the shared memory of a kernel, which may exceed 48 KB, and returns the number of
+// multiprocessors: once for each kernel and device.
 cudaError_t prepare(const void* kernel, int bytes, int& processors) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> prepared;
@@ -83,7 +85,7 @@ cudaError_t start(const AttentionBwd& a, cudaStream_t stream) {
   }
 }
 
-// Starts the kernel of the line that `args` asks for, one of Line<0>, Line<1>, ...
+// Launches the kernel of the line that `args` names, one of Line<0>, Line<1>, ...
 template <typename Element, template <int> typename Line, typename Args, int... kLines>
 cudaError_t start_line(const Args& args, cudaStream_t stream, std::integer_sequence<int, kLines...>) {
   cudaError_t error = cudaErrorInvalidValue;

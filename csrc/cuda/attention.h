@@ -1,4 +1,5 @@
-// The attention kernels on raw pointers, free of torch: 16-byte aligned, contiguous, one dtype (bf16 or fp16).
+// The attention kernels on raw pointers, without torch. Tensors are contiguous, start at a multiple
+// of 16 bytes and have one dtype, bf16 or fp16.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +15,7 @@ struct AttentionFwd {
   int64_t N;
   int T, h, d;
   bool bf16;
-  int tile = 0;  // among the lines of attention_tiles.inc that take such a row
+  int tile = 0;  // number among the lines of attention_tiles.inc that fit this d and T
 };
 
 struct AttentionBwd {
@@ -22,18 +23,18 @@ struct AttentionBwd {
   const float* lse;
   const void* dout;  // [N, T, h*d]
   void* dqkv;        // [N, T, 3*h*d]
-  float* partial;    // [N, 3*h*d], and
-  float* dqkv_sum;   // [3*h*d], the columns of dqkv summed; or both null
+  float* partial;    // [N, 3*h*d], workspace of dqkv_sum
+  float* dqkv_sum;   // [3*h*d], sums of the columns of dqkv; null together with partial
   int64_t N;
   int T, h, d;
   bool bf16;
   int tile = 0;
 };
 
-// The longest row of heads `d` wide that there is a tile for, 0 where there is none.
+// Returns the longest row that a tile takes for heads of width d, 0 if no tile takes that width.
 int attention_tokens(int64_t d);
 
-// cudaErrorInvalidValue where no tile takes such a row.
+// Both return cudaErrorInvalidValue if no tile fits.
 cudaError_t attention_fwd(const AttentionFwd& args, cudaStream_t stream);
 cudaError_t attention_bwd(const AttentionBwd& args, cudaStream_t stream);
 

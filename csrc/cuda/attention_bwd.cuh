@@ -11,11 +11,11 @@ struct BackwardArgs {
   const uint16_t* dout;       // [N, T, h*D]
   uint16_t* dqkv;             // [N, T, 3*h*D]
   float* sums;                // [N, 3*h*D] of the columns of dqkv over the tokens of a sample, or null
-  int T, h, ahead;            // ahead: CTAs from one to the next on its SM
-  float scale, scale_log2;    // scale_log2: times log2(e)
+  int T, h, ahead;            // ahead: distance from a CTA to the next one on its SM
+  float scale, scale_log2;    // 1 / sqrt(D), and that times log2(e)
 };
 
-// Asks for the rows that the CTA of head `task` will read, 64 bytes at a time.
+// Prefetches the rows that the CTA of head `task` will read, 64 bytes at a time.
 template <int D>
 __device__ __forceinline__ void prefetch_rows(const BackwardArgs& a, int64_t task, bool with_out) {
   constexpr int kParts = (D * 2 + 63) / 64;
@@ -31,8 +31,9 @@ __device__ __forceinline__ void prefetch_rows(const BackwardArgs& a, int64_t tas
   }
 }
 
-// Writes the sums of the columns of dQ, dK and dV, k = 0, 1, 2: partial(k, column, i) is where four of `parts(k)` partial sums lie
-// in shared memory, which are added in the order of i.
+// Adds the partial sums of the columns of dQ, dK and dV (k = 0, 1, 2) and writes the totals. There
+// are parts(k) partial sums of a column; partial(k, column, i) is the address in shared memory of
+// the i-th of them, followed by those of the next three columns.
 template <int D, typename Parts, typename Partial>
 __device__ __forceinline__ void store_sums(const BackwardArgs& a, const Parts& parts, const Partial& partial) {
   const int64_t n = blockIdx.x / a.h;

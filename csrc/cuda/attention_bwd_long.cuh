@@ -1,6 +1,7 @@
-// Backward for long rows: one CTA per sample and head, one warp per 16 * kBlocks keys, whose dK and dV stay in its registers.
-// The warps walk over the queries together. After kChunk blocks of 16 queries, dS (keys, queries) of all warps lies in shared
-// memory and each warp sums dQ of one of the blocks over all keys. The scores are computed once; delta comes from O.
+// Backward pass for long rows: one CTA per sample and head, one warp per 16 * kBlocks keys. A warp
+// keeps dK and dV of its keys in registers. All warps walk over the queries together. After each
+// kChunk blocks of 16 queries, shared memory holds dS (keys, queries) of all warps, and each warp
+// sums dQ of one block over all keys. The scores are computed once; delta comes from O.
 #pragma once
 
 #include "attention_bwd.cuh"
@@ -19,7 +20,8 @@ __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// 16 * kBlocks rows of K or V, from row kRow0 of a block on, as A fragments: kept in registers, or loaded whenever they are needed.
+// 16 * kBlocks rows of K or V as A fragments, from row kRow0 of a block on. They are kept in
+// registers, or loaded for each use.
 template <int D, int kBlocks, int kRow0, bool kKeep>
 class Rows {
   using Address = Block<D, Order::kRowMajor>;
@@ -45,11 +47,12 @@ class Rows {
   }
 };
 
-// out[b] (16 keys, 16 queries) = keys (16 * kBlocks, D) * rows [row0, row0 + 16) of a tile (queries, D)^T + start (per query)
+// out[b] (16 keys, 16 queries) = keys (16 * kBlocks, D) * rows [row0, row0 + 16) of a tile
+// (queries, D)^T + start (per query)
 template <typename Element, int D, int kBlocks, typename Keys>
 __device__ __forceinline__ void key_scores(float (&out)[kBlocks][2][4], const Keys& keys,
-                                           const Block<D, Order::kRowMajor>& key_block,
-                                           const Block<D, Order::kColMajor>& block, int row0, uint32_t start) {
+                                           const Block<D, Order::kRowMajor>& key_block, const Block<D, Order::kColMajor>& block,
+                                           int row0, uint32_t start) {
   float first[2][4];
 #pragma unroll
   for (int i = 0; i < 2; ++i) ld_shared_v4(first[i], start + 64 * i);
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
   constexpr BackwardTile kTile = Line::kTile;
   constexpr int D = kTile.head_width, kBlocks = kTile.warp_rows / kMmaRows, kRows = kTile.tile_rows,
                 kChunk = kTile.chunk / kMmaRows, kTileBytes = kTile.tile_bytes();
-  // Q, K, V, dO, dS, what P and dS start from, and 16 rows for each warp's results
+  // Q, K, V, dO, dS, the initial values of P and dS, and 16 rows for the results of each warp
   const uint32_t q_tile = shared_address(shared<uint4>()), v_tile = q_tile + 2 * kTileBytes, do_tile = v_tile + kTileBytes,
                  ds_tile = do_tile + kTileBytes, stats = ds_tile + kTile.score_bytes();
   const int64_t n = blockIdx.x / a.h;
@@ -105,8 +108,8 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
     if (blockIdx.x + a.ahead < gridDim.x) prefetch_rows<D>(a, blockIdx.x + a.ahead, true);
   }
 
-  // What the scores and dP start from, for each pair of queries as the accumulators hold it: (q, q + 1, q, q + 1). kPerRow
-  // threads share a row.
+  // The initial values of the scores and of dP, for each pair of queries in the order of an
+  // accumulator: (q, q + 1, q, q + 1). kPerRow threads share a row.
   constexpr int kChunks = D / 8, kPerRow = kChunks % 4 ? 2 : kChunks, kTurns = kBlocks * kPerRow / 2;
   uint4 o[kTurns][kChunks / kPerRow];
 #pragma unroll
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
 #pragma unroll
     for (int step = 1; step < kPerRow; step *= 2) delta += __shfl_xor_sync(kAllLanes, delta, step);
     if (i % kPerRow == 0) {
-      // exp2(scale_log2 * (s + start)) is P; past T it is nothing.
+      // P = exp2(scale_log2 * (s + start)), and 0 past T.
       const float start = row < T ? a.lse[blockIdx.x * static_cast<int64_t>(T) + row] / -a.scale : -INFINITY;
       const uint32_t at = stats + row / 2 * 16 + row % 2 * 4;
       st_shared(at, start);
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
     }
   }
 
-  // The tiles lie one after the other: row r of K is row kRows + r of Q, and so on.
+  // The tiles are adjacent: row r of K is row kRows + r of Q.
   constexpr int kK = kRows, kV = 2 * kRows, kDo = 3 * kRows, kStride = Tile<D>::kStride;
   const auto key_block = [&](unsigned thread) {
     return Block<D, Order::kRowMajor>(q_tile + thread / kWarp * kTile.warp_rows * kStride, thread % kWarp);
@@ -160,17 +163,16 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
   constexpr int kScoreStride = Tile<kChunk * 16>::kStride;
   constexpr bool kOneChunk = kTile.chunk >= kTile.tokens;
   const auto rows_of = [&](int row) { return a.dqkv + (n * T + row) * 3 * width + head * D; };
-  // Rows of V that only this warp has read, once it has them in registers.
+  // Rows of V that only this warp reads are free once it has them in registers.
   const uint32_t stages = kTile.keep_v ? v_tile : stats + kTile.stats_bytes();
   constexpr int kStageBytes = (kTile.keep_v ? kTile.warp_rows : kMmaRows) * D * 2;
   const float one[2] = {1.0f, 1.0f}, scales[2] = {a.scale, a.scale};
-  // The sums of 16 rows of dQ lie where those queries had what P and dS start from.
+  // The sums of 16 rows of dQ replace the initial values of those queries.
   static_assert(D <= 64);
-  const auto dq_sums_at = [&](int block, int column) {
-    return stats + block * 128 + column / 32 * kRows * 8 + column % 32 * 4;
-  };
+  const auto dq_sums_at = [&](int block, int column) { return stats + block * 128 + column / 32 * kRows * 8 + column % 32 * 4; };
 
-  // The registers are full of dK and dV. What a thread computes from its index is computed anew for each chunk.
+  // dK and dV fill the registers, so what follows from the thread's index is computed again for
+  // each chunk.
 #pragma unroll 1
   for (int first = 0; first < blocks; first += kChunk) {
     const int count = kOneChunk ? blocks : min(kChunk, blocks - first);
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
 #pragma unroll 1
       for (const uint32_t end = start + count * 128; start != end; start += 128) {
         float s[kBlocks][2][4];
-        uint32_t p[kBlocks][4], ds[kBlocks][4];  // A fragments: P stays in 2 bytes, or the registers do not suffice
+        uint32_t p[kBlocks][4], ds[kBlocks][4];  // A fragments: P in fp32 would not fit the registers
         key_scores<Element, D>(s, k, keys, col_block, 0, start);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {

@@ -1,5 +1,6 @@
-// Backward for rows of one tile (T <= 80): one CTA per sample and head, one warp per 16 queries and, later, per 16 keys.
-// A warp holds the scores of its queries against all keys in registers, so delta = rowsum(P * dP) is at hand and O is not read.
+// Backward pass for rows of one tile (T <= 80): one CTA per sample and head, one warp per 16
+// queries and later per 16 keys. A warp holds the scores of its queries against all keys in
+// registers. It computes delta = rowsum(P * dP) from them and does not read O.
 #pragma once
 
 #include "attention_bwd.cuh"
@@ -31,7 +32,8 @@ __device__ __forceinline__ void row_scores(float (&s)[kFragments][4], uint32_t a
   }
 }
 
-// acc (16 keys, D) = columns [key0, key0 + 16) of the scores (queries, keys), transposed, times b (queries, D)
+// acc (16 keys, D) = columns [key0, key0 + 16) of the scores (queries, keys), transposed, times b
+// (queries, D)
 template <typename Element, int D, int kRows>
 __device__ __forceinline__ void over_queries(float (&acc)[D / 8][4], uint32_t score_tile, int key0, uint32_t b_tile) {
   const uint32_t a_address = block_address<kRows, Order::kColMajor>(score_tile, key0 / 8);
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int t = row0 + lane / 4 + 8 * half;
-    lse_log2[half] = t < T ? a.lse[blockIdx.x * static_cast<int64_t>(T) + t] * kLog2e : INFINITY;  // a row past T weighs nothing
+    lse_log2[half] = t < T ? a.lse[blockIdx.x * static_cast<int64_t>(T) + t] * kLog2e : INFINITY;  // P = 0 past T
   }
 
   float p[kFragments][4], ds[kFragments][4];
@@ -123,8 +125,8 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
   }
   __syncthreads();
 
-  // No warp reads V any more: its rows carry the results to global memory. The columns of P that belong to a warp's keys are read by
-  // it alone: once it has dV, they take its sums.
+  // No warp reads V any more: its rows stage the results. Only this warp reads the columns of P of
+  // its keys; once it has dV, they hold its sums.
   const uint32_t stage = v_tile + row0 * D * 2;
   const auto sums_at = [&](int warp, int k, int column) {
     return p_tile + Tile<kRows>::offset((k * D + column) / 8, 2 * warp + column % 8 / 4) + column % 4 * 4;

@@ -1,5 +1,6 @@
-// Forward: one CTA per sample and head, Q, K and V of the head in shared memory, warp_rows queries per warp.
-// Keys come in chunks with a running maximum and sum; a row that fits one chunk is never rescaled.
+// Forward pass: one CTA per sample and head, with Q, K and V of the head in shared memory and
+// warp_rows queries per warp. Keys are read in chunks with a running maximum and sum; a row that
+// fits one chunk is never rescaled.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -21,7 +22,7 @@ struct ForwardState {
 
   uint32_t q[kBlocks][D / 16][4];
   float o[kBlocks][D / 8][4];
-  float max[kBlocks][2], sum[kBlocks][2];  // of rows g and g + 8; the sum is this lane's part
+  float max[kBlocks][2], sum[kBlocks][2];  // rows g and g + 8; sum is over this lane's keys
   float scale_log2;
   int T;
   uint32_t v_tile;
@@ -38,7 +39,7 @@ struct ForwardState {
     }
   }
 
-  // One chunk of keys, 8 * kFragments of them.
+  // Adds a chunk of 8 * kFragments keys.
   template <int kFragments, bool kFirst, bool kMasked>
   __device__ __forceinline__ void keys(int key0) {
     float s[kBlocks][kFragments][4];
@@ -79,7 +80,7 @@ struct ForwardState {
       }
       if constexpr (kFragments % 2) p[b][kSteps - 1][2] = p[b][kSteps - 1][3] = 0;
     }
-    // Where scores take half of the registers, there is no room for the addresses of V meanwhile.
+    // 128 scores of a row leave no registers for the addresses of V meanwhile.
     if constexpr (kBlocks * kTile.chunk >= 128) v_block = Block<D, Order::kRowMajor>(v_tile, thread_anew() % kWarp);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -111,8 +112,9 @@ struct ForwardState {
     }
   }
 
-  // Scores become exp2(scale_log2 * (s - max)). max is the maximum of a row or less than 8 / scale_log2 below it: what was summed
-  // up is brought to a new maximum only where it has grown by more, in any row of the warp.
+  // Replaces scores by exp2(scale_log2 * (s - max)). max is at most 8 / scale_log2 below the
+  // maximum of its row: the sums are rescaled only when the maximum of any row of the warp has
+  // grown by more.
   template <int kFragments, bool kFirst>
   __device__ __forceinline__ void softmax(float (&s)[kBlocks][kFragments][4]) {
     float top[kBlocks][2];
@@ -161,7 +163,8 @@ struct ForwardState {
   }
 };
 
-// grid N * h, or with two stages as many CTAs as the GPU holds: each takes every gridDim.x-th head
+// grid N * h; with two stages as many CTAs as the GPU holds, each of which takes every gridDim.x-th
+// head
 template <typename Element, typename Line>
 __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMultiprocessorBytes))
     attention_fwd_kernel(ForwardArgs a) {
@@ -170,8 +173,8 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
   constexpr int D = State::D, kBlocks = State::kBlocks, kTileBytes = kTile.tile_bytes();
   const int T = a.T, width = a.h * D;
   const float scale_log2 = a.scale * kLog2e;
-  // Every row that a warp computes with holds something of its own launch, for a row that is no query can start a rescaling of
-  // those that are: rows of Q past the tile are rows of K.
+  // Every row that a warp reads is written in this launch, since a row past T can trigger the
+  // rescaling of the others. Rows of Q past the tile are rows of K.
   const int rows = kTile.whole_row() ? kTile.tile_rows : min(kTile.threads_for(T) / kWarp * kTile.warp_rows, kTile.tile_rows);
   // Two groups of copies: Q and K, then V.
   const auto load = [&](int task, uint32_t smem, unsigned thread) {
@@ -192,7 +195,8 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
   int task = blockIdx.x;
   load(task, smem, threadIdx.x);
   while (true) {
-    // Where a CTA takes several heads, what follows from its index is computed anew for each: the registers are full.
+    // A CTA that takes several heads has no registers left: what follows from the thread's index is
+    // computed again for each head.
     const unsigned thread = kTile.stages > 1 ? thread_anew() : threadIdx.x;
     const int lane = thread % kWarp, row0 = thread / kWarp * kTile.warp_rows;
     const int next = task + gridDim.x;
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
         if (lane % 4 == 0 && t < T)
           a.lse[task * static_cast<int64_t>(T) + t] = (state.max[b][half] * scale_log2 + log2f(sum)) * kLn2;
       }
-      // Rows of Q that only this warp has read.
+      // The rows of Q that stage the result are read by this warp only.
       uint16_t* dst = a.out + (static_cast<int64_t>(task / a.h) * T + row) * width + task % a.h * D;
       store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row, lane);
     }

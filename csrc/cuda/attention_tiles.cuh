@@ -1,12 +1,12 @@
-// The lines of attention_tiles.inc. A kernel takes one as a type, Forward<i> or Backward<i>: nvcc 13 compiles no kernel whose
-// template argument is a value of a struct.
+// The lines of attention_tiles.inc. A kernel takes a line as a type, Forward<i> or Backward<i>:
+// nvcc 13 does not compile kernels whose template argument is a value of a struct.
 #pragma once
 
 #include "tile.cuh"
 
 namespace maefast::cuda {
 
-// Bytes of shared memory of a multiprocessor. A CTA takes kReservedBytes more than it asks for.
+// Bytes of shared memory of a multiprocessor. Each CTA takes kReservedBytes in addition to its own.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 constexpr int kMultiprocessorBytes = 228 << 10;
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
@@ -16,7 +16,8 @@ constexpr int kMultiprocessorBytes = 100 << 10;
 #endif
 constexpr int kReservedBytes = 1 << 10;
 
-// Of the CTAs that a tile is cut for, those whose shared memory fits a multiprocessor: the others leave it their registers.
+// CTAs of a tile that share a multiprocessor: per_sm, or fewer where its shared memory is smaller.
+// A CTA may then have more registers.
 template <typename Tile>
 __host__ __device__ constexpr int resident(const Tile& tile, int shared_bytes) {
   const int fit = shared_bytes / (tile.shared + kReservedBytes);

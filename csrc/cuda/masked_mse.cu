@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kBlocksPerSM) masked_mse_fw
     const T* pred = row_of<T>(a.pred, a, n, row);
     float error = 0.0f;
     if (a.whole_units) {
-#pragma unroll 4
+#pragma unroll(sizeof(T) == 4 ? 3 : 4)
       for (int p = lane * kUnit; p < P; p += kWarp * kUnit) {
         const auto guess = load<kUnit>(pred + p);
         const auto truth = load<kUnit>(target + p);

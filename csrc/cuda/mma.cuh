@@ -1,4 +1,4 @@
-// The instructions that the attention kernels are made of, under the names that PTX gives them.
+// The instructions of the attention kernels, under their names in PTX.
 //
 // Fragments, with g = lane / 4 and t = lane % 4. A register has two neighbouring columns (or k):
 //   A 16 x 16 (m x k)  a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8)
@@ -127,8 +127,8 @@ __device__ __forceinline__ void st_shared_v2(uint32_t address, const float (&v)[
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v[0]), "f"(v[1]) : "memory");
 }
 
-// threadIdx.x, read anew: the compiler keeps nothing that is computed from it, whereas what it computes from threadIdx stays in
-// registers for the whole of a loop.
+// Reads threadIdx.x again. The compiler keeps values computed from threadIdx in registers for a
+// whole loop, but not those computed from this.
 __device__ __forceinline__ unsigned thread_anew() {
   unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));

@@ -144,7 +144,7 @@ class ColumnSums {
       }
     }
   }
-  // To shared memory, where address(column) is that of a column; four of them lie side by side.
+  // Writes the sums to shared memory; address(column) is contiguous over four columns.
   template <typename Address>
   __device__ __forceinline__ void store(const Address& address) const {
 #pragma unroll

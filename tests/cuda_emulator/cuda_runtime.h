@@ -1,5 +1,6 @@
-// As much of CUDA's runtime as the kernels of the MAE ops use, on the CPU: a block's threads are fibers of one thread of the
-// machine that take turns at barriers, blocks run one after the other. For tests of what kernels compute, not of how fast.
+// The part of CUDA's runtime that the kernels of csrc/cuda use, on the CPU. Threads of a block are
+// fibers that take turns at barriers; blocks run in sequence. It serves tests of results, not of
+// speed.
 #pragma once
 
 #include <algorithm>
@@ -49,14 +50,16 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 
-// Runs `thread` as every thread of every block, with fresh shared memory full of one byte for each block.
+// Runs `thread` as every thread of every block. Each block starts with shared memory filled with
+// one byte.
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
-// Shows `words` to the warp and waits for its other lanes; `read` sees what each of them shows. Then all go on.
+// Shows `words` to the warp and waits for its other lanes. Then `read` sees the words of each lane.
 void collective(const unsigned* words, int count, const std::function<void()>& read);
-// What a lane of this warp shows, null where that lane has ended.
+// The words that a lane of this warp shows, null if that lane has ended.
 const unsigned* shown(int lane);
 int lane();
-// Copies of this thread that no group holds yet; those of a group are done once at most `pending` groups after it are not.
+// Copies of this thread that no group holds yet. A group is done once at most `pending` later
+// groups are not.
 std::vector<std::function<void()>>& copies();
 void commit_copies();
 void wait_for_copies(int pending);

@@ -55,7 +55,8 @@ void wait(State state) {
   swapcontext(&fiber.context, &scheduler);
 }
 
-// Lets the fibers [begin, end) go on if all that are not done wait at this barrier; returns whether any did.
+// Resumes the fibers [begin, end) if all that are not done wait at this barrier. Returns whether
+// any did.
 bool release(int begin, int end, State barrier) {
   bool any = false;
   for (int i = begin; i < end; ++i) {

@@ -1,5 +1,5 @@
-// The instructions of csrc/cuda/mma.cuh on the CPU, by their definitions in the PTX ISA. A copy by cp.async arrives when its
-// group is waited for, no earlier, so that a wait that is missing shows.
+// The instructions of csrc/cuda/mma.cuh on the CPU, by their definitions in the PTX ISA. A copy by
+// cp.async arrives only when its group is waited for, so that tests notice a missing wait.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,6 @@
-// Exact (erf) GELU and its slope for epilogues, where arithmetic is exposed: polynomials instead of an exponential and a
-// division. No header of CUDA or CUTLASS, so that a test can compile this for the CPU. Coefficients: scripts/fit_gelu.py.
+// Exact (erf) GELU and its slope, as polynomials: an epilogue cannot hide an exponential and a
+// division. Needs no header of CUDA or CUTLASS, so that a test can compile it for the CPU.
+// scripts/fit_gelu.py computes the coefficients.
 #pragma once
 
 #include <cmath>
@@ -12,7 +13,8 @@
 
 namespace maefast::cuda::gemm {
 
-// The sign of v and the smaller of |v| and bound; NaN stays NaN. One instruction, for which C++ has no expression.
+// Returns the sign of v times the smaller of |v| and bound; NaN stays NaN. C++ has no expression
+// for this instruction.
 MAEFAST_FUNCTION float clamp_magnitude(float v, float bound) {
 #ifdef __CUDA_ARCH__
   float out;
@@ -23,7 +25,7 @@ MAEFAST_FUNCTION float clamp_magnitude(float v, float bound) {
 #endif
 }
 
-// At least bound; NaN stays NaN.
+// Returns the larger of v and bound; NaN stays NaN.
 MAEFAST_FUNCTION float at_least(float v, float bound) {
 #ifdef __CUDA_ARCH__
   float out;
@@ -34,7 +36,7 @@ MAEFAST_FUNCTION float at_least(float v, float bound) {
 #endif
 }
 
-// In [0, 1]; NaN becomes 0. A modifier of the instruction that computes v.
+// Clamps v to [0, 1]; NaN becomes 0. This is a modifier of the instruction that computes v.
 MAEFAST_FUNCTION float saturate(float v) {
 #ifdef __CUDA_ARCH__
   return __saturatef(v);
@@ -51,9 +53,9 @@ MAEFAST_FUNCTION float polynomial(float x, const float (&coefficients)[n]) {
   return p;
 }
 
-// v cdf(v), cdf that of the standard normal distribution. With c = v bounded by 4.375, cdf = 0.5 + c P(c^2 - 4.375^2 / 2): c^2
-// about the middle of its range keeps fp32 rounding below 1e-7. The error of v cdf(v) is at most 2.8e-5 everywhere. From the
-// bound on, cdf is 0 or 1, so that infinities give 0 and infinity.
+// v cdf(v), with the cdf of the standard normal distribution. With c = v clamped to 4.375, cdf =
+// 0.5 + c P(c^2 - 4.375^2 / 2). Centering c^2 keeps fp32 rounding below 1e-7. The error of v cdf(v)
+// is at most 2.8e-5. Beyond the bound cdf is 0 or 1, so that infinities give 0 and infinity.
 MAEFAST_FUNCTION float gelu(float v) {
   constexpr float kEnd = 4.375f;
   const float c = clamp_magnitude(v, kEnd);
@@ -63,8 +65,8 @@ MAEFAST_FUNCTION float gelu(float v) {
   return at_least(v, -kEnd) * saturate(fmaf(p, c, 0.5f));
 }
 
-// cdf(v) + v density(v). With c = v / 4.5625 bounded by 1, it is 0.5 + c Q(c^2 - 1 / 2), within 6.4e-5 everywhere. Q(1 / 2) is
-// exactly 1 / 2 in fp32, so that infinities give 0 and 1.
+// cdf(v) + v density(v). With c = v / 4.5625 clamped to 1, it is 0.5 + c Q(c^2 - 1 / 2) with an
+// error of at most 6.4e-5. Q(1 / 2) is exactly 1 / 2 in fp32, so that infinities give 0 and 1.
 MAEFAST_FUNCTION float gelu_slope(float v) {
   constexpr float kEnd = 4.5625f;
   const float c = clamp_magnitude(v * (1.0f / kEnd), 1.0f);

@@ -86,7 +86,7 @@ Tensor empty_rows(const Tensor& x, int64_t features) {
   return torch::stable::new_empty(x, {sizes.data(), sizes.size()});
 }
 
-// Launches with what is left to fill in of `args`: x, weight, and what follows from them. Without rows there is nothing to do.
+// Fills in x, weight and the sizes of `args` and launches the product, unless there are no rows.
 template <Epilogue epilogue>
 void run(Multiply args, const Tensor& x_in, const Tensor& weight_in) {
   const Launch launch(x_in);

@@ -1,8 +1,10 @@
-// The products of multiply.h as CUTLASS collectives. The problem is given transposed, features are M and rows N: the bias is then
-// one value a row of the accumulator, and y column-major, so that a token's features lie side by side in memory. Tiles of 128 x
-// 128 x 64, two of which take turns on a multiprocessor (ping-pong), so that one's epilogue runs beside the other's products.
+// The products of multiply.h as CUTLASS collectives. The problem is transposed: features are M,
+// rows are N. The bias then has one value for each row of the accumulator, and y is column-major,
+// so that the features of a token are adjacent in memory. Two tiles of 128 x 128 x 64 alternate on
+// a multiprocessor (ping-pong): the epilogue of one overlaps the products of the other.
 //
-// NDEBUG must be defined: an assert in a kernel is a function call, for which the compiler waits for each wgmma (C7510).
+// NDEBUG must be defined: an assert in a kernel is a function call, which makes the compiler wait
+// for each wgmma (C7510).
 #pragma once
 
 #ifndef NDEBUG
@@ -75,8 +77,8 @@ struct Fused<Epilogue::gelu, Value> {
   using Type = fusion::LinCombPerRowBiasEltActAux<ColumnMajor, Gelu, Value, float, Value, float, void>;
 };
 
-// Not CUTLASS's LinCombDeEltActDePerRowBias, whose sum over tokens ends in the kernel: that took twice the time on an H200. Here
-// each tile leaves its part. Tokens past the last add nothing, since their product is zero, and need no comparison.
+// Each tile writes its part of the sum over tokens. CUTLASS's LinCombDeEltActDePerRowBias finishes
+// the sum inside the kernel, which took twice the time on an H200. Tokens past the last add zero.
 template <typename Value>
 struct Fused<Epilogue::gelu_slope, Value> {
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
@@ -109,7 +111,8 @@ struct Gemm {
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue>;
 };
 
-// Whether CUTLASS got a description of a tensor from the driver: where it is refused CUTLASS leaves zeros and goes on.
+// Whether the driver encoded the descriptor of a tensor. CUTLASS leaves zeros and continues
+// otherwise.
 template <typename Copy>
 bool is_described(const Copy& copy) {
   const auto* words = reinterpret_cast<const uint64_t*>(copy.get_tma_descriptor());
@@ -148,7 +151,7 @@ cudaError_t multiply(const Multiply& args, cudaStream_t stream) {
   problem.scheduler.max_swizzle_size = 1;
   problem.scheduler.raster_order = decltype(problem.scheduler.raster_order)::AlongM;  // neighbours share the rows of x
 
-  // These collectives ask for no workspace: nothing is split along the depth and nothing is reduced across tiles.
+  // These collectives need no workspace: no split along the depth, no reduction across tiles.
   if (!Kernel::can_implement(problem) || Kernel::get_workspace_size(problem) != 0) return cudaErrorInvalidValue;
   typename Kernel::Params params = Kernel::to_underlying_arguments(problem, nullptr);
   if (!is_described(params.mainloop.tma_load_a) || !is_described(params.mainloop.tma_load_b) ||

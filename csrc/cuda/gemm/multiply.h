@@ -1,4 +1,5 @@
-// Products of a Linear with what follows in their epilogues, for sm_90a: what multiply.cuh implements, free of CUTLASS and torch.
+// Products of a Linear with fused epilogues, for sm_90a. multiply.cuh implements them; this header
+// needs neither CUTLASS nor torch.
 #pragma once
 
 #include "../launch.h"
@@ -12,7 +13,7 @@ enum class Epilogue {
   gelu_slope,  // y = x W times the slope of GELU at hidden, and its sums over tokens
 };
 
-// Rows of 16-bit values: the first value of each at a multiple of 16 bytes, its values side by side.
+// Rows of contiguous 16-bit values. Each row starts at a multiple of 16 bytes.
 struct Operand {
   const void* data;
   int64_t stride;  // from row to row, in values
