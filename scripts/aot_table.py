@@ -4,7 +4,7 @@ docs/kernels.csv.
     python scripts/aot_table.py [--jobs 2]
 
 Needs Triton and nvcc (on PATH or in CUDACXX). Exits with 1 where a kernel keeps something in local
-memory, stores fewer than 8 bytes at a time where NARROW_STORES of tests/aot_cases.py does not
+memory, loads or stores fewer than 8 bytes at a time where NARROW of tests/aot_cases.py does not
 explain it, or rounds fp32 to TF32.
 """
 
@@ -59,7 +59,7 @@ def of_triton(task: tuple[str, int]) -> tuple[list[tuple[str, Cell]], list[str]]
     case, arch = task
     with tempfile.TemporaryDirectory() as workdir:
         usages = [aot.compiled(launch, arch, Path(workdir)) for launch in aot_cases.CASES[case]()]
-    problems = [problem for usage in usages for problem in aot_cases.problems(usage.kernel, case, usage.stack, usage.stores)]
+    problems = [problem for u in usages for problem in aot_cases.problems(u.kernel, case, u.stack, u.loads, u.stores)]
     problems += [f"{usage.kernel} of {case} rounds fp32 to TF32" for usage in usages if usage.has_tf32]
     cells = [(u.kernel, Cell(u.registers, u.stack, u.shared, histogram(u.stores))) for u in usages]
     return cells, [f"{problem} on sm_{arch}" for problem in problems]
@@ -78,9 +78,9 @@ def of_cuda(nvcc: str, source: Path, arch: int) -> tuple[dict[Key, Cell], list[s
     found, problems = {}, []
     for symbol, stack, registers, rest in re.findall(pattern, done.stderr):
         kernel, shape, dtypes = aot.named(symbol)
-        stores, shared = accesses.pop(symbol)[1], re.search(r"(\d+) bytes smem", rest)
+        (loads, stores), shared = accesses.pop(symbol), re.search(r"(\d+) bytes smem", rest)
         found[kernel, shape, dtypes] = Cell(int(registers), int(stack), int(shared[1]) if shared else 0, histogram(stores))
-        problems += aot_cases.problems(kernel, shape, int(stack), stores)
+        problems += aot_cases.problems(kernel, shape, int(stack), loads, stores)
     if accesses:
         raise RuntimeError(f"not all that ptxas said of {source.name} was understood:\n{done.stderr[-2000:]}")
     return found, [f"{problem} on sm_{arch}" for problem in problems]

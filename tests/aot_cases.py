@@ -23,32 +23,39 @@ TYPES = {  # of the residual stream, mask token and positions, or of images; of 
 }
 
 
-# Kernel -> stores of fewer than 8 bytes in its machine code, and what they store.
-NARROW_STORES = {
-    "attention_fwd_kernel": (4, "the log-sum-exp of a row"),
-    "column_sum_kernel": (1, "sums over chunks"),
-    "gather_patches_kernel": (1, "a mask"),
-    "masked_mse_bwd_kernel": (100, "rows of pred that no unit of eight values divides"),
-    "masked_mse_fwd_kernel": (1, "sums of a block"),
-    "masked_mse_sum_kernel": (1, "the loss"),
-    "random_masking_kernel": (6, "a mask"),
-    "_add_layer_norm_fwd_kernel": (2, "mean and rstd"),
-    "_bias_gelu_bwd_kernel": (1, "sums of a chunk"),
-    "_column_sum_kernel": (3, "sums over chunks"),
-    "_layer_norm_fwd_kernel": (2, "mean and rstd"),
-    "_masked_mse_bwd_kernel": (64, "pixels whose channels lie apart in the image"),
-    "_masked_mse_fwd_kernel": (2, "sums of a program"),
-    "_masked_mse_sum_kernel": (1, "the loss"),
-    "_random_masking_fwd_kernel": (1, "a mask"),
+# Kernel -> loads and stores of fewer than 8 bytes in its machine code, at most, and what they access.
+NARROW = {
+    "attention_bwd_long_kernel": (4, 0, "the log-sum-exp of a row"),
+    "attention_bwd_row_kernel": (2, 0, "the log-sum-exp of a row"),
+    "attention_fwd_kernel": (0, 4, "the log-sum-exp of a row"),
+    "column_sum_kernel": (9, 1, "sums over chunks"),
+    "gather_patches_kernel": (15, 1, "ids, a mask, pixels at the edge of a patch"),
+    "masked_mse_bwd_kernel": (109, 100, "pixels of apart channels, rows of pred that no unit of eight values divides"),
+    "masked_mse_fwd_kernel": (78, 1, "pixels of apart channels, rows of pred that no unit of eight values divides; sums"),
+    "masked_mse_sum_kernel": (10, 1, "sums of blocks, the loss"),
+    "random_masking_kernel": (5, 6, "noise, a mask"),
+    "_add_layer_norm_fwd_kernel": (0, 2, "mean and rstd"),
+    "_bias_gelu_bwd_kernel": (3, 1, "a bias of odd width, sums of a chunk"),
+    "_column_sum_kernel": (0, 3, "sums over chunks"),
+    "_gather_patches_fwd_kernel": (18, 0, "uint8 pixels, ids"),
+    "_layer_norm_bwd_kernel": (12, 0, "mean and rstd"),
+    "_layer_norm_fwd_kernel": (0, 2, "mean and rstd"),
+    "_masked_mse_bwd_kernel": (47, 64, "pixels whose channels lie apart in the image"),
+    "_masked_mse_fwd_kernel": (45, 2, "pixels whose channels lie apart in the image, sums of a program"),
+    "_masked_mse_sum_kernel": (0, 1, "the loss"),
+    "_random_masking_fwd_kernel": (2, 1, "noise, a mask"),
 }
 
 
-def problems(kernel: str, shape: str, stack: int, stores: Mapping[int, int]) -> list[str]:
+def problems(kernel: str, shape: str, stack: int, loads: Mapping[int, int], stores: Mapping[int, int]) -> list[str]:
     """shape: the case, or the constants of a template; one that is 1 or 2 alone is the kernel for what cannot be read wider."""
     found = [f"{kernel} of {shape} keeps {stack} bytes a thread in local memory"] if stack else []
-    narrow = sum(count for width, count in stores.items() if width < 8)
-    if shape not in ("1", "2") and narrow > NARROW_STORES.get(kernel, (0, ""))[0]:
-        found.append(f"{kernel} of {shape} has {narrow} stores of fewer than 8 bytes")
+    if shape in ("1", "2"):
+        return found
+    for kind, accesses, most in zip(("loads", "stores"), (loads, stores), NARROW.get(kernel, (0, 0)), strict=False):
+        narrow = sum(count for width, count in accesses.items() if width < 8)
+        if narrow > most:
+            found.append(f"{kernel} of {shape} has {narrow} {kind} of fewer than 8 bytes")
     return found
 
 

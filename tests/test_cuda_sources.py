@@ -96,15 +96,16 @@ def test_no_spills_and_no_narrow_stores(objects):
         for symbol, stack in stacks.items():
             kernel, shape, _ = aot.named(symbol)
             kernels.add((kernel, shape.split(" ")[0]))
-            found += aot_cases.problems(kernel, shape, int(stack), accesses[symbol][1])
+            found += aot_cases.problems(kernel, shape, int(stack), *accesses[symbol])
     assert {("attention_fwd_kernel", "32"), ("gather_patches_kernel", "8"), ("random_masking_kernel", "")} <= kernels
     assert not found
 
 
 FAULTY = """
 __global__ void faulty_kernel(float* y, const float* x, int n) {
-  float kept[16];  // indexed at run time: not in registers
-  for (int i = 0; i < 16; ++i) kept[i] = x[i] * x[i + n];
+  float kept[64];  // too many to be indexed in registers
+#pragma unroll 1
+  for (int i = 0; i < 64; ++i) kept[i] = x[i] * x[i + n];
   y[threadIdx.x] = kept[n];
 }
 __global__ void sound_kernel(float4* y, const float4* x) { __stcg(y + threadIdx.x, x[threadIdx.x]); }
@@ -112,7 +113,7 @@ __global__ void sound_kernel(float4* y, const float4* x) { __stcg(y + threadIdx.
 
 
 def test_what_the_table_must_not_have(tmp_path):
-    """`make test-aot` ends with 1 where a source of csrc/cuda spills or stores 4 bytes at a time."""
+    """`make test-aot` ends with 1 where a source of csrc/cuda spills, or loads or stores 4 bytes at a time."""
     pytest.importorskip("triton")
     aot_table = pytest.importorskip("aot_table")
     source = tmp_path / "faulty.cu"
@@ -120,7 +121,8 @@ def test_what_the_table_must_not_have(tmp_path):
     found, problems = aot_table.of_cuda(NVCC, source, 90)
     assert {kernel: cell.stores for (kernel, _, _), cell in found.items()} == {"faulty_kernel": "4:1", "sound_kernel": "16:1"}
     assert problems == [
-        "faulty_kernel of  keeps 64 bytes a thread in local memory on sm_90",
+        "faulty_kernel of  keeps 256 bytes a thread in local memory on sm_90",
+        "faulty_kernel of  has 2 loads of fewer than 8 bytes on sm_90",
         "faulty_kernel of  has 1 stores of fewer than 8 bytes on sm_90",
     ]
 

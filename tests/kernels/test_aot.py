@@ -38,7 +38,7 @@ REPRESENTATIVE = {
 def test_no_spills(case, capability, tmp_path):
     for launch in CASES[case]():
         usage = aot.compiled(launch, capability, tmp_path)
-        assert not problems(usage.kernel, case, usage.stack, usage.stores)
+        assert not problems(usage.kernel, case, usage.stack, usage.loads, usage.stores)
         assert not usage.has_tf32, f"{usage.kernel} rounds fp32 to TF32"
         assert usage.registers <= 168, f"{usage.kernel} takes {usage.registers} registers: too few warps fit beside each other"
 
@@ -53,7 +53,7 @@ def test_no_spills(case, capability, tmp_path):
     ],
 )
 def test_rows_are_read_and_written_by_16_bytes(case, kernels, tmp_path):
-    """But for the statistics and sums that NARROW_STORES names."""
+    """But for the statistics and sums that NARROW names."""
     usages = [usage for usage in (aot.compiled(launch, 90, tmp_path) for launch in CASES[case]()) if usage.kernel in kernels]
     assert {usage.kernel for usage in usages} == kernels
     for usage in usages:
@@ -66,7 +66,10 @@ def test_narrow_stores_are_seen(tmp_path):
     x = torch.empty(64)
     usage = aot.compiled(aot.Launch(_copy_kernel, (x[1:33], x[:32]), {"num_warps": 1}), 90, tmp_path)
     assert usage.stores == {4: 1}
-    assert problems(usage.kernel, "32", usage.stack, usage.stores) == ["_copy_kernel of 32 has 1 stores of fewer than 8 bytes"]
+    assert problems(usage.kernel, "32", usage.stack, usage.loads, usage.stores) == [
+        "_copy_kernel of 32 has 1 loads of fewer than 8 bytes",
+        "_copy_kernel of 32 has 1 stores of fewer than 8 bytes",
+    ]
 
 
 @triton.jit
