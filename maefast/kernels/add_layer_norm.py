@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, launching_on
+from ._common import as_rows, launch
 from ._norm import forward_tile, normalise, scaled
 
 
@@ -51,21 +51,22 @@ def add_layer_norm_fwd(
     rstd = torch.empty_like(mean)
     if x.numel():
         tile = forward_tile("add_layer_norm_fwd", D, x)
-        with launching_on(x):
-            _add_layer_norm_fwd_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-                x_ptr=x_rows,
-                residual_ptr=residual_rows,
-                weight_ptr=weight.contiguous(),
-                bias_ptr=bias.contiguous(),
-                y_ptr=y,
-                total_ptr=total,
-                mean_ptr=mean,
-                rstd_ptr=rstd,
-                rows=rows,
-                D=D,
-                eps=eps,
-                x_stride=x_rows.stride(0),
-                residual_stride=residual_rows.stride(0),
-                **tile,
-            )
+        launch(
+            _add_layer_norm_fwd_kernel,
+            (triton.cdiv(rows, tile["ROWS"]),),
+            x_ptr=x_rows,
+            residual_ptr=residual_rows,
+            weight_ptr=weight.contiguous(),
+            bias_ptr=bias.contiguous(),
+            y_ptr=y,
+            total_ptr=total,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            rows=rows,
+            D=D,
+            eps=eps,
+            x_stride=x_rows.stride(0),
+            residual_stride=residual_rows.stride(0),
+            **tile,
+        )
     return y, total, mean, rstd

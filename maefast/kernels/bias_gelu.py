@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuned import tile_for
-from ._common import as_rows, column_block, launching_on, sum_columns
+from ._common import as_rows, column_block, launch, sum_columns
 
 INV_SQRT_2PI = tl.constexpr(0.39894228040)
 LOG2_INV_SQRT_2PI = tl.constexpr(-1.3257480647)
@@ -144,16 +144,17 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel():
         rows, tile = as_rows(x), forward_tile(D, x.device)
         grid = (triton.cdiv(rows.shape[0], tile["ROWS"]), triton.cdiv(D, tile["COLS"]))
-        with launching_on(x):
-            _bias_gelu_fwd_kernel[grid](
-                x_ptr=rows,
-                bias_ptr=None if bias is None else bias.contiguous(),
-                y_ptr=y,
-                rows=rows.shape[0],
-                D=D,
-                x_stride=rows.stride(0),
-                **tile,
-            )
+        launch(
+            _bias_gelu_fwd_kernel,
+            grid,
+            x_ptr=rows,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            y_ptr=y,
+            rows=rows.shape[0],
+            D=D,
+            x_stride=rows.stride(0),
+            **tile,
+        )
     return y
 
 
@@ -172,22 +173,23 @@ def bias_gelu_bwd(
     chunk = min(256, max(16, triton.next_power_of_2(x.shape[0] * columns // 8192 + 1) // 2))
     chunks = triton.cdiv(x.shape[0], chunk)
     partial = torch.empty(chunks, D, dtype=torch.float32, device=x.device) if summed else None
-    with launching_on(x):
-        _bias_gelu_bwd_kernel[(chunks, columns)](
-            dy_ptr=dy,
-            x_ptr=x,
-            bias_ptr=None if bias is None else bias.contiguous(),
-            dx_ptr=dx,
-            y_ptr=y if with_y else None,
-            partial_ptr=partial,
-            rows=x.shape[0],
-            D=D,
-            chunk=chunk,
-            dy_stride=dy.stride(0),
-            x_stride=x.stride(0),
-            WIDE=torch.float32 in (x.dtype, None if bias is None else bias.dtype),
-            **tile,
-        )
-        if partial is not None:
-            sum_columns(partial, dbias)
+    launch(
+        _bias_gelu_bwd_kernel,
+        (chunks, columns),
+        dy_ptr=dy,
+        x_ptr=x,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        dx_ptr=dx,
+        y_ptr=y if with_y else None,
+        partial_ptr=partial,
+        rows=x.shape[0],
+        D=D,
+        chunk=chunk,
+        dy_stride=dy.stride(0),
+        x_stride=x.stride(0),
+        WIDE=torch.float32 in (x.dtype, None if bias is None else bias.dtype),
+        **tile,
+    )
+    if partial is not None:
+        sum_columns(partial, dbias)
     return dx, dbias, y

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuned import tile_for
-from ._common import column_block, dense_statistics, launching_on, normalised, strides_of
+from ._common import column_block, dense_statistics, launch, normalised, strides_of
 
 
 @triton.jit
@@ -70,21 +70,22 @@ def gather_patches_fwd(
     if out.numel():
         tile = launch_config(P, imgs.device)
         grid = (triton.cdiv(N * K, tile["ROWS"]), triton.cdiv(P, tile["COLS"]))
-        with launching_on(imgs):
-            _gather_patches_fwd_kernel[grid](
-                imgs_ptr=imgs,
-                ids_ptr=ids,
-                mean_ptr=mean,
-                std_ptr=std,
-                out_ptr=out,
-                rows=N * K,
-                K=K,
-                grid_h=H // patch_h,
-                grid_w=W // patch_w,
-                **strides_of(imgs),
-                C=C,
-                PH=patch_h,
-                PW=patch_w,
-                **tile,
-            )
+        launch(
+            _gather_patches_fwd_kernel,
+            grid,
+            imgs_ptr=imgs,
+            ids_ptr=ids,
+            mean_ptr=mean,
+            std_ptr=std,
+            out_ptr=out,
+            rows=N * K,
+            K=K,
+            grid_h=H // patch_h,
+            grid_w=W // patch_w,
+            **strides_of(imgs),
+            C=C,
+            PH=patch_h,
+            PW=patch_w,
+            **tile,
+        )
     return out

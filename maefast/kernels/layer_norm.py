@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuned import tile_for
-from ._common import as_rows, launching_on, sum_columns
+from ._common import as_rows, launch, sum_columns
 from ._norm import add_triples, forward_tile, normalise, scaled
 
 
@@ -128,20 +128,21 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: t
     rstd = torch.empty_like(mean)
     if x.numel():
         tile = forward_tile("layer_norm_fwd", D, x)
-        with launching_on(x):
-            _layer_norm_fwd_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-                x_ptr=x_rows,
-                weight_ptr=weight.contiguous(),
-                bias_ptr=bias.contiguous(),
-                y_ptr=y,
-                mean_ptr=mean,
-                rstd_ptr=rstd,
-                rows=rows,
-                D=D,
-                eps=eps,
-                x_stride=x_rows.stride(0),
-                **tile,
-            )
+        launch(
+            _layer_norm_fwd_kernel,
+            (triton.cdiv(rows, tile["ROWS"]),),
+            x_ptr=x_rows,
+            weight_ptr=weight.contiguous(),
+            bias_ptr=bias.contiguous(),
+            y_ptr=y,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            rows=rows,
+            D=D,
+            eps=eps,
+            x_stride=x_rows.stride(0),
+            **tile,
+        )
     return y, mean, rstd
 
 
@@ -170,27 +171,28 @@ def layer_norm_bwd(
     chunk = triton.cdiv(least, tile["ROWS"]) * tile["ROWS"]
     chunks = triton.cdiv(rows, chunk)
     partial = torch.empty(chunks, (3 if with_dx_sum else 2) * D, dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        _layer_norm_bwd_kernel[(chunks,)](
-            dy_ptr=dy,
-            dresidual_ptr=dresidual,
-            x_ptr=x,
-            weight_ptr=weight.contiguous(),
-            bias_ptr=bias.contiguous(),
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            dx_ptr=out["dx"],
-            y_ptr=None if y_dtype is None else out["y"],
-            dx_cast_ptr=None if cast_dtype is None else out["dx_cast"],
-            partial_ptr=partial,
-            rows=rows,
-            D=D,
-            chunk=chunk,
-            dy_stride=dy.stride(0),
-            dresidual_stride=0 if dresidual is None else dresidual.stride(0),
-            x_stride=x.stride(0),
-            WITH_DX_SUM=with_dx_sum,
-            **tile,
-        )
-        sum_columns(partial, dweight, dbias, *([dx_sum] if with_dx_sum else []))
+    launch(
+        _layer_norm_bwd_kernel,
+        (chunks,),
+        dy_ptr=dy,
+        dresidual_ptr=dresidual,
+        x_ptr=x,
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        dx_ptr=out["dx"],
+        y_ptr=None if y_dtype is None else out["y"],
+        dx_cast_ptr=None if cast_dtype is None else out["dx_cast"],
+        partial_ptr=partial,
+        rows=rows,
+        D=D,
+        chunk=chunk,
+        dy_stride=dy.stride(0),
+        dresidual_stride=0 if dresidual is None else dresidual.stride(0),
+        x_stride=x.stride(0),
+        WITH_DX_SUM=with_dx_sum,
+        **tile,
+    )
+    sum_columns(partial, dweight, dbias, *([dx_sum] if with_dx_sum else []))
     return out["dx"], dweight, dbias, out["y"], out["dx_cast"], dx_sum

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuned import tile_for
-from ._common import dense_rows, dense_statistics, launching_on, normalised, strides_of
+from ._common import dense_rows, dense_statistics, launch, normalised, strides_of
 
 VAR_EPS = tl.constexpr(1e-6)  # inside the root
 
@@ -196,29 +196,30 @@ def masked_mse_fwd(
     groups = triton.cdiv(L, tile["GROUP"])
     partial = torch.empty(2, N * groups, dtype=torch.float32, device=pred.device)
     loss = torch.empty((), dtype=torch.float32, device=pred.device)
-    with launching_on(pred):
-        _masked_mse_fwd_kernel[(N * groups,)](
-            pred_ptr=pred,
-            imgs_ptr=imgs,
-            mask_ptr=mask,
-            mean_ptr=mean,
-            std_ptr=std,
-            partial_ptr=partial,
-            L=L,
-            M=M,
-            groups=groups,
-            grid_w=imgs.shape[3] // patch_w,
-            pred_stride_n=pred.stride(0),
-            pred_stride_l=pred.stride(1),
-            **strides_of(imgs),
-            C=C,
-            PH=patch_h,
-            PW=patch_w,
-            NORM=norm_pix,
-            COMPACT=M < L,
-            **tile,
-        )
-        _masked_mse_sum_kernel[(1,)](partial_ptr=partial, loss_ptr=loss, programs=N * groups, P=P, BLOCK=4096, num_warps=16)
+    launch(
+        _masked_mse_fwd_kernel,
+        (N * groups,),
+        pred_ptr=pred,
+        imgs_ptr=imgs,
+        mask_ptr=mask,
+        mean_ptr=mean,
+        std_ptr=std,
+        partial_ptr=partial,
+        L=L,
+        M=M,
+        groups=groups,
+        grid_w=imgs.shape[3] // patch_w,
+        pred_stride_n=pred.stride(0),
+        pred_stride_l=pred.stride(1),
+        **strides_of(imgs),
+        C=C,
+        PH=patch_h,
+        PW=patch_w,
+        NORM=norm_pix,
+        COMPACT=M < L,
+        **tile,
+    )
+    launch(_masked_mse_sum_kernel, (1,), partial_ptr=partial, loss_ptr=loss, programs=N * groups, P=P, BLOCK=4096, num_warps=16)
     return loss
 
 
@@ -241,28 +242,29 @@ def masked_mse_bwd(
     mean, std = dense_statistics(mean, std)
     tile = launch_config("masked_mse_bwd", N, L, C, patch_h * patch_w, pred.device)
     groups = triton.cdiv(L, tile["GROUP"])
-    with launching_on(pred):
-        _masked_mse_bwd_kernel[(N * groups,)](
-            dloss_ptr=dloss,
-            sum_mask_ptr=mask.sum(),
-            pred_ptr=pred,
-            imgs_ptr=imgs,
-            mask_ptr=mask,
-            mean_ptr=mean,
-            std_ptr=std,
-            dpred_ptr=dpred,
-            L=L,
-            M=M,
-            groups=groups,
-            grid_w=imgs.shape[3] // patch_w,
-            pred_stride_n=pred.stride(0),
-            pred_stride_l=pred.stride(1),
-            **strides_of(imgs),
-            C=C,
-            PH=patch_h,
-            PW=patch_w,
-            NORM=norm_pix,
-            COMPACT=M < L,
-            **tile,
-        )
+    launch(
+        _masked_mse_bwd_kernel,
+        (N * groups,),
+        dloss_ptr=dloss,
+        sum_mask_ptr=mask.sum(),
+        pred_ptr=pred,
+        imgs_ptr=imgs,
+        mask_ptr=mask,
+        mean_ptr=mean,
+        std_ptr=std,
+        dpred_ptr=dpred,
+        L=L,
+        M=M,
+        groups=groups,
+        grid_w=imgs.shape[3] // patch_w,
+        pred_stride_n=pred.stride(0),
+        pred_stride_l=pred.stride(1),
+        **strides_of(imgs),
+        C=C,
+        PH=patch_h,
+        PW=patch_w,
+        NORM=norm_pix,
+        COMPACT=M < L,
+        **tile,
+    )
     return dpred

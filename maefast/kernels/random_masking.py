@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import launching_on
+from ._common import launch
 
 TILE = 32
 
@@ -52,16 +52,17 @@ def random_masking_fwd(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Te
     mask = torch.empty_like(noise)
     if noise.numel():
         tiles = triton.cdiv(L, TILE)
-        with launching_on(noise):
-            _random_masking_fwd_kernel[(N * tiles,)](
-                noise_ptr=noise,
-                ids_keep_ptr=ids_keep,
-                ids_restore_ptr=ids_restore,
-                mask_ptr=mask,
-                L=L,
-                K=len_keep,
-                tiles=tiles,
-                TILE=TILE,
-                num_warps=1,
-            )
+        launch(
+            _random_masking_fwd_kernel,
+            (N * tiles,),
+            noise_ptr=noise,
+            ids_keep_ptr=ids_keep,
+            ids_restore_ptr=ids_restore,
+            mask_ptr=mask,
+            L=L,
+            K=len_keep,
+            tiles=tiles,
+            TILE=TILE,
+            num_warps=1,
+        )
     return ids_keep, ids_restore, mask

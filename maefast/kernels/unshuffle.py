@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuned import tile_for
-from ._common import column_block, dense_rows, launching_on, rows_per_chunk, sum_columns
+from ._common import column_block, dense_rows, launch, rows_per_chunk, sum_columns
 
 
 @triton.jit
@@ -90,21 +90,22 @@ def unshuffle_fwd(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed:
     if out.numel():
         tile = launch_config("unshuffle_fwd", D, x.device)
         grid = ((1 + L) * triton.cdiv(N, tile["ROWS"]), triton.cdiv(D, tile["COLS"]))
-        with launching_on(x):
-            _unshuffle_fwd_kernel[grid](
-                x_ptr=x,
-                ids_restore_ptr=ids_restore,
-                mask_token_ptr=mask_token,
-                pos_embed_ptr=pos_embed,
-                out_ptr=out,
-                N=N,
-                L=L,
-                K=x.shape[1] - 1,
-                D=D,
-                stride_n=x.stride(0),
-                stride_t=x.stride(1),
-                **tile,
-            )
+        launch(
+            _unshuffle_fwd_kernel,
+            grid,
+            x_ptr=x,
+            ids_restore_ptr=ids_restore,
+            mask_token_ptr=mask_token,
+            pos_embed_ptr=pos_embed,
+            out_ptr=out,
+            N=N,
+            L=L,
+            K=x.shape[1] - 1,
+            D=D,
+            stride_n=x.stride(0),
+            stride_t=x.stride(1),
+            **tile,
+        )
     return out
 
 
@@ -119,20 +120,21 @@ def unshuffle_bwd(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.d
     chunk = rows_per_chunk(rows)
     chunks = triton.cdiv(rows, chunk)
     partial = torch.empty(chunks, D, dtype=torch.float32, device=dy.device)
-    with launching_on(dy):
-        _unshuffle_bwd_kernel[(chunks, triton.cdiv(D, tile["COLS"]))](
-            dy_ptr=dy,
-            ids_restore_ptr=ids_restore,
-            dx_ptr=dx,
-            partial_ptr=partial,
-            rows=rows,
-            L=tokens - 1,
-            K=len_keep,
-            D=D,
-            stride_n=dy.stride(0),
-            stride_t=dy.stride(1),
-            CHUNK=chunk,
-            **tile,
-        )
-        sum_columns(partial, dmask_token)
+    launch(
+        _unshuffle_bwd_kernel,
+        (chunks, triton.cdiv(D, tile["COLS"])),
+        dy_ptr=dy,
+        ids_restore_ptr=ids_restore,
+        dx_ptr=dx,
+        partial_ptr=partial,
+        rows=rows,
+        L=tokens - 1,
+        K=len_keep,
+        D=D,
+        stride_n=dy.stride(0),
+        stride_t=dy.stride(1),
+        CHUNK=chunk,
+        **tile,
+    )
+    sum_columns(partial, dmask_token)
     return dx, dmask_token
