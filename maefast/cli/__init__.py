@@ -26,21 +26,8 @@ class Command(Protocol):
     def run(self, given: dict[str, Any]) -> None: ...
 
 
-COMMANDS: dict[str, Command] = {
-    "ablate": ablate,
-    "convert": convert,
-    "extract": extract,
-    "knn": knn,
-    "linprobe": linprobe,
-    "partial": partial,
-    "finetune": finetune,
-    "robustness": robustness,
-    "reconstruct": reconstruct,
-    "demo": demo,
-    "pack": pack,
-    "pretrain": pretrain,
-    "submit": submit,
-}
+MODULES = (ablate, convert, extract, knn, linprobe, partial, finetune, robustness, reconstruct, demo, pack, pretrain, submit)
+COMMANDS: dict[str, Command] = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
 def build_parser() -> argparse.ArgumentParser:
