@@ -34,32 +34,28 @@ def read_batches(
     Raises UnreadableImage for a broken file: a score without it would be that of another data set.
     """
     waiting = deque[tuple[Tensor, list[Future[Tensor]]]]()
+
+    def next_batch() -> tuple[Tensor, Tensor]:
+        ids, futures = waiting.popleft()
+        return torch.cat([future.result() for future in futures]), images.labels[ids]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             for ids in batches:
                 waiting.append((ids, [pool.submit(_read, images, part.tolist(), size, view) for part in ids.split(TASK)]))
                 if len(waiting) > AHEAD:
-                    yield _collected(images, *waiting.popleft())
+                    yield next_batch()
             while waiting:
-                yield _collected(images, *waiting.popleft())
+                yield next_batch()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _read(images: Any, indices: list[int], size: Size, view: View | Callable[[int], View]) -> Tensor:
     if isinstance(view, View):
-        pixels: Tensor = images.read_many(indices, size, view.box)
-        return pixels.flip(-1) if view.flip else pixels
-    return torch.stack([_looked_at(images, index, size, view(index)) for index in indices])
-
-
-def _looked_at(images: Any, index: int, size: Size, view: View) -> Tensor:
-    image: Tensor = images.read(index, size, view.box)
-    return image.flip(-1) if view.flip else image
-
-
-def _collected(images: Any, ids: Tensor, futures: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([future.result() for future in futures]), images.labels[ids]
+        return view.flipped(images.read_many(indices, size, view.box))
+    views = [view(index) for index in indices]
+    return torch.stack([its.flipped(images.read(index, size, its.box)) for index, its in zip(indices, views, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,10 @@ class Labelled:
     exclude: Path | None = None
 
     def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
-        """Return the data set to learn from, the indices of its images to use, and the data set to
-        score. Raises UserError."""
+        """Return the images to learn from, their indices to use, and the images to score.
+
+        Raises UserError for images without labels, or with other classes in either data set.
+        """
         whole = Path(self.data).is_file()
         train = open_images(self.data, None if whole else self.train_split, channels, self.exclude)
         if self.val_path is not None:
