@@ -14,8 +14,7 @@ from .supervised import Epoch, Recipe
 
 
 class Log:
-    """The log of a training: a line per epoch on stderr, and log.txt (a JSON object per epoch) and
-    checkpoint.pth in `folder`, if given.
+    """The log of a training: a line per epoch on stderr; log.txt and checkpoint.pth in `folder`.
 
     records    the records of epochs of an earlier process
     """
@@ -24,8 +23,7 @@ class Log:
         self.folder, self.records = folder, list(records)
 
     def add(self, epoch: Epoch, correct: int | None, count: int) -> None:
-        """Add an epoch. correct: how many of `count` images are right after it; None: not
-        scored."""
+        """Add an epoch, after which `correct` of `count` images are right (None: not scored)."""
         score = {} if correct is None else {"top1": correct / count, "correct": correct, "images": count}
         self.records.append(asdict(epoch) | score)
         shown = "" if correct is None else f", top-1 {correct / count:.4f}"
