@@ -1,12 +1,12 @@
 """The command line, `maefast <command>`. An error is one line on stderr, with exit code 2.
 
-Each command has a module. What a command needs beyond torch is imported when it runs.
+Each command has a module with HELP, add_arguments(parser) and run(given), which takes the values of
+the flags by name. What a command needs beyond torch is imported when it runs.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from .._version import __version__
 from ..train.errors import ToldByAnother, UserError, shown
@@ -14,20 +14,8 @@ from . import ablate, convert, demo, extract, finetune, knn, linprobe, pack, par
 from .parser import Parser
 
 LONGEST = 4096  # the most characters of an error
-
-
-class Command(Protocol):
-    """A subcommand. The keys of `given` are the names of its flags."""
-
-    HELP: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run(self, given: dict[str, Any]) -> None: ...
-
-
 MODULES = (ablate, convert, extract, knn, linprobe, partial, finetune, robustness, reconstruct, demo, pack, pretrain, submit)
-COMMANDS: dict[str, Command] = {module.__name__.rpartition(".")[2]: module for module in MODULES}
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
 def build_parser() -> argparse.ArgumentParser:

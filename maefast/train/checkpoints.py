@@ -50,9 +50,7 @@ def last_good(folder: Path) -> str:
 
 def save(entries: Mapping[str, Any], path: Path, keep: int) -> None:
     """Write a checkpoint and flush it to the disk; remove the oldest in its folder beyond `keep`.
-
-    Raises UserError if it cannot be written; earlier checkpoints are then unchanged.
-    """
+    Raises UserError if it cannot be written; earlier checkpoints are then unchanged."""
     try:
         with replace_file(path) as temporary, temporary.open("wb") as file:
             torch.save(dict(entries), file)

@@ -90,10 +90,8 @@ class Group:
 
 @contextmanager
 def connected(launch: Launch | None) -> Iterator[Group]:
-    """Connect the processes of a launch during the block, unless they are connected already.
-
-    Raises UserError if they cannot reach each other, or if one is lost.
-    """
+    """Connect the processes of a launch during the block, unless they are connected already. Raises
+    UserError if they cannot reach each other, or if one is lost."""
     if launch is None and not (dist.is_available() and dist.is_initialized()):
         yield Group()
         return

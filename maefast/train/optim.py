@@ -48,8 +48,7 @@ def adamw(
         return torch.optim.AdamW(groups, **options, fused=True, capturable=capturable)
     from apex.optimizers import FusedAdam
 
-    optimizer: torch.optim.Optimizer = FusedAdam(groups, **options, adam_w_mode=True)
-    return optimizer
+    return FusedAdam(groups, **options, adam_w_mode=True)
 
 
 def _why_not_apex(groups: list[Any], capturable: bool) -> str | None:

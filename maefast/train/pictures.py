@@ -31,10 +31,8 @@ class Panel:
 
 @torch.no_grad()
 def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int, sampler: str = "random") -> Panel:
-    """Return the panel of a maefast.MAE for images (n, C, H, W), uint8 or normalised floats.
-
-    One of SAMPLERS draws masks from `seed`. If C is not 1 or 3, the first channel is shown.
-    """
+    """Return the panel of a maefast.MAE for images (n, C, H, W), uint8 or normalised floats. One of
+    SAMPLERS draws masks from `seed`. If C is not 1 or 3, the first channel is shown."""
     grid, len_keep = model.patch_embed.grid_size, ops.len_keep(model.patch_embed.num_patches, mask_ratio)
     noise = draw_noise(sampler, len(images), grid, len_keep, torch.Generator().manual_seed(seed)).to(images.device)
     shown_images, images = images, images.nan_to_num(0.0) if images.is_floating_point() else images

@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..model import MAE
 from .group import Group
 
-if TYPE_CHECKING:
-    from ..model import MAE
 
-
-def shard_model(model: "MAE", group: Group, device: torch.device) -> None:
+def shard_model(model: MAE, group: Group, device: torch.device) -> None:
     """Shard weights, gradients and optimizer state in place (docs/distributed.md)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

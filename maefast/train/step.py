@@ -129,9 +129,7 @@ class GraphedStep:
 
     def __call__(self, imgs: Tensor, noise: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Run one step on a batch on any device; return its loss on the GPU without waiting for it.
-
-        Raises ValueError unless shapes and dtypes are those of the first batch.
-        """
+        Raises ValueError unless shapes and dtypes are those of the first batch."""
         given = _given(imgs, noise, weights)
         if given.keys() != self._inputs.keys():
             expected, got = (" and ".join(names) for names in (self._inputs, given))

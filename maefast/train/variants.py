@@ -40,9 +40,7 @@ class MaskTokensInEncoder(MAE):
 
 class PcaTarget(MAE):
     """An MAE that predicts coefficients of the largest principal components of patches.
-
-    `find_components` finds these. `pred` is still pixels: those that the coefficients stand for.
-    """
+    `find_components` finds these. `pred` is still pixels: those that the coefficients stand for."""
 
     variant_pca_mean: Tensor  # (P,)
     variant_pca_basis: Tensor  # (P, coefficients), orthonormal columns

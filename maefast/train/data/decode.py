@@ -59,16 +59,12 @@ def decode(name: str, file: str | bytes, channels: int, size: Size | None, box: 
         return _decode(name, file, channels, size, box)
     except UnreadableImage as error:
         try:
-            bare = without_metadata(_content(file))
+            bare = without_metadata(file if isinstance(file, bytes) else Path(file).read_bytes())
             if bare is not None:
                 return _decode(name, bare, channels, size, box)
         except (UnreadableImage, OSError):
             raise error from error.__cause__
         raise
-
-
-def _content(file: str | bytes) -> bytes:
-    return file if isinstance(file, bytes) else Path(file).read_bytes()
 
 
 def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:

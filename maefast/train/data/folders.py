@@ -102,10 +102,8 @@ def walk(root: Path, exclude: Path | None, left_out: Counter[str]) -> Iterator[P
 
 
 def find_images(root: Path, exclude: Path | None = None, left_out: Counter[str] | None = None) -> list[Path]:
-    """Return the files of `walk`, sorted.
-
-    Raises UserError if `root` is not a readable folder, is `exclude`, or holds no image.
-    """
+    """Return the files of `walk`, sorted. Raises UserError if `root` is not a readable folder, is
+    `exclude`, or holds no image."""
     if not root.is_dir():
         raise UserError(f"{root} must be a folder of images; it {'is a file' if root.exists() else 'does not exist'}")
     if exclude is not None and root.resolve() == exclude.resolve():
@@ -128,9 +126,7 @@ def holds_images(folder: Path, exclude: Path | None = None) -> bool:
 
 def split_folders(path: Path, exclude: Path | None = None) -> dict[str, Path]:
     """Return the folder of each split; {} if there is none, or one that is a class among others.
-
-    Raises UserError if the folders can be both.
-    """
+    Raises UserError if the folders can be both."""
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
     if exclude is not None:
         written = {exclude.resolve(), exclude.resolve() / "reconstructions"}

@@ -16,18 +16,16 @@ from ..errors import UserError
 from .crops import TRAINING_AREA, Size, View, drawn
 from .open import open_images, open_part
 from .order import draw_of
-from .sources import ImageDataset
 from .splits import stratified_split
 
-Batches = Callable[[int, Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]  # epoch, indices of each batch -> inputs and labels
+Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs and labels, or features and labels, of each batch
+Batches = Callable[[int, Sequence[Tensor]], Pairs]  # of an epoch and the indices of each batch
 
 AHEAD = 2  # batches
 TASK = 32  # images that a thread reads at a time
 
 
-def read_batches(
-    images: ImageDataset | Any, batches: Sequence[Tensor], size: Size, view: View | Callable[[int], View]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def read_batches(images: Any, batches: Sequence[Tensor], size: Size, view: View | Callable[[int], View]) -> Pairs:
     """Yield images (n, C, *size) uint8 and labels (n,) int64 of each batch of indices.
 
     view    the view of all images, or a function from the index of an image to its view
@@ -77,10 +75,8 @@ class Labelled:
     exclude: Path | None = None
 
     def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
-        """Return the images to learn from, their indices to use, and the images to score.
-
-        Raises UserError for images without labels, or with other classes in either data set.
-        """
+        """Return the images to learn from, their indices to use, and the images to score. Raises
+        UserError for images without labels, or with other classes in either data set."""
         whole = Path(self.data).is_file()
         train = open_images(self.data, None if whole else self.train_split, channels, self.exclude)
         if self.val_path is not None:
@@ -123,12 +119,10 @@ class Chosen:
         return len(self.ids)
 
     def read(self, index: int, *where: Any) -> Tensor:
-        image: Tensor = self.images.read(int(self.ids[index]), *where)
-        return image
+        return self.images.read(int(self.ids[index]), *where)
 
     def read_many(self, indices: Sequence[int], *where: Any) -> Tensor:
-        images: Tensor = self.images.read_many(self.ids[list(indices)].tolist(), *where)
-        return images
+        return self.images.read_many(self.ids[list(indices)].tolist(), *where)
 
 
 def reading(images: Any, size: Size, view: Callable[[int], View | Callable[[int], View]]) -> Batches:

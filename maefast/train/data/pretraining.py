@@ -139,9 +139,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
     """Yield uint8 batches (N, C, H, W) in the order of `keys`, each with its unreadable images.
-
-    Raises UserError if too many images cannot be read.
-    """
+    Raises UserError if too many images cannot be read."""
     loader = DataLoader(
         images,
         batch_sampler=keys,

@@ -115,10 +115,8 @@ class FileImages(EncodedImages):
 
 
 class TarImages(EncodedImages):
-    """Members of uncompressed tar files with webdataset's names: key.jpg, the label in key.cls.
-
-    The shards are scanned once. An image then needs one seek and one read.
-    """
+    """Members of uncompressed tar files with webdataset's names: key.jpg, the label in key.cls. The
+    shards are scanned once. An image then needs one seek and one read."""
 
     kind = "tar shards"
 

@@ -1,7 +1,6 @@
 """Features of a frozen encoder: loading it, computing them, writing them to a file."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...encoder import VisionTransformer
 from ...init import sincos_positions
 from ..data.crops import still
 from ..data.floats import in_unit_of
-from ..data.labelled import read_batches
+from ..data.labelled import Pairs, read_batches
 from ..errors import UserError, require, user_errors
 from ..files import replace_file, writing
 
@@ -66,9 +65,7 @@ def pooled(encoder: VisionTransformer, imgs: Tensor, kind: str) -> Tensor:
     return {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1), "all": lambda: tokens}[kind]()
 
 
-def features_of(
-    encoder: VisionTransformer, images: Any, kind: str, *, batch_size: int = 256, part: float | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def features_of(encoder: VisionTransformer, images: Any, kind: str, *, batch_size: int = 256, part: float | None = None) -> Pairs:
     """Yield `pooled` features, on the CPU, and labels of all images in order, batch by batch.
 
     part    the scale of the centred box that is read; None: crops.usual_scale
@@ -80,7 +77,7 @@ def features_of(
         yield pooled(encoder, imgs.to(device), kind).cpu(), labels
 
 
-def collect(batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def collect(batches: Pairs) -> tuple[Tensor, Tensor]:
     """Return the features and labels of all batches."""
     features, labels = zip(*batches, strict=True)
     return torch.cat(features), torch.cat(labels)
@@ -96,7 +93,7 @@ def check_output(out: Path) -> None:
     require(f"{out.suffix} needs", {package: package}, "eval")
 
 
-def write_features(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], out: Path) -> None:
+def write_features(batches: Pairs, count: int, shape: tuple[int, ...], out: Path) -> None:
     """Write features (count, *shape) to `out`, completely or not at all, with one batch in memory.
 
     .npy        float32 (count, *shape)
@@ -108,7 +105,7 @@ def write_features(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: 
         (_write_npy if out.suffix == ".npy" else _write_parquet)(batches, count, shape, temporary)
 
 
-def _write_npy(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], path: Path) -> None:
+def _write_npy(batches: Pairs, count: int, shape: tuple[int, ...], path: Path) -> None:
     import numpy as np
 
     array, done = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, *shape)), 0
@@ -120,7 +117,7 @@ def _write_npy(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tupl
     array.flush()
 
 
-def _write_parquet(batches: Iterator[tuple[Tensor, Tensor]], count: int, shape: tuple[int, ...], path: Path) -> None:
+def _write_parquet(batches: Pairs, count: int, shape: tuple[int, ...], path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -1,7 +1,7 @@
 """`maefast robustness`: the accuracy of a classifier on corrupted images and on other folders."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.crops import still
-from ..data.labelled import read_batches
+from ..data.labelled import Pairs, read_batches
 from ..device import find_device
 from ..errors import UserError, user_errors
 from ..files import replace_file, writing
@@ -106,9 +106,7 @@ def _read_map(path: Path) -> dict[str, str]:
     return {folder: its.strip() for folder, its in rows}
 
 
-def _read(
-    classifier: Classifier, images: Any, labels: Tensor, chosen: Sequence[int], check: Check
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _read(classifier: Classifier, images: Any, labels: Tensor, chosen: Sequence[int], check: Check) -> Pairs:
     """Yield images (n, C, H, W) uint8 and labels (n,) of the classifier, batch by batch."""
     size, ids = classifier.model.patch_embed.img_size, torch.tensor(chosen).split(check.batch_size)
     for part, (pixels, _) in zip(ids, read_batches(images, ids, size, still(size, classifier.crop_pct)), strict=True):
@@ -116,7 +114,7 @@ def _read(
 
 
 @torch.no_grad()
-def _score(classifier: Classifier, batches: Iterator[tuple[Tensor, Tensor]], among: Tensor | None = None) -> float:
+def _score(classifier: Classifier, batches: Pairs, among: Tensor | None = None) -> float:
     """Return the accuracy. among: the only classes that may be predicted; None: all."""
     device, right, count = classifier.model.cls_token.device, 0, 0
     for pixels, labels in batches:

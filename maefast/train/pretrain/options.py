@@ -53,9 +53,7 @@ class Options:
     target: str = option(None, one_of(TARGETS), "pixels, pixels normalised per patch, or principal components of patches (pixel)")
     norm_pix_loss: bool = option(False, None, "the same as --target norm")
     mask_tokens_in_encoder: bool = option(False, None, "run the encoder on all tokens, mask tokens included")
-    augment: str = option(
-        "rrc", one_of(AUGMENTATIONS), "none: centre; crop: fixed size; rrc: random size; jitter: random colours"
-    )
+    augment: str = option("rrc", one_of(AUGMENTATIONS), "none: centre; crop: fixed size; rrc: random size; jitter: colours")
     flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
     batch_size: int = option(64, whole(1), "images per forward pass and process")
     accum_iter: int = option(1, whole(1), "forward passes per optimizer step")
