@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, as one of them sees them. Messages go over the CPU, without a GPU."""
+    """The processes of a run, as one of them sees them. Messages do not wait for a GPU."""
 
     rank: int = 0
     world_size: int = 1

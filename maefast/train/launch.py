@@ -9,7 +9,7 @@ from .errors import ToldByAnother, UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """A launcher's settings: `rank` among all processes, `local_rank` among those of a machine."""
+    """A launcher's settings: `rank` among all processes, `local_rank` within a machine."""
 
     rank: int
     world_size: int

@@ -48,7 +48,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def all_finite(state: Any) -> bool:
-    """Return whether nested dicts and tuples hold only finite floats; of shards, the local ones."""
+    """Return whether all floats in nested dicts and tuples, or their local shards, are finite."""
     local = (t.to_local() if hasattr(t, "to_local") else t for t in _tensors(state))
     checks = [t.isfinite().all() for t in local if t.is_floating_point()]
     devices = {check.device for check in checks}  # one synchronisation each

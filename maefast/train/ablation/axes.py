@@ -35,8 +35,8 @@ class Row:
 
 
 def rows_of(axes: Sequence[str], base: Options) -> list[Row]:
-    """Return the rows of some of AXES. Depths and widths of the decoder are to those of base as the
-    paper's to 8 blocks and a width of 512. Equal sizes give one row."""
+    """Return the rows of some of AXES. The decoder's sizes are the paper's, scaled from its default
+    (8 blocks, a width of 512) to base's. Equal sizes give one row."""
     return [row for axis in axes for row in _distinct(axis, base)]
 
 

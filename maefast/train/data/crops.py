@@ -77,7 +77,7 @@ def usual_scale(size: Size) -> float:
 def drawn(draw: random.Random, size: Size, augment: str, flip: bool, least_area: float = PRETRAINING_AREA) -> View:
     """Draw a view. `flip` mirrors half of the images.
 
-    augment    "none" (the largest centred box), "crop" (of a fixed size), else of a random size
+    augment    "none" (the largest centred box), "crop" (fixed size), else random size and aspect
     """
     mirrored = flip and draw.random() < 0.5
     if augment == "none":

@@ -22,8 +22,8 @@ from .modes import MODES, converted, resized_by_bands, stored_as, with_16_bit_gr
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The size of a JPEG's crop, decoded at 1/2, 1/4 or 1/8, over the requested size, at least. Less is
-# visible; Pillow's thumbnail() has the same margin.
+# Least size of a JPEG's crop, decoded at 1/2, 1/4 or 1/8, over the requested size. A smaller margin
+# is visible; Pillow's thumbnail() has the same.
 DRAFT_MARGIN = 2
 LARGE = 1 << 25  # pixels of an image that is not held in memory twice
 

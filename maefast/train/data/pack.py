@@ -84,7 +84,7 @@ def _write(data: ImageDataset, folder: Path, size: Size) -> int:
 
 
 def _write_header(file: Any, shape: tuple[int, ...]) -> None:
-    """Write the header of a uint8 .npy file, which NumPy pads: its length is that of any header."""
+    """Write the header of a uint8 .npy file; NumPy pads it to one length for any number."""
     import numpy as np
 
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})

@@ -121,7 +121,7 @@ SAMPLES_LAST: dict[str, Callable[[Any], Any]] = {  # by the axes of a page, as t
 
 
 def _pages(series: Any, bands: int, stored: int) -> Any:
-    """Return pages of one sample as (H, W, C), C from axis `bands`, the first of other axes."""
+    """Return pages of one sample as (H, W, C): C is axis `bands`, other axes are taken at 0."""
     kept = [series.axes.index("Y"), series.axes.index("X"), bands]
     height, width, _ = (series.shape[axis] for axis in kept)
     _check_size(height, width, series.size // max(1, height * width), series.dtype)
@@ -139,7 +139,7 @@ def _most_pixels() -> float:
 
 
 def _check_size(height: int, width: int, samples: int, dtype: Any) -> None:
-    """Raise ValueError for more pixels than Pillow reads, or more bytes than such an RGBA has."""
+    """Raise ValueError for more pixels than Pillow reads, or bytes than its largest RGBA has."""
     most = _most_pixels()
     if height * width > most or height * width * samples * (dtype.itemsize + (dtype.itemsize > 1)) > 4 * most:
         raise ValueError(too_large(f"{width} x {height} pixels of {samples} x {8 * dtype.itemsize} bits"))

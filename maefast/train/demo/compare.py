@@ -85,7 +85,7 @@ class Comparison:
 def compare(
     config: dict[str, Any], images: Iterator[Tensor], *, rounds: int, lr: float, mask_ratio: float, seed: int
 ) -> Comparison:
-    """Train an MAE and a ReferenceMAE on the same weights, batches and noise, in rotation.
+    """Train an MAE and a ReferenceMAE with the same weights, batches and noise, in rotation.
 
     rounds   the most rounds to time; after 6, they end when the ratio settles or after SECONDS
     The reference's time includes normalisation to float images, which maefast does in its step. The

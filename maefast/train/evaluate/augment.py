@@ -48,7 +48,7 @@ class Augmentation:
     reprob    the fraction of images in which a rectangle of 2 to 33 % gets the mean colour
     mixup     alpha of Beta(alpha, alpha), the weight of an image in a mixture (Zhang et al. 2018)
     cutmix    alpha of Beta(alpha, alpha), the area that is not replaced (Yun et al. 2019)
-    Each is off at 0. With mixup and cutmix, each batch gets one of them with equal probability.
+    0 or None: off. With mixup and cutmix, each batch gets one of them with equal probability.
     """
 
     aa: RandPolicy | None = None

@@ -56,7 +56,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A result: the number of finished epochs, the mean loss of the last one, its last rate."""
+    """An epoch's result: number of finished epochs, mean loss, last learning rate."""
 
     epoch: int
     loss: float

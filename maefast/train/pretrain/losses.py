@@ -32,7 +32,7 @@ class Losses:
         return self.read(LAG[loss_and_share.device.type])
 
     def read(self, keep: int = 0) -> bool:
-        """Read the losses of all but the last `keep` steps. False: one made the run rewind."""
+        """Read the losses of all but the last `keep` steps; return False if one led to a rewind."""
         while len(self.unread) > keep:
             read, at, rate = self.unread.pop(0)
             total, share = read()
