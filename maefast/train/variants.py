@@ -108,10 +108,8 @@ def coefficients_of(values: int) -> int:
 
 
 def principal_components(patches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Return mean (P,) and basis (P, count) of the largest principal components, in fp32.
-
-    patches    tensors (n, P). Raises UserError if there is none
-    """
+    """Return mean (P,) and basis (P, count) fp32 of the largest principal components of patches
+    (n, P). Raises UserError if there is none."""
     number, total, products = 0, torch.zeros(()), torch.zeros(())
     for chunk in patches:
         x = chunk.double()

@@ -170,10 +170,8 @@ def _shards_of(
 
 
 def folder_images(root: Path, channels: int | None = None, exclude: Path | None = None, *, is_part: bool = False) -> FileImages:
-    """Open the images below a folder. Their class is the first folder of the path, below splits.
-
-    is_part    `root` is the folder of a split, so that all folders in it are classes
-    """
+    """Open the images below a folder. Their class is the first folder of the path, below folders of
+    splits; with `is_part`, `root` is a split and all folders in it are classes."""
     left_out = Counter[str]()
     paths = find_images(root, exclude, left_out)
     parts = set() if is_part else {folder.name for folder in split_folders(root, exclude).values()}

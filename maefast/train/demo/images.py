@@ -45,9 +45,7 @@ HELD_OUT_BANDS = {"china.jpg": (0.32, 0.55), "flower.jpg": (0.48, 0.71)}
 
 def photographs(side: int) -> ImageSet:
     """Cut scikit-learn's two photographs into overlapping tiles (N, 3, side, side) at three scales.
-
-    A band of each photograph is held out. Training tiles lie outside it, held-out tiles within it.
-    """
+    Held-out tiles lie within a band of each photograph, training tiles outside it."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images

@@ -67,9 +67,7 @@ def pooled(encoder: VisionTransformer, imgs: Tensor, kind: str) -> Tensor:
 
 def features_of(encoder: VisionTransformer, images: Any, kind: str, *, batch_size: int = 256, part: float | None = None) -> Pairs:
     """Yield `pooled` features, on the CPU, and labels of all images in order, batch by batch.
-
-    part    the scale of the centred box that is read; None: crops.usual_scale
-    """
+    `part` is the scale of the centred box that is read (None: crops.usual_scale)."""
     size, device = encoder.patch_embed.img_size, encoder.cls_token.device
     batches = torch.arange(len(images)).split(batch_size)
     encoder.eval()

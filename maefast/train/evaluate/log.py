@@ -15,9 +15,7 @@ from .supervised import Epoch, Recipe
 
 class Log:
     """The log of a training: a line per epoch on stderr; log.txt and checkpoint.pth in `folder`.
-
-    records    the records of epochs of an earlier process
-    """
+    `records` are those of an earlier process."""
 
     def __init__(self, folder: Path | None, records: Sequence[dict[str, Any]] = ()):
         self.folder, self.records = folder, list(records)

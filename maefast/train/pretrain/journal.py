@@ -16,11 +16,8 @@ from .options import Options
 
 
 class Journal:
-    """The files of a run in its output_dir, except its checkpoints.
-
-    next_epoch    records from this epoch on are removed, since they will be written again
-    Raises UserError if the folder cannot be written.
-    """
+    """The files of a run in its output_dir, except its checkpoints. Records from `next_epoch` on
+    are removed, to be written again. Raises UserError if the folder cannot be written."""
 
     def __init__(self, options: Options, next_epoch: int):
         self.folder = options.output_dir

@@ -250,10 +250,8 @@ class Trainer:
         state.optimizer.zero_grad()
 
     def _weights(self, weights: Tensor | None, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the argument `weights` of the forward, and whether a removed patch has a value.
-
-        Without one, weights are 1 and the loss is multiplied by 0, so that no process has to wait.
-        """
+        """Return the argument `weights` of the forward, and whether a removed patch has a value. If
+        not, weights are 1 and the loss is multiplied by 0, so that no process has to wait."""
         if weights is None:
             return {}, self.one
         weights = weights.to(self.device)
