@@ -1,12 +1,11 @@
-"""Denoising with a fine-tuned MAE, against the noisy picture and a median filter. Under two minutes
-on two cores.
+"""Denoising with a fine-tuned MAE, against a median filter. Under two minutes on two cores.
 
     python examples/denoise.py [--sigma 25] [--steps 150] [--pretrain_steps 300] [--seed 0]
     [--picture denoise.png]
 
-Needs maefast[demo]. Noise is Gaussian, independent in each pixel and channel. Encoder and decoder
-of a MAE learn to predict what to add to the noisy picture; one was pre-trained on the clean tiles,
-the other starts from scratch, with the same budget. docs/restoration.md has the figures.
+Needs maefast[demo]. Noise is Gaussian, independent in each pixel and channel. A pre-trained MAE and
+one from scratch learn to predict what to add to the noisy picture, with the same budget.
+docs/restoration.md has the figures.
 """
 
 import torch

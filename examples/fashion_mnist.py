@@ -1,10 +1,7 @@
-"""What docs/fashion_mnist.md needs beside the commands of maefast: the baseline on pixels, and the
-picture of the curves.
+"""The baseline on pixels and the picture of the curves in docs/fashion_mnist.md.
 
-python examples/fashion_mnist.py pixels DATA                       # logistic regression: its
-                                                                   accuracy on the test images
-python examples/fashion_mnist.py curves OUT.png NAME=LOG.TXT ...   # losses of pre-training runs
-                                                                   over their own time
+python examples/fashion_mnist.py pixels DATA                       # logistic regression
+python examples/fashion_mnist.py curves OUT.png NAME=LOG.TXT ...   # losses of runs over their time
 """
 
 import argparse
@@ -17,8 +14,7 @@ from maefast.train.data.open import open_images
 
 
 def pixels(data: Path) -> None:
-    """Fit multinomial logistic regression to standardised pixels; a tenth of the training images
-    chooses the L2 penalty."""
+    """Fit logistic regression to standardised pixels; a held-out tenth chooses the L2 penalty."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

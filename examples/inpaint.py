@@ -1,5 +1,4 @@
-"""Inpainting with a pre-trained MAE and your own mask, against smooth interpolation. Under
-two minutes on two cores.
+"""Inpainting with a pre-trained MAE, against interpolation. Under two minutes on two cores.
 
     python examples/inpaint.py [--hole 16] [--pretrain_steps 400] [--seed 0] [--picture inpaint.png]
 
@@ -23,9 +22,8 @@ PATCH = MODEL["patch_size"]
 def square_hole(side: int) -> Tensor:
     """Return a hole (SIDE, SIDE) bool, True in the middle."""
     if side % (2 * PATCH) or not 0 < side < SIDE:
-        raise ValueError(
-            f"side must be a multiple of {2 * PATCH} below {SIDE}, so that the hole consists of whole patches; it is {side}"
-        )
+        reason = "so that the hole consists of whole patches"
+        raise ValueError(f"side must be a multiple of {2 * PATCH} below {SIDE}, {reason}; it is {side}")
     hole = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     edge = (SIDE - side) // 2
     hole[edge : SIDE - edge, edge : SIDE - edge] = True
@@ -44,13 +42,11 @@ def mean_filling(damaged: Tensor, hole: Tensor) -> Tensor:
 
 
 def smooth_filling(damaged: Tensor, hole: Tensor) -> Tensor:
-    """Solve Laplace's equation in the hole: each missing pixel is the mean of its four
-    neighbours."""
+    """Solve Laplace's equation: each missing pixel is the mean of its four neighbours."""
     cross = torch.tensor([[0.0, 0.25, 0.0], [0.25, 0.0, 0.25], [0.0, 0.25, 0.0]]).view(1, 1, 3, 3)
 
     def neighbours(pictures: Tensor) -> Tensor:
-        """Return the mean of each missing pixel's neighbours: (N, C, H, W) -> (N C, missing
-        pixels)."""
+        """Return the mean of each missing pixel's neighbours, (N C, missing pixels)."""
         return F.conv2d(pictures.flatten(0, 1)[:, None], cross, padding=1)[:, 0, hole]
 
     count = int(hole.sum())

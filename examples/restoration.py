@@ -1,5 +1,4 @@
-"""Shared by denoise.py, inpaint.py and super_resolution.py: photographs, a small MAE, fine-tuning,
-scores.
+"""Photographs, a small MAE, fine-tuning and scores for denoise, inpaint and super_resolution.
 
 The pictures are tiles of scikit-learn's two photographs, 64 x 64 pixels. Of each photograph a band
 is held out: what is scored lies within it, what is trained on outside it.
@@ -36,8 +35,7 @@ def stream(tiles: images.ImageSet, seed: int) -> Iterator[Tensor]:
 
 
 def pretrained(tiles: images.ImageSet, steps: int, seed: int) -> tuple[MAE, MAE]:
-    """Return an MAE after `steps` steps of pre-training at a mask ratio of 75 %, and the initial
-    MAE."""
+    """Return an MAE after `steps` steps at a mask ratio of 75 %, and the initial MAE."""
     torch.manual_seed(seed)
     model = MAE(**MODEL)
     untrained = copy.deepcopy(model)
@@ -51,7 +49,7 @@ def held_out(tiles: images.ImageSet) -> Tensor:
 
 
 def psnr(pictures: Tensor, clean: Tensor, where: Tensor | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, of pictures (N, C, H, W) in 0..255, the mean over pictures.
+    """Return the mean peak signal-to-noise ratio in dB of pictures (N, C, H, W) in 0..255.
 
     where    (H, W) bool: the pixels that count; None for all
     """
@@ -68,8 +66,7 @@ def median_filter(pictures: Tensor) -> Tensor:
 
 
 class Restorer(nn.Module):
-    """An MAE that encodes the whole damaged picture; its decoder predicts the correction of each
-    patch."""
+    """An MAE that encodes the whole damaged picture and decodes its correction."""
 
     def __init__(self, mae: MAE):
         super().__init__()
@@ -108,8 +105,7 @@ def restored(restorer: Restorer, damaged: Tensor) -> Tensor:
 def restore(
     damage: Damage, baselines: dict[str, Callable[[Tensor], Tensor]], *, pretrain_steps: int, steps: int, seed: int
 ) -> Pictures:
-    """Return the held-out tiles: damaged, restored by each baseline, by an MAE fine-tuned after
-    pre-training and by one trained from scratch, and clean."""
+    """Return held-out tiles: damaged, as each method restores them, and clean."""
     tiles = images.photographs(SIDE)
     clean = held_out(tiles)
     damaged = damage(clean, torch.Generator().manual_seed(seed + 1))
@@ -128,8 +124,7 @@ def save_strip(pictures: Pictures, path: Path) -> None:
     """Draw SHOWN held-out tiles, one per row; the columns are the methods."""
     from PIL import Image
 
-    count = len(pictures["clean"])
-    rows = torch.linspace(0, count - 1, SHOWN + 2)[1:-1].long()  # SHOWN evenly spaced rows
+    rows = torch.linspace(0, len(pictures["clean"]) - 1, SHOWN + 2)[1:-1].long()  # SHOWN evenly spaced rows
     strip = torch.cat([F.pad(made[rows], (1, 1, 1, 1), value=255.0) for made in pictures.values()], dim=3)
     image = torch.cat(list(strip), dim=1).clamp(0, 255).round().to(torch.uint8)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

@@ -1,13 +1,11 @@
-"""Super-resolution with a fine-tuned MAE, against bicubic interpolation. Under two minutes on two
-cores.
+"""Super-resolution with a fine-tuned MAE, against bicubic. Under two minutes on two cores.
 
     python examples/super_resolution.py [--factor 2] [--steps 150] [--pretrain_steps 300] [--seed 0]
     [--picture sr.png]
 
 Needs maefast[demo]. Tiles are made smaller (bicubic, antialiased, rounded to 8 bits) and enlarged
-again by bicubic interpolation. Encoder and decoder of a MAE learn to predict what to add to the
-bicubic picture; one was pre-trained on the clean tiles, the other starts from scratch, with the
-same budget. docs/restoration.md has the figures.
+again by bicubic interpolation. A pre-trained MAE and one from scratch learn to predict what to add,
+with the same budget. docs/restoration.md has the figures.
 """
 
 import torch

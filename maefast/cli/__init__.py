@@ -1,12 +1,12 @@
 """The command line, `maefast <command>`. An error is one line on stderr, with exit code 2.
 
-Each command has a module. What a command needs beyond torch is imported when it runs.
+Each command has a module with HELP, add_arguments(parser) and run(given), which takes the values of
+the flags by name. What a command needs beyond torch is imported when it runs.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from .._version import __version__
 from ..train.errors import ToldByAnother, UserError, shown
@@ -14,33 +14,8 @@ from . import ablate, convert, demo, extract, finetune, knn, linprobe, pack, par
 from .parser import Parser
 
 LONGEST = 4096  # the most characters of an error
-
-
-class Command(Protocol):
-    """A subcommand. The keys of `given` are the names of its flags."""
-
-    HELP: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run(self, given: dict[str, Any]) -> None: ...
-
-
-COMMANDS: dict[str, Command] = {
-    "ablate": ablate,
-    "convert": convert,
-    "extract": extract,
-    "knn": knn,
-    "linprobe": linprobe,
-    "partial": partial,
-    "finetune": finetune,
-    "robustness": robustness,
-    "reconstruct": reconstruct,
-    "demo": demo,
-    "pack": pack,
-    "pretrain": pretrain,
-    "submit": submit,
-}
+MODULES = (ablate, convert, extract, knn, linprobe, partial, finetune, robustness, reconstruct, demo, pack, pretrain, submit)
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,15 +10,15 @@ from ..train.values import number, several_of, whole
 from .flags import PART, SPLITS, add_options, add_val_path, pop
 
 HELP = "repeat the paper's ablations on your own images"
+FIXED = ("data_path", "resume", "init", "key", "start_epoch", "reference")
 OF_SEVERAL_PROCESSES = ("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="labelled images with a training split and a split to score")
-    parser.add_argument(
-        "--axes", type=several_of(AXES), default=list(AXES), metavar="A,..", help=f"axes to run, of {', '.join(AXES)} (all)"
-    )
-    parser.add_argument("--images", type=whole(1), help="number of images of DATA to pre-train on (all)")
+    add = parser.add_argument
+    add("data", type=Path, metavar="DATA", help="labelled images with a training split and a split to score")
+    add("--axes", type=several_of(AXES), default=list(AXES), metavar="A,..", help=f"axes to run, of {', '.join(AXES)} (all)")
+    add("--images", type=whole(1), help="number of images of DATA to pre-train on (all)")
     for name, kind, help in (
         ("label_fraction", PART, "fraction of each class to learn from with labels (1)"),
         ("probe_epochs", whole(1), "epochs of the linear probe (90)"),
@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("finetune_epochs", whole(1), "epochs of fine-tuning (50)"),
         ("finetune_blr", number(0), "base learning rate of fine-tuning (0.001)"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
-    parser.add_argument("--eval_split", choices=SPLITS, default="val", help="the split of DATA to score (val)")
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
+    add("--eval_split", choices=SPLITS, default="val", help="the split of DATA to score (val)")
     add_val_path(parser)
-    add_options(parser, without=("data_path", "resume", "init", "key", "start_epoch", "reference", *OF_SEVERAL_PROCESSES))
+    add_options(parser, without=FIXED + OF_SEVERAL_PROCESSES)
 
 
 def run(given: dict[str, Any]) -> None:

@@ -10,14 +10,13 @@ HELP = "pre-train a small MAE on real images and show what it learned"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="a folder of images to train on, subfolders included (scikit-learn's images)"
-    )
-    parser.add_argument("--output", type=Path, default="maefast-demo", metavar="DIR", help="folder of the results (%(default)s)")
-    parser.add_argument("--steps", type=whole(1), help="pre-training steps of the main model; the other model's scale with it")
-    parser.add_argument("--batch_size", type=whole(1), help="images per step; the learning rate scales with it")
-    parser.add_argument("--mask_ratio", type=RATIO, help="fraction of the patches that is removed")
-    parser.add_argument("--seed", type=SEED, default=0, help="seed of weights, data order, masks and draws (%(default)s)")
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="a folder of images to train on, subfolders included (scikit-learn's images)")
+    add("--output", type=Path, default="maefast-demo", metavar="DIR", help="folder of the results (%(default)s)")
+    add("--steps", type=whole(1), help="pre-training steps of the main model; the other model's scale with it")
+    add("--batch_size", type=whole(1), help="images per step; the learning rate scales with it")
+    add("--mask_ratio", type=RATIO, help="fraction of the patches that is removed")
+    add("--seed", type=SEED, default=0, help="seed of weights, data order, masks and draws (%(default)s)")
 
 
 def run(given: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Flags that several commands share."""
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,29 +22,22 @@ def choice(parser: argparse.ArgumentParser, name: str, words: tuple[str, ...], h
 
 
 def add_source(parser: argparse.ArgumentParser, *, moves: bool = True) -> None:
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of any layout that maefast convert reads"
-    )
-    parser.add_argument("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of any layout that maefast convert reads")
+    add("data", type=Path, metavar="DATA", help="a folder of images, a list of them, .npy, idx files or shards")
     add_key(parser)
-    help = "side of the images, or height and width (the checkpoint's)"
-    parser.add_argument("--input_size", type=sides, metavar="S | H W", help=help)
-    parser.add_argument("--num_heads", type=whole(1), help="heads of the encoder, if the checkpoint does not store them")
-    parser.add_argument(
-        "--mean",
-        type=numbers(ANY),
-        metavar="M,M,..",
-        help="mean per channel: of uint8 pixels in 0..1, of floats in their own unit",
-    )
-    parser.add_argument(
-        "--std", type=numbers(0, above=True), metavar="S,S,..", help="standard deviation per channel, in the unit of --mean"
-    )
+    add("--input_size", type=sides, metavar="S | H W", help="side of the images, or height and width (the checkpoint's)")
+    add("--num_heads", type=whole(1), help="heads of the encoder, if the checkpoint does not store them")
+    help = "mean per channel: of uint8 pixels in 0..1, of floats in their own unit"
+    add("--mean", type=numbers(ANY), metavar="M,M,..", help=help)
+    help = "standard deviation per channel, in the unit of --mean"
+    add("--std", type=numbers(0, above=True), metavar="S,S,..", help=help)
     add_nodata(parser)
-    parser.add_argument("--seed", type=SEED, default=0, help="seed of all random draws (%(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of all random draws (%(default)s)")
     if moves:
-        parser.add_argument("--random_init", action="store_true", help="the checkpoint's architecture with untrained weights")
+        add("--random_init", action="store_true", help="the checkpoint's architecture with untrained weights")
         add_device(parser)
-        parser.add_argument("--crop_pct", type=PART, help="scale of the centred box, per side (0.875 from 224 pixels on, else 1)")
+        add("--crop_pct", type=PART, help="scale of the centred box, per side (0.875 from 224 pixels on, else 1)")
 
 
 def add_key(parser: argparse.ArgumentParser) -> None:
@@ -99,11 +93,9 @@ def add_switch(parser: argparse.ArgumentParser, name: str, help: str, default: A
 
 
 def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Add a flag for each of Options but `without`. A flag that is not given is absent from the
-    namespace, since --config may set it."""
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a YAML file of options with the names of the flags; flags override it"
-    )
+    """Add a flag for each of Options but `without`, absent from the namespace unless given."""
+    help = "a YAML file of options with the names of the flags; flags override it"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=help)
     for entry in fields(Options):
         if entry.name in without:
             continue
@@ -116,16 +108,11 @@ def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) 
             parser.add_argument(f"--{name}", type=parse, metavar=entry.metadata["metavar"], default=argparse.SUPPRESS, help=help)
 
 
-def pick(cls: type[T], given: Mapping[str, Any], **others: Any) -> T:
+def pick(cls: Callable[..., T], given: Mapping[str, Any], **others: Any) -> T:
     """Build a dataclass from the arguments that have the names of its fields."""
-    named = {**given, **others}
-    return cls(**{name: named[name] for name in _names(cls) if name in named})
+    return pop(cls, {**given, **others})
 
 
-def pop(cls: type[T], given: dict[str, Any]) -> T:
+def pop(cls: Callable[..., T], given: dict[str, Any]) -> T:
     """Build a dataclass as `pick` does, and remove its arguments from `given`."""
-    return cls(**{name: given.pop(name) for name in _names(cls) if name in given})
-
-
-def _names(cls: Any) -> list[str]:
-    return [field.name for field in fields(cls)]
+    return cls(**{name: given.pop(name) for name in signature(cls).parameters if name in given})

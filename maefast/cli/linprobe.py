@@ -16,12 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.data.labelled import Labelled
-    from ..train.evaluate.commands import linprobe
-    from ..train.evaluate.source import Source
-    from ..train.evaluate.supervised import Recipe
+    from ..train.evaluate.commands import Labelled, Recipe, Source, linprobe
 
-    sweep = given["blr"] is None and given["lr"] is None
+    given["sweep"] = given["blr"] is None and given["lr"] is None
     recipe = pick(Recipe, given, blr=given["blr"] or 0.0)
-    source, data = pick(Source, given), pick(Labelled, given)
-    linprobe(source, data, recipe, kind=given["kind"], sweep=sweep, output_dir=given["output_dir"])
+    options = {name: given[name] for name in ("kind", "sweep", "output_dir")}
+    linprobe(pick(Source, given), pick(Labelled, given), recipe, **options)

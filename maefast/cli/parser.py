@@ -21,8 +21,7 @@ def with_underscores(words: Sequence[str]) -> list[str]:
 
 
 def joined(words: Sequence[str], pairs: Sequence[str]) -> list[str]:
-    """Join a flag with a value that begins with a minus, and a flag of `pairs` with its height and
-    width, to one word."""
+    """Join a flag with its negative value, and a flag of `pairs` with two sides, to one word."""
     rest, out = list(words), list[str]()
     while rest:
         word = rest.pop(0)
@@ -37,8 +36,7 @@ def joined(words: Sequence[str], pairs: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser for which - and _ in flags are the same. An error is one line, without the usage,
-    and names the nearest known flag."""
+    """A parser for which - and _ in flags are the same; an error is one line without the usage."""
 
     def __init__(self, **options: Any):
         self.flags, self.pairs = list[str](), list[str]()

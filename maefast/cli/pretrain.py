@@ -1,6 +1,5 @@
 """`maefast pretrain`."""
 
-import argparse
 from functools import partial
 from typing import Any
 
@@ -8,10 +7,7 @@ from ..train.pretrain.options import from_arguments
 from .flags import add_options
 
 HELP = "pre-train an MAE on your own images"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser)
+add_arguments = add_options
 
 
 def run(given: dict[str, Any]) -> None:

@@ -12,21 +12,20 @@ HELP = "score a classifier on corrupted images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth of maefast finetune or partial")
-    parser.add_argument("data", type=Path, metavar="DATA", nargs="?", help="images of its classes, scored clean and corrupted")
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pth of maefast finetune or partial")
+    add("data", type=Path, metavar="DATA", nargs="?", help="images of its classes, scored clean and corrupted")
     choice(parser, "--eval_split", SPLITS, "the split of DATA to score (%(default)s)", default="val")
-    parser.add_argument("--kinds", type=_kinds, metavar="KIND,..", help="kinds of corruption, or none (the 15 of ImageNet-C)")
-    parser.add_argument("--severities", type=_severities, metavar="1,..", help="severities of 1 to 5 (all)")
-    parser.add_argument("--count", type=whole(1), help="number of images of DATA, evenly spaced (all)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="other images of its classes, such as ImageNet-R")
-    parser.add_argument(
-        "--class_map", type=Path, metavar="FILE", help="text file; each line is a folder in --folder and its class"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file of the figures")
+    add("--kinds", type=_kinds, metavar="KIND,..", help="kinds of corruption, or none (the 15 of ImageNet-C)")
+    add("--severities", type=_severities, metavar="1,..", help="severities of 1 to 5 (all)")
+    add("--count", type=whole(1), help="number of images of DATA, evenly spaced (all)")
+    add("--folder", type=Path, metavar="DIR", help="other images of its classes, such as ImageNet-R")
+    add("--class_map", type=Path, metavar="FILE", help="text file; each line is a folder in --folder and its class")
+    add("--out", type=Path, metavar="FILE", help="JSON file of the figures")
     add_nodata(parser)
     add_batch_size(parser)
     add_device(parser)
-    parser.add_argument("--seed", type=SEED, default=0, help="seed of the corruptions (%(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of the corruptions (%(default)s)")
 
 
 def _kinds(text: str) -> tuple[str, ...]:

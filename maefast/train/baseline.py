@@ -1,5 +1,4 @@
-"""The plain eager reference on the parameters of a model: the baseline that runs are compared
-with."""
+"""The baseline that runs are compared with: the plain eager reference on a model's parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,9 @@ def reference_on(model: MAE) -> Callable[..., MAEOutput]:
     uint8 images are first normalised in float, as scripts around the official model do.
     `return_pred` has no effect.
     """
-    config = of_model(model).arguments() | {"mean": model.mean, "std": model.std}
+    config = of_model(model).arguments()
     reference = ReferenceMAE(**{name: value for name, value in config.items() if name not in ("mean", "std")})
+    config |= {"mean": model.mean, "std": model.std}
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         setattr(reference.get_submodule(module), leaf, parameter)
@@ -37,7 +37,6 @@ def reference_on(model: MAE) -> Callable[..., MAEOutput]:
 
 
 def normalised(images: Tensor, config: dict[str, Any]) -> Tensor:
-    """Return uint8 images (N, C, H, W) as fp32 `(x/255 - mean)/std`, with a configuration's mean
-    and std."""
+    """Return uint8 images (N, C, H, W) as fp32 `(x/255 - mean)/std`, both from `config`."""
     mean, std = (torch.as_tensor(config[name], device=images.device).reshape(-1, 1, 1) for name in ("mean", "std"))
     return (images / 255.0 - mean) / std

@@ -1,5 +1,4 @@
-"""The checkpoint files of a run: writing completely or not at all, keeping the last few,
-finding."""
+"""The checkpoint files of a run: written completely or not at all; the last few are kept."""
 
 import argparse
 import os
@@ -29,16 +28,15 @@ class Position:
 
     @property
     def file_name(self) -> str:
-        """checkpoint-E.pth after the whole epoch E, as the official code has it; checkpoint-E-S.pth
-        within epoch E."""
+        """checkpoint-E.pth after epoch E, as in the official code; checkpoint-E-S.pth within it."""
         return f"checkpoint-{self.epoch}-{self.step}.pth" if self.step else f"checkpoint-{self.epoch - 1}.pth"
 
 
 def find(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, the oldest first."""
     found = list[tuple[Position, Path]]()
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if (match := NAME.fullmatch(path.name)) is not None:
+    for path in folder.glob("checkpoint-*"):
+        if match := NAME.fullmatch(path.name):
             epoch, step = int(match[1]), match[2]
             found.append((Position(epoch + 1, 0) if step is None else Position(epoch, int(step)), path))
     return [path for _, path in sorted(found)]
@@ -51,11 +49,8 @@ def last_good(folder: Path) -> str:
 
 
 def save(entries: Mapping[str, Any], path: Path, keep: int) -> None:
-    """Write a checkpoint, on the disk when this returns, and remove the oldest of its folder beyond
-    `keep`.
-
-    Raises UserError where it cannot be written; the checkpoints before it are then as they were.
-    """
+    """Write a checkpoint and flush it to the disk; remove the oldest in its folder beyond `keep`.
+    Raises UserError if it cannot be written; earlier checkpoints are then unchanged."""
     try:
         with replace_file(path) as temporary, temporary.open("wb") as file:
             torch.save(dict(entries), file)
@@ -64,8 +59,7 @@ def save(entries: Mapping[str, Any], path: Path, keep: int) -> None:
         sync_folder(path.parent)
         for old in find(path.parent)[:-keep]:
             old.unlink()
-    # torch's writer turns some errors of the file into a RuntimeError
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch's writer turns some errors of the file into a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written: {reason}; {last_good(path.parent)}") from error
 
@@ -86,8 +80,8 @@ def remove_left_overs(folder: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Load a checkpoint that `save` wrote, on the CPU. Nothing in the file is executed. Raises
-    UserError for any other file."""
+    """Load a checkpoint of `save`, on the CPU, executing no code. Raises UserError for others."""
+    must = f"--resume must be a checkpoint of maefast pretrain; {path}"
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             entries = torch.load(path, map_location="cpu", weights_only=True)
@@ -95,12 +89,9 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume must be a checkpoint; {path} cannot be read: {error.strerror or error}") from error
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--resume must be a checkpoint of maefast pretrain; {path} is damaged or another kind: {reason}"
-        ) from error
+        raise UserError(f"{must} is damaged or another kind: {reason}") from error
     if not isinstance(entries, dict) or not isinstance(entries.get("run"), dict):
-        hint = "MAE.from_pretrained loads the weights of other kinds"
-        raise UserError(f"--resume must be a checkpoint of maefast pretrain; {path} is another kind ({hint})")
+        raise UserError(f"{must} is another kind (MAE.from_pretrained loads the weights of other kinds)")
     return entries
 
 

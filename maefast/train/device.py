@@ -6,10 +6,10 @@ from .errors import UserError
 
 
 def find_device(name: str | None, local_rank: int | None = None) -> torch.device:
-    """Return the device of that name, by default the GPU if there is one. Raises UserError if it is
-    not on this machine.
+    """Return the device of that name, by default the GPU if there is one.
 
     local_rank  of this process among several of this machine, each of which takes a GPU of its own
+    Raises UserError if the device is not on this machine.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ __all__ = ["check_writable", "replace_file", "writing"]
 
 
 def check_writable(folder: Path, option: str = "--output") -> None:
-    """Raise UserError, naming `option`, unless `folder` exists or can be created, and can be
+    """Raise UserError, naming `option`, unless `folder`, or the folder to create it in, can be
     written. Nothing is left behind."""
     existing = folder
     while not (existing.exists() or existing.is_symlink()) and existing != existing.parent:

@@ -18,8 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run, as one of them sees them. Their messages go over the CPU and wait for
-    no GPU."""
+    """The processes of a run, as one of them sees them. Messages do not wait for a GPU."""
 
     rank: int = 0
     world_size: int = 1
@@ -73,15 +72,14 @@ class Group:
                 raise error
             return
         messages = self.all_gather(None if error is None else str(error))
-        if any(message is not None for message in messages):
-            rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+        if found := [(rank, message) for rank, message in enumerate(messages) if message is not None]:
+            rank, message = found[0]
             where = "" if len(set(messages)) == 1 else f"process {rank} of {self.world_size}: "
             raise self.error(f"{where}{message}") from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block. If it raises UserError in one process, raise it in all. The block must not
-        contain a collective."""
+        """Run a block without collectives. Raise a UserError of one process in all of them."""
         error = None
         try:
             yield
@@ -92,11 +90,8 @@ class Group:
 
 @contextmanager
 def connected(launch: Launch | None) -> Iterator[Group]:
-    """Connect the processes of a launch during the block. Processes that are connected already stay
-    connected.
-
-    Raises UserError if they cannot reach each other, or if one is lost.
-    """
+    """Connect the processes of a launch during the block, unless they are connected already. Raises
+    UserError if they cannot reach each other, or if one is lost."""
     if launch is None and not (dist.is_available() and dist.is_initialized()):
         yield Group()
         return
@@ -118,14 +113,10 @@ def connected(launch: Launch | None) -> Iterator[Group]:
     except RuntimeError as error:
         if not _lost(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} lost another process, which may say why: {reason}"
-        ) from error
+        what = f"lost another process, which may say why: {str(error).splitlines()[0]}"
+        raise UserError(f"process {dist.get_rank()} of {dist.get_world_size()} {what}") from error
     if started_here:
-        # Free DDP's references to the group first: freeing the last one joins its threads, which may
-        # need the interpreter.
-        gc.collect()
+        gc.collect()  # DDP's references to the group: freeing the last joins threads that may need the interpreter
         dist.barrier()  # the first process holds the store that the others still use
         dist.destroy_process_group()
 

@@ -9,8 +9,7 @@ from .errors import ToldByAnother, UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """The settings that a launcher gave this process: `rank` among all processes, `local_rank`
-    among those of this machine."""
+    """A launcher's settings: `rank` among all processes, `local_rank` within a machine."""
 
     rank: int
     world_size: int
@@ -21,14 +20,12 @@ class Launch:
 def find_launch(
     *, world_size: int | None = None, local_rank: int | None = None, dist_on_itp: bool = False, dist_url: str = "env://"
 ) -> Launch | None:
-    """Read the variables of mpirun (with `dist_on_itp`), torchrun or srun, in this order; None:
-    this process was started alone.
+    """Read the variables of mpirun (with `dist_on_itp`), torchrun or srun; None without a launcher.
 
     world_size    the expected number of processes; None: any
     local_rank    the rank on this machine, for launchers that set no LOCAL_RANK
     dist_url      where the processes meet; "env://" under srun: the first machine of the job step
-    Raises UserError for variables that are missing or no numbers, and if the number of processes is
-    not `world_size`.
+    Raises UserError for missing or broken variables and for another number of processes.
     """
     if dist_on_itp:
         rank, world, local = (_variable(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK"))
@@ -36,8 +33,7 @@ def find_launch(
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local = _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ else local_rank or 0
         launch = Launch(_variable("RANK"), _variable("WORLD_SIZE"), local, dist_url)
-    # set by srun, not in a batch script
-    elif "SLURM_STEP_NUM_TASKS" in os.environ and _variable("SLURM_STEP_NUM_TASKS") > 1:
+    elif "SLURM_STEP_NUM_TASKS" in os.environ and _variable("SLURM_STEP_NUM_TASKS") > 1:  # set by srun, not in a batch script
         url = _slurm_url() if dist_url == "env://" else dist_url
         launch = Launch(_variable("SLURM_PROCID"), _variable("SLURM_STEP_NUM_TASKS"), _variable("SLURM_LOCALID"), url)
     else:

@@ -1,5 +1,4 @@
-"""Samplers of the removed patches: random, block, grid (He et al. 2022, figure 6). They return
-noise that MAE ranks."""
+"""Noise whose ranks remove random patches, blocks, or all but a grid (He et al. 2022, figure 6)."""
 
 import math
 
@@ -7,7 +6,7 @@ import torch
 from torch import Tensor
 
 SAMPLERS = ("random", "block", "grid")
-# Block-wise masking as in BEiT (Bao et al. 2022, algorithm 1): 16 of 196 patches or more, an aspect of 0.3 to 1/0.3.
+# Blocks as in BEiT (Bao et al. 2022, algorithm 1): 16 of 196 patches or more, aspect 0.3 to 1/0.3.
 LEAST_BLOCK, BLOCK_ASPECT = 16 / 196, (0.3, 1 / 0.3)
 BLOCKS = 32  # drawn per image; 14 are enough for 99 % of images, with up to 90 % removed
 
@@ -23,8 +22,7 @@ def check_sampler(sampler: str, grid: tuple[int, int], len_keep: int) -> None:
 
 
 def draw_noise(sampler: str, count: int, grid: tuple[int, int], len_keep: int, generator: torch.Generator) -> Tensor:
-    """Draw noise (count, L) fp32 on the generator's device. MAE keeps the `len_keep` patches of a
-    row with the smallest noise.
+    """Draw noise (count, L) fp32 on the generator's device; MAE keeps the `len_keep` smallest.
 
     "random"    uniform
     "block"     random blocks of patches are removed; the last block is cut off when enough are

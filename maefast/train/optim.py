@@ -12,8 +12,7 @@ BACKENDS = ("auto", "apex", "torch")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups of trainable parameters: those of two or more dimensions get weight decay,
-    all others (biases, norms) do not."""
+    """Return two groups of trainable parameters; those of one dimension get no weight decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -31,15 +30,12 @@ def adamw(
     backend: str = "auto",
     capturable: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return a fused AdamW: apex's FusedAdam if NVIDIA's apex is installed and all parameters are
-    on CUDA, else torch's AdamW(fused=True).
+    """Return apex's FusedAdam if it is installed and can run on CUDA, else torch's fused AdamW.
 
     params      a model (its `parameter_groups`), parameters, or groups of parameters
-    backend     "auto", "apex" or "torch"
+    backend     "auto", "apex" or "torch"; a state_dict of one does not fit the other
     capturable  for CUDA graphs, as `maefast.train.step.GraphedStep` needs it; only torch's AdamW
-    The state_dict of one does not fit the other.
-    Raises ValueError for an unknown backend, and RuntimeError with the reason if "apex" is forced
-    and cannot run.
+    Raises ValueError for an unknown backend, RuntimeError if "apex" is forced and cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; it is {backend!r}")
@@ -52,8 +48,7 @@ def adamw(
         return torch.optim.AdamW(groups, **options, fused=True, capturable=capturable)
     from apex.optimizers import FusedAdam
 
-    optimizer: torch.optim.Optimizer = FusedAdam(groups, **options, adam_w_mode=True)
-    return optimizer
+    return FusedAdam(groups, **options, adam_w_mode=True)
 
 
 def _why_not_apex(groups: list[Any], capturable: bool) -> str | None:

@@ -24,14 +24,15 @@ class Panel:
     masked: Tensor  # the same, removed patches grey
     reconstruction: Tensor  # the same, removed patches as the model predicts them
 
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("original", "masked", "reconstruction")}
+
 
 @torch.no_grad()
 def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: int, sampler: str = "random") -> Panel:
-    """Return the panel of `model` (a maefast.MAE) for images (n, C, H, W), uint8 or normalised
-    floats.
-
-    One of SAMPLERS draws masks from `seed`. If C is not 1 or 3, the first channel is shown.
-    """
+    """Return the panel of a maefast.MAE for images (n, C, H, W), uint8 or normalised floats. One of
+    SAMPLERS draws masks from `seed`. If C is not 1 or 3, the first channel is shown."""
     grid, len_keep = model.patch_embed.grid_size, ops.len_keep(model.patch_embed.num_patches, mask_ratio)
     noise = draw_noise(sampler, len(images), grid, len_keep, torch.Generator().manual_seed(seed)).to(images.device)
     shown_images, images = images, images.nan_to_num(0.0) if images.is_floating_point() else images
@@ -42,14 +43,12 @@ def make_panel(title: str, model: Any, images: Tensor, mask_ratio: float, seed: 
     if images.is_floating_point():
         pictures, images = _in_grey_levels(pictures, shown_images), _in_grey_levels(shown_images, shown_images)
     masked = torch.where(hidden, torch.full_like(images, round(GREY * 255)), images)
-    shown = 3 if images.shape[1] == 3 else 1
-    rows = (images, masked, pictures.round().clamp(0, 255))
-    return Panel(title, *(row[:, :shown].to(torch.uint8).cpu() for row in rows))
+    rows = (row[:, : 3 if images.shape[1] == 3 else 1] for row in (images, masked, pictures.round().clamp(0, 255)))
+    return Panel(title, *(row.to(torch.uint8).cpu() for row in rows))
 
 
 def _in_grey_levels(values: Tensor, images: Tensor) -> Tensor:
-    """Scale floats to 0..255, from the least to the greatest value of each of `images`; NaN is
-    white."""
+    """Scale floats to 0..255, from least to greatest value of each of `images`; NaN is white."""
     low = images.nan_to_num(torch.inf).amin(dim=(1, 2, 3), keepdim=True)
     high = images.nan_to_num(-torch.inf).amax(dim=(1, 2, 3), keepdim=True)
     levels = (values - low) / (high - low).clamp(min=1e-12) * 255
@@ -58,8 +57,7 @@ def _in_grey_levels(values: Tensor, images: Tensor) -> Tensor:
 
 def as_one_picture(panel: Panel) -> Tensor:
     """Return the pictures of a panel as one of them: (C, 3 H, n W) uint8."""
-    rows = (panel.original, panel.masked, panel.reconstruction)
-    return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    return torch.cat([torch.cat(list(row), dim=2) for row in panel.rows.values()], dim=1)
 
 
 def save_reconstructions(panels: Sequence[Panel], path: Path) -> None:
@@ -71,12 +69,10 @@ def save_reconstructions(panels: Sequence[Panel], path: Path) -> None:
     for subfigure, panel in zip(figure.subfigures(len(panels), 1, squeeze=False).flat, panels, strict=True):
         subfigure.suptitle(panel.title, fontsize=10)
         axes = subfigure.subplots(3, len(panel.original), squeeze=False)
-        rows = (("original", panel.original), ("masked", panel.masked), ("reconstruction", panel.reconstruction))
-        for line, (name, pictures) in zip(axes, rows, strict=True):
+        for line, (name, pictures) in zip(axes, panel.rows.items(), strict=True):
             for axis, picture in zip(line, pictures, strict=True):
                 axis.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-                axis.set_xticks([])
-                axis.set_yticks([])
+                axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(name, fontsize=9)
     with replace_file(path) as temporary:
         figure.savefig(temporary, format="png")

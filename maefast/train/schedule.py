@@ -4,16 +4,14 @@ import math
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """Return the learning rate of a step: linear warm-up from 0 to `peak`, then half a cosine to
-    `floor`.
+    """Return a learning rate: linear warm-up from 0 to `peak`, then half a cosine to `floor`.
 
     step    0 .. steps; the rate rises in the first `warmup` steps and is `floor` at step `steps`
     Raises ValueError if step or warmup lies outside 0 .. steps.
     """
-    if not 0 <= warmup <= steps:
-        raise ValueError(f"warmup must lie in 0..steps={steps}, it is {warmup}")
-    if not 0 <= step <= steps:
-        raise ValueError(f"step must lie in 0..steps={steps}, it is {step}")
+    for name, value in (("warmup", warmup), ("step", step)):
+        if not 0 <= value <= steps:
+            raise ValueError(f"{name} must lie in 0..steps={steps}, it is {value}")
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)

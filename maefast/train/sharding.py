@@ -1,20 +1,18 @@
 """Models of several processes, copied by DDP or sharded by FSDP, and their full state_dict."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..model import MAE
 from .group import Group
 
-if TYPE_CHECKING:
-    from ..model import MAE
 
-
-def shard_model(model: "MAE", group: Group, device: torch.device) -> None:
+def shard_model(model: MAE, group: Group, device: torch.device) -> None:
     """Shard weights, gradients and optimizer state in place (docs/distributed.md)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -50,8 +48,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def all_finite(state: Any) -> bool:
-    """Return whether all floating-point tensors in nested dicts and tuples are finite. Of a sharded
-    tensor only the local shard is checked."""
+    """Return whether all floats in nested dicts and tuples, or their local shards, are finite."""
     local = (t.to_local() if hasattr(t, "to_local") else t for t in _tensors(state))
     checks = [t.isfinite().all() for t in local if t.is_floating_point()]
     devices = {check.device for check in checks}  # one synchronisation each
@@ -68,11 +65,13 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 def full_state_dict(state: dict[str, Any]) -> dict[str, Any]:
     """Return a state_dict of full tensors on the CPU. All processes must call it."""
-    return _mapped(state, lambda value: value.full_tensor().cpu() if hasattr(value, "full_tensor") else value)
 
+    def full(value: Any) -> Any:
+        if isinstance(value, dict):
+            return full_state_dict(value)
+        return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    return {name: _mapped(part, change) for name, part in value.items()} if isinstance(value, dict) else change(value)
+    return {name: full(value) for name, value in state.items()}
 
 
 def shard_state_dict(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

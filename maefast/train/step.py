@@ -15,8 +15,7 @@ WARM_UP = 3  # steps before a capture: libraries set themselves up, the allocato
 
 @contextmanager
 def undone_on_error(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Run a backward pass and a step of the optimizer. If one of them raises, say for lack of
-    memory, no gradient is left half summed and no state half created."""
+    """Run a backward pass and a step. If one raises, discard the gradients and any new state."""
     known = set(optimizer.state)
     try:
         yield
@@ -35,9 +34,11 @@ def training_step(
     before_step: Callable[[], object] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Run one step on `model(*args, **kwargs).loss`, its forward under autocast where that has a
-    dtype; returns that loss. `before_step` may change the gradients before the optimizer's
-    step."""
+    """Run one step and return its loss, `model(*args, **kwargs).loss`.
+
+    autocast       the dtype of the forward pass; None: the model's own
+    before_step    is called between backward pass and optimizer step, to change the gradients
+    """
     with nullcontext() if autocast is None else torch.autocast(args[0].device.type, autocast):
         loss = model(*args, **kwargs).loss
     optimizer.zero_grad()
@@ -50,8 +51,8 @@ def training_step(
 
 
 def read_later(value: Tensor) -> Callable[[], Any]:
-    """Return what reads the number or numbers that `value` holds: from a GPU by a copy that is under way already, so
-    that to read it after the next step has been launched does not wait for that step."""
+    """Return a function that reads the numbers in `value`. From a GPU they are copied at once, so
+    that reading does not wait for steps launched since."""
     if value.device.type != "cuda":
         return value.tolist
     there = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
@@ -66,26 +67,23 @@ def read_later(value: Tensor) -> Callable[[], Any]:
 
 
 class GraphedStep:
-    """`training_step` as a CUDA graph, for batches so small that a GPU may wait for its kernels to
-    be launched.
+    """`training_step` as a CUDA graph, for batches so small that a GPU may wait for launches.
 
     model       a maefast.MAE, compiled or not, on one GPU
-    optimizer   torch's Adam or AdamW with capturable=True (`adamw(..., backend="torch",
-                capturable=True)`)
-    imgs        (N, C, H, W) a batch, for its shape, dtype and device; every later batch is as this
-                one
+    optimizer   torch's Adam or AdamW: `adamw(..., backend="torch", capturable=True)`
+    imgs        (N, C, H, W) a batch; later ones have its shape, dtype and device
     mask_ratio  share of the patches that is removed
     autocast    torch.bfloat16, or None for the model's own dtype
     clip_grad   greatest norm of the gradient, or None
     noise       (N, L) the noise of a batch, if each call is given its own
-    weights     (N, L) the weights of its patches, likewise
+    weights     (N, L) the weights of its patches, if each call is given its own
 
-    Without noise, it is drawn in the graph from the GPU's default generator: each call masks anew,
-    as the eager step would. Learning rates are tensors that the graph reads: assign to
-    `group["lr"]`, or let a scheduler do it. `load_state_dict` of model and optimizer may be called
-    between steps. Construction warms up and captures, and leaves weights, optimizer and generator
-    as they were. After a call each parameter's `grad` holds its gradient. Raises TypeError or
-    ValueError for arguments that do not fit, RuntimeError where the model is not on CUDA.
+    Without noise, the graph draws it from the GPU's default generator at each call. Learning rates
+    are tensors that the graph reads: assign to `group["lr"]`, or let a scheduler do it.
+    `load_state_dict` of model and optimizer may be called between steps. Construction leaves
+    weights, optimizer and generator as they were. After a call each parameter's `grad` holds its
+    gradient. Raises TypeError or ValueError for arguments that do not fit, RuntimeError if the
+    model is not on CUDA.
     """
 
     def __init__(
@@ -104,8 +102,8 @@ class GraphedStep:
         _check(model, optimizer, given, autocast)
         require_cuda(imgs.device)
         self._optimizer, self._inputs = optimizer, {name: tensor.clone() for name, tensor in given.items()}
-        named = {name: tensor for name, tensor in self._inputs.items() if name != "imgs"}
-        return_pred = bool(model.overridden_methods())
+        options: dict[str, Any] = {"autocast": autocast, "return_pred": bool(model.overridden_methods())}
+        options |= {name: tensor for name, tensor in self._inputs.items() if name != "imgs"}
         rates = [group["lr"] for group in optimizer.param_groups]
         self._rates = [torch.as_tensor(rate, dtype=torch.float32, device=imgs.device).clone() for rate in rates]
         self._point_to_rates()
@@ -115,16 +113,7 @@ class GraphedStep:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
 
         def step() -> Tensor:
-            return training_step(
-                model,
-                optimizer,
-                self._inputs["imgs"],
-                mask_ratio,
-                autocast=autocast,
-                before_step=clip,
-                return_pred=return_pred,
-                **named,
-            )
+            return training_step(model, optimizer, self._inputs["imgs"], mask_ratio, before_step=clip, **options)
 
         before = _Snapshot(model, optimizer)
         try:
@@ -139,10 +128,8 @@ class GraphedStep:
         optimizer.register_load_state_dict_post_hook(lambda _: self._take_up_loaded_state())
 
     def __call__(self, imgs: Tensor, noise: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Run one step on imgs, of the shape and dtype of the first batch, on any device; returns
-        the loss, a scalar on the GPU, without waiting for it. Raises ValueError for other images,
-        noise or weights.
-        """
+        """Run one step on a batch on any device; return its loss on the GPU without waiting for it.
+        Raises ValueError unless shapes and dtypes are those of the first batch."""
         given = _given(imgs, noise, weights)
         if given.keys() != self._inputs.keys():
             expected, got = (" and ".join(names) for names in (self._inputs, given))
@@ -172,7 +159,7 @@ class GraphedStep:
             state = self._optimizer.state[parameter]
             if name in state:
                 held.copy_(state[name])
-            else:  # the loaded state is one before the first step, and in Adam all of it begins at zero
+            else:  # the loaded state is one before the first step, when all of Adam's is zero
                 held.zero_()
             state[name] = held
 
@@ -201,14 +188,12 @@ def require_cuda(device: torch.device) -> None:
 
 
 def _captured(step: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Return the graph of `step` and the tensor that each replay writes the loss to; the generator
-    is left as it was."""
+    """Return the graph of `step` and the tensor of its loss; the generator is left as it was."""
     with torch.cuda.device(device):
         generator, stream = torch.cuda.get_rng_state(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), warnings.catch_warnings():
-            # the warm-up is not captured
-            warnings.filterwarnings("ignore", message=".*capturable=True")
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # the warm-up is not captured
             for _ in range(WARM_UP):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
@@ -220,8 +205,7 @@ def _captured(step: Callable[[], Tensor], device: torch.device) -> tuple[torch.c
 
 
 class _Snapshot:
-    """Weights, buffers and the state of Adam; restored in place, since a graph holds their
-    addresses."""
+    """Weights, buffers and Adam's state, to be restored in place: a graph holds their addresses."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
@@ -238,5 +222,5 @@ class _Snapshot:
         for value in self._states():
             if id(value) in self.state:
                 value.copy_(self.state[id(value)])
-            else:  # it began during the warm-up, and in Adam all of it begins at zero
+            else:  # it began during the warm-up, and all of Adam's state begins at zero
                 value.zero_()

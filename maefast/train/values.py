@@ -39,8 +39,7 @@ def whole(least: int) -> Parse:
 
 
 def number(least: float, most: float = math.inf, *, above: bool = False, below: bool = False) -> Parse:
-    """Return a parser of finite numbers from `least` to `most`; `above` excludes `least`, `below`
-    excludes `most`."""
+    """Return a parser of numbers from `least` (excluded if `above`) to `most` (if `below`)."""
     limits = f" more than {least:g}" if above else f", {least:g} or more"
     limits = "" if least == -math.inf else limits
     if most != math.inf:

@@ -1,6 +1,5 @@
-"""Variants of the model that the paper compares MAE with (He et al. 2022, table 1): maefast
-pretrain --mask_tokens_in_encoder and --target pca. The tensors that a variant has beyond MAE begin
-with variant_ in its state_dict; the others are an MAE's."""
+"""Variants that the paper compares MAE with (He et al. 2022, table 1). Their tensors beyond MAE's
+begin with variant_ in the state_dict."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -20,35 +19,28 @@ TARGETS = ("pixel", "norm", "pca")
 
 
 class MaskTokensInEncoder(MAE):
-    """The encoder runs on all tokens, with a learned one in the place of each removed patch; the
-    decoder takes them all."""
+    """An MAE whose encoder runs on all tokens, a learned one in place of each removed patch."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.variant_mask_token = nn.Parameter(nn.init.normal_(torch.empty_like(self.cls_token), std=0.02))
 
     def _embed_kept(self, imgs: Tensor, noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed all patches in image order, as MAE does the kept ones; their ids_restore leaves no
-        gaps for the decoder to fill."""
+        """Embed all patches in image order; ids_restore leaves the decoder no gaps to fill."""
         x, _, ids_restore, mask = self.patch_embed.masked(imgs, noise, len_keep, *self._statistics_for(imgs))
-        # a row in the place of the class token, which _encode_tokens adds
-        x = F.pad(x, (0, 0, 1, 0))
+        x = F.pad(x, (0, 0, 1, 0))  # a row in the place of the class token, which _encode_tokens adds
         tokens = ops.unshuffle(x, ids_restore, self.variant_mask_token, self.pos_embed)[:, 1:]
         order = torch.arange(mask.shape[1], device=mask.device).repeat(len(mask), 1)
         return tokens, mask, order
 
     def _predict_removed(self, latent: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
-        """Return predictions (N, L, P) of all patches, since the latent does not say how many were
-        removed."""
+        """Predict all patches, (N, L, P): the latent does not say how many were removed."""
         return self.forward_decoder(latent, ids_restore)
 
 
 class PcaTarget(MAE):
-    """The target of a patch is its coefficients in the largest principal components of patches,
-    which `find_components` finds.
-
-    `pred` is still pixels of patches: those that the predicted coefficients stand for.
-    """
+    """An MAE that predicts coefficients of the largest principal components of patches.
+    `find_components` finds these. `pred` is still pixels: those that the coefficients stand for."""
 
     variant_pca_mean: Tensor  # (P,)
     variant_pca_basis: Tensor  # (P, coefficients), orthonormal columns
@@ -67,8 +59,7 @@ class PcaTarget(MAE):
 
     @torch.no_grad()
     def find_components(self, images: Iterable[Tensor]) -> None:
-        """Take the principal components of the patches of `images`, (C, H, W) floating-point or
-        uint8."""
+        """Take the principal components of the patches of images (C, H, W), floats or uint8."""
         device = self.variant_pca_basis.device
         patches = (self.target_patches(image[None].to(device))[0].cpu() for image in images)
         patches = (each[~each.isnan().any(dim=1)] for each in patches)  # the others have missing values
@@ -77,13 +68,11 @@ class PcaTarget(MAE):
         self.variant_pca_basis.copy_(basis)
 
     def target_patches(self, imgs: Tensor) -> Tensor:
-        """imgs (N, C, H, W), floating-point or uint8 -> the patches (N, L, P) whose coefficients
-        are predicted."""
+        """Return the patches (N, L, P) whose coefficients are predicted. imgs (N, C, H, W)."""
         return self.patchify(self._float_pixels(imgs))
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """latent, ids_restore (N, L) -> pred (N, L, P), fp32: the patches that the predicted
-        coefficients stand for."""
+        """Return the patches (N, L, P) fp32 that the predicted coefficients stand for."""
         pred = super().forward_decoder(x, ids_restore)
         with torch.autocast(pred.device.type, enabled=False):
             mean, basis = self.variant_pca_mean.float(), self.variant_pca_basis.float()
@@ -103,9 +92,9 @@ class MaskTokensAndPca(MaskTokensInEncoder, PcaTarget):
 
 def variant(mask_tokens_in_encoder: bool, target: str) -> type[MAE]:
     """Return the class for these options of pre-training."""
-    with_pca: type[MAE] = MaskTokensAndPca if mask_tokens_in_encoder else PcaTarget
-    without: type[MAE] = MaskTokensInEncoder if mask_tokens_in_encoder else MAE
-    return with_pca if target == "pca" else without
+    if target == "pca":
+        return MaskTokensAndPca if mask_tokens_in_encoder else PcaTarget
+    return MaskTokensInEncoder if mask_tokens_in_encoder else MAE
 
 
 def variant_with(names: Collection[str]) -> type[MAE]:
@@ -114,14 +103,13 @@ def variant_with(names: Collection[str]) -> type[MAE]:
 
 
 def coefficients_of(values: int) -> int:
-    """How many principal components of a patch of so many values are predicted: 96; of small ones
-    half, as all of them would be the pixels themselves."""
+    """Return the number of predicted components: 96, or half the values of a small patch."""
     return min(COEFFICIENTS, max(1, values // 2))
 
 
 def principal_components(patches: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """mean (P,) and basis (P, count) of the largest principal components, in fp32, of patches that
-    come as tensors (n, P). Raises UserError where there is none."""
+    """Return mean (P,) and basis (P, count) fp32 of the largest principal components of patches
+    (n, P). Raises UserError if there is none."""
     number, total, products = 0, torch.zeros(()), torch.zeros(())
     for chunk in patches:
         x = chunk.double()
@@ -129,6 +117,5 @@ def principal_components(patches: Iterable[Tensor], count: int) -> tuple[Tensor,
     if not number:
         raise UserError("--target pca must have images to find the principal components of; none could be read")
     mean = total / number
-    # eigenvalues in ascending order
     _, vectors = torch.linalg.eigh(products / number - mean[:, None] * mean)
-    return mean.float(), vectors[:, -count:].flip(1).float()
+    return mean.float(), vectors[:, -count:].flip(1).float()  # eigenvalues are in ascending order

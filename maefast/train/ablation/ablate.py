@@ -1,5 +1,4 @@
-"""`maefast ablate`: the paper's ablations on your own images. Each row is a pre-training, a linear
-probe and a fine-tuning."""
+"""`maefast ablate`, the paper's ablations. Each row is pre-training, a probe and fine-tuning."""
 
 import json
 import os
@@ -7,14 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..data.labelled import Chosen, Labelled
 from ..data.open import tell
+from ..data.sources import ImageDataset
 from ..device import find_device
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..evaluate import commands, finetune
 from ..evaluate.source import Source
 from ..evaluate.supervised import Recipe
@@ -24,8 +24,6 @@ from ..pretrain.options import Options
 from ..pretrain.trainer import pretrain
 from .axes import Row, rows_of
 
-if TYPE_CHECKING:
-    from ..data.sources import ImageDataset
 SMALL: dict[str, Any] = {"model": "mae_vit_tiny_patch16", "input_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4}
 SMALL |= {"num_heads": 4, "decoder_embed_dim": 32, "decoder_depth": 4, "decoder_num_heads": 4}
 BUDGET: dict[str, Any] = {"epochs": 10, "warmup_epochs": 1, "batch_size": 128, "keep": 1, "pictures": 0}
@@ -53,7 +51,7 @@ def base_options(values: Mapping[str, Any]) -> Options:
     return Options(**BUDGET | (FACTORIES if "model" in values else SMALL) | dict(values))
 
 
-def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
+def ablate(base: Options, data: ImageDataset, axes: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
     """Run the rows of `axes` that base.output_dir does not hold yet. Print the table, and write it
     there as table.md and table.json.
 
@@ -61,14 +59,15 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
     returns    the rows in the table's order: axis, value, finetune and linprobe (top-1), the last
                loss of pre-training, the paper's value and figures; empty if a signal stopped it
     Finished rows are written to rows.jsonl. An interrupted row resumes from its last checkpoint.
-    Raises UserError, before anything is written, for images and options that do not fit an axis or
-    each other, and for a folder with rows of other options.
+    Raises UserError, before anything is written, for images and options that do not fit an axis,
+    each other or the rows in the folder.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"ablate must run as one process; WORLD_SIZE is {processes}")
     rows, folder = rows_of(axes, base), base.output_dir
     for row in rows:
-        _check(row, base, data.channels)
+        with user_errors(UserError, prefix=f"{row.axis} {row.value}: "):
+            _check(row, base, data.channels)
     if budget.images is not None and budget.images > len(data):
         raise UserError(f"--images must be at most {len(data)}, the images in {base.data_path}; it is {budget.images}")
     chosen = {name: getattr(budget, name) for name in ("eval_split", "val_path", "label_fraction")}
@@ -82,42 +81,34 @@ def ablate(base: Options, data: "ImageDataset", axes: Sequence[str], budget: Bud
         data = Chosen(data, ids)  # type: ignore[assignment]
     for row in rows:
         if row.name not in done:
-            try:
+            with user_errors(UserError, prefix=f"{row.axis} {row.value}: "):
                 record = _run(row, base, data, labelled, len(taken), budget)
-            except UserError as error:
-                raise UserError(f"{row.axis} {row.value}: {error}") from error
             if record is None:
                 print("stopped by a signal; the same command resumes it", flush=True)
                 return []
             done[row.name] = record
-            with replace_file(folder / "rows.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(each) + "\n" for each in done.values()))
+            _write(folder / "rows.jsonl", "".join(json.dumps(each) + "\n" for each in done.values()))
             print(f"{row.name}: fine-tuned {record['finetune']:.1%}, linear probe {record['linprobe']:.1%}", flush=True)
     return _conclude(rows, done, folder)
 
 
 def _check(row: Row, base: Options, channels: int) -> None:
     """Raise UserError unless the row's model can be built and its patches sampled."""
-    try:
-        with torch.device("meta"):
-            build_model(row.options(base), channels)
-    except UserError as error:
-        raise UserError(f"{row.axis} {row.value}: {error}") from error
+    with torch.device("meta"):
+        build_model(row.options(base), channels)
 
 
 def _plan(base: Options, budget: Budget) -> dict[str, Any]:
     """Return the settings that the rows of one table share, as JSON reads them."""
     options = {name: value for name, value in asdict(base).items() if name not in NO_MATTER}
-    plan: dict[str, Any] = json.loads(json.dumps(options | {f"budget's {k}": v for k, v in asdict(budget).items()}, default=str))
-    return plan
+    return json.loads(json.dumps(options | {f"budget's {k}": v for k, v in asdict(budget).items()}, default=str))
 
 
 def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the finished rows by name. Raises UserError if they belong to another plan."""
     settings, rows = folder / "plan.json", folder / "rows.jsonl"
     if not settings.exists():
-        with replace_file(settings) as temporary:
-            temporary.write_text(json.dumps(plan, indent=1) + "\n")
+        _write(settings, json.dumps(plan, indent=1) + "\n")
     there = json.loads(settings.read_text())
     if differing := [name for name in plan if there.get(name) != plan[name]]:
         name = differing[0]
@@ -127,10 +118,9 @@ def _done(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
-def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labels: int, budget: Budget) -> dict[str, Any] | None:
+def _run(row: Row, base: Options, data: ImageDataset, labelled: Labelled, labels: int, budget: Budget) -> dict[str, Any] | None:
     """Return the record of a row, or None if a signal ended its pre-training. Its output goes to
-    output.txt in its folder. The probe and fine-tuning warm up for a tenth of their epochs, nearly
-    as in the paper's recipes."""
+    output.txt. Warm-up is a tenth of the epochs, nearly as in the paper's recipes."""
     folder = base.output_dir / row.name
     options = replace(row.options(base), output_dir=folder, resume="auto")
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,13 +136,8 @@ def _run(row: Row, base: Options, data: "ImageDataset", labelled: Labelled, labe
         epochs, batch = budget.finetune_epochs, min(TUNING_BATCH, labels)
         recipe = Recipe(epochs, epochs // 10, batch, budget.finetune_blr, 0.05, label_smoothing=0.1, seed=base.seed)
         finetune.finetune(source, labelled, recipe, output=finetune.Output(folder / "finetune"))
-    return {"name": row.name, "loss": summary["loss"]} | {name: _top1(folder / name) for name in ("finetune", "linprobe")}
-
-
-def _top1(folder: Path) -> float:
-    """Return the top-1 accuracy after the last epoch."""
-    last: dict[str, Any] = json.loads((folder / "log.txt").read_text().splitlines()[-1])
-    return float(last["top1"])
+    last = {name: (folder / name / "log.txt").read_text().splitlines()[-1] for name in ("finetune", "linprobe")}
+    return {"name": row.name, "loss": summary["loss"]} | {name: json.loads(line)["top1"] for name, line in last.items()}
 
 
 def _conclude(rows: Sequence[Row], done: Mapping[str, Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -163,11 +148,15 @@ def _conclude(rows: Sequence[Row], done: Mapping[str, Mapping[str, Any]], folder
         paper = {"paper_value": row.paper_value, "paper_finetune": finetune, "paper_linprobe": linprobe}
         table.append({"axis": row.axis, "value": row.value} | figures | paper)
     text = markdown(table)
-    for name, content in (("table.md", text), ("table.json", json.dumps(table, indent=1) + "\n")):
-        with replace_file(folder / name) as temporary:
-            temporary.write_text(content)
+    _write(folder / "table.md", text)
+    _write(folder / "table.json", json.dumps(table, indent=1) + "\n")
     print(text, end="")
     return table
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def markdown(table: Collection[Mapping[str, Any]]) -> str:

@@ -1,5 +1,4 @@
-"""The settings that the paper varies (He et al. 2022, table 1 and figures 5 and 6), as changes of
-the options of pre-training."""
+"""What the paper varies (He et al. 2022, table 1, figures 5 and 6), as changes of Options."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,18 +27,16 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Return the name of its folder, shared by rows with the same change; "default" if nothing
-        changes."""
+        """Return the name of its folder, shared by rows with the same change."""
         return ",".join(f"{name}={value}" for name, value in self.changes.items()) or "default"
 
     def options(self, base: Options) -> Options:
-        # norm_pix_loss follows from the target
-        return replace(base, **{"norm_pix_loss": False} | self.changes)
+        return replace(base, **{"norm_pix_loss": False} | self.changes)  # norm_pix_loss follows from the target
 
 
 def rows_of(axes: Sequence[str], base: Options) -> list[Row]:
-    """Return the rows of some of AXES. Depths and widths of the decoder have the same ratio to
-    those of base as in the paper to 8 blocks and a width of 512. Equal sizes give one row."""
+    """Return the rows of some of AXES. The decoder's sizes are the paper's, scaled from its default
+    (8 blocks, a width of 512) to base's. Equal sizes give one row."""
     return [row for axis in axes for row in _distinct(axis, base)]
 
 

@@ -7,15 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, user_errors
 
 LARGEST_UNPACKED = 768 << 20  # bytes of an unpacked array, which is held in memory
 MOST_AXES = 8
 
 
 def find_beside(path: Path, what: str) -> Path | None:
-    """Return the `what` file beside an images file, such as labels.npy, or None if there is
-    none."""
+    """Return the `what` file beside an images file, such as labels.npy, if there is one."""
     if "images" not in path.name:
         return None
     name = path.name.replace("images", what).replace("idx3", "idx1")
@@ -25,8 +24,7 @@ def find_beside(path: Path, what: str) -> Path | None:
 
 
 def read_array(path: Path) -> Any:
-    """Return the array in a .npy or idx file, memory-mapped unless it is packed. Raises
-    UserError."""
+    """Return the array in a .npy or idx file, memory-mapped unless packed. Raises UserError."""
     from numpy.lib.format import open_memmap
 
     try:
@@ -51,9 +49,8 @@ def _idx_array(path: Path) -> Any:
         shape = tuple(int.from_bytes(sizes[at : at + 4], "big") for at in range(0, 4 * head[3], 4))
         start, count = 4 + 4 * head[3], math.prod(shape)
         if packed and count > LARGEST_UNPACKED:
-            raise ValueError(
-                f"it unpacks to {count >> 20} MiB, which must be at most {LARGEST_UNPACKED >> 20}; unpack it with gunzip"
-            )
+            most = f"which must be at most {LARGEST_UNPACKED >> 20}"
+            raise ValueError(f"it unpacks to {count >> 20} MiB, {most}; unpack it with gunzip")
         values = np.empty(count if packed else 0, np.uint8)
         found, rest = (file.readinto(values.data), file.read(1)) if packed else (path.stat().st_size - start, b"")
     if found != count or rest:
@@ -69,14 +66,11 @@ def read_integers(path: Path, shape: tuple[int, ...]) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    try:
+    with user_errors(OSError, ValueError, RecursionError, prefix=f"{path} cannot be read: "):
         return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def read_classes(path: Path, count: int) -> tuple[str, ...]:
-    """Return the class names in a JSON list."""
     names = read_json(path)
     if not isinstance(names, list) or len(names) < count:
         raise UserError(f"{path} must hold a JSON list of {count} class names or more")

@@ -8,7 +8,7 @@ from .arrays import read_json
 
 
 def axes_told(path: Path | None, shape: tuple[int, ...]) -> str | None:
-    """Return the axes that the file beside an array states, or None without such a file."""
+    """Return the axes stated in the file beside an array, if there is one."""
     if path is None:
         return None
     axes = read_json(path)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from torch import Tensor
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored image
 BoxOf = Callable[[int, int], Box]  # of (height, width)
 Size = tuple[int, int]  # height, width
 
 FIXED_CROP = 7 / 8  # of the sides of the largest fitting box, as 224 of 256 pixels
-# least area of a random resized crop, without labels (He et al. 2022, appendix A.1) and with them
-PRETRAINING_AREA, TRAINING_AREA = 0.2, 0.08
+PRETRAINING_AREA, TRAINING_AREA = 0.2, 0.08  # the least of a random crop, without labels (appendix A.1) and with them
 ASPECT = 3 / 4, 4 / 3
 TRIES = 10  # to draw a random resized crop that fits
 
@@ -21,6 +22,9 @@ class View(NamedTuple):
 
     box: BoxOf
     flip: bool = False
+
+    def flipped(self, pixels: Tensor) -> Tensor:
+        return pixels.flip(-1) if self.flip else pixels
 
 
 def centred(height: int, width: int, size: Size, scale: float = 1.0) -> Box:
@@ -66,17 +70,14 @@ def still(size: Size, scale: float | None = None) -> View:
 
 
 def usual_scale(size: Size) -> float:
-    """Return the default `scale` of evaluation: 7/8 from 224 pixels on, where the official code
-    crops 224 of 256 pixels, and 1 below."""
+    """Return evaluation's `scale`: 7/8 from 224 pixels on, as in the official code, and 1 below."""
     return FIXED_CROP if min(size) >= 224 else 1.0
 
 
 def drawn(draw: random.Random, size: Size, augment: str, flip: bool, least_area: float = PRETRAINING_AREA) -> View:
-    """Draw a view.
+    """Draw a view. `flip` mirrors half of the images.
 
-    augment    "none" (the largest centred box), "crop" (a box of a fixed size), else a random size
-               and aspect
-    flip       mirror half of the images
+    augment    "none" (the largest centred box), "crop" (fixed size), else random size and aspect
     """
     mirrored = flip and draw.random() < 0.5
     if augment == "none":

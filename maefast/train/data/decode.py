@@ -22,9 +22,8 @@ from .modes import MODES, converted, resized_by_bands, stored_as, with_16_bit_gr
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# A JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution if the crop then still has at least this
-# many times the requested size. With a smaller margin the difference is visible; Pillow's
-# thumbnail() has the same one.
+# Least size of a JPEG's crop, decoded at 1/2, 1/4 or 1/8, over the requested size. A smaller margin
+# is visible; Pillow's thumbnail() has the same.
 DRAFT_MARGIN = 2
 LARGE = 1 << 25  # pixels of an image that is not held in memory twice
 
@@ -41,14 +40,11 @@ def _blamed_on(name: str) -> Iterator[None]:
 
 
 def part_of(box: BoxOf | None, height: int, width: int) -> Box:
-    """Return the box of an image that `box` chooses (None: all of it). Raises ValueError unless it
-    lies within the image."""
+    """Return the box in an image, all of it for None. Raises ValueError if it reaches beyond."""
     left, top, right, bottom = box(height, width) if box else (0, 0, width, height)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ValueError(
-            f"box must return 0 <= left < right <= width and 0 <= top < bottom <= height; "
-            f"it is {(left, top, right, bottom)} for height {height} and width {width}"
-        )
+        must = "box must return 0 <= left < right <= width and 0 <= top < bottom <= height"
+        raise ValueError(f"{must}; it is {(left, top, right, bottom)} for height {height} and width {width}")
     return left, top, right, bottom
 
 
@@ -62,26 +58,21 @@ def decode(name: str, file: str | bytes, channels: int, size: Size | None, box: 
     try:
         return _decode(name, file, channels, size, box)
     except UnreadableImage as error:
-        bare = without_metadata(file if isinstance(file, bytes) else _content(error, file))
-        if bare is None:
-            raise
         try:
-            return _decode(name, bare, channels, size, box)
-        except UnreadableImage:
+            bare = without_metadata(file if isinstance(file, bytes) else Path(file).read_bytes())
+            if bare is not None:
+                return _decode(name, bare, channels, size, box)
+        except (UnreadableImage, OSError):
             raise error from error.__cause__
-
-
-def _content(error: UnreadableImage, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError:
-        raise error from error.__cause__
+        raise
 
 
 def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box: BoxOf | None) -> Tensor:
     with _blamed_on(name):
         image = _open(file, channels) if channels in MODES else None
-        stored = _read_tiff(file, channels) if image is None else None
+        if image is None and not tiff.is_tiff(file):
+            raise ValueError(f"only a TIFF can be read with {channels} channels")
+        stored = tiff.read_tiff(file, channels) if image is None else None
     if stored is not None:
         with _blamed_on(name):
             turn = TURNS.get(stored.orientation, TURNS[1])
@@ -112,7 +103,7 @@ def _decode(name: str, file: str | bytes, channels: int, size: Size | None, box:
 
 
 class Turn(NamedTuple):
-    """The orientation of an image: its sides are swapped, then it is mirrored."""
+    """The orientation of an image: sides swapped, then mirrored."""
 
     swap: bool
     mirror_x: bool
@@ -139,16 +130,7 @@ class Turn(NamedTuple):
         return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
 
-TURNS = {  # by the value of EXIF's orientation
-    1: Turn(False, False, False),
-    2: Turn(False, True, False),
-    3: Turn(False, True, True),
-    4: Turn(False, False, True),
-    5: Turn(True, False, False),
-    6: Turn(True, True, False),
-    7: Turn(True, True, True),
-    8: Turn(True, False, True),
-}
+TURNS = {exif: Turn(exif > 4, exif in (2, 3, 6, 7), exif in (3, 4, 7, 8)) for exif in range(1, 9)}
 
 
 def _open(file: str | bytes, channels: int | None) -> Any:
@@ -156,7 +138,7 @@ def _open(file: str | bytes, channels: int | None) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image: Any = Image.open(_readable(file))
+        image: Any = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
     except UnidentifiedImageError:
         if tiff.is_tiff(file):
             return None
@@ -169,8 +151,7 @@ def _open(file: str | bytes, channels: int | None) -> Any:
         image.close()
         return None
     if image.format == "TIFF" and not isinstance(file, bytes) and image.tag_v2.get(tiff.ORIENTATION, 1) > 4:
-        # Pillow memory-maps an uncompressed file with the sides swapped already; from bytes it does not.
-        image.close()
+        image.close()  # Pillow memory-maps an uncompressed file with the sides swapped; it reads bytes as they are
         return Image.open(BytesIO(Path(file).read_bytes()))
     return image
 
@@ -181,10 +162,6 @@ def _orientation(image: "Image") -> Any:
         return image.getexif().get(tiff.ORIENTATION, 1)
     except Exception:  # a parser may raise anything on broken metadata
         return 1
-
-
-def _readable(file: str | bytes) -> Any:
-    return BytesIO(file) if isinstance(file, bytes) else file
 
 
 def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
@@ -205,8 +182,7 @@ def _resized(image: "Image", channels: int, size: Size, box: Box) -> Tensor:
 
 
 def _draft(image: Any, channels: int, reduction: float) -> float:
-    """Set a JPEG to decode at a lower resolution, and only luminance for one channel; return the
-    scale, which is 1 for other formats."""
+    """Set a JPEG to decode at a lower scale, in grey for one channel; return the scale, else 1."""
     if image.format != "JPEG":
         return 1.0
     times = max(1.0, reduction / DRAFT_MARGIN)
@@ -223,8 +199,7 @@ def _tensor(image: "Image") -> Tensor:
 
 
 def channels_of(name: str, file: str | bytes) -> int:
-    """Return the number of bands of a TIFF that is no picture, else 3. A broken file counts as 3:
-    the error is raised when it is read."""
+    """Return the number of bands of a TIFF that is no picture, else 3, also for a broken file."""
     try:
         with _blamed_on(name):
             image = _open(file, None)
@@ -238,15 +213,9 @@ def channels_of(name: str, file: str | bytes) -> int:
     return 3
 
 
-def _read_tiff(file: str | bytes, channels: int) -> tiff.Stored:
-    if not tiff.is_tiff(file):
-        raise ValueError(f"only a TIFF can be read with {channels} channels")
-    return tiff.read_tiff(file, channels)
-
-
 def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
-    """Return the `part` of an array (H, W, C), uint8 or fp32, resized to (C, *size), bicubic and
-    antialiased. Every value that is resized from a NaN is NaN."""
+    """Return a part of an array (H, W, C), uint8 or fp32, resized to (C, *size), bicubic and
+    antialiased. A value that depends on a NaN is NaN."""
     import numpy as np
 
     left, top, right, bottom = part
@@ -256,9 +225,8 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
         return torch.from_numpy(whole).permute(2, 0, 1).contiguous()
     from PIL import Image
 
-    reach = [
-        2 * max(1.0, side / new) + 1 for side, new in ((bottom - top, out[0]), (right - left, out[1]))
-    ]  # bicubic's support, and one
+    sides = (bottom - top, out[0]), (right - left, out[1])
+    reach = [2 * max(1.0, side / new) + 1 for side, new in sides]  # bicubic's support, and one
     first_row, first_column = max(0, math.floor(top - reach[0])), max(0, math.floor(left - reach[1]))
     pixels = pixels[first_row : math.ceil(bottom + reach[0]), first_column : math.ceil(right + reach[1])]  # Pillow copies it
     part = left - first_column, top - first_row, right - first_column, bottom - first_row
@@ -268,13 +236,11 @@ def resized(pixels: Any, part: Box, size: Size | None) -> Tensor:
 
 
 def with_channels(image: Tensor, channels: int) -> Tensor:
-    """Convert uint8 (..., C, H, W) of 1 or 3 channels to 1, 3 or 4: grey is repeated, colours
-    become luminance (ITU-R 601-2, rounded as by Pillow), and the fourth channel is opaque."""
+    """Convert uint8 (..., C, H, W) of 1 or 3 channels to 1 (ITU-R 601-2, as Pillow), 3 or 4."""
     if image.shape[-3] == channels:
         return image
     if channels == 4:
-        opaque = torch.full_like(image[..., :1, :, :], 255)
-        return torch.cat([with_channels(image, 3), opaque], dim=-3)
+        return torch.cat([with_channels(image, 3), torch.full_like(image[..., :1, :, :], 255)], dim=-3)
     if image.shape[-3] == 1:
         return image.expand(*image.shape[:-3], channels, -1, -1).contiguous()
     red, green, blue = image.int().unbind(dim=-3)

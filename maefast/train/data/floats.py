@@ -37,8 +37,7 @@ class NormalisedImages(ImageDataset):
 
 
 def in_unit_of(model: Any, images: Any, nodata: float | None, *, fill: bool) -> Any:
-    """Return the images as `model` takes them: uint8 unchanged, floats normalised by its mean and
-    std.
+    """Return the images as `model` takes them: uint8 unchanged, floats normalised.
 
     nodata      the value of floats that marks a missing value
     Raises UserError if the model's mean and std cannot belong to such images.
@@ -60,11 +59,8 @@ def in_unit_of(model: Any, images: Any, nodata: float | None, *, fill: bool) -> 
 
 
 def fill_missing(images: Tensor, patch_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Return images (N, C, H, W) with 0, which is the mean, for each NaN, and weights (N, L).
-
-    A patch with a missing value has weight 0, every other patch 1. The weights are None if no value
-    is missing.
-    """
+    """Return images (N, C, H, W) with 0, the mean, for each NaN, and weights (N, L): 0 for a patch
+    with a missing value, else 1. The weights are None if no value is missing."""
     missing = images.isnan() if images.dtype.is_floating_point else None
     if missing is None or not missing.any():
         return images, None

@@ -17,13 +17,7 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 COMMON = ".bmp .gif .jpeg .jpg .png .tif .webp, and others that Pillow reads"
 OF_A_RUN = {"log.txt", "reconstructions"}  # files of a pre-training run beside its checkpoints
-OF_A_SYSTEM = {
-    "@eaDir",
-    "__MACOSX",
-    "$RECYCLE.BIN",
-    "lost+found",
-    "System Volume Information",
-}  # thumbnails
+OF_A_SYSTEM = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information"}
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -38,15 +32,13 @@ def readable_extensions() -> frozenset[str]:
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder of this name may hold, or None. A year may follow, as in
-    train2017."""
+    """Return the split that a folder of this name, such as train2017, may hold, or None."""
     bare = re.sub(r"[-_]?(19|20)\d\d$", "", name.lower())
     return next((split for split, names in SPLIT_FOLDERS.items() if bare in names), None)
 
 
 def check_one_split(archive: Path, names: Iterable[str]) -> None:
-    """Raise UserError if the members of an archive lie in folders of several splits, below the
-    folders that all of them share."""
+    """Raise UserError if the members of an archive lie in folders of several splits."""
     folders = [name.split("/")[:-1] for name in names]
     shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
     tops = {folder[shared] for folder in folders if len(folder) > shared}
@@ -60,11 +52,7 @@ def is_hidden(name: str) -> bool:
 
 
 def split_of_shard(name: str) -> str | None:
-    """Return the split in the name of a shard such as imagenet-train-000.tar, or None if there is
-    none.
-
-    Raises UserError for two splits.
-    """
+    """Return the split in the name of a shard, if any. Raises UserError for two splits."""
     splits = {split for word in re.split("[^a-z]+", name.lower()) if (split := split_of(word))}
     if len(splits) > 1:
         raise UserError(f"{name} must be named after one split; its name has the words of {' and '.join(sorted(splits))}")
@@ -72,8 +60,7 @@ def split_of_shard(name: str) -> str | None:
 
 
 def walk(root: Path, exclude: Path | None, left_out: Counter[str]) -> Iterator[Path]:
-    """Yield the image files below `root`, in any order. Linked folders are followed, except into a
-    folder that they lie in.
+    """Yield the image files below `root`, in any order, following links but no circles.
 
     exclude   a folder or file to leave out; ignored if `root` lies within it
     left_out  counts the files left out, by reason; it is updated
@@ -115,10 +102,8 @@ def walk(root: Path, exclude: Path | None, left_out: Counter[str]) -> Iterator[P
 
 
 def find_images(root: Path, exclude: Path | None = None, left_out: Counter[str] | None = None) -> list[Path]:
-    """Return the image files below `root`, sorted. `exclude` and `left_out` are those of `walk`.
-
-    Raises UserError if `root` is not a readable folder, is `exclude`, or holds no image.
-    """
+    """Return the files of `walk`, sorted. Raises UserError if `root` is not a readable folder, is
+    `exclude`, or holds no image."""
     if not root.is_dir():
         raise UserError(f"{root} must be a folder of images; it {'is a file' if root.exists() else 'does not exist'}")
     if exclude is not None and root.resolve() == exclude.resolve():
@@ -140,11 +125,8 @@ def holds_images(folder: Path, exclude: Path | None = None) -> bool:
 
 
 def split_folders(path: Path, exclude: Path | None = None) -> dict[str, Path]:
-    """Return the folder of each split. It is {} if `path` has no splits, or if a folder with such a
-    name is one class among others.
-
-    Raises UserError if both are possible.
-    """
+    """Return the folder of each split; {} if there is none, or one that is a class among others.
+    Raises UserError if the folders can be both."""
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
     if exclude is not None:
         written = {exclude.resolve(), exclude.resolve() / "reconstructions"}

@@ -16,50 +16,44 @@ from ..errors import UserError
 from .crops import TRAINING_AREA, Size, View, drawn
 from .open import open_images, open_part
 from .order import draw_of
-from .sources import ImageDataset
 from .splits import stratified_split
 
-Batches = Callable[[int, Sequence[Tensor]], Iterator[tuple[Tensor, Tensor]]]  # epoch, indices of each batch -> inputs and labels
+Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs and labels, or features and labels, of each batch
+Batches = Callable[[int, Sequence[Tensor]], Pairs]  # of an epoch and the indices of each batch
 
 AHEAD = 2  # batches
 TASK = 32  # images that a thread reads at a time
 
 
-def read_batches(
-    images: ImageDataset | Any, batches: Sequence[Tensor], size: Size, view: View | Callable[[int], View]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def read_batches(images: Any, batches: Sequence[Tensor], size: Size, view: View | Callable[[int], View]) -> Pairs:
     """Yield images (n, C, *size) uint8 and labels (n,) int64 of each batch of indices.
 
     view    the view of all images, or a function from the index of an image to its view
     Raises UnreadableImage for a broken file: a score without it would be that of another data set.
     """
     waiting = deque[tuple[Tensor, list[Future[Tensor]]]]()
+
+    def next_batch() -> tuple[Tensor, Tensor]:
+        ids, futures = waiting.popleft()
+        return torch.cat([future.result() for future in futures]), images.labels[ids]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             for ids in batches:
                 waiting.append((ids, [pool.submit(_read, images, part.tolist(), size, view) for part in ids.split(TASK)]))
                 if len(waiting) > AHEAD:
-                    yield _collected(images, *waiting.popleft())
+                    yield next_batch()
             while waiting:
-                yield _collected(images, *waiting.popleft())
+                yield next_batch()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _read(images: Any, indices: list[int], size: Size, view: View | Callable[[int], View]) -> Tensor:
     if isinstance(view, View):
-        pixels: Tensor = images.read_many(indices, size, view.box)
-        return pixels.flip(-1) if view.flip else pixels
-    return torch.stack([_looked_at(images, index, size, view(index)) for index in indices])
-
-
-def _looked_at(images: Any, index: int, size: Size, view: View) -> Tensor:
-    image: Tensor = images.read(index, size, view.box)
-    return image.flip(-1) if view.flip else image
-
-
-def _collected(images: Any, ids: Tensor, futures: list[Future[Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([future.result() for future in futures]), images.labels[ids]
+        return view.flipped(images.read_many(indices, size, view.box))
+    views = [view(index) for index in indices]
+    return torch.stack([its.flipped(images.read(index, size, its.box)) for index, its in zip(indices, views, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -81,8 +75,8 @@ class Labelled:
     exclude: Path | None = None
 
     def opened(self, channels: int, seed: int) -> tuple[Any, Tensor, Any]:
-        """Return the data set to learn from, the indices of its images to use, and the data set to
-        score. Raises UserError."""
+        """Return the images to learn from, their indices to use, and the images to score. Raises
+        UserError for images without labels, or with other classes in either data set."""
         whole = Path(self.data).is_file()
         train = open_images(self.data, None if whole else self.train_split, channels, self.exclude)
         if self.val_path is not None:
@@ -125,12 +119,10 @@ class Chosen:
         return len(self.ids)
 
     def read(self, index: int, *where: Any) -> Tensor:
-        image: Tensor = self.images.read(int(self.ids[index]), *where)
-        return image
+        return self.images.read(int(self.ids[index]), *where)
 
     def read_many(self, indices: Sequence[int], *where: Any) -> Tensor:
-        images: Tensor = self.images.read_many(self.ids[list(indices)].tolist(), *where)
-        return images
+        return self.images.read_many(self.ids[list(indices)].tolist(), *where)
 
 
 def reading(images: Any, size: Size, view: Callable[[int], View | Callable[[int], View]]) -> Batches:

@@ -14,11 +14,10 @@ def named(names: Sequence[str | None]) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def numbered(numbers: Sequence[int]) -> tuple[Tensor, tuple[str, ...]]:
-    """Return labels and class names from numbers, each 0 or more, or -1 for no label.
+    """Return labels and class names from numbers, -1 for no label.
 
-    A number is the index of its class, and all numbers up to the greatest are classes. If the
-    greatest is MOST_CLASSES or more, the numbers are ids; the classes are the ids that occur, in
-    numerical order.
+    All numbers up to the greatest are classes. If that is MOST_CLASSES or more, the numbers are
+    ids, and those that occur are the classes.
     """
     greatest = max(numbers, default=-1)
     if greatest < MOST_CLASSES:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from .folders import EXTENSIONS
 from .labels import named, numbered
 from .sources import MOST_DIGITS, FileImages
@@ -17,16 +17,13 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", re.IGNOR
 
 
 def listed_images(path: Path, channels: int | None) -> FileImages:
-    """Return the images of a list. A line is `path` or `path label`; a line that ends like the name
-    of an image has no label.
+    """Return the images of a list with lines `path` or `path label`.
 
     Paths are relative to the list's folder, or to the folder of its name, such as val/ for val.txt.
-    Labels are all numbers (`labels.numbered`) or all names; -1 means no label in both cases.
+    Labels are all numbers (`labels.numbered`) or all names; -1 means no label.
     """
-    try:
+    with user_errors(OSError, UnicodeDecodeError, prefix=f"{path} cannot be read: "):
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     rows = {number: _list_row(line) for number, line in enumerate(lines, 1) if line}
     if not rows:
         raise UserError(f"{path} must list images, one per line; it is empty")
@@ -55,8 +52,7 @@ def _found(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _labels(path: Path, texts: dict[int, str | None]) -> tuple[Tensor, tuple[str, ...]]:
-    """Return labels and classes from the texts of lines. Raises UserError for a number that is no
-    class, and for names among numbers."""
+    """Return labels and classes. Raises UserError for broken numbers and names among numbers."""
     given = {line: text for line, text in texts.items() if text not in (None, "-1")}
     numbers = {line: text for line, text in given.items() if text is not None and NUMBER.fullmatch(text)}
     for line, text in numbers.items():

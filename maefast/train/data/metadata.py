@@ -6,17 +6,12 @@ from collections.abc import Iterator
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 SOS = 0xDA  # start of scan: a JPEG's pixels follow
 NEEDED_CHUNKS = frozenset((b"tRNS", b"eXIf"))  # beside the critical ones
-NEEDED_SEGMENTS = {
-    0xE0: (b"JFIF\0", 14),
-    0xE1: (b"Exif\0\0", 6),
-    0xEE: (b"Adobe", 12),
-}  # marker -> how it begins, its least length
+NEEDED_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xE1: (b"Exif\0\0", 6), 0xEE: (b"Adobe", 12)}  # marker -> start, least length
 OTHER_SEGMENTS = frozenset((*range(0xE0, 0xF0), 0xFE))  # APP0 to APP15, comments
 
 
 def without_metadata(content: bytes) -> bytes | None:
-    """Return the image with only its pixels and orientation. None: another format, or nothing to
-    remove."""
+    """Return the image with only its pixels and orientation; None if there is nothing to remove."""
     if content.startswith(PNG_MAGIC):
         bare = PNG_MAGIC + b"".join(_chunks(content))
     elif content.startswith(JPEG_MAGIC):

@@ -25,7 +25,7 @@ def converted(image: "Image", mode: str) -> "Image":
 
 
 def _in_8_bits(image: "Image") -> "Image":
-    """Return an image whose rows can be converted by themselves."""
+    """Return an image whose rows can be converted one by one."""
     if image.mode in HIGH_DEPTH_MODES:
         image = _stretched_grey(image)
     if "transparency" in image.info and (scale := TRANSPARENT_VALUE.get(getattr(image, "stored_as", ""))):
@@ -50,8 +50,7 @@ def _colours(image: "Image", mode: str) -> "Image":
 
 
 def resized_by_bands(image: "Image", mode: str, resize: Callable[["Image"], "Image"]) -> "Image":
-    """Return resize(converted(image, mode)) of a large image, with the pixels in memory once and one
-    band beside them."""
+    """Return resize(converted(image, mode)) with only one band in memory beside the image."""
     from PIL import Image
 
     image = _in_8_bits(image)
@@ -81,7 +80,7 @@ def _stretched_grey(image: "Image") -> "Image":
 
 
 class _Rows:
-    """The rows of an image as arrays, a copy of those that are asked for."""
+    """The rows of an image as arrays, copied when a slice is taken."""
 
     def __init__(self, image: "Image"):
         self.image, self.shape = image, image.size[::-1]
@@ -109,16 +108,15 @@ def stored_as(image: Any) -> str:
 
 
 def with_16_bit_grey(image: "Image", file: str | bytes) -> "Image":
-    """Return a PNG of 16-bit grey with transparency stretched as other grey; Pillow would keep only
-    its upper eight bits. Any other image is returned unchanged."""
+    """Stretch a PNG of 16-bit grey with transparency, of which Pillow keeps only the upper eight
+    bits. Any other image is returned unchanged."""
     import numpy as np
     from PIL import Image
 
     if image.format != "PNG" or getattr(image, "stored_as", "") != "LA;16B":
         return image
     content = file if isinstance(file, bytes) else Path(file).read_bytes()
-    # Two 16-bit values have the size of four 8-bit ones. With a header for RGBA of 8 bits, Pillow
-    # decodes the bytes unchanged.
+    # With a header for RGBA of 8 bits, Pillow decodes the bytes of two 16-bit values unchanged.
     header = content[12:24] + bytes((8, 6)) + content[26:29]
     content = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
     with Image.open(BytesIO(content)) as halves:
@@ -129,9 +127,9 @@ def with_16_bit_grey(image: "Image", file: str | bytes) -> "Image":
 
 
 def stretched(values: Any, inverted: bool = False) -> Any:
-    """Stretch an array of any real dtype to uint8: the least value to 0, the greatest to 255, or the
-    other way round; NaN to 0.
+    """Stretch an array of any real dtype to uint8 from 0, the least value, to 255; NaN becomes 0.
 
+    inverted    from 255, the least value, to 0
     Raises ValueError for infinities and complex values.
     """
     import numpy as np

@@ -8,16 +8,7 @@ from pathlib import Path
 
 from ..errors import UnreadableImage, UserError
 from .crops import Box
-from .folders import (
-    SPLIT_FOLDERS,
-    ambiguous,
-    find_images,
-    readable_extensions,
-    split_folders,
-    split_of,
-    split_of_shard,
-    walk,
-)
+from .folders import SPLIT_FOLDERS, ambiguous, find_images, readable_extensions, split_folders, split_of, split_of_shard, walk
 from .labels import named
 from .lists import LISTS, listed_images
 from .sources import ArrayImages, FileImages, ImageDataset, TarImages
@@ -33,11 +24,9 @@ def open_images(
     """Open the images at `path`: a folder, list, tar shards, .npy or idx (docs/data.md).
 
     split     "train", "val" or "test": the subfolder, list, shards or MNIST files of that name;
-              "train" is `path` itself if nothing there is named after a split. None: all of a
-              folder, or MNIST's training files
-    channels  of the images that are read; images convert to 1, 3 or 4, any other number must be
-              that of the file. None: an array's own number; 3 for files, or the number of bands if
-              the first file is a TIFF of bands
+              "train" is `path` itself if nothing is named after a split. None: all of a folder
+    channels  1, 3 or 4 convert images; another number must be the file's. None: an array's own
+              number; 3 for files, or the number of bands if the first file is a TIFF of bands
     exclude   a folder or file below `path` to leave out, such as the output of a run
     Raises UserError if there is nothing to read, if a folder can be read in two ways, and for a
     broken list, shard or array.
@@ -71,24 +60,18 @@ def tell(*opened: ImageDataset) -> None:
 
 
 def _opened(path: Path, root: Path, split: str | None, channels: int | None, exclude: Path | None) -> tuple[ImageDataset, bool]:
-    """Return the images at `root`, which is `path` or a split of it, and whether `split` chose them
-    among others there."""
+    """Return the images at `root`, `path` or its split, and whether `split` chose among others."""
     split = split if root == path else None
     if root.is_dir():
         left_out = Counter[str]()
         idx, array, shards = _idx_file(root, split), root / "images.npy", _shards(root)
         image = next(walk(root, exclude, left_out), None)
-        kinds = {
-            "idx files": idx and f"{idx.name}",
-            "the array": array.is_file() and array.name,
-            "tar files": shards and shards[0].name,
-            "image files": image and image.name,
-        }
-        found = [f"{kind} ({example})" for kind, example in kinds.items() if example]
+        examples = (idx, array if array.is_file() else None, shards[0] if shards else None, image)
+        kinds = zip(("idx files", "the array", "tar files", "image files"), examples, strict=True)
+        found = [f"{kind} ({example.name})" for kind, example in kinds if example]
         if len(found) > 1:
-            raise UserError(
-                f"{root} can be read in two ways: {found[0]} or {found[1]}; give the path of one, or move the other away"
-            )
+            ways = f"{found[0]} or {found[1]}; give the path of one, or move the other away"
+            raise UserError(f"{root} can be read in two ways: {ways}")
         if idx:
             return ArrayImages(idx, channels), split is not None
         if array.is_file():
@@ -130,8 +113,7 @@ def _image_files(folder: Path, exclude: Path | None) -> list[Path]:
 
 
 def _parts(path: Path, exclude: Path | None) -> dict[str, list[Path]]:
-    """Return the places of each split of a folder: its subfolder, list, first shard and idx file.
-    Raises UserError."""
+    """Return the subfolder, list, first shard and idx file of each split. Raises UserError."""
     parts = defaultdict[str, list[Path]](list)
     for name, folder in split_folders(path, exclude).items():
         parts[name].append(folder)
@@ -145,8 +127,7 @@ def _parts(path: Path, exclude: Path | None) -> dict[str, list[Path]]:
 
 
 def _part(path: Path, split: str, exclude: Path | None) -> Path:
-    """Return the place of a split; `path` itself for "train" if it has no splits. Raises
-    UserError."""
+    """Return the place of a split, `path` for "train" without splits. Raises UserError."""
     if not path.is_dir() and split == "train":
         return path
     names = SPLIT_FOLDERS[split]
@@ -174,30 +155,23 @@ def _part(path: Path, split: str, exclude: Path | None) -> Path:
 def _shards_of(
     root: Path, shards: list[Path], split: str | None, channels: int | None, left_out: Counter[str]
 ) -> tuple[TarImages, bool]:
-    """Return the shards of a folder, or of a split if their names contain splits, and whether they
-    do."""
+    """Return the shards of a split, all of them if their names hold none, and whether they do."""
     splits = [None if split is None else split_of_shard(shard.name) for shard in shards]
     named = any(splits)
     if named and None in splits:
-        unnamed = shards[splits.index(None)].name
-        raise UserError(
-            f"{root} can be read in two ways: the names of some shards contain a split, others, such as {unnamed}, do not and "
-            f"may or may not belong to {split!r}"
-        )
+        others = f"others, such as {shards[splits.index(None)].name}, do not and may or may not belong to {split!r}"
+        raise UserError(f"{root} can be read in two ways: the names of some shards contain a split, {others}")
     chosen = [shard for shard, its in zip(shards, splits, strict=True) if its == split or not named]
     images = TarImages(chosen, channels)
     images.left_out += left_out
-    if others := len(shards) - len(chosen):
-        images.left_out["shards of other splits"] += others
+    if rest := len(shards) - len(chosen):
+        images.left_out["shards of other splits"] += rest
     return images, named
 
 
 def folder_images(root: Path, channels: int | None = None, exclude: Path | None = None, *, is_part: bool = False) -> FileImages:
-    """Open the images below a folder. The class of an image is the first folder of its path, below
-    the folders of splits.
-
-    is_part    `root` is the folder of a split, so that all folders in it are classes
-    """
+    """Open the images below a folder. Their class is the first folder of the path, below folders of
+    splits; with `is_part`, `root` is a split and all folders in it are classes."""
     left_out = Counter[str]()
     paths = find_images(root, exclude, left_out)
     parts = set() if is_part else {folder.name for folder in split_folders(root, exclude).values()}
@@ -208,7 +182,5 @@ def folder_images(root: Path, channels: int | None = None, exclude: Path | None 
 
 
 def _class_name(relative: Path, parts: Collection[str]) -> str | None:
-    folders = list(relative.parts[:-1])
-    if folders and folders[0] in parts:
-        folders.pop(0)
-    return folders[0] if folders else None
+    folders = relative.parts[:-1]
+    return next(iter(folders[1:] if folders and folders[0] in parts else folders), None)

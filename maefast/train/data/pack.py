@@ -53,9 +53,8 @@ def pack(source: Path, out: Path, *, split: str | None = None, size: int | Size 
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"{folder.parent} must have {needed / 1e9:.1f} GB of free space for the images; it has {free / 1e9:.1f} GB"
-        )
+        must = f"must have {needed / 1e9:.1f} GB of free space for the images"
+        raise UserError(f"{folder.parent} {must}; it has {free / 1e9:.1f} GB")
 
 
 def _write(data: ImageDataset, folder: Path, size: Size) -> int:
@@ -85,16 +84,14 @@ def _write(data: ImageDataset, folder: Path, size: Size) -> int:
 
 
 def _write_header(file: Any, shape: tuple[int, ...]) -> None:
-    """Write the header of a uint8 .npy file. NumPy pads it, so that its length does not change when
-    the first axis does."""
+    """Write the header of a uint8 .npy file; NumPy pads it to one length for any number."""
     import numpy as np
 
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def _squares(data: ImageDataset, size: Size) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-    """Yield index, pixels and original (height, width) of each readable image, in order; all cores
-    decode."""
+    """Yield index, pixels and original (height, width) of each readable image; all cores decode."""
 
     def square(index: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
         seen = list[tuple[int, int]]()

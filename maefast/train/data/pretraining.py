@@ -1,5 +1,4 @@
-"""Batches of images for pre-training. A batch depends only on the seed, the epoch and the indices,
-not on the number of workers or on interruptions."""
+"""Batches of images for pre-training, which depend only on the seed, the epoch and the indices."""
 
 import random
 import signal
@@ -33,8 +32,7 @@ Batch = tuple[Tensor, list[Unreadable]]  # images (N, C, H, W) uint8, and the un
 
 def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
     """Change brightness, contrast and, if C = 3, saturation of image (C, H, W) uint8 by random
-    factors, in random order. Each change is rounded to uint8, and means are sums of integers:
-    results do not depend on the number of threads."""
+    factors, in random order. Sums of integers make results independent of the number of threads."""
     changes = ["brightness", "contrast"] + (["saturation"] if len(image) == 3 else [])
     draw.shuffle(changes)
     weights = torch.tensor(LUMA if len(image) == 3 else (1 / len(image),) * len(image))
@@ -53,8 +51,7 @@ def colour_jitter(image: Tensor, draw: random.Random) -> Tensor:
 class Augmented(Dataset[Sample]):
     """The augmented images of `data`, by (epoch, index).
 
-    augment  "none" (the largest centred box), "crop" (a box of a fixed size), "rrc" (a random size
-             and aspect) or "rrc+jitter" (rrc, then colour_jitter)
+    augment  one of AUGMENTATIONS: as in `crops.drawn`; "rrc+jitter" is followed by colour_jitter
     flip     mirror half of the images
     An unreadable image is replaced by the next one and reported.
     """
@@ -76,7 +73,7 @@ class Augmented(Dataset[Sample]):
                     return None, unreadable  # an exception from a worker would have its traceback in the message
                 index = (index + 1) % len(self.data)
                 continue
-            image = image.flip(-1) if view.flip else image
+            image = view.flipped(image)
             return colour_jitter(image, draw) if self.augment == "rrc+jitter" else image, unreadable
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
@@ -95,8 +92,7 @@ def _named(error: UserError) -> Unreadable:
 
 
 def evenly_spaced(data: "ImageDataset", size: tuple[int, int], count: int) -> Iterator[Sample]:
-    """Yield up to `count` images, evenly spaced over the data set, without augmentation; None and
-    the reason for an unreadable one."""
+    """Yield up to `count` images, evenly spaced; None and the reason for an unreadable one."""
     for index in torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist():
         try:
             yield data.read(index, size, partial(centred, size=size)), []
@@ -136,17 +132,14 @@ def _collate(samples: list[Sample]) -> Sample:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C and a scheduler's signals, which reach the whole process group. The training
-    process ends its workers when it is done."""
+    """Ignore Ctrl-C and a scheduler's signals, which reach all processes of the group."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) -> Generator[Batch]:
     """Yield uint8 batches (N, C, H, W) in the order of `keys`, each with its unreadable images.
-
-    Raises UserError if too many images cannot be read.
-    """
+    Raises UserError if too many images cannot be read."""
     loader = DataLoader(
         images,
         batch_sampler=keys,
@@ -164,22 +157,17 @@ def load_batches(images: Augmented, keys: Keys, workers: int, pin_memory: bool) 
 
 
 def _reporting_deaths(batches: Iterator[Sample]) -> Iterator[Sample]:
-    """Yield the batches. If a worker's pipe breaks, wait until torch's SIGCHLD handler raises the
-    reason."""
-    while True:
-        try:
-            yield next(batches)
-        except StopIteration:
-            return
-        except (EOFError, OSError):
-            time.sleep(1)
-            raise
+    """Yield the batches. If a worker's pipe breaks, wait for torch's SIGCHLD handler to say why."""
+    try:
+        yield from batches
+    except (EOFError, OSError):
+        time.sleep(1)
+        raise
 
 
 @contextmanager
 def dead_workers_reported() -> Iterator[None]:
-    """Raise UserError if a process that loads images dies. torch's handler may raise anywhere in
-    the training."""
+    """Raise UserError if a process that loads images dies; torch's handler may raise anywhere."""
     try:
         yield
     except RuntimeError as error:

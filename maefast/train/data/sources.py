@@ -1,5 +1,4 @@
-"""Sources of images: files, tar shards, arrays. Each is an ImageDataset; `open.open_images`
-chooses."""
+"""Sources of images: files, tar shards, arrays. `open.open_images` chooses the ImageDataset."""
 
 import math
 import posixpath
@@ -49,10 +48,9 @@ class ImageDataset:
 
     def described(self) -> str:
         """Return a line about the data set."""
-        classes, unlabelled = len(self.classes), int((self.labels < 0).sum())
-        labels = (
-            f"{classes} classes" + (f", {unlabelled} images without a label" if unlabelled else "") if classes else "no labels"
-        )
+        unlabelled = int((self.labels < 0).sum())
+        labels = f"{len(self.classes)} classes{f', {unlabelled} images without a label' if unlabelled else ''}"
+        labels = labels if self.classes else "no labels"
         left_out = f"; left out: {listed(self.left_out)}" if self.left_out else ""
         return shown(f"{self.source}: {len(self)} images, {labels}{left_out}", 4096)
 
@@ -79,8 +77,7 @@ class ImageDataset:
             return None
 
     def read_many(self, indices: Sequence[int], size: Size, box: BoxOf) -> Tensor:
-        """Return n images, uint8 (n, channels, *size), as `read` does, with one box; n is 1 or
-        more."""
+        """Return one or more images, uint8 (n, channels, *size), as `read` does, with one box."""
         return torch.stack([self.read(index, size, box) for index in indices])
 
     def _read(self, index: int, size: Size | None, box: BoxOf | None) -> Tensor:
@@ -88,8 +85,7 @@ class ImageDataset:
 
 
 class EncodedImages(ImageDataset):
-    """Encoded images. `channels` None: 3, or the number of bands if the first one is a TIFF of
-    bands."""
+    """Encoded images. `channels` None: 3, or the number of bands of the first one if a TIFF."""
 
     def __init__(self, labels: Tensor, classes: tuple[str, ...], channels: int | None) -> None:
         require("reading these images needs", {"PIL": "pillow"}, "train")
@@ -119,10 +115,8 @@ class FileImages(EncodedImages):
 
 
 class TarImages(EncodedImages):
-    """Members of uncompressed tar files with webdataset's names: key.jpg, the label in key.cls.
-
-    The shards are scanned once. An image then needs one seek and one read.
-    """
+    """Members of uncompressed tar files with webdataset's names: key.jpg, the label in key.cls. The
+    shards are scanned once. An image then needs one seek and one read."""
 
     kind = "tar shards"
 
@@ -137,7 +131,8 @@ class TarImages(EncodedImages):
                 spans.append((number, offset, size))
                 labels.append(shard_labels.get(key, -1))
         if not spans:
-            raise UserError(f"{_listed(shards)} must hold images ({COMMON}); there is none")
+            places = str(shards[0]) if len(shards) == 1 else f"{len(shards)} tar files beside {shards[0]}"
+            raise UserError(f"{places} must hold images ({COMMON}); there is none")
         self.spans = torch.tensor(spans)  # (len, 3): shard, offset, bytes
         super().__init__(*numbered(labels), channels)
         self.left_out = left_out
@@ -153,13 +148,8 @@ class TarImages(EncodedImages):
             raise UnreadableImage(name, error.strerror or str(error)) from error
 
 
-def _listed(paths: Sequence[Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{len(paths)} tar files beside {paths[0]}"
-
-
 def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[str, int, int]]], dict[str, int]]:
-    """Return the image members of a tar file as (key, (name, offset, size)), and the labels by
-    key."""
+    """Return the images of a tar file as (key, (name, offset, size)), and the labels by key."""
     images, labels = list[tuple[str, tuple[str, int, int]]](), dict[str, int]()
     stored, sparse = dict[str, tuple[int, int]](), (tarfile.GNUTYPE_SPARSE,)
     extensions = readable_extensions()
@@ -204,8 +194,7 @@ def _scan(shard: Path, left_out: Counter[str]) -> tuple[list[tuple[str, tuple[st
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """Split a member's name, as webdataset does, at its first dot into the key and the
-    extension."""
+    """Split a member's name at its first dot into key and extension, as webdataset does."""
     folder, name = posixpath.split(name)
     stem, dot, extension = name.partition(".")
     return posixpath.join(folder, stem), (dot + extension).lower()
@@ -244,29 +233,27 @@ class ArrayImages(ImageDataset):
         elif self.values.dtype != "uint8":
             raise UserError(f"{path} must hold uint8 or floats; it holds {self.values.dtype}")
         if len(shape) not in (3, 4) or 0 in shape:
-            raise UserError(
-                f"{path} must have the axes (N, H, W), (N, H, W, C) or (N, C, H, W), none empty; its shape is {shape}"
-            )
+            axes = "(N, H, W), (N, H, W, C) or (N, C, H, W), none empty"
+            raise UserError(f"{path} must have the axes {axes}; its shape is {shape}")
         beside = {what: find_beside(path, what) for what in ("labels", "sizes", "classes", "axes")}
         axes = axes_told(beside["axes"], shape) or likely_axes(shape, channels, beside["sizes"] is not None)
         self.channels_first = axes == "NCHW"
         stored = 1 if len(shape) == 3 else shape[axes.index("C")]
         channels = channels or stored
         if channels != stored and (stored not in (1, 3) or channels not in MODES or self.dtype != torch.uint8):
-            raise UserError(
-                f"channels must be {stored}, as in {path} with the axes {axes} and the shape {shape}; it is {channels}"
-            )
+            where = f"as in {path} with the axes {axes} and the shape {shape}"
+            raise UserError(f"channels must be {stored}, {where}; it is {channels}")
         count = len(self.values)
         numbers = read_integers(beside["labels"], (count,)).tolist() if beside["labels"] else [-1] * count
         if min(numbers) < -1:
             raise UserError(f"{beside['labels']} must hold numbers of classes, or -1 for no label; it holds {min(numbers)}")
-        if beside["sizes"] and read_integers(beside["sizes"], (count, 2)).min() < 1:
+        sizes = read_integers(beside["sizes"], (count, 2)).astype("int64") if beside["sizes"] else None
+        if sizes is not None and sizes.min() < 1:
             raise UserError(f"{beside['sizes']} must hold heights and widths, each 1 or more; it holds another number")
-        self.sizes = torch.from_numpy(read_integers(beside["sizes"], (count, 2)).astype("int64")) if beside["sizes"] else None
+        self.sizes = None if sizes is None else torch.from_numpy(sizes)
         labels, classes = numbered(numbers)
         if beside["classes"]:
-            classes = read_classes(beside["classes"], max(numbers) + 1)
-            labels = torch.tensor(numbers)
+            labels, classes = torch.tensor(numbers), read_classes(beside["classes"], max(numbers) + 1)
         super().__init__(labels, classes, channels)
 
     @property

@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return indices (train, held_out) with `fraction` of each class held out, at least one image
-    in each. labels (N,)."""
+    """Return indices (train, held_out) of labels (N,), with `fraction` of each class held out, at
+    least one image in all."""
     generator = torch.Generator().manual_seed(seed)
     train, held_out = list[Tensor](), list[Tensor]()
     for label in labels.unique():

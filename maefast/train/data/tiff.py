@@ -45,8 +45,7 @@ class Stored(NamedTuple):
 
     @property
     def alpha(self) -> int | None:
-        """Return the kind of the first sample beyond the colours if it is transparency, else
-        None."""
+        """Return the kind of the first sample beyond the colours if it is transparency."""
         return self.extra[0] if self.extra and self.extra[0] in (PREMULTIPLIED, ALPHA) else None
 
     @property
@@ -63,11 +62,10 @@ def is_tiff(file: str | bytes) -> bool:
 
 
 def is_misread(image: Any, channels: int | None) -> bool:
-    """Return whether Pillow, which has opened this TIFF, would return wrong pixels.
+    """Return whether Pillow would return wrong pixels of a TIFF that it has opened.
 
     It does so for signed bytes, unsigned 32-bit values, separate planes of grey or of many bits, a
-    second or fourth band that the file does not call transparency, bands on pages, and uncompressed
-    YCbCr in releases that call it RGB.
+    second or fourth band that is no transparency, bands on pages, and some uncompressed YCbCr.
     """
     tags = image.tag_v2
     photometric, bits, kinds = tags.get(PHOTOMETRIC), _first(tags.get(BITS_PER_SAMPLE), 1), _first(tags.get(SAMPLE_FORMAT), 1)
@@ -88,8 +86,7 @@ def _first(values: Any, default: int) -> Any:
 
 
 def read_tiff(file: str | bytes, channels: int | None) -> Stored:
-    """Read the first image of a TIFF. Pages of one sample are bands if the file calls them so, or
-    if their number is `channels`."""
+    """Read the first image of a TIFF. Pages are bands if it says so or there are `channels`."""
     try:
         import tifffile
     except ImportError as error:
@@ -124,8 +121,7 @@ SAMPLES_LAST: dict[str, Callable[[Any], Any]] = {  # by the axes of a page, as t
 
 
 def _pages(series: Any, bands: int, stored: int) -> Any:
-    """Return pages of one sample as (H, W, C). Axis `bands` becomes C; of every other axis the
-    first index is taken."""
+    """Return pages of one sample as (H, W, C): C is axis `bands`, other axes are taken at 0."""
     kept = [series.axes.index("Y"), series.axes.index("X"), bands]
     height, width, _ = (series.shape[axis] for axis in kept)
     _check_size(height, width, series.size // max(1, height * width), series.dtype)
@@ -136,16 +132,14 @@ def _pages(series: Any, bands: int, stored: int) -> Any:
 
 
 def _most_pixels() -> float:
-    """Return the most pixels that Pillow reads in any format: twice the number at which it
-    warns."""
+    """Return the most pixels that Pillow reads: twice the number at which it warns."""
     from PIL import Image
 
     return float("inf") if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
 def _check_size(height: int, width: int, samples: int, dtype: Any) -> None:
-    """Raise ValueError for more pixels than Pillow reads, or more bytes, with the 8-bit values, than
-    an RGBA image of that size has."""
+    """Raise ValueError for more pixels than Pillow reads, or bytes than its largest RGBA has."""
     most = _most_pixels()
     if height * width > most or height * width * samples * (dtype.itemsize + (dtype.itemsize > 1)) > 4 * most:
         raise ValueError(too_large(f"{width} x {height} pixels of {samples} x {8 * dtype.itemsize} bits"))
@@ -156,16 +150,14 @@ def too_large(what: str) -> str:
 
 
 def as_bands(stored: Stored, channels: int) -> Any:
-    """Return the samples as (H, W, channels) uint8, stretched together if they have another
-    dtype."""
+    """Return the samples as (H, W, channels) uint8, as `_in_8_bits` does."""
     if (found := stored.pixels.shape[-1]) != channels:
         raise ValueError(f"it must have {channels} channels; it has {found}")
     return _in_8_bits(stored.pixels, stored.photometric)
 
 
 def _in_8_bits(pixels: Any, photometric: int) -> Any:
-    """Return samples as uint8, stretched together if they have another dtype. Great values are
-    bright."""
+    """Return samples as uint8, bright if great, stretched together if they have another dtype."""
     inverted = photometric == WHITE_IS_ZERO
     if pixels.dtype != "uint8":
         return stretched(pixels, inverted)

@@ -23,8 +23,7 @@ COMPARED_ROUNDS = 10  # rounds whose losses are compared: later ones drift apart
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return a 95 % confidence interval of the median of at least 6 independent values, whatever
-    their distribution.
+    """Return a 95 % confidence interval of the median of at least 6 independent values.
 
     The k-th smallest of n values lies above the median with the probability that fewer than k of n
     coin tosses show heads.
@@ -86,14 +85,11 @@ class Comparison:
 def compare(
     config: dict[str, Any], images: Iterator[Tensor], *, rounds: int, lr: float, mask_ratio: float, seed: int
 ) -> Comparison:
-    """Train `MAE(**config)` and a ReferenceMAE from the same weights on the same batches and noise,
-    in rotation.
+    """Train an MAE and a ReferenceMAE with the same weights, batches and noise, in rotation.
 
-    rounds   the most rounds to time; after 6, they end when the ratio has settled or SECONDS have
-             passed
-
-    The time of the reference includes the normalisation to float images, which maefast does in its
-    step. The first round is a warm-up and not timed.
+    rounds   the most rounds to time; after 6, they end when the ratio settles or after SECONDS
+    The reference's time includes normalisation to float images, which maefast does in its step. The
+    first round is a warm-up and not timed.
     """
     model = MAE(**config)
     twin = copy.deepcopy(model)

@@ -19,7 +19,7 @@ from .compare import Comparison, compare
 from .experiments import DIGITS, FOLDER, PHOTOGRAPHS, Experiment
 from .images import ImageSet, batches, centre_crops, digits, enough_per_class, image_folder, photographs
 from .loop import train_loop
-from .probe import SHOTS, as_records, few_label_probe, patch_features, table, verdict
+from .probe import SHOTS, few_label_probe, patch_features, table, verdict
 
 NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow", "tqdm": "tqdm", "numpy": "numpy"}
 PICTURES = 8  # in a row of reconstruction.png
@@ -52,8 +52,7 @@ def demo(
     mask_ratio: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train, compare, probe and draw; print the results and write checkpoint.pt,
-    reconstruction.png, loss.png, log.jsonl.
+    """Train, compare, probe and draw. Write checkpoint.pt, reconstruction.png, loss.png, log.jsonl.
 
     data     a folder of images; scikit-learn's digits and photographs if not given
     steps, batch_size, mask_ratio    None: those of the recipe
@@ -74,8 +73,7 @@ def demo(
     main = trained[0]
     held = run_probe(main, seed)
 
-    panels = [_panel(each, seed) for each in trained]
-    save_reconstructions(panels, output / "reconstruction.png")
+    save_reconstructions([_panel(each, seed) for each in trained], output / "reconstruction.png")
     curves = [(each.recipe.name, [r["step"] for r in each.records], [r["loss"] for r in each.records]) for each in trained]
     save_losses(curves, output / "loss.png")
     _save_checkpoint(main, seed, output / "checkpoint.pt")
@@ -125,8 +123,7 @@ def train(recipe: Experiment, data: ImageSet, seed: int) -> Trained:
 
 
 def run_probe(trained: Trained, seed: int) -> bool | None:
-    """Print and store the few-label table. Return whether pre-training won by enough; None without
-    classes."""
+    """Print and store the few-label table. Return whether pre-training won; None: no classes."""
     data = enough_per_class(trained.data, labelled=min(SHOTS))
     if data is None or data.labels is None:
         few = f"{min(SHOTS) + 1} or more images each, one of them held out"
@@ -143,7 +140,7 @@ def run_probe(trained: Trained, seed: int) -> bool | None:
         "raw pixels": images.flatten(1) / 255.0,
     }
     rows = few_label_probe(representations, data.labels, data.train, data.held_out, seed=seed)
-    trained.probe = as_records(rows)
+    trained.probe = [vars(row).copy() for row in rows]
     held, sentence = verdict(rows, "pre-trained encoder")
     chance = f"{len(data.classes)} classes, {len(data.held_out)} held-out images"
     print(f"\nAccuracy of logistic regression on frozen features ({chance}; mean ± std of {rows[0].draws} draws of labels):\n")
@@ -154,16 +151,15 @@ def run_probe(trained: Trained, seed: int) -> bool | None:
 
 
 def _panel(trained: Trained, seed: int) -> Panel:
-    recipe, data = trained.recipe, trained.data
-    ids = data.held_out[torch.linspace(0, len(data.held_out) - 1, min(PICTURES, len(data.held_out))).round().long()]
-    images = centre_crops(data.images[ids], recipe.config["img_size"])
+    recipe, held_out = trained.recipe, trained.data.held_out
+    ids = held_out[torch.linspace(0, len(held_out) - 1, min(PICTURES, len(held_out))).round().long()]
+    images = centre_crops(trained.data.images[ids], recipe.config["img_size"])
     title = f"{recipe.name}, held out of the training; {recipe.mask_ratio:.0%} of the patches removed"
     return make_panel(title, trained.model, images, recipe.mask_ratio, seed)
 
 
 def _save_checkpoint(trained: Trained, seed: int, path: Path) -> None:
-    """Write a checkpoint of the official layout. torch.load(weights_only=True) reads it, and
-    `MAE(**checkpoint["config"])` builds the model."""
+    """Write a checkpoint of the official layout; `MAE(**checkpoint["config"])` builds the model."""
     recipe = trained.recipe
     args = {name: getattr(recipe, name) for name in ("steps", "batch_size", "mask_ratio", "lr")} | {"seed": seed}
     with replace_file(path) as temporary:
@@ -186,14 +182,8 @@ def _summary(trained: list[Trained], held: bool | None, seconds: float, output: 
         for each in trained
     }
     skipped = [path for path, _ in trained[0].data.skipped]
-    return {
-        "summary": models,
-        "probe": trained[0].probe,
-        "probe_held": held,
-        "skipped": skipped,
-        "seconds": seconds,
-        "output": str(output),
-    }
+    summary = {"summary": models, "probe": trained[0].probe, "probe_held": held}
+    return summary | {"skipped": skipped, "seconds": seconds, "output": str(output)}
 
 
 def _print_summary(trained: list[Trained], summary: dict[str, Any]) -> None:

@@ -1,5 +1,4 @@
-"""Images for the demo, all in memory as uint8: scikit-learn's digits and photographs, or any
-folder."""
+"""Images for the demo, in memory as uint8: scikit-learn's digits and photographs, or a folder."""
 
 import os
 from collections.abc import Iterator
@@ -30,8 +29,7 @@ class ImageSet:
 
 
 def digits(seed: int) -> ImageSet:
-    """Load scikit-learn's 1797 handwritten digits, (1797, 1, 8, 8) uint8, 10 classes; hold out a
-    third."""
+    """Load scikit-learn's handwritten digits, (1797, 1, 8, 8), in 10 classes; hold out a third."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -46,11 +44,8 @@ HELD_OUT_BANDS = {"china.jpg": (0.32, 0.55), "flower.jpg": (0.48, 0.71)}
 
 
 def photographs(side: int) -> ImageSet:
-    """Cut scikit-learn's two photographs into overlapping tiles at three scales, (N, 3, side, side)
-    uint8.
-
-    A band of each photograph is held out. Training tiles lie outside it, held-out tiles within it.
-    """
+    """Cut scikit-learn's two photographs into overlapping tiles (N, 3, side, side) at three scales.
+    Held-out tiles lie within a band of each photograph, training tiles outside it."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -71,20 +66,15 @@ def photographs(side: int) -> ImageSet:
 
 
 def _tiles(picture: Tensor, side: int) -> list[Tensor]:
-    """Return tiles (C, side, side) of a picture (C, H, W), a sixteenth of their side apart. There
-    are none if the picture is smaller than a tile."""
+    """Return all tiles (C, side, side) of a picture (C, H, W), a sixteenth of their side apart."""
     (_, height, width), stride = picture.shape, max(1, side // 16)
     rows, cols = range(0, height - side + 1, stride), range(0, width - side + 1, stride)
     return [picture[:, r : r + side, c : c + side] for r in rows for c in cols]
 
 
 def image_folder(root: Path, side: int, seed: int, *, limit: int = 4000, exclude: Path | None = None) -> ImageSet:
-    """Load at most `limit` random images below `root` as (N, 3, side, side) uint8; hold out a
-    fifth.
-
-    The class of an image is the first folder of its path, below the folders of splits. Unreadable
-    files are skipped and listed. Raises UserError if fewer than two images can be read.
-    """
+    """Load at most `limit` random images below `root` as (N, 3, side, side); hold out a fifth.
+    Unreadable files are skipped and listed. Raises UserError if fewer than two can be read."""
     data = folder_images(root, channels=3, exclude=exclude)
     shuffled = iter(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist())
     images, kept = list[Tensor](), list[int]()
@@ -110,13 +100,12 @@ def enough_per_class(data: ImageSet, labelled: int) -> ImageSet | None:
     None if fewer than two classes are left."""
     if data.labels is None:
         return None
-    train, held_out = (
-        torch.bincount(data.labels[ids] + 1, minlength=len(data.classes) + 1)[1:] for ids in (data.train, data.held_out)
-    )
+    bins = len(data.classes) + 1
+    train, held_out = (torch.bincount(data.labels[ids] + 1, minlength=bins)[1:] for ids in (data.train, data.held_out))
     large = ((train >= labelled) & (held_out >= 1)).nonzero().flatten()
     if len(large) < 2:
         return None
-    index = torch.full((len(data.classes) + 1,), -1)
+    index = torch.full((bins,), -1)
     index[large] = torch.arange(len(large))
     labels = index[data.labels]  # the label -1 reads the last entry, which is -1
     ids = [part[labels[part] >= 0] for part in (data.train, data.held_out)]
@@ -125,10 +114,8 @@ def enough_per_class(data: ImageSet, labelled: int) -> ImageSet | None:
 
 
 def batches(data: ImageSet, side: int, batch_size: int, generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
-    """Yield endless batches (batch_size, C, side, side) uint8 of training images, in random order.
-
-    Larger images are cropped at random, and mirrored at random if `flip`.
-    """
+    """Yield endless batches (batch_size, C, side, side) of training images in random order, cropped
+    at random if larger, and mirrored at random if `flip`."""
     queue = torch.empty(0, dtype=torch.int64)
     while True:
         while len(queue) < batch_size:
@@ -136,8 +123,7 @@ def batches(data: ImageSet, side: int, batch_size: int, generator: torch.Generat
         ids, queue = queue[:batch_size], queue[batch_size:]
         batch = data.images[ids]
         if batch.shape[-1] > side:
-            room = batch.shape[-1] - side + 1
-            offsets = torch.randint(room, (batch_size, 2), generator=generator).tolist()
+            offsets = torch.randint(batch.shape[-1] - side + 1, (batch_size, 2), generator=generator).tolist()
             pairs = zip(batch, offsets, strict=True)
             batch = torch.stack([image[:, r : r + side, c : c + side] for image, (r, c) in pairs])
         if flip:

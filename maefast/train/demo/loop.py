@@ -19,8 +19,7 @@ LOG_LINES = 200  # the most records of a run
 
 
 class Progress:
-    """A bar with loss, images/s and time left on a terminal, and a few lines on stderr
-    elsewhere."""
+    """A bar with loss, images/s and time left on a terminal, a few lines on stderr elsewhere."""
 
     def __init__(self, title: str, steps: int, batch_size: int):
         from tqdm import tqdm
@@ -50,8 +49,7 @@ class Progress:
 def train_loop(
     model: nn.Module, images: Iterator[Tensor], *, title: str, steps: int, lr: float, mask_ratio: float
 ) -> list[dict[str, Any]]:
-    """Train for `steps` steps of AdamW (0.9, 0.95, weight decay 0.05), with a warm-up of a tenth of
-    them and half a cosine.
+    """Train for `steps` steps of `adamw`, with a warm-up of a tenth of them and half a cosine.
 
     images   batches (N, C, H, W) uint8
     returns  at most LOG_LINES records: step (finished steps), loss (the mean since the last

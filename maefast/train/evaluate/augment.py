@@ -1,5 +1,4 @@
-"""Augmentation of labelled batches: RandAugment and erasing by kornia, mixup and cutmix with soft
-targets."""
+"""Augmentation of labelled batches: RandAugment, erasing, mixup and cutmix."""
 
 import argparse
 import re
@@ -21,8 +20,7 @@ ERASED_AREA = (0.02, 1 / 3)
 
 @dataclass(frozen=True)
 class RandPolicy:
-    """RandAugment (Cubuk et al. 2020): `count` operations with a magnitude from N(magnitude,
-    spread), on a scale of 0 to 10."""
+    """RandAugment (Cubuk et al. 2020): `count` operations of N(magnitude, spread) on 0 to 10."""
 
     magnitude: float = 9.0
     spread: float = 0.0
@@ -37,9 +35,8 @@ def rand_policy(text: str) -> RandPolicy | None:
     given = dict(re.findall(r"-(mstd|m|n|inc)([\d.]+)", match[1])) if match else {}
     policy = RandPolicy(float(given.get("m", 9)), float(given.get("mstd", 0)), int(given.get("n", 2)))
     if match is None or not 0 < policy.magnitude <= LEVELS or not 1 <= policy.count <= 5:
-        raise argparse.ArgumentTypeError(
-            f"must be none or like rand-m9-n2-mstd0.5-inc1, m <= {LEVELS} and n <= 5; it is {text!r}"
-        )
+        example = f"rand-m9-n2-mstd0.5-inc1, m <= {LEVELS} and n <= 5"
+        raise argparse.ArgumentTypeError(f"must be none or like {example}; it is {text!r}")
     return policy
 
 
@@ -48,12 +45,10 @@ class Augmentation:
     """Augmentations of a batch, with the official flags; torch's global generator draws.
 
     aa        RandAugment; its operations are drawn for groups of eight images
-    reprob    the fraction of images in which a rectangle of 2 to 33 % of the area is erased to the
-              mean colour
-    mixup     alpha of Beta(alpha, alpha), the weight of an image mixed with another one of the
-              batch (Zhang et al. 2018); 0: off
-    cutmix    alpha of Beta(alpha, alpha), the area of an image that another one does not cover (Yun
-              et al. 2019); 0: off. With both, each batch gets one of them with equal probability
+    reprob    the fraction of images in which a rectangle of 2 to 33 % gets the mean colour
+    mixup     alpha of Beta(alpha, alpha), the weight of an image in a mixture (Zhang et al. 2018)
+    cutmix    alpha of Beta(alpha, alpha), the area that is not replaced (Yun et al. 2019)
+    0 or None: off. With mixup and cutmix, each batch gets one of them with equal probability.
     """
 
     aa: RandPolicy | None = None
@@ -74,11 +69,8 @@ NO_AUGMENTATION = Augmentation()
 
 
 class Augment:
-    """An Augmentation for a model with mean and std.
-
-    It maps images (n, C, H, W), uint8 or normalised fp32, and labels (n,) to normalised fp32 images
-    and probabilities (n, classes).
-    """
+    """Augment images (n, C, H, W), uint8 or normalised fp32, and labels (n,) to normalised fp32 and
+    probabilities (n, classes)."""
 
     def __init__(self, augmentation: Augmentation, model: Any, classes: int):
         self.what, self.classes = augmentation, classes
@@ -114,8 +106,7 @@ def _rand_augmented(x: Tensor, policy: RandPolicy) -> Tensor:
     level = min(max(level, 0.0), LEVELS) / LEVELS * KORNIA_LEVELS
     operations = [entry for entry in default_policy if x.shape[1] == 3 or entry[0][0] != "color"]
     kornia: Any = RandAugment  # its magnitude is annotated as int but may be a fraction
-    out: Tensor = kornia(policy.count, min(max(level, 0.1), KORNIA_LEVELS - 0.1), operations)(x)
-    return out.clamp(0, 1)
+    return kornia(policy.count, min(max(level, 0.1), KORNIA_LEVELS - 0.1), operations)(x).clamp(0, 1)
 
 
 def mixup(x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -124,8 +115,7 @@ def mixup(x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def cutmix(x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Replace a rectangle by that of the reversed batch. It has 1 - share of the area and a random
-    centre, and is cut off at the edges."""
+    """Replace a rectangle of 1 - share of the area, at a random place, by the reversed batch's."""
     height, width = x.shape[-2:]
     (top, bottom), (left, right) = (_side(side, share) for side in (height, width))
     x = x.clone()

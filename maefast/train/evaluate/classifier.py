@@ -9,7 +9,7 @@ from ...checkpoint import CheckpointError
 from ...checkpoint.architecture import Architecture, Facts, encoder_arguments, infer
 from ...checkpoint.candidates import read
 from ...encoder import VisionTransformer
-from ..errors import UserError
+from ..errors import UserError, user_errors
 
 
 class Classifier(NamedTuple):
@@ -29,12 +29,10 @@ def described(model: VisionTransformer, classes: Sequence[str], crop_pct: float 
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Load a classifier that `maefast finetune` or `partial` wrote, in eval mode, on the CPU.
-    Raises UserError for any other file."""
-    try:
+    """Load a classifier of `maefast finetune` or `partial`, in eval mode, on the CPU. Raises
+    UserError for any other file."""
+    with user_errors(CheckpointError, OSError):
         contents = read(path)
-    except (CheckpointError, OSError) as error:
-        raise UserError(str(error)) from error
     facts = contents.ignored.get("classifier")
     if not isinstance(facts, dict):
         raise UserError(f"CHECKPOINT must be a classifier that maefast finetune or partial wrote; {path} is another file")

@@ -8,7 +8,7 @@ import torch
 from ..data.crops import still
 from ..data.labelled import Labelled, augmented, read_batches
 from ..data.open import open_images, tell
-from ..errors import UserError, require
+from ..errors import UserError, require, user_errors
 from ..files import writing
 from . import supervised
 from .features import check_output, collect, features_of, fitted, write_features
@@ -25,8 +25,7 @@ def extract(
     """Write features of all images of `data` to `out`, a .npy or .parquet file."""
     check_output(out)
     encoder = source.encoder()
-    images = open_images(data, split, encoder.patch_embed.proj.in_channels, out)
-    images = fitted(encoder, images, source.nodata)
+    images = fitted(encoder, open_images(data, split, encoder.patch_embed.proj.in_channels, out), source.nodata)
     tell(images)
     shape = {"all": (1 + encoder.patch_embed.num_patches, encoder.embed_dim)}.get(kind, (encoder.embed_dim,))
     batches = features_of(encoder, images, kind, batch_size=batch_size, part=crop_pct)
@@ -48,18 +47,14 @@ def knn(source: Source, data: Labelled, *, k: int, temperature: float, kind: str
 
 
 def linprobe(source: Source, data: Labelled, recipe: Recipe, *, kind: str, output_dir: Path | None, sweep: bool = False) -> None:
-    """Train a linear probe and print its accuracy. Without augmentation, features are computed
-    once.
-
-    sweep    use `best_blr` instead of the recipe's blr
-    """
+    """Train a linear probe, with `best_blr` if `sweep`, and print its accuracy."""
     encoder, train, evaluated = prepared(source, data)
     check_run(recipe, train, output_dir)
     tell(train.images, evaluated)
     probe = LinearProbe(encoder.embed_dim, len(train.images.classes)).to(source.device)
     scored = collect(features_of(encoder, evaluated, kind, part=data.crop_pct))
     model: torch.nn.Module = probe
-    if sweep or data.augment == "none":
+    if sweep or data.augment == "none":  # features are computed once
         known = collect(features_of(encoder, train, kind, part=data.crop_pct))
     if sweep:
         recipe = replace(recipe, blr=best_blr(*known, len(train.images.classes), recipe, source.device))
@@ -81,17 +76,14 @@ def reconstruct(source: Source, data: Path, split: str | None, out: Path, *, mas
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UserError(f"OUT must be a .png file in a folder that exists; it is {out}")
     model = load_mae(source)
-    images = open_images(data, split, model.patch_embed.proj.in_channels, out)
-    images = fitted(model, images, source.nodata)
+    images = fitted(model, open_images(data, split, model.patch_embed.proj.in_channels, out), source.nodata)
     if images.channels not in (1, 3):
         raise UserError(f"DATA must have 1 or 3 channels for pictures; the images have {images.channels}")
     ids = torch.arange(min(count, len(images)))
     size = model.patch_embed.img_size
     ((pixels, _),) = read_batches(images, [ids], size, still(size, 1.0))
-    try:
+    with user_errors(ValueError, prefix="--"):
         panel = make_panel(f"{source.checkpoint.name}, mask ratio {mask_ratio:g}", model.eval(), pixels, mask_ratio, source.seed)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
     tell(images)
     with writing("OUT", out):
         save_reconstructions([panel], out)

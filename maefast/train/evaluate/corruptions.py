@@ -16,8 +16,8 @@ LEAST_SIDE = 32  # the least side that the library takes
 def corrupted(images: Tensor, kind: str, severity: int, seed: int) -> Tensor:
     """Corrupt images (n, 1 or 3, H, W) uint8 by one of the CORRUPTIONS, severity 1 to 5.
 
-    Sides under 32 pixels are padded with their edges first. The seed sets NumPy's generator; the
-    library's impulse noise and glass blur use other generators, which cannot be seeded.
+    Sides under 32 pixels are padded with their edges first. The seed has no effect on impulse noise
+    and glass blur, whose generators cannot be seeded.
     """
     import numpy as np
     from imagecorruptions import corrupt

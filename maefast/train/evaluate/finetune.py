@@ -13,7 +13,7 @@ from .. import checkpoints
 from ..data.crops import still
 from ..data.labelled import Labelled, augmented, reading
 from ..data.open import tell
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..optim import adamw
 from . import supervised
 from .augment import NO_AUGMENTATION, Augment, Augmentation
@@ -68,10 +68,8 @@ def finetune(
     encoder.head = nn.Linear(encoder.embed_dim, encoder.num_classes).to(source.device)
     reset_head(encoder, HEAD_STD)
     if tuning.blocks is not None:
-        try:
+        with user_errors(ValueError, prefix="--"):
             train_last_blocks(encoder, tuning.blocks)
-        except ValueError as error:
-            raise UserError(f"--{error}") from error
     average = None if tuning.ema is None else AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(tuning.ema))
     optimizer = adamw(layer_decay_groups(encoder, recipe.weight_decay, tuning.layer_decay), recipe.peak, betas=(0.9, 0.999))
     learning: dict[str, Any] = {"model": encoder, "optimizer": optimizer} | ({} if average is None else {"average": average})
@@ -79,12 +77,10 @@ def finetune(
     records = _resumed(output, learning, identity)
     tell(train.images, evaluated)
 
-    view = still(encoder.patch_embed.img_size, data.crop_pct)
-    scored = reading(evaluated, encoder.patch_embed.img_size, lambda epoch: view)
-    if data.augment == "none":
-        batches = reading(train, encoder.patch_embed.img_size, lambda epoch: view)
-    else:
-        batches = augmented(train, encoder.patch_embed.img_size, recipe.seed)
+    size = encoder.patch_embed.img_size
+    view = still(size, data.crop_pct)
+    scored = reading(evaluated, size, lambda epoch: view)
+    batches = reading(train, size, lambda epoch: view) if data.augment == "none" else augmented(train, size, recipe.seed)
     change = Augment(augmentation, encoder, len(classes)) if augmentation else None
     autocast = torch.bfloat16 if tuning.amp == "bf16" else None
     judged: Any = encoder if average is None else average.module
@@ -106,9 +102,8 @@ def finetune(
 def _identity(source: Source, data: Labelled, recipe: Recipe, tuning: Tuning, augmentation: Augmentation, images: int) -> Any:
     """Return the settings that must not change when a run is resumed."""
     given = asdict(source) | asdict(data) | asdict(recipe) | asdict(tuning) | asdict(augmentation) | {"number of images": images}
-    return {
-        name: value if isinstance(value, int | float | None) else str(value) for name, value in given.items() if name != "device"
-    }
+    del given["device"]
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in given.items()}
 
 
 def _resumed(output: Output, learning: Mapping[str, Any], identity: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -120,5 +115,4 @@ def _resumed(output: Output, learning: Mapping[str, Any], identity: Mapping[str,
     checkpoints.must_agree(there[-1], entries["run"].get("identity", {}), identity)
     for name, part in learning.items():
         part.load_state_dict(entries[name])
-    records: list[dict[str, Any]] = entries["run"]["records"]
-    return records
+    return entries["run"]["records"]

@@ -1,5 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv 1805.01978,
-section 3.4)."""
+"""Weighted k-NN on frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,8 @@ def knn_votes(
     """Return the votes (m, classes) of the k nearest of features (n, F) for queries (m, F).
 
     labels    (n,) int64, 0 to classes - 1
-    Neighbours are nearest by cosine similarity s. Each votes for its class with exp((s - s_max) /
-    temperature), where s_max is the largest s of the query. The paper has exp(s / temperature); the
-    factor keeps the votes in the range of fp32 and does not change their order.
+    By cosine similarity s, each votes with exp((s - s_max) / temperature); the query's largest s is
+    s_max. The paper has exp(s / temperature), in the same order but beyond the range of fp32.
     Raises ValueError unless 1 <= k <= n, temperature is positive and the shapes fit together.
     """
     if features.dim() != 2 or queries.dim() != 2 or features.shape[1] != queries.shape[1] or labels.shape != features.shape[:1]:

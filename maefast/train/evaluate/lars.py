@@ -14,8 +14,7 @@ class LARS(torch.optim.Optimizer):
     lr           0 by default, since schedules set it before each step
     For a parameter w of two or more dimensions with gradient g:
         d = g + weight_decay * w;  d *= trust_coefficient * |w| / |d|  (1 if either norm is 0)
-    For other parameters (biases, norms) d = g. Then m = momentum * m + d and w -= lr * m, with m =
-    0 at the start.
+    For other parameters (biases, norms) d = g. Then m = momentum * m + d, at first 0; w -= lr * m.
     Raises ValueError for a negative value.
     """
 

@@ -3,14 +3,13 @@
 from collections import defaultdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...encoder import VisionTransformer
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of a parameter: 0 for embeddings, 1 to depth for blocks, depth + 1 after
-    them."""
+    """Return a parameter's layer: 0 for embeddings, 1 to depth for blocks, depth + 1 after them."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):
@@ -19,9 +18,8 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(encoder: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Return groups of the trainable parameters for an optimizer. `lr_scale` of a group is
-    layer_decay to the power of the number of layers above it (Clark et al. 2020). One-dimensional
-    parameters, class token and positions get no weight decay."""
+    """Return groups of trainable parameters. `lr_scale` is layer_decay to the power of the layers
+    above (Clark et al. 2020). Vectors, class token and positions get no weight decay."""
     depth, undecayed = len(encoder.blocks), encoder.no_weight_decay()
     groups = defaultdict[tuple[int, float], list[nn.Parameter]](list)
     for name, parameter in encoder.named_parameters():
@@ -35,8 +33,7 @@ def layer_decay_groups(encoder: VisionTransformer, weight_decay: float, layer_de
 
 
 def train_last_blocks(encoder: VisionTransformer, blocks: float) -> None:
-    """Freeze all but the head, the last `blocks` blocks and the final norm (He et al. 2022, figure
-    9).
+    """Freeze all but the head, the last `blocks` blocks and the final norm (paper, figure 9).
 
     blocks    0 (only the head), 0.5 (the MLP of the last block and its norm) or 1 to depth
     Stochastic depth is turned off in frozen blocks. Raises ValueError for another number.
@@ -50,8 +47,7 @@ def train_last_blocks(encoder: VisionTransformer, blocks: float) -> None:
         learning.append(encoder.fc_norm if encoder.global_pool else encoder.norm)
     if blocks == 0.5:
         learning += [all_blocks[-1].norm2, all_blocks[-1].mlp]
-    whole = all_blocks[depth - int(blocks) :]
-    for module in (*learning, *whole):
+    for module in (*learning, *all_blocks[depth - int(blocks) :]):
         module.requires_grad_(True)
     for block in all_blocks[: depth - int(blocks)]:
         block.drop_path = 0.0
@@ -60,6 +56,5 @@ def train_last_blocks(encoder: VisionTransformer, blocks: float) -> None:
 def reset_head(encoder: VisionTransformer, std: float) -> None:
     """Draw the head's weights from N(0, std), truncated at -2 and 2; set its biases to 0."""
     head: Any = encoder.head
-    weight: Tensor = head.weight
-    nn.init.trunc_normal_(weight, std=std)
+    nn.init.trunc_normal_(head.weight, std=std)
     nn.init.zeros_(head.bias)

@@ -1,5 +1,4 @@
-"""The linear probe: a batch norm without affine parameters and a linear layer on frozen
-features."""
+"""The linear probe of frozen features."""
 
 import sys
 from dataclasses import replace
@@ -28,8 +27,7 @@ class LinearProbe(nn.Sequential):
 
 
 class ProbedEncoder(nn.Module):
-    """A probe on an encoder that stays frozen and in eval mode: images (n, C, H, W) -> (n,
-    classes)."""
+    """A probe on a frozen encoder in eval mode: images (n, C, H, W) -> (n, classes)."""
 
     def __init__(self, encoder: VisionTransformer, probe: LinearProbe, kind: str):
         super().__init__()
@@ -41,8 +39,7 @@ class ProbedEncoder(nn.Module):
         return self
 
     def forward(self, imgs: Tensor) -> Tensor:
-        logits: Tensor = self.probe(pooled(self.encoder, imgs, self.kind))
-        return logits
+        return self.probe(pooled(self.encoder, imgs, self.kind))
 
 
 def optimizer_of(probe: LinearProbe, recipe: Recipe) -> LARS:
@@ -50,12 +47,10 @@ def optimizer_of(probe: LinearProbe, recipe: Recipe) -> LARS:
 
 
 def best_blr(features: Tensor, labels: Tensor, classes: int, recipe: Recipe, device: str = "cpu") -> float:
-    """Return the rate of BLRS whose probe is most accurate on a held-out tenth of each class; the
-    smallest such rate.
+    """Return the smallest rate of BLRS that is best on a held-out tenth of each class.
 
-    The steps of LARS are proportional to the rate, so the best rate depends on the number of steps:
-    the official 0.1 is for 7,000 steps of 16,384 images. Prints the score of each rate to stderr.
-    Raises Diverged if no rate ends with a finite loss.
+    LARS needs greater rates for fewer steps; the official 0.1 is for 7,000 steps of 16,384 images.
+    Prints the score of each rate to stderr. Raises Diverged if no rate ends with a finite loss.
     """
     train, held_out = stratified_split(labels, HELD_OUT, recipe.seed)
     batches, scored = in_memory(features[train], labels[train]), in_memory(features[held_out], labels[held_out])

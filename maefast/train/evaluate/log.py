@@ -14,18 +14,14 @@ from .supervised import Epoch, Recipe
 
 
 class Log:
-    """The log of a training: a line per epoch on stderr, and log.txt (a JSON object per epoch) and
-    checkpoint.pth in `folder`, if given.
-
-    records    the records of epochs of an earlier process
-    """
+    """The log of a training: a line per epoch on stderr; log.txt and checkpoint.pth in `folder`.
+    `records` are those of an earlier process."""
 
     def __init__(self, folder: Path | None, records: Sequence[dict[str, Any]] = ()):
         self.folder, self.records = folder, list(records)
 
     def add(self, epoch: Epoch, correct: int | None, count: int) -> None:
-        """Add an epoch. correct: how many of `count` images are right after it; None: not
-        scored."""
+        """Add an epoch, after which `correct` of `count` images are right (None: not scored)."""
         score = {} if correct is None else {"top1": correct / count, "correct": correct, "images": count}
         self.records.append(asdict(epoch) | score)
         shown = "" if correct is None else f", top-1 {correct / count:.4f}"

@@ -1,7 +1,7 @@
 """`maefast robustness`: the accuracy of a classifier on corrupted images and on other folders."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..data.crops import still
-from ..data.labelled import read_batches
+from ..data.labelled import Pairs, read_batches
 from ..device import find_device
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..files import replace_file, writing
 from ..values import nearest
 from .classifier import Classifier, load_classifier
@@ -43,8 +43,7 @@ def robustness(path: Path, check: Check, out: Path | None = None) -> dict[str, A
 
     returns    clean (of `data`), corrupted (kind -> severity -> accuracy), mean_corrupted, folder,
                and the numbers of images
-    Raises UserError, before anything is written, for a checkpoint without classifier and for images
-    that do not fit it.
+    Raises UserError, before anything is written, for a checkpoint or images that do not fit.
     """
     if check.data is None and check.folder is None:
         raise UserError("DATA or --folder must be given; neither is")
@@ -77,8 +76,7 @@ def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tenso
 
     path = getattr(check, name)
     split = check.eval_split if name == "data" and not path.is_file() else None
-    images = open_images(path, split, classifier.model.patch_embed.proj.in_channels)
-    images = fitted(classifier.model, images, check.nodata)
+    images = fitted(classifier.model, open_images(path, split, classifier.model.patch_embed.proj.in_channels), check.nodata)
     if check.data is path and check.kinds and images.channels not in (1, 3):
         raise UserError(f"--kinds must be none for a classifier of {images.channels} channels: corruptions need 1 or 3")
     if check.data is path and check.kinds and images.dtype != torch.uint8:
@@ -101,18 +99,14 @@ def _opened(classifier: Classifier, check: Check, name: str) -> tuple[Any, Tenso
 
 def _read_map(path: Path) -> dict[str, str]:
     """Return the class of each folder, from lines of a folder's name and a class."""
-    try:
+    with user_errors(OSError, UnicodeDecodeError, prefix=f"--class_map must be a text file; {path} cannot be read: "):
         rows = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--class_map must be a text file; {path} cannot be read: {error}") from error
     if bad := next((number for number, row in enumerate(rows, 1) if len(row) != 2), None):
         raise UserError(f"--class_map must have a folder and its class in each line; line {bad} of {path} has one word")
     return {folder: its.strip() for folder, its in rows}
 
 
-def _read(
-    classifier: Classifier, images: Any, labels: Tensor, chosen: Sequence[int], check: Check
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _read(classifier: Classifier, images: Any, labels: Tensor, chosen: Sequence[int], check: Check) -> Pairs:
     """Yield images (n, C, H, W) uint8 and labels (n,) of the classifier, batch by batch."""
     size, ids = classifier.model.patch_embed.img_size, torch.tensor(chosen).split(check.batch_size)
     for part, (pixels, _) in zip(ids, read_batches(images, ids, size, still(size, classifier.crop_pct)), strict=True):
@@ -120,7 +114,7 @@ def _read(
 
 
 @torch.no_grad()
-def _score(classifier: Classifier, batches: Iterator[tuple[Tensor, Tensor]], among: Tensor | None = None) -> float:
+def _score(classifier: Classifier, batches: Pairs, among: Tensor | None = None) -> float:
     """Return the accuracy. among: the only classes that may be predicted; None: all."""
     device, right, count = classifier.model.cls_token.device, 0, 0
     for pixels, labels in batches:
@@ -153,11 +147,8 @@ def _table(result: dict[str, Any]) -> str:
         lines.append(f"clean: {result['clean']:.4f} of {result['images']} images")
     if rows := result.get("corrupted"):
         severities = list(next(iter(rows.values())))
-        lines += [
-            "",
-            "| corruption | " + " | ".join(map(str, severities)) + " | mean |",
-            "|---|" + "---|" * (len(severities) + 1),
-        ]
+        head = " | ".join(map(str, severities))
+        lines += ["", f"| corruption | {head} | mean |", "|---|" + "---|" * (len(severities) + 1)]
         for kind, row in rows.items():
             scores = [*row.values(), sum(row.values()) / len(row)]
             lines.append(f"| {kind} | " + " | ".join(f"{score:.4f}" for score in scores) + " |")

@@ -11,7 +11,7 @@ from ...encoder import VisionTransformer
 from ...model import MAE
 from ..data.labelled import Chosen, Labelled
 from ..device import find_device
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..variants import variant_with
 from .features import fitted, load_encoder
 
@@ -33,8 +33,8 @@ class Source:
     seed: int = 0
 
     def overrides(self) -> dict[str, Any]:
-        given = {"img_size": self.input_size, "mean": self.mean, "std": self.std, "key": self.key}
-        given |= {"num_heads": self.num_heads, "decoder_num_heads": self.decoder_num_heads}
+        names = ("key", "num_heads", "decoder_num_heads", "mean", "std")
+        given = {"img_size": self.input_size} | {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     def encoder(self, **options: Any) -> VisionTransformer:
@@ -47,12 +47,10 @@ class Source:
 def load_mae(source: Source) -> MAE:
     """Load the whole model of a checkpoint. Raises UserError if it has no decoder."""
     torch.manual_seed(source.seed)
-    try:
+    with user_errors(checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError):
         model, report = checkpoint.from_pretrained(MAE, source.checkpoint, **source.overrides())
         if (cls := variant_with(report.ignored)) is not MAE:
             model, report = checkpoint.from_pretrained(cls, source.checkpoint, **source.overrides())
-    except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError, ValueError) as error:
-        raise UserError(str(error)) from error
     if not report.has_decoder:
         raise UserError(f"CHECKPOINT must have a decoder for reconstruct; {source.checkpoint} has none")
     return model

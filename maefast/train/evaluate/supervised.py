@@ -39,7 +39,6 @@ class Recipe:
 
     @property
     def step_size(self) -> int:
-        """Return the number of images per optimizer step."""
         return self.batch_size * self.accum_iter
 
     @property
@@ -57,8 +56,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The result of an epoch: the number of finished epochs, the mean loss, the last learning
-    rate."""
+    """An epoch's result: number of finished epochs, mean loss, last learning rate."""
 
     epoch: int
     loss: float
@@ -79,15 +77,12 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train on the cross-entropy of model(x), (n, classes), and yield after each epoch.
 
-    batches      reads the `images` samples, shuffled in each epoch; an incomplete last step is
-                 dropped
+    batches      reads the `images` samples in a new order each epoch, without an incomplete step
     average      is updated after each step
-    change       maps inputs and labels (n,) on the model's device to inputs and labels, or to
-                 probabilities (n, classes)
+    change       maps inputs and labels (n,) to inputs and labels or probabilities (n, classes)
     start        the number of epochs that are done already
-    The order and the draws of torch's global generator (stochastic depth, `change`) depend only on
-    the seed and the epoch. The learning rate of a step is warmup_cosine's, times `lr_scale` of the
-    group, if any.
+    The order and the draws of torch's global generator depend only on the seed and the epoch. The
+    learning rate is warmup_cosine's, times `lr_scale` of the group, if any.
     Raises UserError if the recipe does not fit, and Diverged if the loss is not finite.
     """
     recipe.check(images)
@@ -128,8 +123,7 @@ def fit(
 def count_correct(
     model: nn.Module, batches: Batches, images: int, *, batch_size: int = 256, autocast: torch.dtype | None = None
 ) -> int:
-    """Return how many of `images` samples model(x), (n, classes), classifies correctly. The model
-    stays in eval mode."""
+    """Return how many of `images` samples model(x), (n, classes), classifies correctly."""
     model.eval()
     device, correct = next(model.parameters()).device, 0
     for x, y in batches(0, torch.arange(images).split(batch_size)):

@@ -10,7 +10,7 @@ from ...ops import len_keep
 from .. import step
 from ..data.open import open_images
 from ..data.sources import ImageDataset
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..group import Group
 from ..masks import check_sampler
 from ..variants import variant
@@ -26,8 +26,7 @@ def training_images(options: Options) -> ImageDataset:
 
 
 def check_options(options: Options, group: Group, batch: int, images: int) -> None:
-    """Raise UserError unless the options fit each other, the processes, the number of images and
-    the images per step, `batch`."""
+    """Raise UserError unless options, processes and steps of `batch` images fit each other."""
     if images < batch:
         needed = f"--batch_size x --accum_iter{' x processes' if group.world_size > 1 else ''} = {batch} images"
         raise UserError(f"--data_path must hold at least {needed}; {options.data_path} holds {images}")
@@ -35,10 +34,9 @@ def check_options(options: Options, group: Group, batch: int, images: int) -> No
         raise UserError(f"--start_epoch must be less than --epochs, {options.epochs}; it is {options.start_epoch}")
     if options.fsdp and group.local_rank is None:
         raise UserError("--fsdp must run in several processes (torchrun --nproc_per_node N); there is only this process")
-    if options.reference and group.local_rank is not None:
-        raise UserError(f"--reference must run in one process, without a launcher; there are {group.world_size}")
-    if options.graph and group.local_rank is not None:
-        raise UserError(f"--graph must run in one process, without a launcher; there are {group.world_size}")
+    for name in ("reference", "graph"):
+        if getattr(options, name) and group.local_rank is not None:
+            raise UserError(f"--{name} must run in one process, without a launcher; there are {group.world_size}")
 
 
 def find_autocast(options: Options, device: torch.device) -> torch.dtype | None:
@@ -60,10 +58,9 @@ def check_graph(device: torch.device) -> None:
 def init_model(model: MAE, options: Options) -> checkpoint.LoadReport:
     """Load the weights of --init into the model. Raises UserError if they do not fit."""
     assert options.init is not None
-    try:
+    expected = (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError)
+    with user_errors(*expected, prefix="--init must be a checkpoint that fits the model: "):
         return model.init_from(options.init, key=options.key)
-    except (checkpoint.CheckpointError, checkpoint.MissingPackageError, OSError) as error:
-        raise UserError(f"--init must be a checkpoint that fits the model: {error}") from error
 
 
 def check_values(options: Options, images: Any) -> None:
@@ -77,28 +74,21 @@ def check_values(options: Options, images: Any) -> None:
 
 
 def build_model(options: Options, channels: int) -> MAE:
-    """Build a model with weights drawn from the seed. Raises UserError if sizes, mask ratio or
-    sampler do not fit together."""
+    """Build a model with weights drawn from the seed. Raises UserError if options do not fit."""
     given: dict[str, Any] = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     half = None if channels == 3 else (0.5,) * channels
     given |= {"mean": options.mean or half, "std": options.std or half, "norm_pix_loss": options.norm_pix_loss}
     given["model_class"] = variant(options.mask_tokens_in_encoder, options.target)
     torch.manual_seed(options.seed)
-    try:
+    size = options.input_size if isinstance(options.input_size, int) else " ".join(map(str, options.input_size))
+    with user_errors(ValueError, prefix=f"--model {options.model} cannot be built with --input_size {size}: "):
         model: MAE = getattr(models_mae, options.model)(img_size=options.input_size, in_chans=channels, **given)
-    except ValueError as error:
-        size = options.input_size if isinstance(options.input_size, int) else " ".join(map(str, options.input_size))
-        raise UserError(f"--model {options.model} cannot be built with --input_size {size}: {error}") from error
     patches = model.patch_embed.num_patches
-    try:
+    with user_errors(ValueError, prefix="--"):
         kept = len_keep(patches, options.mask_ratio)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
     if not 0 < kept < patches:
         what = f"{options.mask_ratio} keeps {kept} of {patches}"
         raise UserError(f"--mask_ratio must keep at least one patch and remove at least one; {what}")
-    try:
+    with user_errors(ValueError, prefix="--"):
         check_sampler(options.sampler, model.patch_embed.grid_size, kept)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
     return model

@@ -9,32 +9,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checkpoints
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..files import replace_file
 from ..pictures import Panel, as_one_picture, make_panel, save_reconstructions
 from .options import Options
 
 
 class Journal:
-    """The files of a run in its output_dir, except its checkpoints.
-
-    next_epoch    records of this epoch and later ones are removed, since they will be run again
-    Raises UserError if the folder cannot be written.
-    """
+    """The files of a run in its output_dir, except its checkpoints. Records from `next_epoch` on
+    are removed, to be written again. Raises UserError if the folder cannot be written."""
 
     def __init__(self, options: Options, next_epoch: int):
         self.folder = options.output_dir
-        try:
+        with user_errors(OSError, prefix="--output_dir must be a folder that can be written; "):
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_left_overs(self.folder)
             _drop_records(self.folder / "log.txt", next_epoch)
             self.board = _open_tensorboard(options.log_dir or self.folder, next_epoch)
-        except OSError as error:
-            raise UserError(f"--output_dir must be a folder that can be written; {error}") from error
 
     def add(self, record: Mapping[str, Any], panel: Panel | None) -> None:
-        """Write the record of an epoch and its pictures. Raises UserError if they cannot be
-        written."""
+        """Write the record of an epoch and its pictures. Raises UserError if it cannot."""
         epoch = record["epoch"]
         try:
             with (self.folder / "log.txt").open("a") as file:

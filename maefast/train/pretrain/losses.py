@@ -26,14 +26,13 @@ class Losses:
         self.valueless = 0  # steps since the last one that had a loss
 
     def add(self, loss_and_share: Tensor, rate: float) -> bool:
-        """Add the loss of the step at the state's position, a sum over batches, and the share of the
-        batches that have one. Read the losses that are due, as `read` does."""
+        """Add the loss of a step, a sum over batches, and the share of batches that have one. Read
+        the losses that are due, as `read` does."""
         self.unread.append((read_later(loss_and_share), self.state.at, rate))
         return self.read(LAG[loss_and_share.device.type])
 
     def read(self, keep: int = 0) -> bool:
-        """Read the losses of all steps but the last `keep`. Return False if one was not finite and
-        the state was rewound."""
+        """Read the losses of all but the last `keep` steps; return False if one led to a rewind."""
         while len(self.unread) > keep:
             read, at, rate = self.unread.pop(0)
             total, share = read()

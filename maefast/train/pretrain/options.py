@@ -9,7 +9,7 @@ from typing import Any
 
 from ... import models_mae
 from ..data.pretraining import AUGMENTATIONS
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..masks import SAMPLERS
 from ..values import ANY, RATIO, SEED, Parse, nearest, number, numbers, one_of, sides, whole
 from ..variants import TARGETS
@@ -18,15 +18,13 @@ MODELS = tuple(sorted(name for name in models_mae.__all__ if name.startswith("ma
 
 
 def option(default: Any, parse: Parse | None, help: str, metavar: str | None = None) -> Any:
-    """Declare a field of Options. Without `parse` it is a switch with the flags --name and
-    --no_name."""
+    """Declare a field of Options. Without `parse` it is a switch, --name and --no_name."""
     return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a pre-training, with the official launcher's names. None: chosen by the
-    run."""
+    """The options of a pre-training, with the official launcher's names. None: the run chooses."""
 
     data_path: Path = option(Path("data"), Path, "the images, or a folder with them in train/", "PATH")
     output_dir: Path = option(Path("output_dir"), Path, "folder of checkpoints, log.txt and pictures", "DIR")
@@ -37,9 +35,7 @@ class Options:
     start_epoch: int = option(0, whole(0), "number of the first epoch of a new run")
     model: str = option("mae_vit_large_patch16", one_of(MODELS), "a model factory of maefast", "NAME")
     input_size: int | tuple[int, int] = option(224, sides, "side of the images, or height and width", "S | H W")
-    patch_size: int | tuple[int, int] | None = option(
-        None, sides, "side of a patch, or height and width (the model's)", "S | H W"
-    )
+    patch_size: int | tuple[int, int] | None = option(None, sides, "side of a patch, or both sides (the model's)", "S | H W")
     embed_dim: int | None = option(None, whole(1), "width of the encoder (the model's)")
     depth: int | None = option(None, whole(1), "blocks of the encoder (the model's)")
     num_heads: int | None = option(None, whole(1), "heads of the encoder (the model's)")
@@ -50,20 +46,14 @@ class Options:
     mean: tuple[float, ...] | None = option(
         None, numbers(ANY), "mean per channel, of uint8 in 0..1 (3: ImageNet's, else 0.5), of floats in their unit", "M,.."
     )
-    std: tuple[float, ...] | None = option(
-        None, numbers(0, above=True), "standard deviation per channel, in the unit of --mean", "S,.."
-    )
+    std: tuple[float, ...] | None = option(None, numbers(0, above=True), "standard deviation per channel, like --mean", "S,..")
     nodata: float | None = option(None, number(ANY), "value of a float array that means missing, as NaN does", "V")
     mask_ratio: float = option(0.75, RATIO, "fraction of the patches that is removed")
-    sampler: str = option(
-        "random", one_of(SAMPLERS), "which patches are removed: random ones, blocks, or all but one of each 2 x 2"
-    )
+    sampler: str = option("random", one_of(SAMPLERS), "patches to remove: random ones, blocks, or all but one of each 2 x 2")
     target: str = option(None, one_of(TARGETS), "pixels, pixels normalised per patch, or principal components of patches (pixel)")
     norm_pix_loss: bool = option(False, None, "the same as --target norm")
     mask_tokens_in_encoder: bool = option(False, None, "run the encoder on all tokens, mask tokens included")
-    augment: str = option(
-        "rrc", one_of(AUGMENTATIONS), "none: centre box; crop: fixed size; rrc: random size and aspect; jitter: random colours"
-    )
+    augment: str = option("rrc", one_of(AUGMENTATIONS), "none: centre; crop: fixed size; rrc: random size; jitter: colours")
     flip: bool | None = option(None, None, "mirror half of the images (yes, unless --augment none)")
     batch_size: int = option(64, whole(1), "images per forward pass and process")
     accum_iter: int = option(1, whole(1), "forward passes per optimizer step")
@@ -78,9 +68,7 @@ class Options:
     reference: bool = option(False, None, "train the plain eager model instead, for comparison: the same losses, slower")
     device: str | None = option(None, str, "cuda or cpu (cuda if there is a GPU)")
     seed: int = option(0, SEED, "seed of weights, order, crops and masks")
-    num_workers: int = option(
-        min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on their number"
-    )
+    num_workers: int = option(min(10, os.cpu_count() or 1), whole(0), "processes that load images; results do not depend on it")
     pin_mem: bool = option(True, None, "page-locked batches for a GPU")
     rewind: int = option(0, whole(0), "how often a run may return to the last checkpoint after a loss that is not finite")
     save_steps: int = option(0, whole(0), "also save after this many steps within an epoch; 0: only after epochs")
@@ -104,9 +92,8 @@ class Options:
         if self.norm_pix_loss and target != "norm":
             raise UserError(f"--target must be norm with --norm_pix_loss; it is {target}")
         if self.reference and (self.mask_tokens_in_encoder or target == "pca"):
-            raise UserError(
-                "--reference must be given without --mask_tokens_in_encoder and --target pca, which the plain model lacks"
-            )
+            what = "--mask_tokens_in_encoder and --target pca, which the plain model lacks"
+            raise UserError(f"--reference must be given without {what}")
         if self.graph:
             self._check_graph()
         if self.key is not None and self.init is None:
@@ -120,9 +107,8 @@ class Options:
         if self.fsdp:
             raise UserError("--graph must be given without --fsdp, which runs in several processes")
         if self.accum_iter > 1:
-            raise UserError(
-                f"--graph must be given with --accum_iter 1, since a graph holds one forward pass; it is {self.accum_iter}"
-            )
+            what = "--accum_iter 1, since a graph holds one forward pass"
+            raise UserError(f"--graph must be given with {what}; it is {self.accum_iter}")
         if self.amp == "fp16":
             raise UserError("--graph must be given without --amp fp16, which needs a gradient scaler; bf16 needs none")
 
@@ -133,8 +119,7 @@ def from_arguments(given: Mapping[str, Any]) -> Options:
 
 
 def with_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags and the entries of the YAML file of `config`, if given. Flags override
-    it."""
+    """Return the flags and, where they are not given, the entries of the YAML file `config`."""
     config, values = given.get("config"), {name: value for name, value in given.items() if name != "config"}
     return values if config is None else _read_config(config) | values
 
@@ -160,10 +145,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         if name not in known:
             raise UserError(f"{path} must hold names of options; {str(name)!r} is none: {nearest(str(name), known)}")
         off = name == "amp" and value is False  # YAML reads off as false
-        try:
+        with user_errors(UserError, prefix=f"{path}: "):
             values[name] = _parsed(name, "off" if off else value, known[name].metadata["parse"])
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
     return values
 
 
@@ -173,7 +156,5 @@ def _parsed(name: str, value: Any, parse: Parse | None) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{name} must be true or false; it is {value!r}")
         return value
-    try:
+    with user_errors(argparse.ArgumentTypeError, prefix=f"{name} "):
         return parse(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{name} {error}") from error

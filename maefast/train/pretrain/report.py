@@ -21,8 +21,7 @@ class Report:
     """
 
     def __init__(self, steps: int, done: int, images: int, device: torch.device, quiet: bool = False):
-        self.steps, self.done, self.first, self.images, self.device = steps, done, done, images, device
-        self.quiet = quiet
+        self.steps, self.done, self.first, self.images, self.device, self.quiet = steps, done, done, images, device, quiet
         self.waited = 0.0  # seconds without a batch
         self.started = self.last_line = time.perf_counter()
         self.bar: Any = None
@@ -46,11 +45,8 @@ class Report:
         """Print a line, above the bar if there is one."""
         figures = self.figures()
         left = figures["seconds"] / max(1, self.done - self.first) * (self.steps - self.done)
-        text = (
-            f"{title}: loss {loss:.4f}, lr {lr:.3g}, {figures['images_per_second']:.0f} images/s, "
-            f"{figures['data_wait']:.0%} of the time waiting for data, {figures['memory_gib']:.2f} GiB, {left:.0f} s left"
-        )
-        self.say(text)
+        cost = f"{_speed(figures)}, {figures['memory_gib']:.2f} GiB, {left:.0f} s left"
+        self.say(f"{title}: loss {loss:.4f}, lr {lr:.3g}, {cost}")
         self.last_line = time.perf_counter()
 
     def say(self, text: str) -> None:
@@ -64,8 +60,8 @@ class Report:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def figures(self) -> dict[str, float]:
-        """Return figures of this process so far: images_per_second, data_wait (the share of the
-        time), memory_gib (the peak), seconds."""
+        """Return images_per_second, data_wait (the share of the time), memory_gib (the peak) and
+        seconds of this process so far."""
         seconds = time.perf_counter() - self.started
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -82,11 +78,14 @@ class Report:
 def conclude(summary: Mapping[str, Any]) -> None:
     """Print the summary of a run."""
     how = "done" if summary["finished"] else f"stopped by {Signals(summary['signal']).name}, --resume auto resumes it"
-    speed = f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.0%} of the time waiting for data"
-    print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {summary['seconds']:.0f} s, {speed}", flush=True)
+    cost = f"{summary['seconds']:.0f} s, {_speed(summary)}"
+    print(f"{how}: {summary['steps']} steps, loss {summary['loss']:.4f}, {cost}", flush=True)
     if summary["unreadable"]:
         print(f"{summary['unreadable']} unreadable images skipped", flush=True)
-    if summary["rewinds"]:
-        times = "time" if summary["rewinds"] == 1 else "times"
-        print(f"rewound {summary['rewinds']} {times} after a loss that was not finite", flush=True)
+    if rewinds := summary["rewinds"]:
+        print(f"rewound {rewinds} {'time' if rewinds == 1 else 'times'} after a loss that was not finite", flush=True)
     print(f"checkpoint: {summary['checkpoint']}", flush=True)
+
+
+def _speed(figures: Mapping[str, Any]) -> str:
+    return f"{figures['images_per_second']:.0f} images/s, {figures['data_wait']:.0%} of the time waiting for data"

@@ -10,7 +10,7 @@ from ...checkpoint.architecture import of_model
 from ...model import MAE
 from .. import checkpoints
 from ..checkpoints import Position
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..group import Group
 from .options import Options
 from .report import Report
@@ -31,23 +31,19 @@ class Saver:
         self.architecture = asdict(of_model(model))
         facts = {f"the model's {name}": value for name, value in self.architecture.items()}
         variant = {"the target": options.target, "--mask_tokens_in_encoder": options.mask_tokens_in_encoder}
-        # A resumed run must have the same identity, and within an epoch the same pace, or its
-        # remaining batches would differ.
+        # A resumed run must have this identity, and within an epoch this pace, for equal batches.
         self.identity: dict[str, Any] = facts | variant | {"the number of images": images, "--nodata": options.nodata}
         self.pace = {"batch_size x accum_iter x processes": batch, "seed": options.seed}
 
     def find_resumable(self) -> Path | None:
-        """Return the checkpoint of --resume, or None. Raises UserError if a new run would overwrite
-        one."""
+        """Return the checkpoint of --resume, if any. Raises UserError if a new run finds one."""
         there = checkpoints.find(self.folder)
-        if not self.options.resume:
-            if there:
-                ways = "--resume auto resumes it, another folder starts a new run"
-                raise UserError(f"--output_dir must hold no earlier run; {self.folder} holds {there[-1].name}: {ways}")
-            return None
-        if self.options.resume == "auto" and not there:
-            return None
-        return there[-1] if self.options.resume == "auto" else Path(self.options.resume)
+        if there and not self.options.resume:
+            ways = "--resume auto resumes it, another folder starts a new run"
+            raise UserError(f"--output_dir must hold no earlier run; {self.folder} holds {there[-1].name}: {ways}")
+        if self.options.resume in ("", "auto"):
+            return there[-1] if there else None
+        return Path(self.options.resume)
 
     def resume(self, state: RunState, path: Path) -> None:
         """Load the checkpoint `path` into `state`. Raises UserError if it is of another run."""
@@ -66,15 +62,12 @@ class Saver:
         if run["masks"].numel() != state.masks.get_state().numel():
             device = state.masks.device.type
             raise UserError(f"--device must be the type that {path} was written on, for the same masks; it is {device}")
-        try:
+        with user_errors(ValueError, prefix=f"--resume must be a checkpoint of the same optimizer; {path} has another: "):
             state.load(entries)
-        except ValueError as error:
-            raise UserError(f"--resume must be a checkpoint of the same optimizer; {path} has another: {error}") from error
         self.newest = path
 
     def save(self, state: RunState, report: Report) -> None:
-        """Write a checkpoint in the first process; the others wait. Rewind instead if the state is
-        not finite."""
+        """Write a checkpoint in the first process, after a rewind if the state is not finite."""
         [broken] = self.group.all_reduce_max(not state.is_finite())
         if broken:
             self.rewind(state, report, "weights or the optimizer's state are not finite", state.at, state.lr)
@@ -91,11 +84,8 @@ class Saver:
         return {"args": argparse.Namespace(**args), "config": self.architecture, "run": run}
 
     def rewind(self, state: RunState, report: Report, what: str, at: Position, rate: float) -> None:
-        """Load the weights of the newest checkpoint after a failed step at `at`, and continue from
-        here.
-
-        Raises UserError if --rewind does not allow it.
-        """
+        """Load the weights of the newest checkpoint after the step `at` failed. Raises UserError if
+        --rewind does not allow it."""
         where = f"at step {at.step} of epoch {at.epoch}"
         if self.newest is None or state.rewinds >= self.options.rewind:
             hint = "a smaller --blr, --clip_grad 1 or --amp bf16 may help"
@@ -103,7 +93,5 @@ class Saver:
             raise self.group.error(f"the {what} {where}, with a learning rate of {rate:.3g}; {last}; {hint}")
         with self.group.together():
             state.rewind(checkpoints.read(self.newest))
-        count = f"{state.rewinds} of {self.options.rewind}"
-        report.say(
-            f"the {what} {where}: the weights of {self.newest} are loaded, the batches since then are lost (rewind {count})"
-        )
+        lost = f"the batches since then are lost (rewind {state.rewinds} of {self.options.rewind})"
+        report.say(f"the {what} {where}: the weights of {self.newest} are loaded, {lost}")

@@ -10,8 +10,7 @@ STOP = (signal.SIGTERM, signal.SIGUSR2)
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect the numbers of stop signals as they arrive. Only the main thread can handle signals;
-    in another thread the list stays empty."""
+    """Collect the numbers of stop signals; only the main thread can, in others none arrives."""
     received = list[int]()
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -16,10 +16,7 @@ KEPT = ("weight_decay", "capturable")  # of the optimizer, by the options of the
 
 @dataclass
 class RunState:
-    """Everything that a step changes. A checkpoint holds all of it.
-
-    All processes of a run have the same state, except shards of model and optimizer.
-    """
+    """Everything that a step changes, as a checkpoint holds it. Processes differ only in shards."""
 
     model: MAE
     optimizer: torch.optim.Optimizer
@@ -51,8 +48,7 @@ class RunState:
         self.at, self.loss_sum, self.counted = Position(self.at.epoch + 1, 0), 0.0, 0
 
     def is_finite(self) -> bool:
-        """Return whether weights and optimizer state are finite, in this process's shard if
-        sharded."""
+        """Return whether weights and optimizer state are finite, in this process's shard."""
         return all_finite((self.model.state_dict(), self.optimizer.state_dict()["state"]))
 
     def entries(self) -> dict[str, Any]:
@@ -62,17 +58,11 @@ class RunState:
         optimizer = full_state_dict(self.optimizer.state_dict())
         for group in optimizer["param_groups"]:
             group["lr"] = self.lr
-        return {
-            "model": full_state_dict(self.model.state_dict()),
-            "optimizer": optimizer,
-            "epoch": self.at.epoch - 1,
-            "scaler": self.scaler.state_dict(),
-            "run": run,
-        }
+        model, scaler = full_state_dict(self.model.state_dict()), self.scaler.state_dict()
+        return {"model": model, "optimizer": optimizer, "epoch": self.at.epoch - 1, "scaler": scaler, "run": run}
 
     def load(self, entries: Mapping[str, Any]) -> None:
-        """Load the entries of a checkpoint. Raises ValueError for the state of another
-        optimizer."""
+        """Load the entries of a checkpoint. Raises ValueError if it is of another optimizer."""
         run = entries["run"]
         self.load_weights(entries)
         self.at = Position(entries["epoch"] + 1, run["step"])
@@ -90,8 +80,7 @@ class RunState:
         self.rewinds += 1
 
     def load_weights(self, entries: Mapping[str, Any]) -> None:
-        """Load weights, optimizer state and gradient scale, but not the weight decay, nor whether a
-        CUDA graph can hold the optimizer."""
+        """Load weights, optimizer state but for KEPT, and gradient scale."""
         weights, optimizer = entries["model"], entries["optimizer"]
         if is_sharded(self.model):
             weights = shard_state_dict(weights, self.model.state_dict())

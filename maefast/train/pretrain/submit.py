@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from .options import Options
 
 
@@ -24,8 +24,7 @@ class Pretraining:
 
         environment = submitit.JobEnvironment()
         if environment.num_tasks > 1:
-            # Each process finds its GPU by its rank on the machine.
-            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)  # each finds its GPU by rank
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler of time-outs and pre-emption
         summary = pretrain(self.options, partial(training_images, self.options))
         if summary["signal"] == signal.SIGUSR2 and callable(requeue):
@@ -52,18 +51,14 @@ class Job:
 
 
 def submit(options: Options, job: Job) -> str:
-    """Submit a job that pre-trains with `options`; return its number.
-
-    Raises UserError, before anything is written, if submitit or the cluster is missing.
-    """
+    """Submit a job that pre-trains with `options`; return its number. Raises UserError, before
+    anything is written, if submitit or the cluster is missing."""
     try:
         import submitit
     except ImportError as error:
         raise UserError('submit needs submitit: pip install "maefast[slurm]"') from error
-    try:
+    with user_errors(RuntimeError, prefix=f"--cluster {job.cluster} cannot be used here: "):
         executor = submitit.AutoExecutor(folder=job.job_dir / "jobs", cluster=job.cluster, slurm_max_num_timeout=1000)
-    except RuntimeError as error:
-        raise UserError(f"--cluster {job.cluster} cannot be used here: {error}") from error
     executor.update_parameters(
         name="maefast",
         nodes=job.nodes,

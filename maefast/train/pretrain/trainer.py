@@ -45,9 +45,8 @@ def pretrain(options: Options, data: ImageDataset | Callable[[], ImageDataset]) 
     returns  the summary: epochs and steps done, loss (mean of the last epoch), images_per_second,
              data_wait, seconds, unreadable images, rewinds, checkpoint (the newest), signal (that
              ended the run, or 0), finished (False after a signal)
-    Raises UserError, before anything is written, for options that do not fit each other, the images
-    or the checkpoint. Raises it later for a loss that is not finite, a full disk and a dead worker;
-    the newest checkpoint is then intact. All processes raise it together.
+    All processes raise UserError together: before anything is written, for options that do not fit;
+    later for a loss that is not finite, a full disk and a dead worker, with a checkpoint intact.
     """
     launch = find_launch(**{name: getattr(options, name) for name in ("world_size", "local_rank", "dist_on_itp", "dist_url")})
     with connected(launch) as group, dead_workers_reported():
@@ -61,8 +60,7 @@ class Trainer:
     """The training loop of a run, in one of its processes."""
 
     def __init__(self, options: Options, data: ImageDataset, group: Group):
-        """Raises UserError, in all processes and before anything is written, if something does not
-        fit."""
+        """Raises UserError in all processes, before anything is written, if options do not fit."""
         self.options, self.data, self.group = options, data, group
         self.batch = options.batch_size * options.accum_iter * group.world_size  # images per step
         self.steps_per_epoch = len(data) // self.batch
@@ -113,13 +111,11 @@ class Trainer:
         if options.reference:
             forward = reference_on(model)
             return torch.compile(forward) if options.compile else forward
-        # Not model.compile(): pictures have another batch size and would compile again.
-        module: Any = torch.compile(model) if options.compile else model
+        module: Any = torch.compile(model) if options.compile else model  # model.compile() would compile pictures again
         return replicate(module) if self.group.world_size > 1 and not options.fsdp else module
 
     def train(self, received: Sequence[int] = ()) -> dict[str, Any]:
-        """Train to the last epoch, or until `received` of any process holds a signal. Return the
-        summary of `pretrain`."""
+        """Train until the end, or a signal in `received` of any process; return the summary."""
         options, state, main = self.options, self.state, self.group.main
         self.received, journal = received, None
         with self.group.together():
@@ -185,8 +181,7 @@ class Trainer:
         return self.state.at.epoch * self.steps_per_epoch + self.state.at.step
 
     def _lr(self) -> float:
-        """Return the learning rate of the next step. As in the official code, a warm-up that is
-        longer than the run rises until its end."""
+        """Return the learning rate of the next step. A warm-up may be longer than the run."""
         options = self.options
         warmup = options.warmup_epochs * self.steps_per_epoch
         steps = max(options.epochs * self.steps_per_epoch, warmup)
@@ -203,8 +198,7 @@ class Trainer:
         return load_batches(images, keys, options.num_workers, options.pin_mem and self.device.type == "cuda")
 
     def _step(self, feed: Iterator[Batch]) -> bool:
-        """Run one optimizer step on `accum_iter` batches of each process. Return False if a signal
-        stopped it."""
+        """Run one step on `accum_iter` batches of each process; False if a signal stopped it."""
         options, state, rate = self.options, self.state, self._lr()
         images, weights = self._next_images(feed)
         if self.signal:
@@ -227,16 +221,10 @@ class Trainer:
         """Take the step as a CUDA graph and return its loss."""
         options, weighted = self.options, weights is not None
         if weighted not in self.graphs:
-            given = {"noise": noise} | ({} if weights is None else {"weights": weights.to(self.device)})
-            self.graphs[weighted] = GraphedStep(
-                self.forward,  # type: ignore[arg-type]
-                self.state.optimizer,
-                images.to(self.device),
-                mask_ratio=options.mask_ratio,
-                autocast=self.autocast,
-                clip_grad=options.clip_grad,
-                **given,
-            )
+            given: dict[str, Any] = {"noise": noise, "weights": None if weights is None else weights.to(self.device)}
+            given |= {"mask_ratio": options.mask_ratio, "autocast": self.autocast, "clip_grad": options.clip_grad}
+            model: Any = self.forward
+            self.graphs[weighted] = GraphedStep(model, self.state.optimizer, images.to(self.device), **given)
         return self.graphs[weighted](images, noise, weights)
 
     def _accumulate(self, feed: Iterator[Batch], images: Tensor, weights: Tensor | None, noises: Tensor, rate: float) -> None:
@@ -262,11 +250,8 @@ class Trainer:
         state.optimizer.zero_grad()
 
     def _weights(self, weights: Tensor | None, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the argument `weights` of the forward, and 1 if a removed patch has a value, else 0.
-
-        A batch without such a patch runs with weights of 1, and its loss is multiplied by 0. So no process
-        has to wait for the answer.
-        """
+        """Return the argument `weights` of the forward, and whether a removed patch has a value. If
+        not, weights are 1 and the loss is multiplied by 0, so that no process has to wait."""
         if weights is None:
             return {}, self.one
         weights = weights.to(self.device)
@@ -274,10 +259,8 @@ class Trainer:
         return {"weights": torch.where(has_loss, weights, 1.0)}, has_loss
 
     def _next_images(self, feed: Iterator[Batch]) -> tuple[Tensor, Tensor | None]:
-        """Return images of this process, and weights of their patches if values are missing.
-
-        All processes wait for the slowest one, and the report counts its wait.
-        """
+        """Return images of this process, and weights of their patches if values are missing. The
+        report counts the longest wait of all processes."""
         started, error = time.perf_counter(), None
         try:
             with dead_workers_reported():
@@ -295,15 +278,13 @@ class Trainer:
         return images, weights
 
     def _noise(self) -> Tensor:
-        """Return this process's rows of the noise of the whole step, (accum_iter, batch_size, L).
-        The draw does not depend on the number of processes."""
+        """Return this process's part (accum_iter, batch_size, L) of the noise of all processes."""
         options, grid = self.options, self.state.model.patch_embed.grid_size
         noise = draw_noise(options.sampler, self.batch, grid, self.len_keep, self.state.masks)
         return noise.view(options.accum_iter, self.group.world_size, options.batch_size, -1)[:, self.group.rank]
 
     def _skip(self, unreadable: Iterable[Unreadable]) -> None:
-        """Count and print each unreadable image once, even if another crop fails for another
-        reason."""
+        """Count and print each unreadable image once, even if crops fail for several reasons."""
         for name, why in sorted(unreadable):
             if name not in self.state.unreadable:
                 self.report.say(f"skipped {name}: {why}" if why else f"skipped {name}")
@@ -320,9 +301,8 @@ class Trainer:
         self.saver.save(self.state, self.report)
 
     def _end_epoch(self, journal: Journal | None, samples: Tensor | None) -> None:
-        """Write the record of the epoch, then start the next one. The record is written before the
-        checkpoint: a resumed run removes a record without checkpoint, but cannot add a missing
-        one."""
+        """Write the record of the epoch, then start the next one. A checkpoint is written later: a
+        resumed run can remove a record without checkpoint, but cannot add a missing one."""
         self._gather()
         state, epoch = self.state, self.state.at.epoch
         state.loss = state.loss_sum / state.counted if state.counted else state.loss
