@@ -53,7 +53,7 @@ class OpSpec:
 
 
 def of_rows(op, make, native, dtypes: dict[str, Dtypes], few: Sequence[str], *shapes: tuple[int, ...]) -> OpSpec:
-    """The spec of an op on rows: each of `shapes` in all its dtypes, any number of rows in `few`."""
+    """Specify an op on rows: each of `shapes` in all dtypes, any number of rows in a few."""
     return OpSpec(
         op,
         make,
