@@ -134,7 +134,7 @@ def attempt(case: Any, model: Any, state: dict[str, Any], watch: Watch, errors: 
 
 
 def run(seed: int, count: int) -> tuple[Counter[str], list[str]]:
-    """Return outcomes and faults; a process that hangs or dies is a fault, and another one follows."""
+    """Return outcomes and faults; a process that hangs or dies is a fault, and another follows."""
     outcomes, faults, done = Counter[str](), list[str](), 0
     while done < count:
         command = [sys.executable, __file__, "--worker", "--seed", str(seed), "--count", str(count), "--skip", str(done)]
