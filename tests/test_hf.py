@@ -152,7 +152,7 @@ def test_the_encoder():
 
 
 def test_an_encoder_moves_as_one():
-    """To another dtype, from the meta device, and by load_state_dict(assign=True), the tokens included."""
+    """To another dtype, from the meta device, by load_state_dict(assign=True); tokens included."""
     config, images = configuration(), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     source = ViTMAEModel(config).eval()
     expected = source(images, noise=torch.full((2, 16), 0.5)).last_hidden_state
@@ -227,7 +227,7 @@ def test_dropout_leaves_inference_as_it_is(rates):
 
 
 def test_dropout_of_a_single_token():
-    """Its attention weight is 1: dropped, the value is 0; kept, it doubles. So is the projection."""
+    """Its weight is 1: dropped, the value is 0; kept, it doubles. So is the projection."""
     torch.manual_seed(0)
     attention, x = Attention(4, 2), torch.randn(64, 1, 4)
     value = attention.qkv(x)[..., 8:].unflatten(2, (2, 2))

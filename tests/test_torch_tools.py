@@ -6,22 +6,9 @@ import pickle
 from functools import partial
 
 import pytest
+import support
 import torch
-from support import (
-    BATCHES,
-    IMAGES,
-    Batch,
-    Results,
-    assert_results,
-    assert_steps,
-    attends_otherwise,
-    images_for,
-    noise_for,
-    small_mae,
-    small_reference,
-    step,
-    widened,
-)
+from support import BATCHES, IMAGES, assert_results, assert_steps, images_for, noise_for, small_mae, small_reference, step
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -49,7 +36,7 @@ def make(seed: int = 0) -> MAE:
     return small_mae(seed=seed, decoder_depth=2)
 
 
-def run(model: nn.Module, **options: object) -> Results:
+def run(model: nn.Module, **options: object) -> support.Results:
     return step(model, images_for(model), noise_for(model), **options)
 
 
@@ -57,7 +44,7 @@ def check_steps(model: nn.Module, **options: object) -> None:
     """Loss, prediction and gradients of several batches by the error rule, under the names that checkpointing hides."""
     reference = small_reference(decoder_depth=2)
 
-    def run(imgs: Tensor, noise: Tensor) -> Results:
+    def run(imgs: Tensor, noise: Tensor) -> support.Results:
         results = step(model, imgs, noise, **options)
         return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in results.items()}
 
@@ -133,14 +120,14 @@ def test_a_hooked_convolution_is_called_with_the_patches_asked_for(dtype):
     imgs, ids = images_for(model, N=4, dtype=dtype), noise_for(model, N=4).argsort(dim=1)[:, :5]
     statistics = (model.mean, model.std) if dtype == torch.uint8 else ()
     model.patch_embed.proj.register_forward_hook(lambda module, args, out: out * 2)
-    pixels = widened(imgs, *statistics)
+    pixels = support.widened(imgs, *statistics)
     exact = 2 * take_tokens(copy.deepcopy(reference.patch_embed).double()(pixels), ids)
     eager = 2 * take_tokens(reference.patch_embed(pixels.float()), ids)
     assert_close_to_float64("tokens", model.patch_embed(imgs, ids, *statistics), eager, exact)
     assert model.patch_embed(imgs[:0], ids[:0], *statistics).shape == (0, 5, 32)
 
 
-def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> Results:
+def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> support.Results:
     """The outputs of a model or of the reference, and the features of the whole images."""
     loss, pred, _ = model(imgs, noise=noise)
     if isinstance(model, MAE):
@@ -154,9 +141,9 @@ def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> Results:
 def test_without_gradients(context, cast):
     """Nothing requires a gradient, and the numbers are the reference's by the error rule."""
     model, reference = make(), small_reference(decoder_depth=2)
-    other, exact = attends_otherwise(reference), copy.deepcopy(reference).double()
+    other, exact = support.attends_otherwise(reference), copy.deepcopy(reference).double()
 
-    def run(seed: int) -> Batch:
+    def run(seed: int) -> support.Batch:
         imgs, noise = images_for(model, IMAGES, seed=seed), noise_for(model, IMAGES, seed=seed)
         with context():
             with torch.autocast("cpu", torch.bfloat16, enabled=cast):

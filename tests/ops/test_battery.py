@@ -7,19 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import pytest
+import support
 import torch
 from op_inputs import Inputs, Size
 from specs import SPECS, Grid, Layout, OpSpec, incoming
-from support import (
-    LAYOUTS,
-    Op,
-    assert_equal,
-    assert_once_differentiable,
-    assert_same_for_any_threads,
-    channels_last,
-    forward_backward,
-    sliced,
-)
+from support import LAYOUTS, Op, assert_equal, forward_backward, sliced
 from torch import Tensor
 
 import maefast
@@ -74,7 +66,7 @@ def test_layouts(isa, case, layout):
 
 @cases(lambda spec: [spec.layouts] if spec.takes_images else [])
 def test_images_in_channels_last(isa, case):
-    case.check(lambda t: channels_last(t) if t.dim() == 4 else spread_out(t))
+    case.check(lambda t: support.channels_last(t) if t.dim() == 4 else spread_out(t))
 
 
 def spread_out(t: Tensor) -> Tensor:
@@ -150,7 +142,7 @@ def test_float64_runs_eagerly(case):
 @cases(lambda spec: [small(spec)])
 def test_once_differentiable(native, case):
     with maefast.backend("native"):
-        assert_once_differentiable(case.op, case.make())
+        support.assert_once_differentiable(case.op, case.make())
 
 
 @cases(lambda spec: [spec.parallel])
@@ -159,7 +151,7 @@ def test_deterministic(isa, case):
     inputs = case.make()
     dy = incoming(case.op(**inputs).detach())
     with maefast.backend("native"):
-        assert_same_for_any_threads(lambda: forward_backward(case.op, inputs, dy))
+        support.assert_same_for_any_threads(lambda: forward_backward(case.op, inputs, dy))
 
 
 @cases(lambda spec: [small(spec)])
