@@ -45,7 +45,6 @@ def fail_in_the_optimizer(monkeypatch: pytest.MonkeyPatch, model: nn.Module, opt
     ("fail", "steps_before"), [(fail_in_backward, 0), (fail_in_backward, 2), (fail_in_the_optimizer, 0)]
 )
 def test_a_step_without_memory_leaves_what_was_before_it(monkeypatch, fail, steps_before):
-    """The next step is the one that would have been."""
     runs = []
     for fails in (True, False):
         model = small_mae()

@@ -77,7 +77,6 @@ def test_parts(tmp_path):
 
 
 def test_rehearsal(tmp_path):
-    """Everything but the sizes, on a machine without a GPU."""
     status, table, calls = check(tmp_path, DEVICE="cpu", sanitizer=False)
     assert status == 0
     names = ["build", "tests-cuda", "tests-triton", "attention", "ops", "blocks", "report-ops", "step-tiny", "report-step"]
@@ -107,7 +106,6 @@ def test_nothing_runs_on_a_build_that_failed(tmp_path):
 
 
 def test_time_runs_out(tmp_path):
-    """What runs is stopped, and what comes later is skipped."""
     status, table, calls = check(tmp_path, "tests/gpu sleep 60\n", GPU_CHECK_SECONDS="3", GPU_CHECK="tests ops")
     assert status == 1
     assert [line.split()[1] for line in table[:3]] == ["passed,", "stopped,", "skipped,"]

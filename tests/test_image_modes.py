@@ -204,7 +204,6 @@ def test_axes_that_are_none(tmp_path: Path, told: str) -> None:
 
 
 def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same number of pixels is too many in each container."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 383)
     image(RGB).save(tmp_path / "a.png")
     write_tiff(tmp_path, np.zeros((16, 48, 2), np.uint8), photometric="minisblack", planarconfig="contig")

@@ -92,7 +92,7 @@ def test_imports_go_one_way(path):
         assert inside or LEVEL[theirs] < LEVEL[mine], f"{mine} must not import {'.'.join(imported)}"
 
 
-# A wing of train imports itself, the floor (files of train/ itself) and these wings; the floor none.
+# A wing of train imports itself, the floor (files of train/ itself) and these; the floor no wing.
 WINGS: dict[str, set[str]] = {
     "data": set(),
     "pretrain": {"data"},
@@ -100,7 +100,7 @@ WINGS: dict[str, set[str]] = {
     "ablation": {"data", "evaluate", "pretrain"},
     "demo": {"data"},
 }
-DOORS = {("maefast", "train", "dataset"): "data"}  # names for scripts; files of a wing may move
+DOORS = {("maefast", "train", "dataset"): "data"}  # names for scripts; a wing's files move
 TRAIN = sorted((PACKAGE / "train").rglob("*.py"))
 
 

@@ -184,8 +184,6 @@ def test_an_override_that_is_taken_back():
 
 @pytest.mark.parametrize("name", ["random_masking", "forward_loss"])
 def test_in_compiled_code(name, fresh_dynamo):
-    """One graph, the override in it."""
-
     def method(model: MAE, *args: object) -> object:
         return RESULTS[name](getattr(MAE, name)(model, *args))
 

@@ -147,7 +147,6 @@ def test_once_differentiable(native, case):
 
 @cases(lambda spec: [spec.parallel])
 def test_deterministic(isa, case):
-    """The same bits whatever the number of threads."""
     inputs = case.make()
     dy = incoming(case.op(**inputs).detach())
     with maefast.backend("native"):

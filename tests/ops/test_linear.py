@@ -103,7 +103,6 @@ def test_autocast_leaves_float64_alone():
 
 
 def test_autocast_casts_the_weight_once(native):
-    """Backward keeps the cast weight of forward."""
     inputs = make((3, 4), 5)
     with maefast.backend("native"), torch.autocast("cpu", BF16):
         out = ops.linear(**inputs)
@@ -164,7 +163,6 @@ def test_eager_is_torch():
 
 
 def test_frozen_parameters_cost_nothing(native):
-    """No product for a gradient that nobody asked for."""
     inputs = make((3, 20), 9)
     with maefast.backend("native"):
         out = ops.linear(inputs["x"], inputs["weight"].detach(), inputs["bias"].detach())

@@ -160,7 +160,6 @@ def test_offsets_beyond_2_31(native):
 
 
 def test_order_of_the_mask_does_not_matter_to_the_mean(each_backend):
-    """Samples in another order: the same loss up to rounding."""
     inputs, order = make((4, 4), N=5), permutations(1, 5)[0]
     shuffled = {name: t[order] for name, t in inputs.items()}
     assert math.isclose(LOSS(**shuffled).item(), LOSS(**inputs).item(), rel_tol=1e-6)
