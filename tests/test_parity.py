@@ -37,14 +37,7 @@ def both(reference: ReferenceMAE) -> list[nn.Module]:
     return [reference, support.attends_otherwise(reference)]
 
 
-def compare(
-    model: nn.Module,
-    references: list[nn.Module],
-    mode: str,
-    batches: int = BATCHES,
-    exact: support.Results | None = None,
-    **options,
-) -> None:
+def compare(model, references, mode: str, batches: int = BATCHES, exact: support.Results | None = None, **options) -> None:
     """Hold several batches to the error rule; `exact` is the truth of a single batch of 2."""
     if mode in HALVES:
         model, references = model.to(HALVES[mode]), [reference.to(HALVES[mode]) for reference in references]
@@ -178,7 +171,7 @@ def pair(mode: str) -> tuple[MAE, ReferenceMAE, Tensor]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_encode_is_the_encoder_with_nothing_masked(mode):
-    """In the order of the image: the reference keeps everything, with noise that shuffles nothing."""
+    """In the order of the image: the reference keeps everything, its noise shuffles nothing."""
     model, reference, imgs = pair(mode)
     in_order = torch.linspace(0, 1, 24).expand(IMAGES, -1)
     with torch.autocast("cpu", BF16, enabled=mode == "autocast"):
@@ -216,7 +209,6 @@ def test_random_masking_of_tokens():
 
 
 def test_float64_model():
-    """Runs eagerly, and is the reference up to rounding."""
     reference = small_reference()
     model = load(small_mae(seed=9), reference).double()
     reference.double()
@@ -245,7 +237,7 @@ def exact_curve() -> Tensor:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
 def test_a_hundred_steps_of_training(exact_curve, autocast):
-    """The loss curve strays from that of float64 no farther than the reference's own does."""
+    """The loss strays from float64's no farther than the reference's own does."""
     assert exact_curve[-20:].mean() < 0.8 * exact_curve[:5].mean()
     mine, theirs = (torch.tensor(train(make(**CURVE), waves(100), autocast)) for make in (small_mae, small_reference))
     assert_close_to_float64("loss curve", mine, theirs, exact_curve)
