@@ -138,15 +138,12 @@ def test_a_second_band_is_no_transparency(tmp_path: Path, dtype: type) -> None:
         assert torch.equal(open_images(tmp_path).read(0), torch.from_numpy(PAGES[:2].copy()))
 
 
-def test_values_without_order(tmp_path: Path) -> None:
+def test_missing_values_are_black_and_complex_ones_have_no_order(tmp_path: Path) -> None:
+    write_tiff(tmp_path, np.array([[np.nan, 1, 2, 3]], np.float32), photometric="minisblack")
+    assert open_images(tmp_path, channels=1).read(0).flatten().tolist() == [0, 0, 128, 255]
     write_tiff(tmp_path, BANDS[..., 0].astype(np.complex64), photometric="minisblack")
     with pytest.raises(UnreadableImage, match="its pixels are complex64, which have no order"):
         open_images(tmp_path, channels=1).read(0)
-
-
-def test_missing_values_of_a_picture_are_black(tmp_path: Path) -> None:
-    write_tiff(tmp_path, np.array([[np.nan, 1, 2, 3]], np.float32), photometric="minisblack")
-    assert open_images(tmp_path, channels=1).read(0).flatten().tolist() == [0, 0, 128, 255]
 
 
 def test_other_numbers_of_bands(tmp_path: Path) -> None:

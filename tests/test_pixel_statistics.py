@@ -100,11 +100,10 @@ def test_preprocessor_is_read(tmp_path: Path, name: str) -> None:
     assert got == [pytest.approx([mean] * 3), pytest.approx([std] * 3)]
 
 
-@pytest.mark.parametrize(
-    ("content", "in_chans", "expected"),
-    [(HALVES, 1, [[0.5], [0.25]]), ({"do_resize": True}, 3, IMAGENET)],
-    ids=["one value for all channels", "no statistics"],
-)
+ONE, NONE = (HALVES, 1, [[0.5], [0.25]]), ({"do_resize": True}, 3, IMAGENET)  # a value for all channels; no statistics
+
+
+@pytest.mark.parametrize(("content", "in_chans", "expected"), [ONE, NONE])
 def test_preprocessor_of_fewer_values(tmp_path: Path, content: Any, in_chans: int, expected: Any) -> None:
     assert statistics(MAE.from_pretrained(with_preprocessor(tmp_path, content, in_chans=in_chans))) == expected
 

@@ -296,14 +296,10 @@ def test_no_rewind_is_left(tmp_path: Path, poisoned: ArrayImages) -> None:
         pretrain(options(tmp_path, epochs=3, rewind=1), poisoned)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
     pretrain(options(tmp_path, epochs=2), ArrayImages(pictures()))
     last = terminal.getvalue().split("\r")[-1]
     assert "8/8" in last

@@ -67,10 +67,12 @@ def test_where_something_is_missing(setup_py, machine, torch_cuda, nvcc, missing
 
 
 @pytest.mark.parametrize("asked", ["yes", "", "ON", "2"])
-def test_anything_else(setup_py, machine, asked):
+def test_anything_else(setup_py, machine, cutlass_options, asked):
     machine(asked, "PATH")
     with pytest.raises(SystemExit, match=f"MAEFAST_CUDA must be auto, 0 or 1; it is '{asked}'"):
         setup_py["wants_cuda"](CUDA)
+    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS must be auto, 0 or 1; it is '{asked}'"):
+        cutlass_options(asked, True, True)
 
 
 def test_the_torch_to_build_against(setup_py, monkeypatch, tmp_path):
@@ -177,9 +179,3 @@ def test_where_cutlass_cannot_be_built(cutlass_options, installed, with_cuda, mi
         assert cutlass_options(asked, installed, with_cuda)["MAEFAST_CUTLASS"] in ("auto", "OFF")
     with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}"):
         cutlass_options("1", installed, with_cuda)
-
-
-@pytest.mark.parametrize("asked", ["yes", "", "ON", "2"])
-def test_anything_else_of_cutlass(cutlass_options, asked):
-    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS must be auto, 0 or 1; it is '{asked}'"):
-        cutlass_options(asked, True, True)
