@@ -141,6 +141,11 @@ def forward_backward(op: Op, inputs: dict[str, Tensor], dy: Tensor | None) -> di
     return {"out": out.detach()} | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
+def assert_equal(got: object, expected: object) -> None:
+    """Hold tensors to the same values and dtypes: one, or several in a sequence or by name."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def assert_once_differentiable(op: Op, inputs: dict[str, Tensor]) -> None:
     """A backward may run twice on one graph, with equal results; a gradient of a gradient raises."""
     leaves = [t for t in inputs.values() if t.requires_grad]

@@ -1,12 +1,13 @@
-"""Faults in the middle of a step, in processes and on devices: right, or a clear error with nothing half changed."""
+"""Faults within a step, in processes, on devices: right, or a clear error, nothing half changed."""
 
 import re
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from support import NATIVE, images_for, noise_for, set_fact, small_mae
+from support import NATIVE, assert_equal, images_for, noise_for, set_fact, small_mae
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,9 +19,6 @@ from maefast.train.step import training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA, CPU, F32 = torch.device("cuda", 0), torch.device("cpu"), torch.float32
-
-
-# -- out of memory ------------------------------------------------------------------------------------------------------
 
 
 def no_memory(*_: object) -> None:
@@ -47,16 +45,11 @@ def fail_in_the_optimizer(monkeypatch: pytest.MonkeyPatch, model: nn.Module, opt
     ("fail", "steps_before"), [(fail_in_backward, 0), (fail_in_backward, 2), (fail_in_the_optimizer, 0)]
 )
 def test_a_step_without_memory_leaves_what_was_before_it(monkeypatch, fail, steps_before):
-    """The next step is the one that would have been."""
     runs = []
     for fails in (True, False):
         model = small_mae()
         optimizer = adamw(model, 0.01, backend="torch")
-        imgs, noise = images_for(model), noise_for(model)
-
-        def step(model=model, optimizer=optimizer, imgs=imgs, noise=noise) -> Tensor:
-            return training_step(model, optimizer, imgs, noise=noise, return_pred=False)
-
+        step = partial(training_step, model, optimizer, images_for(model), noise=noise_for(model), return_pred=False)
         for _ in range(steps_before):
             step()
         if fails:
@@ -67,12 +60,12 @@ def test_a_step_without_memory_leaves_what_was_before_it(monkeypatch, fail, step
                     step()
             if fail is fail_in_backward:
                 model.patch_embed.proj.weight._backward_hooks.clear()
-            assert all(torch.equal(p, old) for p, old in zip(model.parameters(), weights, strict=True))
+            assert_equal(list(model.parameters()), weights)
             assert all(p.grad is None for p in model.parameters())
             assert len(optimizer.state) == (len([p for p in model.parameters() if p.requires_grad]) if steps_before else 0)
         step()
-        runs.append([p.detach() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        runs.append(list(model.parameters()))
+    assert_equal(*runs)
 
 
 @pytest.mark.skipif(not NATIVE, reason="a block is one Function where its kernels are native")
@@ -92,11 +85,8 @@ def test_a_block_without_memory_gives_no_gradient(monkeypatch):
     assert all(p.grad is None for block in (*model.blocks, *model.decoder_blocks) for p in block.parameters())
 
 
-# -- processes, devices, streams ----------------------------------------------------------------------------------------
-
-
 def test_a_fork_after_cuda(monkeypatch):
-    """The child has no GPU: a decision that its parent remembers does not hold there. The CPU is as before."""
+    """Decisions that the parent remembers do not hold in the child, which has no GPU."""
     set_fact(monkeypatch, kernels, "HAS_TRITON", True)
     op = dispatch.OPS["layer_norm"]
     asks = op.example(CUDA, F32), op.example(CPU, F32)
@@ -127,7 +117,7 @@ def test_a_fork_after_cuda(monkeypatch):
 
 @pytest.mark.skipif(not NATIVE, reason="the route on the CPU is native")
 def test_a_model_moved_between_devices(monkeypatch):
-    """Its blocks take the kernels of where it is, and back on the CPU it computes what it did."""
+    """Its blocks take the kernels of its device; back on the CPU it computes what it did."""
     for owner, name in ((_library, "HAS_CUDA"), (kernels, "HAS_TRITON")):
         set_fact(monkeypatch, owner, name, True)
     set_fact(monkeypatch, gpu, "capability", lambda device: (9, 0))
@@ -151,7 +141,7 @@ def test_a_model_moved_between_devices(monkeypatch):
 
 
 def test_every_launch_takes_the_current_stream():
-    """Kernels of two models on two streams: each launch of csrc/cuda is given a stream, which is torch's current one."""
+    """Two models on two streams: each launch of csrc/cuda is on torch's current one."""
     entry = (ROOT / "csrc" / "cuda" / "entry.h").read_text()
     assert "aoti_torch_get_current_cuda_stream(t.get_device_index(), &current)" in entry
     calls = []

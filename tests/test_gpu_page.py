@@ -1,4 +1,4 @@
-"""benchmarks/gpu_page.py: the tables of docs/gpu.md are those of the committed JSON, and of nothing else."""
+"""benchmarks/gpu_page.py: the tables of docs/gpu.md are those of the committed JSON."""
 
 import json
 

@@ -1,9 +1,8 @@
-"""GraphedStep without a GPU: what it refuses, and all but the capture, for which conftest.py has a stand-in.
-tests/gpu/test_graphed_step.py has the graph."""
+"""GraphedStep without a GPU: conftest.py has a stand-in for the capture, tests/gpu the graph."""
 
 import pytest
 import torch
-from support import images_for, small_mae
+from support import assert_equal, images_for, small_mae
 
 from maefast.train.optim import adamw
 from maefast.train.step import GraphedStep, training_step
@@ -12,7 +11,7 @@ LR = 0.01
 
 
 def trained(graphed: bool, autocast: torch.dtype | None = None, steps_before: int = 0) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses of four steps with another learning rate from the third on, and the weights after them."""
+    """Return the losses of four steps, with another rate from the third on, and the weights."""
     model = small_mae()
     optimizer = adamw(model, LR, capturable=True)
     batches = [images_for(model, seed=seed) for seed in range(4)]
@@ -20,25 +19,22 @@ def trained(graphed: bool, autocast: torch.dtype | None = None, steps_before: in
     for _ in range(steps_before):
         training_step(model, optimizer, batches[0], return_pred=False)
     run = GraphedStep(model, optimizer, batches[0], autocast=autocast) if graphed else None
-    losses = []
+    losses = []  # read at the end: a later call must leave them alone
     for imgs, rate in zip(batches, (LR, LR, 10 * LR, 10 * LR), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate if graphed else torch.tensor(rate)  # in fp32, as the graph has it
-        loss = run(imgs) if run else training_step(model, optimizer, imgs, autocast=autocast, return_pred=False)
-        losses.append(loss)  # not yet read: a later call must leave it alone
-    return [loss.item() for loss in losses], [p.detach() for p in model.parameters()]
+        losses.append(run(imgs) if run else training_step(model, optimizer, imgs, autocast=autocast, return_pred=False))
+    return [loss.item() for loss in losses], list(model.parameters())
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_trains_as_the_eager_step(without_graphs, autocast, steps_before):
-    """The warm-up leaves no trace in weights, optimizer or generator; an assigned learning rate counts."""
-    losses, weights = trained(True, autocast, steps_before)
-    expected, expected_weights = trained(False, autocast, steps_before)
+    """The warm-up leaves no trace in weights, optimizer or generator; an assigned rate counts."""
+    (losses, weights), (expected, expected_weights) = (trained(graphed, autocast, steps_before) for graphed in (True, False))
     assert losses == expected
     assert len(set(losses)) == 4
-    for got, want in zip(weights, expected_weights, strict=True):
-        assert torch.equal(got, want)
+    assert_equal(weights, expected_weights)
 
 
 def test_learning_rates_stay_in_their_tensors(without_graphs):
@@ -69,7 +65,7 @@ def test_a_capture_that_fails_leaves_no_trace(without_graphs, monkeypatch):
         GraphedStep(model, optimizer, images_for(model))
     assert [group["lr"] for group in optimizer.param_groups] == [LR, LR]
     assert not any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
-    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert_equal(list(model.parameters()), before)
 
 
 def test_other_images(without_graphs):
@@ -83,15 +79,14 @@ def test_other_images(without_graphs):
 def test_what_it_refuses():
     model = small_mae()
     imgs, optimizer = images_for(model), adamw(model, LR, capturable=True)
-    sgd = torch.optim.SGD(model.parameters(), LR)
-    with pytest.raises(TypeError, match="optimizer must be torch's Adam or AdamW; it is SGD"):
-        GraphedStep(model, sgd, imgs)
-    with pytest.raises(ValueError, match="optimizer must have capturable=True"):
-        GraphedStep(model, adamw(model, LR), imgs)
-    with pytest.raises(ValueError, match=r"autocast must be torch.bfloat16 or None; it is torch.float16, which .*scaler"):
-        GraphedStep(model, optimizer, imgs, autocast=torch.float16)
-    with pytest.raises(ValueError, match="model and imgs must be on one device; they are on cpu, meta"):
-        GraphedStep(model, optimizer, imgs.to("meta"))
-    with pytest.raises(RuntimeError, match="GraphedStep needs CUDA; model and imgs are on cpu"):
-        GraphedStep(model, optimizer, imgs)
+    sgd, half = torch.optim.SGD(model.parameters(), LR), r"autocast must be torch.bfloat16 or None; it is .*16, which .*scaler"
+    for error, message, arguments, options in (
+        (TypeError, "optimizer must be torch's Adam or AdamW; it is SGD", (sgd, imgs), {}),
+        (ValueError, "optimizer must have capturable=True", (adamw(model, LR), imgs), {}),
+        (ValueError, half, (optimizer, imgs), {"autocast": torch.float16}),
+        (ValueError, "model and imgs must be on one device; they are on cpu, meta", (optimizer, imgs.to("meta")), {}),
+        (RuntimeError, "GraphedStep needs CUDA; model and imgs are on cpu", (optimizer, imgs), {}),
+    ):
+        with pytest.raises(error, match=message):
+            GraphedStep(model, *arguments, **options)
     assert all(group["lr"] == LR for group in optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained of maefast.hf: transformers' folders and hub, arguments, other layouts, its Trainer."""
+"""from_pretrained and save_pretrained of maefast.hf: transformers' folders, hub and Trainer."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import assert_same_weights, copy_of
 from hf_models import SMALL, configuration, theirs, transformers
-from torch import Tensor, nn
+from torch import nn
 
 from maefast.hf import ViTMAEForPreTraining, ViTMAEModel
 
@@ -25,20 +25,17 @@ def test_checkpoints_both_ways(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A folder of transformers' class."""
     theirs(configuration()).save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs"
 
 
-def in_cache(folder: Path, cache: Path, revision: str = "main") -> Path:
-    """The folder as the hub's client keeps it once it is downloaded."""
-    repository = cache / "models--facebook--vit-mae-base"
+def in_cache(folder: Path, cache: Path, revision: str = "main") -> None:
+    """Move the folder to where the hub's client keeps it once it is downloaded."""
+    repository, commit = cache / "models--facebook--vit-mae-base", revision.encode().hex().ljust(40, "0")
     for part in ("refs", "snapshots"):
         (repository / part).mkdir(parents=True, exist_ok=True)
-    commit = revision.encode().hex().ljust(40, "0")
     (repository / "refs" / revision).write_text(commit)
     folder.rename(repository / "snapshots" / commit)
-    return repository / "snapshots" / commit
 
 
 @pytest.mark.parametrize("cls", [ViTMAEForPreTraining, ViTMAEModel])
@@ -68,12 +65,8 @@ def test_a_model_that_is_not_in_the_cache(tmp_path):
 
 def test_dtype_and_mode(saved):
     assert ViTMAEForPreTraining.from_pretrained(saved).dtype == torch.float32
-    for options in (
-        {"dtype": torch.bfloat16},
-        {"torch_dtype": torch.bfloat16},
-        {"dtype": "bfloat16"},
-        {"device_map": "cpu", "dtype": "bfloat16"},
-    ):
+    in_words = {"dtype": "bfloat16"}
+    for options in ({"dtype": torch.bfloat16}, {"torch_dtype": torch.bfloat16}, in_words, in_words | {"device_map": "cpu"}):
         model = ViTMAEForPreTraining.from_pretrained(saved, **options)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         assert not model.training
@@ -186,15 +179,8 @@ def test_a_folder_of_another_model(tmp_path):
         ViTMAEForPreTraining.from_pretrained(tmp_path)
 
 
-class Images(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[i]}
+TRAINING = {"per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 1, "lr_scheduler_type": "constant"}
+TRAINING |= {"report_to": [], "use_cpu": True, "disable_tqdm": True}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -204,20 +190,10 @@ def test_two_steps_under_trainer(tmp_path, checkpointing):
     from safetensors.torch import load_file
 
     def train(model: nn.Module, steps: int, resume: bool = False) -> list[float]:
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=steps,
-            per_device_train_batch_size=4,
-            save_steps=2,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            gradient_checkpointing=checkpointing,
-        )
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Images())
+        options = {"max_steps": steps, "learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
+        args = transformers.TrainingArguments(output_dir=str(tmp_path), **TRAINING, **options)
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        trainer = transformers.Trainer(model=model, args=args, train_dataset=[{"pixel_values": image} for image in images])
         trainer.train(resume_from_checkpoint=resume)
         return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 

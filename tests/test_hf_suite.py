@@ -1,6 +1,6 @@
 """transformers' own tests of ViTMAE, as they are, run on maefast.hf.
 
-They run where TRANSFORMERS_TESTS is the folder `tests` of its repository; docs/transformers.md lists what does not apply.
+They run where TRANSFORMERS_TESTS is the folder `tests` of its repository.
 """
 
 import os
@@ -39,20 +39,8 @@ def test_the_page_lists_what_does_not_apply():
 def test_the_suite():
     pytest.importorskip("transformers", reason="transformers is not installed")
     tests = Path(os.environ["TRANSFORMERS_TESTS"]).resolve()
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(tests / SUITE),
-        "-q",
-        "-rA",
-        "-p",
-        "plugin",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not export",
-    ]
+    options = ["-q", "-rA", "-p", "plugin", "-p", "no:cacheprovider", "-k", "not export"]
+    command = [sys.executable, "-m", "pytest", str(tests / SUITE), *options]
     path = os.pathsep.join([str(HERE / "transformers_suite"), str(tests.parent)])
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "1000"}
     done = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter: a process of its own, where TRITON_INTERPRET is set before Triton is imported."""
+"""The Triton kernels in the interpreter: a process where TRITON_INTERPRET is set from the start."""
 
 import os
 import subprocess
@@ -14,15 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/kernels"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    command, env = [sys.executable, "-m", "pytest", "-q", "tests/kernels"], os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
 

@@ -1,4 +1,4 @@
-"""The package without its native library: everything works, it says once that it is slower, and says why."""
+"""The package without its native library works, says once that it is slower, and says why."""
 
 import os
 import platform
@@ -17,6 +17,8 @@ import maefast
 from maefast import _torch
 
 PACKAGE = Path(maefast.__file__).parent
+KERNELS = "scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar"
+needs_native = pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
 
 STEP = """
 import warnings
@@ -122,10 +124,10 @@ def test_a_native_library_without_a_version_is_refused(native_package):
 
 
 def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone(native_package):
-    """Their library could not be loaded there, and everything works without it; beside a torch with CUDA it must load."""
+    """They could not be loaded there, and everything works without; beside CUDA they must load."""
     (native_package / "maefast" / "libmaefast_cuda.so").write_bytes(b"not a library")
     code = (
-        "import torch\ntorch.version.cuda = {}\nimport maefast\nprint(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
+        "import torch; torch.version.cuda = {}; import maefast; print(maefast.ops.random_masking(torch.rand(2, 8), 2)[0].shape)"
     )
     done = run_python(code.format(None), native_package)
     assert (done.returncode, done.stdout) == (0, "torch.Size([2, 2])\n"), done.stderr
@@ -137,8 +139,7 @@ def test_explain_names_the_native_objects(native_package):
     code = "import torch; torch.version.cuda = None; import maefast; maefast.explain()"
     (native_package / "maefast" / "libmaefast_cuda.so").unlink(missing_ok=True)
     _, cpu, cuda, *_ = run_python(code, native_package).stdout.splitlines()
-    kernels = "scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar"
-    assert re.fullmatch(rf"libmaefast\.so: \S+ [\d.]+, kernels for {kernels}", cpu)
+    assert re.fullmatch(rf"libmaefast\.so: \S+ [\d.]+, kernels for {KERNELS}", cpu)
     assert cuda == "libmaefast_cuda.so: not built"
     (native_package / "maefast" / "libmaefast_cuda.so").write_bytes(b"not a library")
     _, _, cuda, *_ = run_python(code, native_package).stdout.splitlines()
@@ -157,52 +158,49 @@ def test_versions_of_torch_that_are_new_enough(version):
     _torch.check_version(version)
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+@needs_native
 def test_build_facts():
     from maefast import _C
 
     info = _C.build_info()
-    assert info["version"] == maefast.__version__
-    assert info["kernels"] == ("scalar avx2 avx512 avx512bf16" if platform.machine() == "x86_64" else "scalar")
+    assert (info["version"], info["kernels"]) == (maefast.__version__, KERNELS)
     assert info["compiler"]
     assert _C.cpu_isa() in ("scalar", "avx2", "avx512", "avx512bf16")
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+@needs_native
 @pytest.mark.parametrize("name", ["sse2", "", "AVX2", "avx5", "scalar avx2", "scalar\0"])
 def test_unknown_instruction_set(name):
     from maefast import _C
 
     before = _C.cpu_isa()
-    with pytest.raises(
-        ValueError, match=f"name must be one of auto, scalar,.* and run on this CPU; it is {re.escape(repr(name))}"
-    ):
+    message = f"name must be one of auto, scalar,.* and run on this CPU; it is {re.escape(repr(name))}"
+    with pytest.raises(ValueError, match=message):
         _C.set_cpu_isa(name)
     assert _C.cpu_isa() == before
 
 
-def undefined_symbols() -> list[str]:
+def undefined_symbols() -> list[tuple[str, str, str]]:
+    """Return the kind, the name and the version of each."""
     command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
-    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    split = [(kind, *symbol.partition("@")) for kind, symbol in map(str.split, lines)]
+    return [(kind, name, version.lstrip("@")) for kind, name, _, version in split]
 
 
 @pytest.mark.skipif("MAEFAST_SANITIZE" not in os.environ, reason="for make test-sanitize")
 def test_the_sanitizers_watch():
-    names = undefined_symbols()
-    assert "__asan_report_load4" in names
-    assert "__ubsan_handle_add_overflow_abort" in names
+    names = {name for _, name, _ in undefined_symbols()}
+    assert {"__asan_report_load4", "__ubsan_handle_add_overflow_abort"} <= names
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+@needs_native
 def test_the_ops_need_no_python():
-    """libmaefast.so refers to no symbol of Python, and to torch through the stable C interface alone."""
-    names = undefined_symbols()
-    assert not [name for name in names if name.startswith(("Py", "_Py"))]
-    assert not [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
+    """libmaefast.so refers to no symbol of Python, and to torch only by the stable C interface."""
+    assert not [name for _, name, _ in undefined_symbols() if re.match(r"_?Py|_ZNK?(2at|3c10|5torch)", name)]
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+@needs_native
 def test_the_library_holds_no_path_of_its_build():
     contents = (PACKAGE / "libmaefast.so").read_bytes()
     assert str(PACKAGE.parent).encode() not in contents
@@ -218,17 +216,14 @@ def test_the_library_holds_no_path_of_its_build():
 )
 @pytest.mark.skipif(torch.__version__ >= "2.14", reason="headers of torch 2.14 call dlsym: wheels are built beside an older one")
 def test_the_library_loads_beside_old_system_libraries():
-    """Of manylinux_2_28, as torch's own wheels. A symbol without a version is torch's, or may be missing."""
+    """Those of manylinux_2_28, as torch. A symbol without version is torch's, or may be missing."""
     newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
-    command = ["nm", "-D", "--undefined-only", PACKAGE / "libmaefast.so"]
-    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    for kind, symbol in (line.split() for line in symbols):
-        name, _, version = symbol.partition("@")
+    for kind, name, version in undefined_symbols():
         if version:
-            library, numbers = version.lstrip("@").split("_")
-            assert tuple(map(int, numbers.split("."))) <= newest[library], symbol
+            library, numbers = version.split("_")
+            assert tuple(map(int, numbers.split("."))) <= newest[library], (name, version)
         else:
-            assert kind == "w" or name.startswith(("aoti_torch_", "torch_")), symbol
+            assert kind == "w" or name.startswith(("aoti_torch_", "torch_")), name
 
 
 EDGES = """
@@ -262,8 +257,6 @@ for isa in ("scalar", "avx2", "avx512", "avx512bf16"):
         for D in (1, 5, 63, 768):
             check(ops.unshuffle, {}, x=torch.randn(2, 4, D, dtype=dtype).requires_grad_(), ids_restore=permutations(2, 9),
                   mask_token=torch.randn(1, 1, D).to(dtype).requires_grad_(), pos_embed=torch.randn(1, 10, D).to(dtype))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for D in (1, 5, 63, 768):
             x, residual = (torch.randn(3, D).to(dtype).requires_grad_() for _ in range(2))
             weight, bias = (torch.randn(D).to(dtype).requires_grad_() for _ in range(2))
             check(ops.layer_norm, {}, x=x, weight=weight, bias=bias)
@@ -282,7 +275,7 @@ print("within")
 """
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
+@needs_native
 def test_kernels_read_nothing_beyond_their_inputs():
     """In a process of its own: a read across the edge ends it."""
     done = run_python(EDGES, Path(__file__).parent)
@@ -291,7 +284,7 @@ def test_kernels_read_nothing_beyond_their_inputs():
 
 @pytest.mark.parametrize(("end", "beyond"), [(True, "+ 20"), (False, "- 1")], ids=["behind", "before"])
 def test_the_edge_is_there(end, beyond):
-    """Five fp32 values; the byte behind the last of them, or before the first, ends the process."""
+    """The byte behind the last of five fp32 values, or before the first, ends the process."""
     code = f"""
 import ctypes, torch
 from support import at_the_edge

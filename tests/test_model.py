@@ -1,26 +1,14 @@
-"""MAE: constructor, positions, factories, patches, pictures, masks of one's own, uint8 images."""
+"""MAE: constructor, positions, factories, patches, pictures, masks, uint8 images."""
 
 import copy
 import inspect
+import itertools
 
 import numpy as np
 import pytest
+import support
 import torch
-from support import (
-    BATCHES,
-    IMAGE_LAYOUTS,
-    IMAGES,
-    SIZES,
-    Batch,
-    assert_results,
-    attends_otherwise,
-    images_for,
-    noise_for,
-    small_mae,
-    small_reference,
-    step,
-    widened,
-)
+from support import BATCHES, IMAGES, Batch, assert_equal, assert_results, images_for, noise_for, small_mae, small_reference, step
 from torch import Tensor, nn
 
 import maefast
@@ -31,28 +19,25 @@ BF16, U8 = torch.bfloat16, torch.uint8
 
 
 def test_constructor_is_the_official_one():
-    parameters = list(inspect.signature(MAE.__init__).parameters.values())[1:]
     official = {
         "img_size": 224, "patch_size": 16, "in_chans": 3, "embed_dim": 1024, "depth": 24, "num_heads": 16,
         "decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16,
         "mlp_ratio": 4.0, "norm_layer": nn.LayerNorm, "norm_pix_loss": False,
     }  # fmt: skip
-    positional = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-    assert {p.name: p.default for p in positional} == official
-    assert [p.name for p in positional] == list(official)
-    assert all(p.kind == p.KEYWORD_ONLY for p in parameters[len(official) :])
+    parameters = list(inspect.signature(MAE.__init__).parameters.values())[1:]
+    positional, others = parameters[: len(official)], parameters[len(official) :]
+    assert [(p.name, p.default) for p in positional] == list(official.items())
+    assert {p.kind for p in positional} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert {p.kind for p in others} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-def block_values(D: int) -> int:
-    return 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
-
-
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", support.SIZES)
 def test_factories(name):
-    D, depth, heads, p = SIZES[name]
+    D, depth, heads, p = support.SIZES[name]
     L, P, d = (224 // p) ** 2, 3 * p * p, 512
-    encoder = P * D + D + D + (1 + L) * D + depth * block_values(D) + 2 * D
-    decoder = D * d + d + d + (1 + L) * d + 8 * block_values(d) + 2 * d + d * P + P
+    of_a_block = [2 * 2 * n + (3 * n * n + 3 * n) + (n * n + n) + (4 * n * n + 4 * n) + (4 * n * n + n) for n in (D, d)]
+    encoder = P * D + D + D + (1 + L) * D + depth * of_a_block[0] + 2 * D
+    decoder = D * d + d + d + (1 + L) * d + 8 * of_a_block[1] + 2 * d + d * P + P
     with torch.device("meta"):
         model = getattr(maefast, f"mae_vit_{name}_patch{p}")(norm_pix_loss=True)
     assert sum(t.numel() for t in model.parameters()) == encoder + decoder
@@ -77,7 +62,7 @@ def test_default_eps_is_that_of_layer_norm():
 
 
 def test_official_module_names():
-    names = {f"mae_vit_{name}_patch{p}{tail}" for name, (*_, p) in SIZES.items() for tail in ("", "_dec512d8b")}
+    names = {f"mae_vit_{name}_patch{p}{tail}" for name, (*_, p) in support.SIZES.items() for tail in ("", "_dec512d8b")}
     assert set(models_mae.__all__) == names | {"MaskedAutoencoderViT"}
     assert models_mae.MaskedAutoencoderViT is MAE
     assert all(models_mae.__dict__[name] is getattr(maefast, name) for name in names)
@@ -87,24 +72,21 @@ def test_official_module_names():
 
 @pytest.mark.parametrize(("name", "dim"), [("pos_embed", 32), ("decoder_pos_embed", 24)])
 def test_positions(name, dim):
-    """[w | h], each [sin | cos] of the coordinate times 10000^(-k / (dim/4)); zero for the class token."""
+    """[w | h], each [sin | cos] of the coordinate / 10000^(k / (dim/4)); class token zero."""
     rows, cols = 8, 3  # of 64 x 48 in patches of 8 x 16
     table = np.zeros((1 + rows * cols, dim))
-    for r in range(rows):
-        for c in range(cols):
-            for k in range(dim // 4):
-                omega = 10000 ** (-k / (dim / 4))
-                at = 1 + r * cols + c
-                table[at, k], table[at, dim // 4 + k] = np.sin(c * omega), np.cos(c * omega)
-                table[at, dim // 2 + k], table[at, 3 * dim // 4 + k] = np.sin(r * omega), np.cos(r * omega)
+    for r, c, k in itertools.product(range(rows), range(cols), range(dim // 4)):
+        omega, row = 10000 ** (-k / (dim / 4)), table[1 + r * cols + c]
+        row[k], row[dim // 4 + k] = np.sin(c * omega), np.cos(c * omega)
+        row[dim // 2 + k], row[3 * dim // 4 + k] = np.sin(r * omega), np.cos(r * omega)
     parameter = small_mae().get_parameter(name)
     torch.testing.assert_close(parameter[0].double(), torch.from_numpy(table), rtol=1e-7, atol=1e-8)
     assert not parameter.requires_grad
-    assert f"{name}" in small_mae().state_dict()
+    assert name in small_mae().state_dict()
 
 
 def test_initialisation():
-    """What the paper's code draws: xavier-uniform weights, biases 0 but that of the patch embedding, tokens N(0, 0.02)."""
+    """As the paper: Xavier weights, biases 0 but the patch embedding's, tokens N(0, 0.02)."""
     model = small_mae(embed_dim=256, num_heads=4)
     bound = (6 / (256 + 3 * 256)) ** 0.5
     qkv = model.blocks[0].attn.qkv
@@ -121,13 +103,9 @@ def test_patchify_by_loops():
     model = small_mae(in_chans=2, img_size=(6, 12), patch_size=(2, 3))
     imgs = images_for(model)
     patches = model.patchify(imgs)
-    for i in range(12):
+    for i, y, x, channel in itertools.product(range(12), range(2), range(3), range(2)):
         r, c = divmod(i, 4)
-        for y in range(2):
-            for x in range(3):
-                for channel in range(2):
-                    expected = imgs[:, channel, 2 * r + y, 3 * c + x]
-                    assert torch.equal(patches[:, i, (y * 3 + x) * 2 + channel], expected)
+        assert torch.equal(patches[:, i, (y * 3 + x) * 2 + channel], imgs[:, channel, 2 * r + y, 3 * c + x])
     assert torch.equal(model.unpatchify(patches), imgs)
     assert torch.equal(model.patchify(model.unpatchify(patches)), patches)
 
@@ -164,9 +142,9 @@ def test_own_noise():
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, BF16, torch.float64], ids=str)
 @pytest.mark.parametrize("return_pred", [True, False])
 def test_own_mask(dtype, return_pred):
-    """Honoured exactly, whatever mask_ratio says; the loss is that of the reference with this mask as noise."""
-    reference, model = small_reference(), small_mae()
-    imgs = images_for(model)
+    """Honoured whatever mask_ratio says; the loss is the reference's with the mask as noise."""
+    model = small_mae()
+    reference, imgs = small_reference(), images_for(model)
     removed = noise_for(model).argsort(dim=1) >= 9
     mask = removed.to(dtype)
     generator = torch.get_rng_state()
@@ -174,10 +152,9 @@ def test_own_mask(dtype, return_pred):
     assert torch.equal(got.mask, removed.float())
     assert torch.equal(mask, removed.to(dtype))
     assert torch.equal(torch.get_rng_state(), generator)
-    expected = reference(imgs, 15 / 24, noise=removed.float())
-    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
-    by_noise = model(imgs, 15 / 24, noise=removed.float(), return_pred=return_pred)
-    assert torch.equal(got.loss, by_noise.loss)
+    given = {"mask_ratio": 15 / 24, "noise": removed.float()}
+    torch.testing.assert_close(got.loss, reference(imgs, **given).loss, rtol=1e-6, atol=0)
+    assert torch.equal(got.loss, model(imgs, **given, return_pred=return_pred).loss)
 
 
 def test_smallest_and_largest_masks():
@@ -190,14 +167,12 @@ def test_smallest_and_largest_masks():
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("layout", IMAGE_LAYOUTS.values(), ids=IMAGE_LAYOUTS)
+@pytest.mark.parametrize("layout", support.IMAGE_LAYOUTS.values(), ids=support.IMAGE_LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, U8], ids=["fp32", "uint8"])
 def test_layout_of_images_does_not_matter(layout, dtype):
     model = small_mae()
     imgs, noise = images_for(model, dtype=dtype), noise_for(model)
-    expected, got = step(model, imgs, noise), step(small_mae(), layout(imgs), noise)
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+    assert_equal(step(small_mae(), layout(imgs), noise), step(model, imgs, noise))
 
 
 def test_constant_images_have_finite_gradients():
@@ -214,7 +189,7 @@ def test_two_runs_agree_bit_for_bit():
         loss = model(images_for(model)).loss
         loss.backward()
         runs.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert_equal(*runs)
 
 
 def test_a_copy_is_the_same_model():
@@ -225,7 +200,7 @@ def test_a_copy_is_the_same_model():
 
 def predict_target(model: MAE, imgs: Tensor) -> None:
     """From now on the decoder's output is the target itself."""
-    target = model.patchify(widened(imgs, *((model.mean, model.std) if imgs.dtype == U8 else ())))
+    target = model.patchify(support.widened(imgs, *((model.mean, model.std) if imgs.dtype == U8 else ())))
     if model.norm_pix_loss:
         target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     model.forward_decoder = lambda x, ids_restore: target.float()
@@ -258,7 +233,7 @@ def test_visible_patches_are_pasted(dtype):
 
 
 def test_reconstruction_is_denormalised_per_patch():
-    """A prediction of zeros is the mean of each removed patch, and one of ones lies one deviation above it."""
+    """A prediction of zeros is a removed patch's mean; ones lie one deviation above it."""
     model = small_mae()
     imgs, mask = images_for(model), noise_for(model).argsort(dim=1) >= 9
     target = model.patchify(imgs)
@@ -279,18 +254,22 @@ def test_pictures_of_bytes_stay_in_range():
         assert (model.patchify(model.reconstruct(imgs, mask=mask))[mask] == edge).all()
 
 
+def normalised(model: MAE, imgs: Tensor) -> Tensor:
+    return (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
+
+
 @pytest.mark.parametrize("statistics", [{}, {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}], ids=["imagenet", "own"])
 @pytest.mark.parametrize("return_pred", [True, False], ids=["pred", "no_pred"])
 def test_uint8_images_are_normalised_ones(statistics, return_pred):
     model, exact_model = small_mae(**statistics), small_mae(**statistics).double()
     reference = small_reference()
-    other = attends_otherwise(reference)
+    other = support.attends_otherwise(reference)
 
     def run(seed: int) -> Batch:
         imgs, noise = images_for(model, IMAGES, U8, seed), noise_for(model, IMAGES, seed)
-        plain = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
+        plain = normalised(model, imgs)
         eager = [step(m, plain, noise) for m in (reference, other)]
-        exact = step(exact_model, widened(imgs, model.mean, model.std), noise)
+        exact = step(exact_model, support.widened(imgs, model.mean, model.std), noise)
         return step(model, imgs, noise, return_pred=return_pred), eager, exact
 
     assert_results(map(run, range(BATCHES)), left_out=set() if return_pred else {"pred"})
@@ -299,9 +278,8 @@ def test_uint8_images_are_normalised_ones(statistics, return_pred):
 def test_uint8_encode_is_that_of_normalised_images():
     model, exact_model, reference = small_mae(), small_mae().double(), small_reference()
     imgs = images_for(model, N=4, dtype=U8)
-    plain = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
-    eager = reference.forward_encoder(plain, 0.0, torch.linspace(0, 1, 24).expand(4, -1))[0]
-    assert_close_to_float64("encode", model.encode(imgs), eager, exact_model.encode(widened(imgs, model.mean, model.std)))
+    eager = reference.forward_encoder(normalised(model, imgs), 0.0, torch.linspace(0, 1, 24).expand(4, -1))[0]
+    assert_close_to_float64("encode", model.encode(imgs), eager, exact_model.encode(support.widened(imgs, model.mean, model.std)))
 
 
 def test_pixel_statistics():
@@ -311,8 +289,7 @@ def test_pixel_statistics():
     assert not {"mean", "std"} & model.state_dict().keys()
     assert dict(model.named_buffers()).keys() == {"mean", "std"}
     other = small_mae(in_chans=1)
-    assert other.mean is None
-    assert other.std is None
+    assert other.mean is other.std is None
     own = small_mae(in_chans=2, mean=[0.5, 0.25], std=[1.0, 2.0])
     assert (own.mean.tolist(), own.std.tolist()) == ([0.5, 0.25], [1.0, 2.0])
 
@@ -332,10 +309,10 @@ def test_pixel_statistics_move_with_the_model():
 
 
 def test_bf16_model_on_uint8_images():
-    """The bytes are normalised in fp32 and rounded once: as close to the exact pixels as bf16 allows."""
+    """Bytes are normalised in fp32 and rounded once: as close to exact pixels as bf16 allows."""
     model = small_mae().bfloat16()
     imgs, noise = images_for(model, dtype=U8), noise_for(model)
-    pixels = widened(imgs, model.mean, model.std)
+    pixels = support.widened(imgs, model.mean, model.std)
     loss, pred, _ = model(imgs, noise=noise)
     assert (loss.dtype, pred.dtype) == (torch.float32, BF16)
     exact = copy.deepcopy(model).double()(pixels, noise=noise)

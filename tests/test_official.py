@@ -1,11 +1,12 @@
-"""Scripts around the official repository (tests/official) run with nothing changed but their imports.
+"""Scripts around the official repository (tests/official) run with only their imports changed.
 
-With maefast a script is a process of its own, whose folder holds no other model. The plain models, and these in float64 as the
-truth, run the same file in the test's process.
+With maefast a script is a process whose folder holds no other model. The plain models, and these in
+float64 as the truth, run the same file in the test's process.
 """
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 from official import models_mae as plain_mae
 from official import models_vit as plain_vit
-from support import threads
+from support import assert_equal, threads
 from torch import Tensor, nn
 
 from maefast.testing.errors import assert_close_to_float64
@@ -54,22 +55,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def switched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts with maefast's modules in place of the official ones, and without the plain models."""
+    """Copy the scripts, with maefast's modules in place of the official ones."""
     folder = tmp_path_factory.mktemp("switched")
     for name in ("common", "pretrain", "finetune"):
         text = (SCRIPTS / f"{name}.py").read_text()
-        lines = text.replace("import models_mae\n", "import maefast.models_mae as models_mae\n")
-        lines = lines.replace("import models_vit\n", "import maefast.models_vit as models_vit\n")
-        assert sum(a != b for a, b in zip(text.splitlines(), lines.splitlines(), strict=True)) == (name != "common")
-        (folder / f"{name}.py").write_text(lines)
+        text, count = re.subn(r"^import (models_\w+)$", r"import maefast.\1 as \1", text, flags=re.MULTILINE)
+        assert count == (name != "common")
+        (folder / f"{name}.py").write_text(text)
     return folder
 
 
 def start(folder: Path, script: str, output: Path, *options: object, rank: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, str(folder / f"{script}.py"), f"--output_dir={output}", *map(str, options)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(*processes: subprocess.Popen[str]) -> None:
@@ -83,7 +82,7 @@ def records(output: Path, rank: int = 0) -> Log:
 
 
 def run_here(script: str, output: Path, *options: object, exact: bool = False) -> Log:
-    """The script as it is, on the plain models; exact: on these in float64, which autocast leaves alone."""
+    """Run the script on the plain models, or on these in float64, which autocast leaves alone."""
     with pytest.MonkeyPatch.context() as patch, threads(1):
         patch.syspath_prepend(str(SCRIPTS))
         for plain in (plain_mae, plain_vit):
@@ -113,16 +112,15 @@ def values(log: Log, key: str) -> Tensor:
 
 
 def assert_same(mine: Log, plain: Log, exact: Log, *keys: str) -> None:
-    """As close to float64 as the plain model's run, by the error rule; no step skipped, as float64 skips none."""
-    assert torch.equal(values(mine, "scale"), values(plain, "scale"))
-    assert torch.equal(values(mine, "scale"), values(exact, "scale"))
+    """Hold the run to the error rule beside the plain model's; as float64, it skips no step."""
+    assert_equal([values(mine, "scale")] * 2, [values(plain, "scale"), values(exact, "scale")])
     for key in keys:
         assert_close_to_float64(key, values(mine, key).float(), values(plain, key).float(), values(exact, key))
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def pretrained(request, tmp_path_factory, pictures, switched) -> tuple[str, dict[str, Path]]:
-    """A precision, and the folders of a pre-training by each model; in fp16 maefast's is a process group of one."""
+    """Pre-train each model; return precision and folders. In fp16, maefast is a group of one."""
     options = [*PRETRAIN, f"--data_path={pictures}", *PRECISIONS[request.param]]
     folders = {name: tmp_path_factory.mktemp(f"{request.param}-{name}") for name in ("mine", "plain", "exact")}
     group = f"--dist_url=file://{folders['mine'] / 'group'}"
@@ -146,13 +144,13 @@ def test_pretraining(pretrained):
 def test_checkpoints_are_the_same_file_format(pretrained):
     _, folders = pretrained
     mine, plain = (torch.load(folders[name] / "checkpoint.pth", weights_only=False) for name in ("mine", "plain"))
-    assert {name: value.shape for name, value in mine["model"].items()} == {
-        name: value.shape for name, value in plain["model"].items()
-    }
     assert mine["args"].model == "mae_vit_tiny_patch16"
-    assert [len(group["params"]) for group in mine["optimizer"]["param_groups"]] == [
-        len(group["params"]) for group in plain["optimizer"]["param_groups"]
-    ]
+    shapes, groups = (
+        [{name: value.shape for name, value in entries["model"].items()} for entries in (mine, plain)],
+        [[len(group["params"]) for group in entries["optimizer"]["param_groups"]] for entries in (mine, plain)],
+    )
+    assert shapes[0] == shapes[1]
+    assert groups[0] == groups[1]
 
 
 WAYS = {  # with each precision
@@ -162,7 +160,7 @@ WAYS = {  # with each precision
 
 
 def test_finetuning_and_linear_probe(pretrained, pictures, switched, tmp_path):
-    """From the plain model's checkpoint, at another resolution; the plain model's script reads maefast's checkpoint too."""
+    """From the plain checkpoint at another size; the plain script reads maefast's too."""
     precision, folders = pretrained
     options = [*FINETUNE, f"--data_path={pictures}", *WAYS[precision], *PRECISIONS[precision]]
     start_from = f"--finetune={folders['plain'] / 'checkpoint.pth'}"
@@ -177,7 +175,7 @@ def test_finetuning_and_linear_probe(pretrained, pictures, switched, tmp_path):
 
 
 def test_two_processes(pictures, switched, tmp_path):
-    """Each sees its own images and masks, and all gradients are shared without find_unused_parameters."""
+    """Each has its own images and masks; gradients are shared without find_unused_parameters."""
     options = [*PRETRAIN, f"--data_path={pictures}", "--epochs=1", "--world_size=2", f"--dist_url=file://{tmp_path / 'group'}"]
     finish(*(start(switched, "pretrain", tmp_path, *options, rank=rank) for rank in range(2)))
     first, second = (records(tmp_path, rank) for rank in range(2))

@@ -1,4 +1,4 @@
-"""What the op benchmarks have for GPUs, as far as a CPU can show it: inputs, SDPA's kernels, dtypes, names."""
+"""The op benchmarks for GPUs, as far as a CPU shows them: inputs, SDPA's kernels, dtypes, names."""
 
 import dataclasses
 import importlib.util

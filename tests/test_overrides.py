@@ -1,10 +1,11 @@
-"""Overridden methods: called with the official arguments, their result used; what they cannot honour raises."""
+"""Overridden methods get the official arguments; what they cannot honour raises."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from support import images_for, noise_for, small_mae
+from support import assert_equal, images_for, noise_for, small_mae
 from torch import Tensor
 
 import maefast
@@ -37,12 +38,6 @@ class Recorder:
     def __init__(self, name: str):
         self.name, self.calls = name, []
 
-    def subclass(self) -> type[MAE]:
-        def method(model: MAE, *args: object, **kwargs: object) -> object:
-            return self(model, *args, **kwargs)
-
-        return type("Custom", (MAE,), {self.name: method})
-
     def __call__(self, model: MAE, *args: object, **kwargs: object) -> object:
         self.calls.append((args, kwargs))
         return RESULTS[self.name](getattr(MAE, self.name)(model, *args, **kwargs))
@@ -51,14 +46,14 @@ class Recorder:
 def make(name: str, place: str, **options: object) -> tuple[MAE, Recorder]:
     recorder = Recorder(name)
     if place == "subclass":
-        return small_mae(recorder.subclass(), **options), recorder
+        return small_mae(type("Custom", (MAE,), {name: lambda *args, **kwargs: recorder(*args, **kwargs)}), **options), recorder
     model = small_mae(**options)
-    setattr(model, name, lambda *args, **kwargs: recorder(model, *args, **kwargs))
+    setattr(model, name, partial(recorder, model))
     return model, recorder
 
 
 def by_official_route(name: str, model: MAE, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the official forward gives with the override, spelled out with plain torch on the untouched methods."""
+    """The official forward with the override, in plain torch on the untouched methods."""
     change = RESULTS[name]
     x = model.patch_embed(imgs) + model.pos_embed[:, 1:]
     kept, mask, ids_restore = MAE.random_masking(model, x, 0.5)
@@ -110,19 +105,22 @@ def test_called_once_with_the_official_arguments_and_used(name, place, norm_pix_
             assert value is got.mask
         if argument == "x" and name == "random_masking":
             torch.testing.assert_close(value, model.patch_embed(imgs) + model.pos_embed[:, 1:])
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     torch.manual_seed(8)
     assert abs(small_mae(norm_pix_loss=norm_pix_loss)(imgs, 0.5).loss - got.loss) > 1e-4  # the override matters
     torch.testing.assert_close(grads_of(model, got.loss), grads_of(model, expected[0]), rtol=1e-4, atol=1e-6)
+
+
+def value_of(argument: str, model: MAE) -> Tensor | bool:
+    noise = noise_for(model)
+    return {"noise": noise, "mask": noise.argsort(dim=1) >= 6, "return_pred": False}[argument]
 
 
 @pytest.mark.parametrize("place", ["subclass", "instance"])
 @pytest.mark.parametrize(("argument", "name"), [(argument, name) for argument, names in REFUSED.items() for name in names])
 def test_what_an_override_cannot_honour_raises(argument, name, place):
     model, recorder = make(name, place)
-    imgs, noise = images_for(model), noise_for(model)
-    value = {"noise": noise, "mask": noise.argsort(dim=1) >= 6, "return_pred": False}[argument]
+    imgs, value = images_for(model), value_of(argument, model)
     generator = torch.get_rng_state()
     with pytest.raises(RuntimeError, match=rf"{argument}=.*{name}"):
         model(imgs, **{argument: value})
@@ -130,26 +128,20 @@ def test_what_an_override_cannot_honour_raises(argument, name, place):
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-@pytest.mark.parametrize(
-    ("argument", "name"),
-    [
-        ("noise", "forward_decoder"),
-        ("mask", "forward_loss"),
-        ("noise", "patchify"),
-        ("return_pred", "forward_encoder"),
-        ("return_pred", "random_masking"),
-    ],
-)
+HONOURED = [("noise", "forward_decoder"), ("mask", "forward_loss"), ("noise", "patchify")]
+HONOURED += [("return_pred", "forward_encoder"), ("return_pred", "random_masking")]
+
+
+@pytest.mark.parametrize(("argument", "name"), HONOURED)
 def test_what_an_override_does_not_touch_is_honoured(argument, name):
     model, recorder = make(name, "subclass")
-    imgs, noise = images_for(model), noise_for(model)
-    value = {"noise": noise, "mask": noise.argsort(dim=1) >= 6, "return_pred": False}[argument]
+    imgs, value = images_for(model), value_of(argument, model)
     _, pred, mask = model(imgs, **{argument: value})
     assert len(recorder.calls) == 1
     if argument == "mask":
         assert torch.equal(mask, value.float())
     if argument == "noise":
-        assert torch.equal(mask, (noise.argsort(dim=1).argsort(dim=1) >= 6).float())
+        assert torch.equal(mask, (value.argsort(dim=1).argsort(dim=1) >= 6).float())
     if argument == "return_pred":
         assert pred is None
         recorder.calls.clear()
@@ -192,8 +184,6 @@ def test_an_override_that_is_taken_back():
 
 @pytest.mark.parametrize("name", ["random_masking", "forward_loss"])
 def test_in_compiled_code(name, fresh_dynamo):
-    """One graph, the override in it."""
-
     def method(model: MAE, *args: object) -> object:
         return RESULTS[name](getattr(MAE, name)(model, *args))
 
@@ -203,6 +193,6 @@ def test_in_compiled_code(name, fresh_dynamo):
         torch.manual_seed(8)
         loss = m(imgs, 0.5).loss
         runs.append([loss, *grads_of(model, loss).values()])
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*runs, strict=True))
+    assert_equal(*runs)
     torch.manual_seed(8)
     assert abs(small_mae(depth=1)(imgs, 0.5).loss - runs[0][0]) > 1e-4

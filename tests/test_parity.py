@@ -1,29 +1,17 @@
-"""MAE against ReferenceMAE: the same weights and seed give the same masks, and loss, pred and gradients within the error rule."""
+"""MAE against ReferenceMAE at one seed: the same masks, all else within the error rule."""
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
+import support
 import torch
 from loss_curves import train
-from support import (
-    BATCHES,
-    IMAGES,
-    Batch,
-    Results,
-    assert_results,
-    attends_otherwise,
-    images_for,
-    noise_for,
-    small_mae,
-    small_reference,
-    step,
-)
+from support import BATCHES, IMAGES, assert_equal, assert_results, images_for, noise_for, small_mae, small_reference, step
 from torch import Tensor, nn
 
 import maefast
+from maefast import MAE
 from maefast.ops import _tokens
 from maefast.reference import ReferenceMAE
 from maefast.testing.errors import assert_close_to_float64
@@ -46,18 +34,16 @@ def load(model: nn.Module, reference: ReferenceMAE) -> nn.Module:
 
 
 def both(reference: ReferenceMAE) -> list[nn.Module]:
-    return [reference, attends_otherwise(reference)]
+    return [reference, support.attends_otherwise(reference)]
 
 
-def compare(
-    model: nn.Module, references: Sequence[nn.Module], mode: str, batches: int = BATCHES, exact: Results | None = None, **options
-) -> None:
-    """Several batches against the references, of one function; `exact` saves computing the truth of a single batch of 2 again."""
+def compare(model, references, mode: str, batches: int = BATCHES, exact: support.Results | None = None, **options) -> None:
+    """Hold several batches to the error rule; `exact` is the truth of a single batch of 2."""
     if mode in HALVES:
         model, references = model.to(HALVES[mode]), [reference.to(HALVES[mode]) for reference in references]
     exact_model = copy.deepcopy(references[0]).double()
 
-    def run(seed: int) -> Batch:
+    def run(seed: int) -> support.Batch:
         N = 2 if batches == 1 else IMAGES
         imgs, noise = images_for(model, N, HALVES.get(mode, F32), seed=10 + seed), noise_for(model, N, seed=seed)
         got = step(model, imgs, noise, mode, **options)
@@ -89,7 +75,7 @@ def test_without_pred(options, mode, repeated, monkeypatch):
 @pytest.mark.parametrize("mode", [*MODES, "fp16"])
 @pytest.mark.parametrize("decoder_depth", [0, 1, 2, 3])
 def test_without_pred_for_any_depth_of_the_decoder(decoder_depth, mode):
-    """The last block computes the removed patches alone; without a block they are taken from what it would read."""
+    """The last block computes only removed patches; without a block its input is indexed."""
     reference = small_reference(decoder_depth=decoder_depth)
     compare(load(small_mae(seed=9, decoder_depth=decoder_depth), reference), both(reference), mode, return_pred=False)
 
@@ -98,7 +84,7 @@ BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12, "norm_layer": partial(nn
 
 
 @pytest.fixture(scope="module")
-def base() -> tuple[nn.Module, ReferenceMAE, Results]:
+def base() -> tuple[nn.Module, ReferenceMAE, support.Results]:
     """ViT-B/16, its reference with the same weights, and the exact results of one batch."""
     torch.manual_seed(0)
     reference = ReferenceMAE(**BASE)
@@ -126,9 +112,7 @@ def test_attention_of_the_paper():
 def test_the_caller_may_divide_the_loss_in_place(return_pred):
     model = small_mae()
     imgs, noise = images_for(model), noise_for(model)
-    whole = step(model, imgs, noise, return_pred=return_pred)
-    whole = {name: value.clone() for name, value in whole.items()}
-    half = step(model, imgs, noise, in_place=True, return_pred=return_pred)
+    whole, half = (copy.deepcopy(step(model, imgs, noise, in_place=half, return_pred=return_pred)) for half in (False, True))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(half[name], whole[name] / 2), name
@@ -162,12 +146,9 @@ def test_same_seed_gives_the_same_weights(name):
     after_model = torch.rand(2)
     small_reference(seed=4, **MODELS[name])
     assert torch.equal(torch.rand(2), after_model)
-    assert model.state_dict().keys() == reference.state_dict().keys()
-    for key, value in reference.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-        n for n, p in reference.named_parameters() if p.requires_grad
-    ]
+    assert_equal(model.state_dict(), reference.state_dict())
+    trained, expected = ([name for name, p in m.named_parameters() if p.requires_grad] for m in (model, reference))
+    assert trained == expected
 
 
 def test_state_dicts_are_exchanged_both_ways():
@@ -175,22 +156,25 @@ def test_state_dicts_are_exchanged_both_ways():
     saved = copy.deepcopy(model.state_dict())
     load(model, reference)
     reference.load_state_dict(saved)
-    for key, value in saved.items():
-        assert torch.equal(reference.state_dict()[key], value), key
+    assert_equal(reference.state_dict(), saved)
     imgs, noise = images_for(model), noise_for(model)
     assert torch.equal(small_reference(seed=1)(imgs, noise=noise).mask, model(imgs, noise=noise).mask)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_encode_is_the_encoder_with_nothing_masked(mode):
-    """In the order of the image: the reference told to keep everything, with noise that shuffles nothing."""
+def pair(mode: str) -> tuple[MAE, ReferenceMAE, Tensor]:
+    """Return a model, its reference and images, all in bf16 by that mode."""
     reference = small_reference()
     model = load(small_mae(seed=9), reference)
-    imgs = images_for(model, IMAGES)
-    if mode == "bf16":
-        model, reference, imgs = model.bfloat16(), reference.bfloat16(), imgs.bfloat16()
+    dtype = HALVES.get(mode, F32)
+    return model.to(dtype), reference.to(dtype), images_for(model, IMAGES, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_encode_is_the_encoder_with_nothing_masked(mode):
+    """In the order of the image: the reference keeps everything, its noise shuffles nothing."""
+    model, reference, imgs = pair(mode)
     in_order = torch.linspace(0, 1, 24).expand(IMAGES, -1)
-    with torch.autocast("cpu", BF16) if mode == "autocast" else nullcontext():
+    with torch.autocast("cpu", BF16, enabled=mode == "autocast"):
         got, eager = model.encode(imgs), [m.forward_encoder(imgs, 0.0, in_order)[0] for m in both(reference)]
     exact = copy.deepcopy(reference).double().forward_encoder(imgs.double(), 0.0, in_order)[0]
     assert got.dtype == eager[0].dtype
@@ -200,25 +184,17 @@ def test_encode_is_the_encoder_with_nothing_masked(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_official_methods(mode):
     """forward_encoder and forward_decoder, called as a script would."""
-    reference = small_reference()
-    model = load(small_mae(seed=9), reference)
-    imgs = images_for(model, IMAGES)
-    if mode == "bf16":
-        model, reference, imgs = model.bfloat16(), reference.bfloat16(), imgs.bfloat16()
-    exact_model = copy.deepcopy(reference).double()
+    model, reference, imgs = pair(mode)
 
-    def run(m: nn.Module, imgs: Tensor, context=nullcontext) -> tuple[Tensor, ...]:
+    def run(m: nn.Module, imgs: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(5)
-        with context():
+        with torch.autocast("cpu", BF16, enabled=mode == "autocast" and imgs.dtype == F32):
             latent, mask, ids_restore = m.forward_encoder(imgs, 0.5)
-            pred = m.forward_decoder(latent, ids_restore)
-            return mask, ids_restore, latent, pred
+            return mask, ids_restore, latent, m.forward_decoder(latent, ids_restore)
 
-    context = partial(torch.autocast, "cpu", BF16) if mode == "autocast" else nullcontext
-    got, exact = run(model, imgs, context), run(exact_model, imgs.double())
-    eager = [run(m, imgs, context) for m in both(reference)]
-    for i in range(2):
-        assert torch.equal(got[i], eager[0][i])
+    got, exact = run(model, imgs), run(copy.deepcopy(reference).double(), imgs.double())
+    eager = [run(m, imgs) for m in both(reference)]
+    assert_equal(got[:2], eager[0][:2])
     for i, name in enumerate(("latent", "pred"), 2):
         assert_close_to_float64(name, got[i], [results[i] for results in eager], exact[i])
 
@@ -229,23 +205,19 @@ def test_random_masking_of_tokens():
     torch.manual_seed(6)
     expected = reference.random_masking(x, 0.7)
     torch.manual_seed(6)
-    for got, value in zip(model.random_masking(x, 0.7), expected, strict=True):
-        assert torch.equal(got, value)
+    assert_equal(model.random_masking(x, 0.7), expected)
 
 
 def test_float64_model():
-    """Runs eagerly, and is the reference up to rounding."""
     reference = small_reference()
     model = load(small_mae(seed=9), reference).double()
     reference.double()
     imgs, noise = images_for(model).double(), noise_for(model)
-    mine, theirs = (step(m, imgs, noise) for m in (model, reference))
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(step(model, imgs, noise), step(reference, imgs, noise), rtol=1e-9, atol=1e-11)
 
 
 def waves(count: int) -> list[Tensor]:
-    """Batches of images, each a wave with a phase for each channel: something to learn within a hundred steps."""
+    """Return batches of waves with a phase for each channel, which a hundred steps learn."""
     grid = torch.stack(torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 32), indexing="ij"))
     generator = torch.Generator().manual_seed(0)
     frequencies = 8 * torch.rand(count, 16, 1, 2, 1, 1, generator=generator)
@@ -265,22 +237,21 @@ def exact_curve() -> Tensor:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
 def test_a_hundred_steps_of_training(exact_curve, autocast):
-    """The loss curve strays from that of float64 no farther than the reference's own does."""
+    """The loss strays from float64's no farther than the reference's own does."""
     assert exact_curve[-20:].mean() < 0.8 * exact_curve[:5].mean()
     mine, theirs = (torch.tensor(train(make(**CURVE), waves(100), autocast)) for make in (small_mae, small_reference))
     assert_close_to_float64("loss curve", mine, theirs, exact_curve)
 
 
 def accumulated(model: nn.Module, dtype: torch.dtype = F32, **options: object) -> Tensor:
-    """Losses of micro batches, two for each optimizer step, each micro batch with another mask ratio than its neighbours."""
+    """Return the losses of micro batches, two a step, each with another mask ratio."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
     losses = []
     for i in range(24):
         imgs, noise = images_for(model, IMAGES, seed=i).to(dtype), noise_for(model, IMAGES, seed=i)
         loss = model(imgs, 0.9 - 0.1 * (i % 8), noise=noise, **options).loss
         losses.append(loss.item())
-        loss /= 2
-        loss.backward()
+        (loss / 2).backward()
         if i % 2:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Mean and std of a checkpoint: kept where a layout can hold them, read where it does, and warned of otherwise."""
+"""Mean and std of a checkpoint: kept where a layout can hold them, else warned of."""
 
 import json
 import warnings
@@ -34,10 +34,14 @@ def converted(source: Path, to: str) -> tuple[Path, checkpoint.LoadReport]:
     return out, checkpoint.convert(source, out, to)
 
 
+def about_statistics(report: checkpoint.LoadReport) -> list[str]:
+    return [warning for warning in report.warnings if "mean" in warning]
+
+
 @pytest.mark.parametrize("to", ["official", "transformers", "timm"])
 def test_convert_tells_where_they_went(tmp_path: Path, to: str) -> None:
     out, report = converted(saved(tmp_path), to)
-    [warning] = [warning for warning in report.warnings if "mean and std" in warning]
+    [warning] = about_statistics(report)
     assert "[0.5, 0.25, 0.125] and [0.25, 0.5, 0.75]" in warning
     kept = to == "transformers"
     assert ("preprocessor_config.json" in warning, "no place" in warning) == (kept, not kept)
@@ -52,7 +56,7 @@ def test_convert_tells_where_they_went(tmp_path: Path, to: str) -> None:
 @pytest.mark.parametrize("to", ["official", "transformers", "timm"])
 def test_imagenets_need_no_word(tmp_path: Path, to: str) -> None:
     out, report = converted(saved(tmp_path, *IMAGENET), to)
-    assert not [warning for warning in report.warnings if "mean" in warning]
+    assert not about_statistics(report)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(decoder|norm_pix_loss)")
         assert statistics(MAE.from_pretrained(out)) == IMAGENET
@@ -96,12 +100,12 @@ def test_preprocessor_is_read(tmp_path: Path, name: str) -> None:
     assert got == [pytest.approx([mean] * 3), pytest.approx([std] * 3)]
 
 
-def test_one_value_for_all_channels(tmp_path: Path) -> None:
-    assert statistics(MAE.from_pretrained(with_preprocessor(tmp_path, HALVES, in_chans=1))) == [[0.5], [0.25]]
+ONE, NONE = (HALVES, 1, [[0.5], [0.25]]), ({"do_resize": True}, 3, IMAGENET)  # a value for all channels; no statistics
 
 
-def test_preprocessor_without_statistics(tmp_path: Path) -> None:
-    assert statistics(MAE.from_pretrained(with_preprocessor(tmp_path, {"do_resize": True}))) == IMAGENET
+@pytest.mark.parametrize(("content", "in_chans", "expected"), [ONE, NONE])
+def test_preprocessor_of_fewer_values(tmp_path: Path, content: Any, in_chans: int, expected: Any) -> None:
+    assert statistics(MAE.from_pretrained(with_preprocessor(tmp_path, content, in_chans=in_chans))) == expected
 
 
 @pytest.mark.parametrize(
@@ -160,12 +164,12 @@ def test_bad_timm_configuration(tmp_path: Path) -> None:
 def test_another_model_than_the_checkpoints(tmp_path: Path, how: str) -> None:
     path, torch_model = saved(tmp_path), MAE(**SIZES)
     report = checkpoint.load(torch_model, path) if how == "load" else torch_model.init_from(path)
-    [warning] = [warning for warning in report.warnings if "mean and std" in warning]
+    [warning] = about_statistics(report)
     assert warning.startswith("mean and std are [0.5, 0.25, 0.125] and [0.25, 0.5, 0.75] in the checkpoint, and [0.485, ")
     assert statistics(torch_model) == IMAGENET
     same = MAE(**SIZES, mean=OURS[0], std=OURS[1])
     report = checkpoint.load(same, path) if how == "load" else same.init_from(path)
-    assert not [warning for warning in report.warnings if "mean" in warning]
+    assert not about_statistics(report)
 
 
 def test_given_statistics_are_taken_without_a_word(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`maefast pretrain`: a run that is killed and goes on is the run that was not; batches, recipe, rewinds."""
+"""`maefast pretrain`: a killed run that is resumed; batches, recipe, rewinds."""
 
 import io
 import os
@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from pretraining import COUNT, ArrayImages, flags, losses, options, pictures, weights
-from support import threads
+from support import assert_equal, threads
 
 import maefast
 from maefast import cli
@@ -30,7 +30,7 @@ from maefast.train.pretrain.trainer import pretrain
 
 
 class SlowImages(ArrayImages):
-    """Leaves the time to kill the process between its first checkpoints and its last."""
+    """Images that leave time to kill the process between its first checkpoints and its last."""
 
     def read(self, index, size=None, box=None):
         time.sleep(0.003)
@@ -38,7 +38,7 @@ class SlowImages(ArrayImages):
 
 
 def survivor(output: Path, data: ArrayImages, workers: int) -> dict[str, object]:
-    """A run of twenty steps on one thread, as a forked process has no other."""
+    """Run twenty steps on one thread, as a forked process has no other."""
     torch.set_num_threads(1)
     changes = {"epochs": 10, "save_steps": 1, "accum_iter": 2, "warmup_epochs": 2, "blr": 1e-2, "clip_grad": 1.0}
     return pretrain(options(output, num_workers=workers, resume="auto", **changes), data)
@@ -72,9 +72,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, uninter
     with threads(1):
         assert survivor(output, ArrayImages(pictures()), workers)["finished"]
     assert losses(output) == losses(uninterrupted)
-    truth, got = weights(uninterrupted), weights(output)
-    assert got.keys() == truth.keys()
-    assert all(torch.equal(got[name], truth[name]) for name in truth)
+    assert_equal(weights(output), weights(uninterrupted))
     assert not list(output.glob(".*"))
 
 
@@ -88,17 +86,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path
-    np.save(folder / "images.npy", pictures())
-    arguments = flags(folder / "images.npy", folder / "finished", epochs=1)
+    np.save(tmp_path / "images.npy", pictures())
+    arguments = flags(tmp_path / "images.npy", tmp_path / "finished", epochs=1)
     assert cli.main(arguments) == 0
-    before = weights(folder / "finished")
+    before = weights(tmp_path / "finished")
     capsys.readouterr()
     assert cli.main([*arguments, "--resume=auto"]) == 0
     assert "done: 4 steps" in capsys.readouterr().out
-    assert len(losses(folder / "finished")) == 1
-    after = weights(folder / "finished")
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert len(losses(tmp_path / "finished")) == 1
+    assert_equal(weights(tmp_path / "finished"), before)
 
 
 def test_checkpoints_are_official_and_loaded_by_maefast(tmp_path: Path) -> None:
@@ -107,19 +103,17 @@ def test_checkpoints_are_official_and_loaded_by_maefast(tmp_path: Path) -> None:
     assert sorted(path.name for path in output.glob("*.pth")) == ["checkpoint-2.pth", "checkpoint-3.pth"]
     entries = checkpoints.read(output / "checkpoint-3.pth")
     assert {"model", "optimizer", "epoch", "scaler", "args"} <= entries.keys()
-    assert entries["epoch"] == 3
-    assert entries["args"].norm_pix_loss is True
+    assert (entries["epoch"], entries["args"].norm_pix_loss) == (3, True)
     model = maefast.MAE.from_pretrained(output / "checkpoint-3.pth")
     assert model.norm_pix_loss
     assert model.blocks[0].attn.num_heads == 2
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in entries["model"].items())
+    assert_equal(dict(model.state_dict()), dict(entries["model"]))
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     pretrain(options(tmp_path, epochs=1), ArrayImages(pictures()))
-    with pytest.raises(
-        UserError, match=r"at step \d of epoch 1, with a learning rate of 6.29e\+29; the last good .* is .*-0.pth"
-    ):
+    message = r"at step \d of epoch 1, with a learning rate of 6.29e\+29; the last good .* is .*-0.pth"
+    with pytest.raises(UserError, match=message):
         pretrain(options(tmp_path, epochs=3, lr=1e30, resume="auto"), ArrayImages(pictures()))
     assert [path.name for path in checkpoints.find(tmp_path)] == ["checkpoint-0.pth"]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
@@ -164,13 +158,12 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("augment", pretraining.AUGMENTATIONS)
 def test_batches_depend_on_neither_workers_nor_where_they_begin(augment: str) -> None:
     images = pretraining.Augmented(ArrayImages(pictures()), (16, 16), augment, True, seed=7)
-    whole = [batch for batch, _ in pretraining.load_batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(2)), 0, False)]
-    rest = [
-        batch for batch, _ in pretraining.load_batches(images, pretraining.Keys(COUNT, 8, 4, 7, range(1, 2), skip=1), 2, False)
-    ]
-    assert len(whole) == 8
-    assert len(rest) == 3
-    assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest, strict=True))
+    whole, rest = (
+        [batch for batch, _ in pretraining.load_batches(images, pretraining.Keys(COUNT, 8, 4, 7, *keys), workers, False)]
+        for keys, workers in (((range(2),), 0), ((range(1, 2), 1), 2))
+    )
+    assert (len(whole), len(rest)) == (8, 3)
+    assert_equal(rest, whole[5:])
     assert sorted(order.epoch_order(COUNT, 7, 0)) == list(range(COUNT))
     assert order.epoch_order(COUNT, 7, 0) != order.epoch_order(COUNT, 7, 1) != order.epoch_order(COUNT, 8, 1)
 
@@ -204,7 +197,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, capsys: pytest
 
 
 def test_learning_rate_and_accumulation(tmp_path: Path) -> None:
-    """lr = blr x effective batch / 256; two half batches give the step of a whole one, with the same masks."""
+    """lr = blr x effective batch / 256; two half batches are a whole one, with the same masks."""
     changes = {"blr": 0.16, "epochs": 2, "warmup_epochs": 1, "mask_ratio": 0.5}
     pretrain(options(tmp_path / "whole", batch_size=16, **changes), ArrayImages(pictures()))
     pretrain(options(tmp_path / "halves", batch_size=8, accum_iter=2, **changes), ArrayImages(pictures()))
@@ -228,7 +221,7 @@ AXES = {"sampler": "block", "target": "pca", "mask_tokens_in_encoder": True, "au
 
 
 def test_the_papers_axes_go_on_exactly(tmp_path: Path) -> None:
-    """The principal components come from the checkpoint: the data set that goes on has others."""
+    """The components come from the checkpoint: the data set of the resumed run has others."""
     pretrain(options(tmp_path / "whole", epochs=2, keep=3, save_steps=2, mask_ratio=0.5, **AXES), ArrayImages(pictures()))
     resume = str(tmp_path / "whole" / "checkpoint-1-2.pth")
     data = ArrayImages(pictures())
@@ -238,16 +231,16 @@ def test_the_papers_axes_go_on_exactly(tmp_path: Path) -> None:
     changes = {"epochs": 2, "mask_ratio": 0.5, "resume": resume, **AXES}
     pretrain(options(tmp_path / "rest", **changes), data)
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[1:]
-    truth, got = weights(tmp_path / "whole"), weights(tmp_path / "rest")
+    got = weights(tmp_path / "rest")
     assert got["variant_pca_basis"].shape == (48, 24)
-    assert all(torch.equal(got[name], truth[name]) for name in truth)
+    assert_equal(got, weights(tmp_path / "whole"))
     with pytest.raises(UserError, match="the target is pca, here it is pixel"):
         pretrain(options(tmp_path / "rest", **changes | {"target": "pixel", "resume": "auto"}), data)
 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
-    """White images make the loss NaN: here in the last step of the second epoch and the first of the third."""
+    """White images make the loss NaN: in the second epoch's last step and the third's first."""
     build_model = build.build_model
 
     def build_poisoned(*args: object) -> torch.nn.Module:
@@ -267,14 +260,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> ArrayImages:
 
 @pytest.fixture(params=[0, 1])
 def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many steps later losses are looked at: as on a CPU, as on a GPU."""
+    """Losses are looked at so many steps later, as on a CPU or a GPU."""
     monkeypatch.setitem(LAG, "cpu", request.param)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.usefixtures("lag", "without_graphs")
 def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFixture[str], graph: bool) -> None:
-    """The weights of the last checkpoint, after the bad batch; a run that is resumed before or after a rewind is the same."""
+    """Back to the last checkpoint, past the bad batch; a run resumed nearby is the same."""
     changes = {"epochs": 3, "rewind": 2, "save_steps": 2, "keep": 9, "graph": graph}
     summary = pretrain(options(tmp_path / "whole", **changes), poisoned)
     assert (summary["rewinds"], summary["steps"], summary["finished"]) == (2, 12, True)
@@ -283,7 +276,7 @@ def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFix
     assert re.search(r"the loss is nan at step 0 of epoch 2: the weights of .*checkpoint-1.pth.*rewind 2 of 2", out)
     assert "rewound 2 times " in out
     before, after = (checkpoints.read(tmp_path / "whole" / f"checkpoint-{at}.pth") for at in ("1-2", "1"))
-    assert all(torch.equal(before["model"][name], tensor) for name, tensor in after["model"].items())
+    assert_equal(dict(before["model"]), dict(after["model"]))
     truth = weights(tmp_path / "whole")
     assert not torch.equal(after["model"]["cls_token"], truth["cls_token"])
     of_epochs = [loss for _, loss, _ in losses(tmp_path / "whole")]
@@ -293,8 +286,7 @@ def test_rewind(tmp_path: Path, poisoned: ArrayImages, capsys: pytest.CaptureFix
     for at in ("1-2", "2-2"):
         resume = str(tmp_path / "whole" / f"checkpoint-{at}.pth")
         assert pretrain(options(tmp_path / at, **changes, resume=resume), poisoned)["rewinds"] == 2
-        got = weights(tmp_path / at)
-        assert all(torch.equal(got[name], truth[name]) for name in truth)
+        assert_equal(weights(tmp_path / at), truth)
         assert losses(tmp_path / at)[-1] == losses(tmp_path / "whole")[-1]
 
 
@@ -304,14 +296,10 @@ def test_no_rewind_is_left(tmp_path: Path, poisoned: ArrayImages) -> None:
         pretrain(options(tmp_path, epochs=3, rewind=1), poisoned)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
     pretrain(options(tmp_path, epochs=2), ArrayImages(pictures()))
     last = terminal.getvalue().split("\r")[-1]
     assert "8/8" in last
@@ -324,9 +312,8 @@ def test_tensorboard(tmp_path: Path) -> None:
 
     pretrain(options(tmp_path, epochs=2, pictures=2, log_dir=tmp_path / "events"), ArrayImages(pictures()))
     events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [
-        (epoch, pytest.approx(loss)) for epoch, loss, _ in losses(tmp_path)
-    ]
+    expected = [(epoch, pytest.approx(loss)) for epoch, loss, _ in losses(tmp_path)]
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == expected
     images = events.Images("reconstructions")
     assert [(event.step, event.height, event.width) for event in images] == [(0, 48, 32), (1, 48, 32)]
     shown = torch.tensor(np.asarray(Image.open(io.BytesIO(images[1].encoded_image_string)))).permute(2, 0, 1)

@@ -1,5 +1,6 @@
-"""`maefast pretrain --graph` without a GPU: a stand-in for the capture (conftest.py) runs what a graph would hold. Rates are
-numbers that fp32 holds exactly, as the graph has them, so that runs agree bit for bit."""
+"""`maefast pretrain --graph` without a GPU: conftest.py has a stand-in for the capture.
+
+Rates are numbers that fp32 holds exactly, as a graph has them, so that runs agree bit for bit."""
 
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_goes_on_exactly(tmp_path: Path, steps: list[tuple[str, ...]], first: bo
 
 
 def test_learning_rates_of_a_schedule(tmp_path: Path, steps: list[tuple[str, ...]]) -> None:
-    """log.txt and the checkpoint have them as they are without the graph, which has them in fp32."""
+    """log.txt and the checkpoint have them as without the graph, which has them in fp32."""
     for graph in (False, True):
         pretrain(options(tmp_path / str(graph), epochs=3, warmup_epochs=1, graph=graph), ArrayImages(pictures()))
     rates = [[record["train_lr"] for record in records(tmp_path / str(graph))] for graph in (False, True)]
@@ -96,27 +97,26 @@ def test_learning_rates_of_a_schedule(tmp_path: Path, steps: list[tuple[str, ...
     assert [group["lr"] for group in last(tmp_path / "True")["optimizer"]["param_groups"]] == [rates[0][-1]] * 2
 
 
+def run_on_floats(folder: Path, count: int, missing: object, **changes: object) -> None:
+    """Run on images without the values at `missing`, with the graph and without: the same run."""
+    values = np.random.default_rng(0).normal(size=(count, 16, 16)).astype("float32")
+    values[missing] = np.nan
+    np.save(folder / "values.npy", values)
+    changes |= {"mean": 0.0, "std": 1.0, "augment": "none", "warmup_epochs": 0, **CONSTANT}
+    for name, graph in (("plain", []), ("graph", ["--graph"])):
+        assert cli.main([*flags(folder / "values.npy", folder / name, **changes), *graph]) == 0
+    assert_same_run(folder / "graph", folder / "plain")
+
+
 def test_missing_values_have_a_graph_of_their_own(tmp_path: Path, steps: list[tuple[str, ...]]) -> None:
     """Batches in which no value is missing keep the one without weights."""
-    values = np.random.default_rng(0).normal(size=(24, 16, 16)).astype("float32")
-    values[3, :5] = np.nan
-    np.save(tmp_path / "values.npy", values)
-    for name, graph in (("plain", []), ("graph", ["--graph"])):
-        given = flags(tmp_path / "values.npy", tmp_path / name, mean=0.0, std=1.0, augment="none", warmup_epochs=0, **CONSTANT)
-        assert cli.main([*given, *graph]) == 0
+    run_on_floats(tmp_path, count=24, missing=(3, slice(5)))
     assert sorted(steps) == [("imgs", "noise"), ("imgs", "noise", "weights")]
-    assert_same_run(tmp_path / "graph", tmp_path / "plain")
 
 
 def test_a_batch_without_values_is_no_graph(tmp_path: Path, steps: list[tuple[str, ...]]) -> None:
-    values = np.random.default_rng(0).normal(size=(6, 16, 16)).astype("float32")
-    values[3] = np.nan
-    np.save(tmp_path / "values.npy", values)
-    changes = {"mean": 0.0, "std": 1.0, "augment": "none", "warmup_epochs": 0, "batch_size": 1, **CONSTANT}
-    for name, graph in (("plain", []), ("graph", ["--graph"])):
-        assert cli.main([*flags(tmp_path / "values.npy", tmp_path / name, **changes), *graph]) == 0
+    run_on_floats(tmp_path, count=6, missing=3, batch_size=1)
     assert steps == [("imgs", "noise")]
-    assert_same_run(tmp_path / "graph", tmp_path / "plain")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`maefast pretrain` in several processes does what one does, and ends as one: forked processes, gloo, torchrun's variables."""
+"""`maefast pretrain` in several processes: forked, with gloo and torchrun's variables."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch._dynamo  # imported here once, not by an optimizer in each process
 import torch.distributed.fsdp
-from pretraining import ArrayImages, flags, options, pictures, records
-from support import threads
+from pretraining import ArrayImages, flags, options, pictures, records, weights
+from support import assert_equal, threads
 
 from maefast import cli
 from maefast.train import checkpoints, launch
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 
 class Processes:
-    """`count` processes that run `task(rank)` with the variables of torchrun, one thread and a file each for what they print."""
+    """`count` processes run `task(rank)` with torchrun's variables, one thread, prints in files."""
 
     def __init__(self, folder: Path, task: Callable[[int], object], count: int = 2):
         folder.mkdir(parents=True)
@@ -39,7 +39,6 @@ class Processes:
         def run(rank: int) -> None:
             os.environ |= variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             torch.set_num_threads(1)
-
             with (folder / f"{rank}.txt").open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
                 code = task(rank)
             os._exit(code if isinstance(code, int) else 0)
@@ -102,8 +101,7 @@ def same_to_rounding(got: Path, truth: Path) -> None:
 
 def identical(got: Path, truth: Path) -> None:
     assert [r["train_loss"] for r in records(got)] == [r["train_loss"] for r in records(truth)]
-    a, b = (checkpoints.read(checkpoints.find(folder)[-1])["model"] for folder in (got, truth))
-    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert_equal(weights(got), weights(truth))
 
 
 def test_two_processes_are_one_with_the_joint_batch(one: Path, two: Path) -> None:
@@ -113,9 +111,8 @@ def test_two_processes_are_one_with_the_joint_batch(one: Path, two: Path) -> Non
 def test_shards_are_one_process_and_their_checkpoints_are_whole(tmp_path: Path, one: Path, two: Path) -> None:
     """What two processes without shards have begun, sharded ones go on with."""
     begun = str(two / "checkpoint-0-1.pth")
-    sharded = Processes(
-        tmp_path / "printed", lambda rank: run(tmp_path / "run", batch_size=4, accum_iter=2, fsdp=True, resume=begun, pictures=2)
-    )
+    changes = {"batch_size": 4, "accum_iter": 2, "fsdp": True, "resume": begun, "pictures": 2}
+    sharded = Processes(tmp_path / "printed", lambda rank: run(tmp_path / "run", **changes))
     assert sharded.codes() == [0, 0], sharded.printed(0)
     same_to_rounding(tmp_path / "run", one)
     got, wanted = (checkpoints.read(folder / "checkpoint-2.pth")["optimizer"]["state"] for folder in (tmp_path / "run", one))
@@ -124,7 +121,7 @@ def test_shards_are_one_process_and_their_checkpoints_are_whole(tmp_path: Path, 
 
 
 def test_a_killed_group_goes_on(tmp_path: Path, one: Path, two: Path) -> None:
-    """Bit for bit with as many processes; in the same order with another number and the same joint batch."""
+    """Bit for bit with as many processes; in the same order with one and the same joint batch."""
     output = tmp_path / "run"
     killed = Processes(tmp_path / "killed", lambda rank: run(output, SlowImages(pictures()), batch_size=4, accum_iter=2))
     while len(checkpoints.find(output)) < 3:
@@ -144,9 +141,8 @@ def test_a_killed_group_goes_on(tmp_path: Path, one: Path, two: Path) -> None:
 
 def test_a_signal_to_any_process_saves_once_and_ends_all(tmp_path: Path, two: Path) -> None:
     output = tmp_path / "run"
-    stopped = Processes(
-        tmp_path / "stopped", lambda rank: run(output, SlowImages(pictures()), batch_size=4, accum_iter=2, save_steps=0)
-    )
+    changes = {"batch_size": 4, "accum_iter": 2, "save_steps": 0}
+    stopped = Processes(tmp_path / "stopped", lambda rank: run(output, SlowImages(pictures()), **changes))
     while not (output / "log.txt").exists():
         assert stopped.each[0].is_alive()
         time.sleep(0.001)
@@ -160,10 +156,9 @@ def test_a_signal_to_any_process_saves_once_and_ends_all(tmp_path: Path, two: Pa
 
 
 def test_what_is_wrong_is_said_once_and_ends_all(tmp_path: Path) -> None:
-    """In the options; in the images of one process; in the loss of one."""
     np.save(tmp_path / "images.npy", pictures())
-    bad = {"batch_size": 17}
-    refused = Processes(tmp_path / "refused", lambda rank: cli.main(flags(tmp_path / "images.npy", tmp_path / "out", **bad)))
+    bad = flags(tmp_path / "images.npy", tmp_path / "out", batch_size=17)
+    refused = Processes(tmp_path / "refused", lambda rank: cli.main(bad))
     assert refused.codes() == [2, 2]
     message = "must hold at least --batch_size x --accum_iter x processes = 34 images"
     assert (refused.printed(0).count(message), refused.printed(0).count("\n"), refused.printed(1)) == (1, 1, "")
@@ -188,9 +183,6 @@ def test_what_is_wrong_is_said_once_and_ends_all(tmp_path: Path) -> None:
 
     failed = Processes(tmp_path / "failed", fail)
     assert failed.codes() == [0, 0], failed.printed(0) + failed.printed(1)
-
-
-# -- launchers ----------------------------------------------------------------------------------------------------------
 
 
 LAUNCHERS = {
@@ -233,11 +225,6 @@ def test_submit(tmp_path: Path) -> None:
     """The same command starts the run and goes on with it, in job_dir."""
     pytest.importorskip("submitit")
     np.save(tmp_path / "images.npy", pictures())
-    given = [
-        *flags(tmp_path / "images.npy", tmp_path / "run")[1:],
-        "--cluster=debug",
-        f"--job_dir={tmp_path / 'run'}",
-        "--nodes=1",
-    ]
-    assert cli.main(["submit", *given, "--ngpus=0", "--epochs=1"]) == 0
+    given = [*flags(tmp_path / "images.npy", tmp_path / "run")[1:], f"--job_dir={tmp_path / 'run'}", "--epochs=1"]
+    assert cli.main(["submit", *given, "--cluster=debug", "--nodes=1", "--ngpus=0"]) == 0
     assert [record["epoch"] for record in records(tmp_path / "run")] == [0]

@@ -1,4 +1,4 @@
-"""The public names, written out. Flags of the commands stand in commands.json, which tests/test_cli.py holds."""
+"""The public names, written out; flags of the commands are in commands.json."""
 
 import importlib
 import json
@@ -10,19 +10,8 @@ from maefast import cli
 
 SIZES = ("tiny_patch16", "small_patch16", "base_patch16", "large_patch16", "huge_patch14")
 FACTORIES = {f"mae_vit_{size}{decoder}" for size in SIZES for decoder in ("", "_dec512d8b")}
-WITH_REFERENCE = {
-    "add_layer_norm",
-    "attention",
-    "bias_gelu",
-    "gather_patches",
-    "layer_norm",
-    "linear",
-    "mask_patches",
-    "masked_mse",
-    "random_masking",
-    "transformer_block",
-    "unshuffle",
-}
+WITH_REFERENCE = {"add_layer_norm", "attention", "bias_gelu", "gather_patches", "layer_norm", "linear", "mask_patches"}
+WITH_REFERENCE |= {"masked_mse", "random_masking", "transformer_block", "unshuffle"}
 NAMES = {
     "maefast": {"MAE", "SimpleFeaturePyramid", "VisionTransformer", "__version__", "backend", "explain", "ops"} | FACTORIES,
     "maefast.ops": WITH_REFERENCE | {f"{op}_ref" for op in WITH_REFERENCE} | {"BlockWeights", "len_keep", "masking_noise"},
@@ -30,21 +19,8 @@ NAMES = {
     "maefast.models_mae": {"MaskedAutoencoderViT"} | FACTORIES,
     "maefast.models_vit": {"VisionTransformer"} | {f"vit_{size}" for size in SIZES},
 }
-COMMANDS = {
-    "ablate",
-    "convert",
-    "demo",
-    "extract",
-    "finetune",
-    "knn",
-    "linprobe",
-    "pack",
-    "partial",
-    "pretrain",
-    "reconstruct",
-    "robustness",
-    "submit",
-}
+COMMANDS = {"ablate", "convert", "demo", "extract", "finetune", "knn", "linprobe", "pack", "partial", "pretrain"}
+COMMANDS |= {"reconstruct", "robustness", "submit"}
 
 
 @pytest.mark.parametrize("module", NAMES)

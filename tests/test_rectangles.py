@@ -1,4 +1,4 @@
-"""Images that are no squares, and images of floats, through every command; patches without values have no part in the loss."""
+"""Rectangles and images of floats through every command; missing patches have no part in losses."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from pretraining import ArrayImages, options, pictures, records
+from support import assert_equal
 from torch import Tensor
 
 from maefast import MAE, checkpoint, cli
@@ -21,8 +22,8 @@ from maefast.train.pretrain.trainer import pretrain
 SIZE, PATCH = (16, 32), (4, 8)
 SMALL = "--embed_dim 32 --depth 1 --num_heads 2 --decoder_embed_dim 32 --decoder_depth 1 --decoder_num_heads 2"
 RUN = f"{SMALL} --batch_size 4 --epochs 1 --warmup_epochs 0 --num_workers 0 --input_size 16 32 --patch_size 4 8"
-TINY: dict[str, Any] = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
-TINY |= {"decoder_num_heads": 2}
+HEADS: dict[str, Any] = {"num_heads": 2, "decoder_num_heads": 2}
+TINY = {"embed_dim": 16, "depth": 1, "decoder_embed_dim": 16, "decoder_depth": 1, **HEADS}
 
 
 def maefast(command: str) -> int:
@@ -83,7 +84,7 @@ def test_every_command(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert maefast(f"robustness tuned/checkpoint.pth data --kinds none {nodata}") == 0
     assert maefast(f"convert {weights} official.pth --to official") == 0
     assert maefast(f"convert {weights} encoder.safetensors --to timm") == 0
-    assert MAE.from_pretrained("official.pth", num_heads=2, decoder_num_heads=2).patch_embed.img_size == SIZE
+    assert MAE.from_pretrained("official.pth", **HEADS).patch_embed.img_size == SIZE
     if values.shape[-1] == 1:
         assert maefast(f"reconstruct {weights} data/val picture.png {nodata} --count 2 --input_size 16 32") == 0
     capsys.readouterr()
@@ -103,8 +104,8 @@ def test_features_are_of_normalised_values() -> None:
 
 def test_configuration_file() -> None:
     np.save("u8.npy", KINDS["uint8"][0])
-    text = "data_path: u8.npy\noutput_dir: run\ninput_size: [16, 32]\npatch_size: [4, 8]\nmean: [0.25]\nstd: [0.5]\n"
-    Path("run.yaml").write_text(text)
+    sizes = "input_size: [16, 32]\npatch_size: [4, 8]\nmean: [0.25]\nstd: [0.5]\n"
+    Path("run.yaml").write_text(f"data_path: u8.npy\noutput_dir: run\n{sizes}")
     rest = f"{SMALL} --batch_size 4 --epochs 1 --warmup_epochs 0 --num_workers 0 --pictures 0"
     assert maefast(f"pretrain --config run.yaml {rest}") == 0
     model = MAE.from_pretrained("run/checkpoint-0.pth")
@@ -134,27 +135,19 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    np.save("f32.npy", spectrograms())
-    assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} {flags}") == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert BAD[flags] in line
-    assert not Path("run").exists()
+BAD_UNITS = {
+    "--mean 123 --std 58": "--mean must lie in 0..1 for uint8 images; it is 123",
+    "--mean -20 --std 8": "--mean must lie in 0..1 for uint8 images; it is -20",
+    "--mean 0.5 --std 58": "--std must lie in 0..1 for uint8 images; it is 58",
+    "--nodata -99": "--nodata must be given only for float arrays; the images are uint8, and it is -99",
+}
+CASES = [(kind, flags, reason) for kind, bad in (("floats", BAD), ("uint8", BAD_UNITS)) for flags, reason in bad.items()]
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        ("--mean 123 --std 58", "--mean must lie in 0..1 for uint8 images; it is 123"),
-        ("--mean -20 --std 8", "--mean must lie in 0..1 for uint8 images; it is -20"),
-        ("--mean 0.5 --std 58", "--std must lie in 0..1 for uint8 images; it is 58"),
-        ("--nodata -99", "--nodata must be given only for float arrays; the images are uint8, and it is -99"),
-    ],
-)
-def test_units_of_bytes(flags: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    np.save("u8.npy", KINDS["uint8"][0])
-    assert maefast(f"pretrain --data_path u8.npy --output_dir run {RUN} {flags}") == 2
+@pytest.mark.parametrize(("kind", "flags", "reason"), CASES)
+def test_bad_input(kind: str, flags: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("images.npy", KINDS[kind][0])
+    assert maefast(f"pretrain --data_path images.npy --output_dir run {RUN} {flags}") == 2
     [line] = capsys.readouterr().err.splitlines()
     assert reason in line
     assert not Path("run").exists()
@@ -171,13 +164,13 @@ def test_nothing_but_missing_values(flags: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("accum_iter", [1, 2])
 def test_a_batch_without_values_has_no_part_in_the_loss(accum_iter: int) -> None:
-    """Of four batches of one image two have none; weights stay as they are at a learning rate of zero."""
+    """Two of four batches of one image have none; at a learning rate of zero the weights stay."""
     values = spectrograms(4, missing=False)
     values[[0, 2]] = np.nan
     np.save("f32.npy", values)
     command = f"pretrain --data_path f32.npy --output_dir run {RUN} --mean -20 --std 8 --pictures 0 --augment none --lr 0"
     assert maefast(f"{command} --batch_size 1 --accum_iter {accum_iter}") == 0
-    model: Any = MAE.from_pretrained("run/checkpoint-0.pth", num_heads=2, decoder_num_heads=2)
+    model: Any = MAE.from_pretrained("run/checkpoint-0.pth", **HEADS)
     masks, losses = torch.Generator().manual_seed(0), list[list[float]]()
     order = iter(epoch_order(4, 0, 0))
     for _ in range(4 // accum_iter):
@@ -194,10 +187,8 @@ def test_a_batch_without_values_has_no_part_in_the_loss(accum_iter: int) -> None
 def test_missing_values_are_found() -> None:
     images = torch.zeros(2, 2, 4, 6)
     images[0, 1, 3, 4] = images[1, 0, 0, 0] = torch.nan
-    filled, weights = fill_missing(images, (2, 3))
-    assert torch.equal(filled, torch.zeros(2, 2, 4, 6))
-    assert weights is not None
-    assert weights.tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+    weights = torch.tensor([[1.0, 1, 1, 0], [0, 1, 1, 1]])
+    assert_equal(fill_missing(images, (2, 3)), (torch.zeros(2, 2, 4, 6), weights))
     for whole in (torch.zeros(2, 1, 4, 6), torch.zeros(2, 1, 4, 6, dtype=torch.uint8)):
         same, none = fill_missing(whole, (2, 3))
         assert same is whole
@@ -215,9 +206,8 @@ def test_missing_values_of_an_array(value: float) -> None:
     expected = torch.from_numpy(values[:2]).permute(0, 3, 1, 2).clone()
     expected[1, 0, 2, 3] = torch.nan
     got = data.read_many([0, 1], SIZE, lambda height, width: (0, 0, width, height))
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert torch.equal(got.nan_to_num(0), expected.nan_to_num(0))
-    smaller = data.read(1, (8, 16))  # the value is weighed into 4 x 4 or fewer of them, and nothing else is missing
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    smaller = data.read(1, (8, 16))  # the value is part of 4 x 4 or fewer of them
     assert 1 <= smaller.isnan().sum() <= 16
     normalised = NormalisedImages(data, torch.tensor([-20.0]), torch.tensor([8.0]), fill=True)
     assert torch.allclose(normalised.read(1), ((expected[1] + 20) / 8).nan_to_num(0), atol=1e-6)
@@ -230,13 +220,11 @@ def small_mae(**changes: object) -> MAE:
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_weights_of_patches(norm_pix_loss: bool) -> None:
-    """Against the reference, whose loss is over mask x weights; what stands in a patch of weight zero does not matter."""
+    """The reference's loss is over mask x weights; a patch of weight zero may hold anything."""
     model = small_mae(norm_pix_loss=norm_pix_loss)
     reference = ReferenceMAE(img_size=(8, 16), patch_size=(4, 4), in_chans=1, norm_pix_loss=norm_pix_loss, **TINY)
     reference.load_state_dict(model.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    imgs, noise = torch.randn(3, 1, 8, 16, generator=generator), torch.rand(3, 8, generator=generator)
-    weights = torch.rand(3, 8, generator=generator)
+    imgs, noise, weights = torch.randn(3, 1, 8, 16), torch.rand(3, 8), torch.rand(3, 8)
     weights[1] = 0
     pred, mask = reference(imgs, 0.5, noise=noise)[1:]
     expected = reference.forward_loss(imgs, pred, mask * weights)
@@ -279,7 +267,6 @@ def test_components_leave_missing_values_out() -> None:
 
 
 def test_uint8_goes_its_old_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model gets the bytes, and no weights."""
     seen = list[Any]()
     forward = MAE.forward
 
@@ -304,7 +291,6 @@ def test_a_checkpoint_that_tells_no_unit(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_checkpoint_of_another_unit() -> None:
-    """Statistics of floats are not those of bytes."""
     np.save("f32.npy", spectrograms())
     np.save("u8.npy", KINDS["uint8"][0])
     assert maefast(f"pretrain --data_path f32.npy --output_dir run {RUN} --mean -20 --std 8 --pictures 0") == 0

@@ -1,4 +1,4 @@
-"""What is built and packed, without building: setup.py's choices, the source distribution's files, the names of wheels."""
+"""What is built and packed, without building: setup.py, the source distribution, wheels."""
 
 import json
 import os
@@ -25,9 +25,9 @@ def setup_py(monkeypatch) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-@pytest.fixture
-def wants_cuda(setup_py) -> Callable[[str | None], bool]:
-    return setup_py["wants_cuda"]
+def write_script(path: Path, text: str = "") -> None:
+    path.write_text(f"#!/bin/sh\n{text}")
+    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -40,8 +40,7 @@ def machine(monkeypatch, tmp_path):
             if value is not None:
                 monkeypatch.setenv(name, value)
         if nvcc == "PATH":
-            (tmp_path / "nvcc").write_text("#!/bin/sh\n")
-            (tmp_path / "nvcc").chmod(0o755)
+            write_script(tmp_path / "nvcc")
         monkeypatch.setenv("PATH", str(tmp_path))
 
     return made
@@ -49,41 +48,41 @@ def machine(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("nvcc", ["PATH", "CUDACXX"])
 @pytest.mark.parametrize(("asked", "expected"), [(None, True), ("auto", True), ("1", True), ("0", False)])
-def test_where_torch_has_cuda_and_there_is_nvcc(wants_cuda, machine, asked, expected, nvcc):
+def test_where_torch_has_cuda_and_there_is_nvcc(setup_py, machine, asked, expected, nvcc):
     machine(asked, nvcc)
-    assert wants_cuda(CUDA) is expected
+    assert setup_py["wants_cuda"](CUDA) is expected
 
 
 @pytest.mark.parametrize(
     ("torch_cuda", "nvcc", "missing"),
     [(None, "PATH", "this torch has no CUDA"), (CUDA, "", "there is no nvcc on PATH or in CUDACXX")],
 )
-def test_where_something_is_missing(wants_cuda, machine, torch_cuda, nvcc, missing):
+def test_where_something_is_missing(setup_py, machine, torch_cuda, nvcc, missing):
     for asked in (None, "auto", "0"):
         machine(asked, nvcc)
-        assert wants_cuda(torch_cuda) is False
+        assert setup_py["wants_cuda"](torch_cuda) is False
     machine("1", nvcc)
     with pytest.raises(SystemExit, match=f"MAEFAST_CUDA=1 cannot be honoured: {missing}"):
-        wants_cuda(torch_cuda)
+        setup_py["wants_cuda"](torch_cuda)
 
 
 @pytest.mark.parametrize("asked", ["yes", "", "ON", "2"])
-def test_anything_else(wants_cuda, machine, asked):
+def test_anything_else(setup_py, machine, cutlass_options, asked):
     machine(asked, "PATH")
     with pytest.raises(SystemExit, match=f"MAEFAST_CUDA must be auto, 0 or 1; it is '{asked}'"):
-        wants_cuda(CUDA)
+        setup_py["wants_cuda"](CUDA)
+    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS must be auto, 0 or 1; it is '{asked}'"):
+        cutlass_options(asked, True, True)
 
 
 def test_the_torch_to_build_against(setup_py, monkeypatch, tmp_path):
     installed = Path(torch.__file__).parent
     assert setup_py["torch_root"]() == installed
-    # In the environment that pip isolates a build in there is none, but in the one around it.
+    # pip builds in an isolated environment without torch, inside one that has it.
     monkeypatch.setitem(setup_py["torch_root"].__globals__, "find_spec", lambda name: None)
     assert setup_py["torch_root"]() == installed
-    without = tmp_path / "python"
-    without.write_text("#!/bin/sh\necho\n")
-    without.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(without))
+    write_script(tmp_path / "python", "echo\n")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert setup_py["torch_root"]() is None
 
 
@@ -105,7 +104,6 @@ def test_a_wheel_serves_every_python(setup_py, native):
 
 
 def test_files_of_the_source_distribution(tmp_path):
-    """All that the build reads, and nothing built."""
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"MAEFAST_NATIVE": "1"}, capture_output=True, check=True)
     packed = set((tmp_path / "maefast.egg-info" / "SOURCES.txt").read_text().splitlines())
@@ -153,7 +151,7 @@ def test_a_wheel_that_needs_a_library_of_others_is_refused(tag):
 
 @pytest.fixture
 def cutlass_options(setup_py, monkeypatch, tmp_path) -> Callable[[str | None, bool, bool], dict[str, str]]:
-    """Of MAEFAST_CUTLASS, with or without the package nvidia-cutlass, with or without CUDA kernels."""
+    """Return the options by MAEFAST_CUTLASS, the package nvidia-cutlass and the CUDA kernels."""
 
     def made(asked: str | None, installed: bool, with_cuda: bool) -> dict[str, str]:
         monkeypatch.delenv("MAEFAST_CUTLASS", raising=False)
@@ -181,9 +179,3 @@ def test_where_cutlass_cannot_be_built(cutlass_options, installed, with_cuda, mi
         assert cutlass_options(asked, installed, with_cuda)["MAEFAST_CUTLASS"] in ("auto", "OFF")
     with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS=1 cannot be honoured: {missing}"):
         cutlass_options("1", installed, with_cuda)
-
-
-@pytest.mark.parametrize("asked", ["yes", "", "ON", "2"])
-def test_anything_else_of_cutlass(cutlass_options, asked):
-    with pytest.raises(SystemExit, match=f"MAEFAST_CUTLASS must be auto, 0 or 1; it is '{asked}'"):
-        cutlass_options(asked, True, True)

@@ -1,4 +1,4 @@
-"""What the step benchmarks have for GPUs, as far as a CPU can show it: contenders, their gates, memory, rates."""
+"""The step benchmarks for GPUs, as far as a CPU shows them: contenders, gates, memory, rates."""
 
 import dataclasses
 
@@ -8,15 +8,16 @@ import pytest
 import stepbench
 import test_step
 import torch
+from support import assert_equal
 
 from maefast.testing import timing
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL_STEP = test_step.TINY
 
 
 def gpu_step(batch: int) -> stepbench.StepWorkload:
-    return stepbench.StepWorkload("any", dataclasses.replace(SMALL_STEP, batch=batch), "bf16", torch.device("cuda"))
+    return stepbench.StepWorkload("any", dataclasses.replace(SMALL_STEP, batch=batch), "bf16", CUDA)
 
 
 def test_contenders_of_a_step_on_a_gpu():
@@ -24,8 +25,12 @@ def test_contenders_of_a_step_on_a_gpu():
     assert set(small) - set(large) == {"maefast-graphed"}
     on_cpu = dataclasses.replace(gpu_step(8), device=CPU).contenders
     assert set(large) - set(on_cpu) == {"reference-math-fp16"}
-    sizes = {w.label: w.size.batch for w in test_step.workloads(full=True, device=torch.device("cuda"))}
+    sizes = {w.label: w.size.batch for w in test_step.workloads(full=True, device=CUDA)}
     assert sizes == {"vit_b16": 1024, "vit_b16_batch8": 8, "vit_l16": 512, "vit_h14": 256}
+
+
+def run_out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("no")
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +51,7 @@ def test_a_step_in_fp16_trains_with_a_scaler(step_bench):
 
 def test_a_step_that_runs_out_of_memory_leaves_no_gradients(step_bench):
     """The contenders share their weights; the backward fails at the last of them."""
-
-    def fails(grad):
-        raise torch.OutOfMemoryError("no")
-
-    hook = step_bench.weights.cls_token.register_hook(fails)
+    hook = step_bench.weights.cls_token.register_hook(run_out_of_memory)
     attempts = [lambda: step_bench.results("reference-sdpa")]
     attempts += [lambda name=name: step_bench.run(name)(0) for name in ("maefast", "reference-math-fp16")]
     for attempt in attempts:
@@ -65,7 +66,7 @@ def test_the_gate_of_a_graphed_step(without_graphs):
     run = bench.run("maefast-graphed")
     before = [p.detach().clone() for p in bench.weights.parameters()]
     bench.check("maefast-graphed", run)
-    assert all(torch.equal(p, old) for p, old in zip(bench.weights.parameters(), before, strict=True))
+    assert_equal(list(bench.weights.parameters()), before)
     run(1)
     assert not torch.equal(bench.weights.cls_token, before[0])
     assert all(p.grad is None for p in bench.weights.parameters())
@@ -82,15 +83,11 @@ class HeavyBench:
         return None
 
     def run(self, contender: str) -> timing.Run:
-        def run(i: int) -> None:
-            if contender == "heavy when timed":
-                raise torch.OutOfMemoryError("no")
-
-        return run
+        return run_out_of_memory if contender == "heavy when timed" else lambda i: None
 
     def check(self, contender: str, run: timing.Run) -> None:
         if contender == "heavy":
-            raise torch.OutOfMemoryError("no")
+            run_out_of_memory()
 
     def forget(self) -> None:
         pass
@@ -102,13 +99,13 @@ class HeavyWorkload:
 
 
 def test_a_step_that_does_not_fit_into_the_gpu_leaves_its_group(monkeypatch):
-    """The others are timed, with the memory that torch allocates above what was there, and what each contender holds."""
+    """The others are timed, with the memory above what was there and what a contender holds."""
     for name, value in {"memory_allocated": 500, "max_memory_allocated": 700, "reset_peak_memory_stats": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(measure, "timer_for", lambda device: timing.WallTimer())
     for probe in ("copy_probe", "gemm_probe"):
         monkeypatch.setattr(machine, probe, lambda *_: lambda i: None)
-    group = measure.Group(HeavyWorkload(), "any", measure.Options(full=False, device=torch.device("cuda")))
+    group = measure.Group(HeavyWorkload(), "any", measure.Options(full=False, device=CUDA))
     assert group.skipped == dict.fromkeys(("heavy", "heavy when timed"), "out of GPU memory")
     assert set(group.samples) == {"light", "graphed", measure.COPY, measure.GEMM}
     assert group.peak == {"light": 700 - 500 + 1000}
@@ -125,5 +122,5 @@ def test_a_step_that_does_not_fit_into_the_gpu_leaves_its_group(monkeypatch):
 )
 def test_nominal_rate(monkeypatch, name, dtype, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert machine.nominal_flops(torch.device("cuda"), dtype) == expected
+    assert machine.nominal_flops(CUDA, dtype) == expected
     assert machine.nominal_flops(CPU, dtype) is None

@@ -6,28 +6,22 @@ import pickle
 from functools import partial
 
 import pytest
+import support
 import torch
 from support import (
     BATCHES,
     IMAGES,
-    Batch,
-    Results,
+    assert_equal,
     assert_results,
     assert_steps,
-    attends_otherwise,
     images_for,
     noise_for,
     small_mae,
     small_reference,
     step,
-    widened,
 )
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as activation
 
 from maefast import MAE
 from maefast.blocks import Block
@@ -49,15 +43,15 @@ def make(seed: int = 0) -> MAE:
     return small_mae(seed=seed, decoder_depth=2)
 
 
-def run(model: nn.Module, **options: object) -> Results:
+def run(model: nn.Module, **options: object) -> support.Results:
     return step(model, images_for(model), noise_for(model), **options)
 
 
 def check_steps(model: nn.Module, **options: object) -> None:
-    """Loss, prediction and gradients of several batches by the error rule, under the names that checkpointing hides."""
+    """Hold several batches to the error rule, under the names that checkpointing hides."""
     reference = small_reference(decoder_depth=2)
 
-    def run(imgs: Tensor, noise: Tensor) -> Results:
+    def run(imgs: Tensor, noise: Tensor) -> support.Results:
         results = step(model, imgs, noise, **options)
         return {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in results.items()}
 
@@ -72,15 +66,10 @@ def test_functional_call(options):
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in other.named_parameters()}
     kwargs = {"noise": noise_for(model), **options}
     loss = torch.func.functional_call(model, parameters, (images_for(model),), kwargs).loss
-    assert torch.equal(loss, expected["loss"])
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    for name, grad in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
-        assert torch.equal(grad, expected[name]), name
+    got = {"loss": loss, **dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))}
+    assert_equal(got, {name: expected[name] for name in got})
     assert all(p.grad is None for p in model.parameters())
-
-
-def pickled(model: MAE) -> MAE:
-    return pickle.loads(pickle.dumps(model))
 
 
 def saved(model: MAE) -> MAE:
@@ -90,33 +79,28 @@ def saved(model: MAE) -> MAE:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
 def test_copies_are_the_same_model(duplicate):
-    """A step of the copy is a step of the model, and leaves the model alone."""
     model = make()
     other = duplicate(model)
     got = run(other)
     assert all(p.grad is None for p in model.parameters())
-    expected = run(model)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+    assert_equal(got, run(model))
 
 
 @OPTIONS
-@pytest.mark.parametrize("impl", CheckpointImpl)
+@pytest.mark.parametrize("impl", activation.CheckpointImpl)
 def test_checkpointed_blocks(impl, options):
-    """torch's wrapper, reentrant and not, on every block; it takes the last one off what return_pred=False saves there."""
+    """torch's wrapper, reentrant or not, on every block; return_pred takes it off the last."""
     model = make()
-    wrapper = partial(checkpoint_wrapper, checkpoint_impl=impl)
-    apply_activation_checkpointing(model, wrapper, check_fn=lambda module: isinstance(module, Block))
+    wrapper = partial(activation.checkpoint_wrapper, checkpoint_impl=impl)
+    activation.apply_activation_checkpointing(model, wrapper, check_fn=lambda module: isinstance(module, Block))
     check_steps(model, **options)
 
 
 @OPTIONS
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # images have no gradient
 def test_hooks_are_called_on_every_module(options):
-    """Each kind once a step, and the numbers stay."""
     model, seen = make(), []
     modules = [module for module in model.modules() if not isinstance(module, nn.ModuleList)]
     for module in modules:
@@ -133,14 +117,14 @@ def test_a_hooked_convolution_is_called_with_the_patches_asked_for(dtype):
     imgs, ids = images_for(model, N=4, dtype=dtype), noise_for(model, N=4).argsort(dim=1)[:, :5]
     statistics = (model.mean, model.std) if dtype == torch.uint8 else ()
     model.patch_embed.proj.register_forward_hook(lambda module, args, out: out * 2)
-    pixels = widened(imgs, *statistics)
+    pixels = support.widened(imgs, *statistics)
     exact = 2 * take_tokens(copy.deepcopy(reference.patch_embed).double()(pixels), ids)
     eager = 2 * take_tokens(reference.patch_embed(pixels.float()), ids)
     assert_close_to_float64("tokens", model.patch_embed(imgs, ids, *statistics), eager, exact)
     assert model.patch_embed(imgs[:0], ids[:0], *statistics).shape == (0, 5, 32)
 
 
-def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> Results:
+def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> support.Results:
     """The outputs of a model or of the reference, and the features of the whole images."""
     loss, pred, _ = model(imgs, noise=noise)
     if isinstance(model, MAE):
@@ -152,11 +136,10 @@ def inference(model: nn.Module, imgs: Tensor, noise: Tensor) -> Results:
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, partial(torch.set_grad_enabled, False)])
 @pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
 def test_without_gradients(context, cast):
-    """Nothing requires a gradient, and the numbers are the reference's by the error rule."""
     model, reference = make(), small_reference(decoder_depth=2)
-    other, exact = attends_otherwise(reference), copy.deepcopy(reference).double()
+    other, exact = support.attends_otherwise(reference), copy.deepcopy(reference).double()
 
-    def run(seed: int) -> Batch:
+    def run(seed: int) -> support.Batch:
         imgs, noise = images_for(model, IMAGES, seed=seed), noise_for(model, IMAGES, seed=seed)
         with context():
             with torch.autocast("cpu", torch.bfloat16, enabled=cast):

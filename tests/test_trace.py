@@ -1,4 +1,4 @@
-"""The model's forward on a GPU, traced on fake CUDA tensors: which kernels it calls there, and that none waits for the host."""
+"""The forward on a GPU, traced on fake CUDA tensors: its kernels, and no wait for the host."""
 
 import re
 
@@ -21,7 +21,7 @@ N, PATCHES = 2, 196
 
 
 class Indexing(TorchFunctionMode):
-    """t[...] of integers, slices and None as calls of ops: a torch without CUDA refuses to index even a fake CUDA tensor."""
+    """Index by calls of ops: a torch without CUDA refuses to index even a fake CUDA tensor."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not Tensor.__getitem__:
@@ -72,7 +72,7 @@ def calls(backend: str = "auto", return_pred: bool = True, **options: object) ->
 
 
 def count(names: list[str]) -> dict[str, int]:
-    """The kernels of maefast, attention and norms among `names`; none of the calls may wait for the host."""
+    """Count maefast's kernels, attention and norms; no call may wait for the host."""
     assert not [name for name in names if re.match(r"aten\.(_local_scalar_dense|item|nonzero|is_nonzero|equal)", name)]
     found = [name for name in names if re.search("^maefast|_safe_softmax|layer_norm", name)]
     return {name: found.count(name) for name in found}
@@ -82,14 +82,14 @@ PIXELS = {"maefast_triton.random_masking_fwd": 1, "maefast_triton.gather_patches
 AROUND = PIXELS | {"maefast_triton.unshuffle_fwd": 1}
 NATIVE = "maefast.attention_fwd"
 SDPA = "aten._safe_softmax"  # a torch without CUDA takes it apart
-
-
-# Two stacks, of two blocks and of one. Each starts with a norm; every other norm adds the branch before it, the last one's too.
+# Stacks of two blocks and one: a norm first; every other norm adds the branch before it.
 ROWS = {"maefast_triton.layer_norm_fwd": 2, "maefast_triton.add_layer_norm_fwd": 6, "maefast_triton.bias_gelu_fwd": 3}
 
 
-def test_auto(hopper):
-    assert count(calls()) == AROUND | ROWS | {NATIVE: 3}
+@pytest.mark.parametrize("options", [{}, {"backend": "triton"}, {"attn_backend": "sdpa"}], ids=["auto", "triton", "sdpa"])
+def test_kernels(hopper, options):
+    """Attention chooses by itself unless the model asks."""
+    assert count(calls(**options)) == AROUND | ROWS | {SDPA if "attn_backend" in options else NATIVE: 3}
 
 
 def test_auto_on_a_gpu_without_measurements(hopper, monkeypatch):
@@ -97,18 +97,8 @@ def test_auto_on_a_gpu_without_measurements(hopper, monkeypatch):
     assert count(calls()) == AROUND | ROWS | {SDPA: 3}
 
 
-def test_triton(hopper):
-    """Attention chooses by itself."""
-    assert count(calls("triton")) == AROUND | ROWS | {NATIVE: 3}
-
-
-def test_a_model_that_asks(hopper):
-    assert count(calls(attn_backend="sdpa")) == AROUND | ROWS | {SDPA: 3}
-
-
 def test_the_removed_patches_alone(hopper):
-    """The last block asks for the queries of removed patches, which native attention does not take on a GPU: auto gives them to
-    SDPA, and a model that asks for native computes that block for every token."""
+    """The last block's queries, of removed patches, go to SDPA by auto; native takes all tokens."""
     ranked_twice = {"maefast_triton.random_masking_fwd": 2}  # the noise, and the mask
     assert count(calls(return_pred=False)) == AROUND | ROWS | ranked_twice | {NATIVE: 2, SDPA: 1}
     assert count(calls(return_pred=False, attn_backend="native")) == AROUND | ROWS | ranked_twice | {NATIVE: 3}

@@ -1,5 +1,7 @@
-"""The table of measurements and what writes it: the choice, the merge, the file, the candidates; timers are passed in."""
+"""The table of measurements and what writes it, with timers that are passed in."""
 
+import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -20,16 +22,14 @@ needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not 
 
 
 def test_the_committed_table_is_what_tune_would_write():
-    """From the speedups in it: which lengths an entry covers, and what is worth one."""
+    """By the speedups in it: which lengths an entry covers, and what is worth one."""
     table = tuned.read()
     for capability, measured in {(entry.capability, entry.measured) for entry in table.attention}:
         entries = [entry for entry in table.attention if (entry.capability, entry.measured) == (capability, measured)]
-        rows = [
-            (T, d, {entry.backend: 1.0, "sdpa": entry.speedup + 0.001})
-            for entry in entries
-            for T, _, d in dict.fromkeys(tune.SHAPES)
-            if d == entry.head_width and entry.first <= T <= entry.last
-        ]
+        rows = []
+        for entry, (T, _, d) in itertools.product(entries, dict.fromkeys(tune.SHAPES)):
+            if d == entry.head_width and entry.first <= T <= entry.last:
+                rows.append((T, d, {entry.backend: 1.0, "sdpa": entry.speedup + 0.001}))
         assert sorted(tune.attention_entries(rows, capability, measured)) == sorted(entries)
     for entry in table.tiles:
         assert entry.speedup >= tune.GAIN
@@ -98,12 +98,14 @@ def test_which_product_is_worth_an_entry():
 
 @pytest.mark.parametrize("kind", gemm.KINDS)
 def test_what_is_timed_of_a_product(kind, monkeypatch):
-    """Each contender gives what the plain ops give, within bf16; here the kernels are stood in for by float64."""
+    """Contenders give what the plain ops give within bf16; float64 stands in for the kernels."""
 
-    def stand_in(kind):
-        return lambda *given: tuple(
-            t.to(torch.float32 if t.dim() == 1 else BF16) for t in _products.plain(kind, *(t.double() for t in given))
-        )
+    def stand_in(kind, factor=1):
+        def run(*given):
+            results = _products.plain(kind, *(t.double() for t in given))
+            return tuple(factor * t.to(torch.float32 if t.dim() == 1 else BF16) for t in results)
+
+        return run
 
     monkeypatch.setattr(gemm, "why_not", lambda *_: None)
     monkeypatch.setitem(_products._CUTLASS, kind, stand_in(kind))
@@ -117,11 +119,9 @@ def test_what_is_timed_of_a_product(kind, monkeypatch):
 
     size = Size(24, 16, 32)
     assert _products.time_product(kind, size, CPU, BF16, rotate, tune.is_right) == {"cublas": 1.0, "cutlass": 1.0}
-    for mine, theirs in zip(ran["cublas"], ran["cutlass"], strict=True):
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(ran["cublas"], ran["cutlass"], rtol=0.05, atol=0.05, check_dtype=False)
     assert not torch.equal(ran["cublas"][0][0], ran["cublas"][1][0]), "the sets differ"
-    monkeypatch.setitem(_products._CUTLASS, kind, lambda *given: tuple(2 * t for t in stand_in(kind)(*given)))
+    monkeypatch.setitem(_products._CUTLASS, kind, stand_in(kind, factor=2))
     assert _products.time_product(kind, size, CPU, BF16, rotate, tune.is_right) == {}, "wrong results are not timed"
 
 
@@ -164,25 +164,17 @@ def test_the_error_rule():
     assert tune.is_right([exact.float() * (1 + eps / 2)], [exact.float()], [exact])
 
 
+ON_NATIVE = tuple(Attention(capability, 64, 34, 56, "native", 2.0, "before") for capability in ("8.0", "9.0"))
+TILES = {"layer_norm_fwd": {"num_warps": 8}, "unshuffle_fwd": {"ROWS": 4}}
 OLD = Table(
-    (
-        Attention("8.0", 64, 34, 56, "native", 2.0, "before"),
-        Attention("9.0", 64, 34, 56, "native", 2.0, "before"),
-        Attention("9.0", 32, 100, 150, "flash_attn", 2.0, "before"),
-    ),
-    (
-        Tile("9.0", "layer_norm_fwd", 512, {"num_warps": 8}, 1.1, "before"),
-        Tile("9.0", "unshuffle_fwd", 512, {"ROWS": 4}, 1.1, "before"),
-    ),
-    (
-        Gemm("9.0", "linear", (342, 512), (1366, 2048), 11094, 1.2, "before"),
-        Gemm("9.0", "input_gradient", (342, 512), (1366, 2048), 11094, 1.1, "before"),
-    ),
+    (*ON_NATIVE, Attention("9.0", 32, 100, 150, "flash_attn", 2.0, "before")),
+    tuple(Tile("9.0", kernel, 512, tile, 1.1, "before") for kernel, tile in TILES.items()),
+    tuple(Gemm("9.0", kind, (342, 512), (1366, 2048), 11094, 1.2, "before") for kind in ("linear", "input_gradient")),
 )
 
 
 def test_what_was_measured_takes_the_place_of_what_was(monkeypatch):
-    """Of this architecture, the parts and backends that were timed; flash-attn was not, and its entry keeps its place."""
+    """Parts and backends of this architecture that were timed; flash-attn keeps its entry."""
     native = {50: 3.0, 65: 1.0, 197: 1.0, 257: 4.0}
     monkeypatch.setattr(tune, "time_attention", lambda shape, setting: {"native": native[shape[0]], "sdpa": 3.0})
     monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "ROWS=1 num_warps=2": 1.0})])
@@ -212,8 +204,7 @@ def test_products_that_were_measured(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(tmp_path, capsys):
     assert tune.main(["--output", str(tmp_path / "table.json")]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", f"python -m maefast.kernels.tune needs a GPU, torch {torch.__version__} finds none\n")
+    assert capsys.readouterr() == ("", f"python -m maefast.kernels.tune needs a GPU, torch {torch.__version__} finds none\n")
     assert not (tmp_path / "table.json").exists()
     with pytest.raises(SystemExit) as stop:
         tune.main(["--only", "attention,linear"])
@@ -223,10 +214,8 @@ def test_without_a_gpu(tmp_path, capsys):
 
 def test_a_run_on_a_gpu_in_name_only(tmp_path, monkeypatch, capsys):
     """The command from end to end, but for the timing."""
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    for name, value in {"is_available": True, "current_device": 0, "get_device_name": "NVIDIA X"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(tuned, "architecture", lambda device: "8.0")
     monkeypatch.setattr(tune, "medians_on", lambda device: None)
     times = {"native": 1.0, "sdpa": 1.5}
@@ -240,19 +229,13 @@ def test_a_run_on_a_gpu_in_name_only(tmp_path, monkeypatch, capsys):
 
 
 def test_it_is_a_command():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "maefast.kernels.tune", "--help"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-W", "ignore", "-m", "maefast.kernels.tune", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--only PARTS" in done.stdout
 
 
-# what the launchers make of the table
-
-
 def launches(kernel: str) -> list:
-    """Those of `kernel`, of a width of 512, or of P = 768."""
-    import importlib
-
+    """Return the launches of `kernel` at a width of 512, or at P = 768."""
     import aot
 
     module = importlib.import_module(f"maefast.kernels.{kernel[:-4]}")
@@ -308,12 +291,12 @@ def test_a_launcher_reads_the_table(kernel, monkeypatch):
 @needs_triton
 def test_programs_of_the_backward_norm(monkeypatch):
     """They take chunks of whole tiles, of at least four rows."""
+    import aot
+
     from maefast.kernels import layer_norm
 
     rows, weight, statistics = torch.empty(70, 512), torch.empty(512), torch.empty(70)
     for programs, chunk in ((7, 10), (6, 12), (528, 4)):
-        import aot
-
         with tuned.trying("layer_norm_bwd", 512, CPU, {"ROWS": 2, "PROGRAMS": programs}), aot.recorded(layer_norm) as found:
             layer_norm.layer_norm_bwd(rows, None, rows, weight, weight, statistics, statistics, None, None)
         names = [p.name for p in found[0].kernel.params]

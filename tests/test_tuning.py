@@ -1,4 +1,4 @@
-"""Fine-tuning that is killed and goes on, its augmentation, and the classifiers it writes on corrupted images."""
+"""Fine-tuning that is killed and resumed, its augmentation, its classifiers on corrupted images."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from images import Stripes
-from support import refused, small_mae, threads
+from support import assert_equal, refused, small_mae, threads
 
 from maefast import cli
 from maefast.train import checkpoints
@@ -30,7 +30,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def parts(root):
-    """The parts of the data set that is found at any path; beside it, mae/, a checkpoint."""
+    """The parts of the data set at any path; mae/ beside it is a checkpoint."""
     parts = {"train": Stripes(32), "val": Stripes(10, seed=1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(root, capsys):
     assert len({record["loss"] for record in records}) == 4
     assert [record["epoch"] for record in records if "top1" in record] == [3, 4]
     whole, killed = (torch.load(f"{name}/checkpoint.pth", weights_only=True)["model"] for name in ("whole", "killed"))
-    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
+    assert_equal(dict(killed), dict(whole))
     assert [path.name for path in checkpoints.find(root / "killed")] == ["checkpoint-3.pth"]
     capsys.readouterr()
     assert finetune("killed", "--resume=auto", "--layer_decay=0.5") == 2
@@ -81,9 +81,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(root, capsys):
 
 
 def test_accumulated_batches_are_one_batch():
-    """Two half batches give the step of a whole one, its gradient clipped."""
-    x, y = torch.randn(8, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
-    weights = []
+    x, y, weights = torch.randn(8, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]), []
     for size, accumulated in ((8, 1), (4, 2)):
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
@@ -96,7 +94,7 @@ def test_accumulated_batches_are_one_batch():
 
 
 def test_learning_rate_of_the_probe_by_held_out_images(monkeypatch, capsys):
-    """A rate of 0 learns nothing, one that is too large has no finite loss; of two that are as good the smaller one."""
+    """A rate of 0 learns nothing, too large a one diverges; of two as good the smaller is taken."""
     labels = torch.arange(60) % 3
     features = torch.eye(3)[labels] + 0.1 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     recipe = supervised.Recipe(10, 0, 10, 0.0, 0.0)
@@ -110,8 +108,7 @@ def test_learning_rate_of_the_probe_by_held_out_images(monkeypatch, capsys):
 
 
 def test_mixup_and_cutmix_by_hand():
-    x = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
-    y = torch.eye(2)
+    x, y = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 1, 8, 8), torch.eye(2)
     mixed, soft = augment.mixup(x, y, 0.75)
     assert mixed.flatten(1).unique(dim=1).flatten().tolist() == [0.25, 0.75]
     assert soft.tolist() == [[0.75, 0.25], [0.25, 0.75]]
@@ -125,7 +122,7 @@ def test_mixup_and_cutmix_by_hand():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_rand_augment_and_erasing(channels):
-    """Every image changes, by the generator's seed; erased pixels have the mean colour; labels stay."""
+    """Images change by the generator's seed; erased pixels have the mean colour; labels stay."""
     pytest.importorskip("kornia")
     model = small_mae(in_chans=channels, mean=[0.5] * channels, std=[0.25] * channels)
     imgs, labels = Stripes(20, channels).pictures, torch.arange(20) % 2
@@ -162,14 +159,12 @@ def test_augmentation_errors(capsys, monkeypatch):
 def tuned(parts):
     """A classifier that tells the stripes, and its images as a folder of arrays."""
     cli.main(["finetune", "mae", "data", "--epochs=6", "--warmup_epochs=1", "--batch_size=8", "--lr=0.005", "--output_dir=tuned"])
-    for name, images, names in (("data", parts["val"], ["lying", "standing"]), ("other", parts["val"], ["x", "y"])):
+    for name, names in (("data", ["lying", "standing"]), ("other", ["x", "y"])):
         os.mkdir(name)
-        np.save(f"{name}/images.npy", images.pictures.permute(0, 2, 3, 1).numpy())
-        np.save(f"{name}/labels.npy", images.labels.numpy())
-        with open(f"{name}/classes.json", "w") as file:
-            json.dump(names, file)
-    with open("map.txt", "w") as file:
-        file.write("x standing\ny lying\n")  # the wrong way round
+        np.save(f"{name}/images.npy", parts["val"].pictures.permute(0, 2, 3, 1).numpy())
+        np.save(f"{name}/labels.npy", parts["val"].labels.numpy())
+        Path(name, "classes.json").write_text(json.dumps(names))
+    Path("map.txt").write_text("x standing\ny lying\n")  # the wrong way round
     os.mkdir("split")
     os.symlink("../data", "split/val")
     return "tuned/checkpoint.pth"
@@ -183,15 +178,14 @@ def test_robustness(tuned, parts, capsys):
     capsys.readouterr()
     assert cli.main(command) == 0
     assert capsys.readouterr().out == "clean: 1.0000 of 10 images\nfolder: 0.0000 of 10 images\n"
-    with open("out.json") as file:
-        assert json.load(file) == {"images": 10, "clean": 1.0, "corrupted": {}, "folder": 0.0, "folder_images": 10}
+    expected = {"images": 10, "clean": 1.0, "corrupted": {}, "folder": 0.0, "folder_images": 10}
+    assert json.loads(Path("out.json").read_text()) == expected
 
 
 def test_corruptions(tuned, parts, capsys):
     pytest.importorskip("imagecorruptions", exc_type=ImportError)
     assert cli.main(["robustness", tuned, "split", "--kinds=contrast,gaussian_noise", "--severities=1,5", "--out=out.json"]) == 0
-    with open("out.json") as file:
-        result = json.load(file)
+    result = json.loads(Path("out.json").read_text())
     assert result["clean"] == 1.0
     assert result["corrupted"].keys() == {"contrast", "gaussian_noise"}
     imgs = parts["val"].pictures[:3, :1, :28, :28]

@@ -1,4 +1,4 @@
-"""Trains under DistributedDataParallel; `torchrun ddp.py RESULTS` writes the losses, averaged over the ranks."""
+"""Train under DDP; `torchrun ddp.py RESULTS` writes the losses, averaged over the ranks."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def main(results: Path) -> None:
     batches = make_batches(rank, world)
 
     def losses_of(batches, accumulate=False, **options):
-        # Buckets so small that several are reduced while backward runs.
+        # Buckets are so small that several are reduced while backward runs.
         model = DistributedDataParallel(make_mae(), bucket_cap_mb=0.01)
         accumulated = {"micro_batches": 2, "unsynchronised": model.no_sync} if accumulate else {}
         torch.manual_seed(SEED + rank)

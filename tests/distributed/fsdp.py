@@ -1,4 +1,4 @@
-"""Trains under fully_shard; `torchrun fsdp.py RESULTS ONE TWO` writes the losses, averaged over the ranks.
+"""Train under fully_shard; `torchrun fsdp.py RESULTS ONE TWO` writes losses averaged over ranks.
 
 ONE  a checkpoint of one process after two steps, to go on from
 TWO  where the same is saved from here

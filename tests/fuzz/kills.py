@@ -1,8 +1,8 @@
-"""Kill `maefast pretrain --resume auto` at random moments: `python tests/fuzz/kills.py --count 200 --seed 0`.
+"""Kill `maefast pretrain` at random: `python tests/fuzz/kills.py --count 200 --seed 0`.
 
-The same command is started anew after each kill until the run has finished; half of the kills meet runs without workers, half
-runs with two. Lost is a run whose newest checkpoint is older after a kill, or that cannot be resumed. Different is a finished run
-whose losses or weights are not, bit for bit, those of a run that nobody killed.
+The same command is started anew after each kill until the run has finished, half of the time with
+two workers. Lost is a run whose newest checkpoint is older after a kill, or that cannot be resumed.
+Different is a finished run whose losses or weights have not the bits of a run without kills.
 """
 
 import argparse

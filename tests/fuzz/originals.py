@@ -1,4 +1,4 @@
-"""Sound inputs of every kind that `open_images` and `checkpoint.load` read: what fuzzing starts from."""
+"""Sound inputs of every kind that `open_images` and `checkpoint.load` read, to fuzz."""
 
 import argparse
 import gzip
@@ -7,8 +7,7 @@ import json
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ class Original:
     target: str
     opened: str = ""
     channels: int = 3
-    kind: str = field(default="images")
+    kind: str = "images"
 
 
 def small_mae() -> maefast.MAE:
@@ -83,7 +82,7 @@ def saved(entries: object, **options: object) -> bytes:
 
 
 def pickled(entries: dict[str, object]) -> bytes:
-    """torch.save's format before 1.6. It names storages by their addresses, which differ from run to run."""
+    """Save in torch's format before 1.6, without the addresses that it names storages by."""
     content = saved(entries, _use_new_zipfile_serialization=False)
     return re.sub(rb"(?<=X..\0\0)\d{12,16}", lambda found: b"7" * len(found[0]), content, flags=re.DOTALL)
 
@@ -120,13 +119,9 @@ def many_bands(bands: np.ndarray) -> dict[str, bytes]:
     except ImportError:
         return {}
     found = {}
-    for name, options in (
-        ("contiguous tiff", {"planarconfig": "contig"}),
-        ("compressed tiff", {"planarconfig": "contig", "compression": "zlib"}),
-        ("bigtiff", {"planarconfig": "contig", "bigtiff": True}),
-    ):
+    for name, options in (("contiguous", {}), ("compressed", {"compression": "zlib"}), ("big", {"bigtiff": True})):
         stream = io.BytesIO()
-        tifffile.imwrite(stream, bands, photometric="minisblack", **options)
+        tifffile.imwrite(stream, bands, photometric="minisblack", planarconfig="contig", **options)
         found[name] = stream.getvalue()
     return found
 
@@ -140,9 +135,7 @@ def containers() -> dict[str, Original]:
     grey = {"train-images-idx3-ubyte": idx(values[..., 0]), "train-labels-idx1-ubyte": idx(np.arange(4, dtype=np.uint8))}
     packed = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in grey.items()}
     found = {name: Original(array, name) for name in array}
-    found |= {name: Original(grey, name, channels=1) for name in grey} | {
-        name: Original(packed, name, channels=1) for name in packed
-    }
+    found |= {name: Original(files, name, channels=1) for files in (grey, packed) for name in files}
     for name, kind in (("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT), ("ustar", tarfile.USTAR_FORMAT)):
         short = {key: content for key, content in members.items() if kind != tarfile.USTAR_FORMAT or len(key) < 100}
         found[f"{name}.tar"] = Original({"a.tar": tar(short, kind)}, "a.tar", "a.tar")
@@ -154,13 +147,8 @@ def checkpoints() -> dict[str, Original]:
 
     model = small_mae()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    training = {
-        "model": state,
-        "args": argparse.Namespace(lr=1e-3, model="a"),
-        "epoch": 3,
-        "scaler": {},
-        "path": OrderedDict(a=1),
-    }
+    options = argparse.Namespace(lr=1e-3, model="a")
+    training = {"model": state, "args": options, "epoch": 3, "scaler": {}, "path": OrderedDict(a=1)}
     config = json.dumps({"model_type": "maefast", **SIZES}).encode()
     half = len(state) // 2
     parts = dict(list(state.items())[:half]), dict(list(state.items())[half:])
@@ -182,5 +170,4 @@ def checkpoints() -> dict[str, Original]:
 
 
 def originals() -> dict[str, Original]:
-    makers: tuple[Callable[[], dict[str, Original]], ...] = (images, containers, checkpoints)
-    return {name: original for make in makers for name, original in make().items()}
+    return images() | containers() | checkpoints()

@@ -1,7 +1,7 @@
 """Fuzz what comes in: `make fuzz`, or `python tests/fuzz/run.py --count 2000 --seed 0`.
 
-Each input must end in a result, a named skip or one sentence, in 10 s of the processor and 1 GiB, with no code run and no file
-written.
+Each input must end in a result, a named skip or one sentence, in 10 s of the processor and 1 GiB,
+with no code run and no file written.
 """
 
 import argparse
@@ -115,9 +115,9 @@ def attempt(case: Any, model: Any, state: dict[str, Any], watch: Watch, errors: 
             is_data = case.kind == "images"
             result = read_images(path, case.channels) if is_data else load_checkpoint(path, model, state)
         except errors as error:
-            result = "one sentence"
             try:
                 check_sentence(str(error))
+                result = "one sentence"
             except AssertionError as unclear:
                 result = f"FAULT {unclear}"
         except BaseException as error:
@@ -134,7 +134,7 @@ def attempt(case: Any, model: Any, state: dict[str, Any], watch: Watch, errors: 
 
 
 def run(seed: int, count: int) -> tuple[Counter[str], list[str]]:
-    """Outcomes, and faults; a process that hangs or dies is a fault too, and another one goes on behind it."""
+    """Return outcomes and faults; a process that hangs or dies is a fault, and another follows."""
     outcomes, faults, done = Counter[str](), list[str](), 0
     while done < count:
         command = [sys.executable, __file__, "--worker", "--seed", str(seed), "--count", str(count), "--skip", str(done)]

@@ -1,8 +1,8 @@
-"""Native attention on a GPU, through the public op: by the error rule, the same bits twice, in compiled code and CUDA graphs."""
+"""Native attention on a GPU: the error rule, the same bits twice, compiled code, CUDA graphs."""
 
 import pytest
 import torch
-from support import forward_backward
+from support import assert_equal, forward_backward
 from torch import Tensor
 
 import maefast
@@ -19,7 +19,9 @@ BF16, F16 = torch.bfloat16, torch.float16
 SMALL = [(1, 1, 32), (2, 9, 32), (3, 49, 64), (2, 50, 64), (2, 65, 80)]  # h, T, d
 LARGE = [(4, T, 32) for T in (80, 81, 197, 208, 209, 257, 288)] + [(3, T, 64) for T in (64, 80, 197)] + [(2, 80, 80)]
 LONGEST = {32: 288, 64: 208, 80: 80}
-RAGGED = [(T, d) for d in LONGEST for T in (2, 7, 63, 66, 196, 198, 256) if LONGEST[d] >= T]  # one off a tile or a model
+RAGGED = [(3, T, d) for d in LONGEST for T in (2, 7, 63, 66, 196, 198, 256) if LONGEST[d] >= T]  # one off a tile or a model
+CASES = [(N, *size, 1.0) for N, sizes in ((3, SMALL), (17, LARGE), (2, RAGGED)) for size in sizes]
+CASES += [(2, 2, T, d, 0.0) for T, d in ((50, 64), (65, 80), (197, 32))]  # equal scores
 
 
 def run(qkv: Tensor, dout: Tensor, h: int, backend: str) -> dict[str, Tensor]:
@@ -31,7 +33,9 @@ def inputs(N: int, h: int, T: int, d: int, dtype: torch.dtype, scale: float = 1.
     return scale * torch.randn(N, T, 3 * h * d, device="cuda").to(dtype), torch.randn(N, T, h * d, device="cuda")
 
 
-def check(N: int, h: int, T: int, d: int, dtype: torch.dtype, q_scale: float = 1.0) -> None:
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("N", "h", "T", "d", "q_scale"), CASES)
+def test_sizes(N, h, T, d, q_scale, dtype):
     qkv, dout = inputs(N, h, T, d, dtype)
     qkv[..., : h * d] *= q_scale
     got, again = (run(qkv, dout, h, "native") for _ in range(2))
@@ -40,30 +44,6 @@ def check(N: int, h: int, T: int, d: int, dtype: torch.dtype, q_scale: float = 1
         assert torch.equal(value, again[name]), f"{name}: two runs differ"
         assert value.dtype == dtype
         assert_close_to_float64(f"T = {T}, d = {d}, {name}", value, eager[name], exact[name])
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("h", "T", "d"), SMALL)
-def test_small(h, T, d, dtype):
-    check(3, h, T, d, dtype)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("h", "T", "d"), LARGE)
-def test_large(h, T, d, dtype):
-    check(17, h, T, d, dtype)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("T", "d"), RAGGED)
-def test_large_ragged(T, d, dtype):
-    check(2, 3, T, d, dtype)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("h", "T", "d"), [(2, 50, 64), (2, 65, 80), (2, 197, 32)])
-def test_equal_scores(h, T, d, dtype):
-    check(2, h, T, d, dtype, q_scale=0.0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
@@ -81,8 +61,7 @@ def test_small_layouts():
     wide = torch.zeros(3, 50, 3 * 128 + 3, device="cuda", dtype=BF16)
     wide[..., 3:] = qkv
     for view in (wide[..., 3:], qkv.transpose(0, 1).contiguous().transpose(0, 1)):
-        for name, value in run(view, dout, 2, "native").items():
-            assert torch.equal(value, expected[name]), name
+        assert_equal(run(view, dout, 2, "native"), expected)
 
 
 def test_small_nothing_to_do():
@@ -109,8 +88,7 @@ def test_compiled():
     with maefast.backend("native"):
         out = torch.compile(ops.attention, fullgraph=True)(leaf, 3)
     (dqkv,) = torch.autograd.grad(out, leaf, dout.to(BF16))
-    assert torch.equal(out, expected["out"])
-    assert torch.equal(dqkv, expected["d_qkv"])
+    assert_equal({"out": out, "d_qkv": dqkv}, expected)
 
 
 def test_graph():

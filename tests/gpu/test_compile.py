@@ -1,4 +1,4 @@
-"""torch.compile(mode="reduce-overhead") on a GPU: training steps as CUDA graphs, by the error rule, with fresh masks in each."""
+"""torch.compile(mode="reduce-overhead") on a GPU: steps as CUDA graphs, each with fresh masks."""
 
 import copy
 
@@ -9,10 +9,7 @@ from torch._dynamo.utils import counters
 
 from maefast.testing.errors import assert_close_to_float64
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.usefixtures("fresh_dynamo"),
-]
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), pytest.mark.usefixtures("fresh_dynamo")]
 
 STEPS = 6  # a warm-up, a recording, replays
 

@@ -1,8 +1,9 @@
-"""The products of csrc/cuda/gemm on a GPU of compute capability 9.0, at sizes that no tile divides, as far as TMA reads them."""
+"""The products of csrc/cuda/gemm on compute capability 9.0, at sizes that no tile divides."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import assert_equal
 from torch import Tensor
 
 import maefast
@@ -20,16 +21,8 @@ BF16, F16 = torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda")
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 EACH_KIND = pytest.mark.parametrize("kind", gemm.KINDS)
-# One row, a whole tile, one more of each, a single step of the sum, odd numbers of steps and of tiles in a cluster of two
-SIZES = [
-    Size(1, 8, 8),
-    Size(128, 64, 128),
-    Size(129, 72, 136),
-    Size(1000, 8, 264),
-    Size(197, 776, 384),
-    Size(4097, 512, 2048),
-    Size(2500, 1280, 5120),
-]
+# One row, a whole tile, one more of each, one step of the sum, odd numbers of steps and of tiles
+SIZES = [(1, 8, 8), (128, 64, 128), (129, 72, 136), (1000, 8, 264), (197, 776, 384), (4097, 512, 2048), (2500, 1280, 5120)]
 CALLS = {
     "linear": lambda x, weight, bias, hidden: (torch.ops.maefast.linear_fwd(x, weight, bias, False),),
     "linear_gelu_fwd": lambda x, weight, bias, hidden: torch.ops.maefast.linear_gelu_fwd(x, weight, bias),
@@ -44,19 +37,15 @@ def _seeded() -> None:
     torch.cuda.manual_seed(0)
 
 
-def check(kind: str, case: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> None:
-    exact = plain(kind, *(t.double() for t in case))
-    for place, (mine, eager, truth) in enumerate(zip(got, plain(kind, *case), exact, strict=True)):
-        assert mine.dtype == eager.dtype
-        assert_close_to_float64(f"{kind} {place}", mine, eager, truth)
-
-
 @HALVES
 @EACH_KIND
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_sizes(kind, size, dtype):
-    case = inputs(kind, size, DEVICE, dtype)
-    check(kind, case, CALLS[kind](*case))
+    case = inputs(kind, Size(*size), DEVICE, dtype)
+    exact = plain(kind, *(t.double() for t in case))
+    for place, results in enumerate(zip(CALLS[kind](*case), plain(kind, *case), exact, strict=True)):
+        assert results[0].dtype == results[1].dtype
+        assert_close_to_float64(f"{kind} {place}", *results)
 
 
 @EACH_KIND
@@ -64,8 +53,7 @@ def test_deterministic(kind):
     case = inputs(kind, Size(3001, 768, 3072), DEVICE, BF16)
     first = CALLS[kind](*case)
     for _ in range(3):
-        for mine, theirs in zip(CALLS[kind](*case), first, strict=True):
-            assert torch.equal(mine, theirs)
+        assert_equal(CALLS[kind](*case), first)
 
 
 @EACH_KIND
@@ -73,11 +61,9 @@ def test_rows_that_are_apart(kind):
     x, *rest = inputs(kind, Size(300, 64, 136), DEVICE, BF16)
     wide = torch.full((300, 96), torch.nan, device=DEVICE, dtype=BF16)
     wide[:, 16:80] = x
-    for mine, theirs in zip(CALLS[kind](wide[:, 16:80], *rest), CALLS[kind](x, *rest), strict=True):
-        assert torch.equal(mine, theirs)
-    shifted = torch.empty(x.numel() + 1, device=DEVICE, dtype=BF16)[1:].view(x.shape).copy_(x)
-    for mine, theirs in zip(CALLS[kind](shifted, *rest), CALLS[kind](x, *rest), strict=True):
-        assert torch.equal(mine, theirs), "misaligned: copied"
+    misaligned = torch.empty(x.numel() + 1, device=DEVICE, dtype=BF16)[1:].view(x.shape).copy_(x)  # which is copied
+    for view in (wide[:, 16:80], misaligned):
+        assert_equal(CALLS[kind](view, *rest), CALLS[kind](x, *rest))
 
 
 @EACH_KIND
@@ -95,8 +81,7 @@ def test_in_a_cuda_graph(kind):
     for t in case:
         t.copy_(torch.randn_like(t))
     graph.replay()
-    for mine, theirs in zip(captured, CALLS[kind](*case), strict=True):
-        assert torch.equal(mine, theirs)
+    assert_equal(captured, CALLS[kind](*case))
 
 
 @EACH_KIND
@@ -112,8 +97,7 @@ def test_on_another_stream(kind):
             mine.copy_(theirs)
         got = CALLS[kind](*late)
     side.synchronize()
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
+    assert_equal(got, expected)
 
 
 @HALVES

@@ -1,4 +1,4 @@
-"""GraphedStep on a GPU: the losses of the eager step for the same seed, other masks in each replay, learning rates that count."""
+"""GraphedStep on a GPU: the eager step's losses, other masks in each replay, learning rates."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BF16 = torch.bfloat16
 
 
 def trained(graphed: bool, autocast: torch.dtype | None, rates: list[float]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of a step at each learning rate, on one batch, and the weights after them."""
+    """Return the loss of a step at each rate, on one batch, and the weights after them."""
     model = small_mae().cuda()
     imgs = images_for(model).cuda()
     optimizer = adamw(model, rates[0], backend="torch", capturable=True)
@@ -52,7 +52,7 @@ def test_a_learning_rate_takes_effect():
 
 
 def test_noise_of_ones_own_and_clipping():
-    """The graph reads the noise of each call, and scales the gradient down as the eager step does."""
+    """The graph reads the noise of each call and clips the gradient as the eager step does."""
     losses, norms = [], []
     for graphed in (True, False):
         model = small_mae().cuda()

@@ -1,8 +1,8 @@
-"""random_masking, gather_patches, unshuffle and masked_mse on a GPU, by each backend, and the launch that joins the first two."""
+"""The masking ops on a GPU, by each backend, and the launch that masks and gathers at once."""
 
 import pytest
 import torch
-from support import check_op, widened
+from support import assert_equal, check_op, widened
 from torch import Tensor
 
 import maefast
@@ -50,11 +50,6 @@ def masks(L: int, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
     return ops.random_masking_ref(torch.rand(N, L, device="cuda"), len_keep)
 
 
-def assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
-
-
 @pytest.mark.parametrize("L", [1, 49, 196, 256, 1000])
 def test_random_masking(backend, L):
     values = noise(L) if L > 1 else torch.rand(N, 1, device="cuda")
@@ -70,9 +65,7 @@ def test_gather_patches(backend, size, dtypes):
 
     def op(imgs: Tensor) -> Tensor:
         exact = imgs.dtype == torch.float64
-        return ops.gather_patches(
-            imgs, ids, p, *((None, None) if exact else statistics), dtype=imgs.dtype if exact else dtypes[1]
-        )
+        return ops.gather_patches(imgs, ids, p, *(() if exact else statistics), dtype=imgs.dtype if exact else dtypes[1])
 
     check_op(op, [{"imgs": imgs}], lambda inputs: {"imgs": widened(inputs["imgs"], *statistics)}, tested=backend)
 
@@ -113,15 +106,12 @@ def test_masked_mse(backend, size, dtypes, compact):
 def test_deterministic(backend):
     ids_restore, mask = masks(196, 49)[1:]
     x, token = (torch.randn(shape, device="cuda", requires_grad=True) for shape in ((N, 50, 512), (1, 1, 512)))
-    pred, positions, imgs = (
-        torch.randn(N, 196, 768, device="cuda", requires_grad=True),
-        torch.randn(1, 197, 512),
-        images(224, F32),
-    )
+    pred, positions = torch.randn(N, 196, 768, device="cuda", requires_grad=True), torch.randn(1, 197, 512, device="cuda")
+    imgs = images(224, F32)
 
     def run() -> tuple[Tensor, ...]:
         with maefast.backend(backend):
-            y = ops.unshuffle(x, ids_restore, token, positions.cuda())
+            y = ops.unshuffle(x, ids_restore, token, positions)
             loss = ops.masked_mse(pred, imgs, mask, 16, True)
             return y, loss, *torch.autograd.grad(y.sum() + loss, (x, token, pred))
 

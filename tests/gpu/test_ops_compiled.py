@@ -1,7 +1,8 @@
-"""All ops on a GPU in one function: by inductor with a batch that changes, and in CUDA graphs, the same bits as without."""
+"""All ops on a GPU in one function, by inductor and in CUDA graphs: the same bits as without."""
 
 import pytest
 import torch
+from support import assert_equal
 from tritonrun import run_step, step, step_inputs
 
 from maefast import _library, kernels
@@ -18,8 +19,7 @@ def test_compiled(mode, batches, backend, fresh_dynamo):
     for N in batches:
         inputs = step_inputs(N)
         torch.compiler.cudagraph_mark_step_begin()
-        for got, expected in zip(run_step(compiled, inputs, backend), run_step(step, inputs, backend), strict=True):
-            assert torch.equal(got, expected)
+        assert_equal(run_step(compiled, inputs, backend), run_step(step, inputs, backend))
 
 
 @pytest.mark.parametrize("backend", [NATIVE, "triton"])
@@ -34,5 +34,4 @@ def test_graph(backend):
         for t in inputs:
             t.copy_(torch.randn_like(t))
     graph.replay()
-    for got, expected in zip(captured, run_step(step, inputs, backend), strict=True):
-        assert torch.equal(got, expected)
+    assert_equal(captured, run_step(step, inputs, backend))

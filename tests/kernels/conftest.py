@@ -1,5 +1,6 @@
-"""The tests of the kernels run on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported: see
-tests/test_kernels.py). The ahead-of-time compilation needs neither, and a Triton that does not interpret."""
+"""Tests of the kernels, on a GPU or in Triton's interpreter: TRITON_INTERPRET=1 before its import.
+
+Ahead-of-time compilation needs neither, but a Triton that does not interpret."""
 
 import importlib.util
 from typing import Any
@@ -24,12 +25,12 @@ if HAS_TRITON and INTERPRETED:
     _patched: set[int] = set()  # the modules of the language that the launch in progress has patched
 
     def _patch_tensor_with_scalars(tensor: type, scope: Any) -> None:
-        """The interpreter of Triton 3.6 makes a bound of a loop from an array of one element, which NumPy 2.4 refuses."""
+        """Triton 3.6 makes a loop's bound from an array of one element, which NumPy 2.4 refuses."""
         _patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def _patch_lang_once(function: Any) -> Any:
-        """It patches its language again in each call of a function by a kernel, a third of the time of these tests."""
+        """Patch the language once a launch, not in each call of a function, a third of all time."""
         modules = {id(value) for value in function.__globals__.values() if value in (triton.language, triton.language.core)}
         if modules <= _patched:
             return None
@@ -41,7 +42,7 @@ if HAS_TRITON and INTERPRETED:
         return scope
 
     def _reduce_by_halves(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
-        """It calls the function that combines two values once for each value; here it gets arrays of them."""
+        """Combine arrays by one call, where the interpreter makes one for each value."""
         tensors, axis = self.unravel(inputs, self.axis)
         parts, types = [t.handle.data for t in tensors], [t.dtype for t in tensors]
         while (length := parts[0].shape[axis]) > 1:

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from support import assert_equal
 from tritonrun import DEVICE, F16, F32, FLOATS, check, random
 
 import maefast
@@ -9,13 +10,10 @@ from maefast import ops
 
 
 def run(*shape, dtypes=(F32, F32), x=None, residual=None):
-    """dtypes are those of x and of the residual."""
-    return {
-        "x": (random(*shape, dtype=dtypes[0]) if x is None else x).requires_grad_(),
-        "residual": (random(*shape, dtype=dtypes[1]) if residual is None else residual).requires_grad_(),
-        "weight": random(shape[-1]).requires_grad_(),
-        "bias": random(shape[-1]).requires_grad_(),
-    }
+    x = random(*shape, dtype=dtypes[0]) if x is None else x
+    residual = random(*shape, dtype=dtypes[1]) if residual is None else residual
+    inputs = {"x": x, "residual": residual, "weight": random(shape[-1]), "bias": random(shape[-1])}
+    return {name: t.requires_grad_() for name, t in inputs.items()}
 
 
 def op(dtype=None):
@@ -35,7 +33,7 @@ def test_widths(D, dtype):
 @pytest.mark.parametrize("dtypes", [(F16, F32), (F32, F16)])
 @pytest.mark.parametrize("out", [None, F16])
 def test_mixed_dtypes(dtypes, out):
-    """The sum is fp32 and its gradient is cast in the same pass to the dtype of the other input."""
+    """The sum is fp32; its gradient is cast to the other input's dtype in the same pass."""
     check(op(out), *(run(3, 5, 40, dtypes=dtypes) for _ in range(2)), dy=dys(3, 5, 40), exact=op(out and torch.float64))
 
 
@@ -49,8 +47,8 @@ def test_statistics_are_those_of_the_sum_as_stored():
     inputs = run(9, 30, dtypes=(F16, F16))
     with maefast.backend("triton"):
         y, total = ops.add_layer_norm(**inputs, dtype=F32)
-        assert torch.equal(total, inputs["x"] + inputs["residual"])
-        assert torch.equal(y, ops.layer_norm(total, inputs["weight"], inputs["bias"], dtype=F32))
+        expected = ops.layer_norm(total, inputs["weight"], inputs["bias"], dtype=F32)
+    assert_equal((y, total), (expected, inputs["x"] + inputs["residual"]))
 
 
 def test_layouts():
@@ -66,4 +64,4 @@ def test_empty():
         y, total = ops.add_layer_norm(**inputs)
         grads = torch.autograd.grad((y, total), tuple(inputs.values()), (torch.empty_like(y), torch.empty_like(total)))
     assert y.shape == total.shape == (0, 4, 8)
-    assert torch.equal(grads[2], torch.zeros(8, device=DEVICE))
+    assert_equal(grads[2], torch.zeros(8, device=DEVICE))

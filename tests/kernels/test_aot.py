@@ -1,6 +1,6 @@
-"""The machine code, compiled here: no spills on the architectures of data centres, memory accesses as wide as the data allow.
+"""Machine code of representative kernels, compiled here: no spills, accesses as wide as the data.
 
-A few representative kernels; scripts/aot_table.py compiles all of CASES."""
+scripts/aot_table.py compiles all of CASES."""
 
 import csv
 import re

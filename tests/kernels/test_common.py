@@ -17,7 +17,7 @@ def test_sum_columns(chunks, D, count):
 
 
 def test_rows_that_are_a_view_stay_where_they_are():
-    """(..., D) with dense rows at even distances costs no copy; any other layout becomes rows too."""
+    """(..., D) with dense rows at even distances is not copied; other layouts become rows too."""
     x = random(3, 5, 12)
     views = {x: True, x[..., 2:9]: True, x[1:, :, :1]: True, x[:, :, ::2]: False, x.mT: False, x[:, 1:4, 2:9]: False}
     for t, shares in views.items():

@@ -26,15 +26,14 @@ def test_floats(patch, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("statistics", [True, False])
 def test_uint8(dtype, statistics):
-    inputs = run((8, 16), U8, statistics=statistics)
-    wide = partial(ops.gather_patches, patch_size=(8, 16), dtype=torch.float64)
-    check(partial(ops.gather_patches, patch_size=(8, 16), dtype=dtype), inputs, exact=wide)
+    inputs, op = run((8, 16), U8, statistics=statistics), partial(ops.gather_patches, patch_size=(8, 16))
+    check(partial(op, dtype=dtype), inputs, exact=partial(op, dtype=torch.float64))
 
 
 def test_casts():
-    wide = partial(ops.gather_patches, patch_size=(4, 2), dtype=torch.float64)
-    check(partial(ops.gather_patches, patch_size=(4, 2), dtype=F16), run((4, 2), F32), exact=wide)
-    check(partial(ops.gather_patches, patch_size=(4, 2), dtype=F32), run((4, 2), F16), exact=wide)
+    op = partial(ops.gather_patches, patch_size=(4, 2))
+    for dtype, out in ((F32, F16), (F16, F32)):
+        check(partial(op, dtype=out), run((4, 2), dtype), exact=partial(op, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("C", [1, 4, 13])
@@ -43,16 +42,11 @@ def test_channels(C):
 
 
 def test_layouts():
-    patch, shape = (4, 6), (2, 3, 12, 12)
-    layouts = {
-        "channels_last": random(*shape).contiguous(memory_format=torch.channels_last),
-        "misaligned": random(2 * 3 * 12 * 12 + 1)[1:].reshape(shape),
-        "crop": random(2, 5, 15, 17)[:, 1:4, 2:14, 3:15],
-        "transposed": random(2, 3, 12, 12).mT,
-        "expanded": random(1, 1, 12, 12).expand(shape),
-    }
-    for imgs in layouts.values():
-        check(partial(ops.gather_patches, patch_size=patch), run(patch, F32, imgs=imgs))
+    shape = (2, 3, 12, 12)
+    misaligned, crop = random(2 * 3 * 12 * 12 + 1)[1:].reshape(shape), random(2, 5, 15, 17)[:, 1:4, 2:14, 3:15]
+    channels_last = random(*shape).contiguous(memory_format=torch.channels_last)
+    for imgs in (channels_last, misaligned, crop, random(*shape).mT, random(1, 1, 12, 12).expand(shape)):
+        check(partial(ops.gather_patches, patch_size=(4, 6)), run((4, 6), F32, imgs=imgs))
 
 
 def test_empty_and_out_of_range():

@@ -9,7 +9,6 @@ from maefast import ops
 
 
 def run(patch, dtypes=(F32, F32), grid=(3, 2), C=3, N=2, K=2, compact=False, weights=None):
-    """dtypes are those of pred and imgs; uint8 images come with statistics."""
     L, P = grid[0] * grid[1], C * patch[0] * patch[1]
     mask = (permutations(N, L) >= K).float() if weights is None else weights
     inputs = {
@@ -17,9 +16,7 @@ def run(patch, dtypes=(F32, F32), grid=(3, 2), C=3, N=2, K=2, compact=False, wei
         "imgs": random(N, C, grid[0] * patch[0], grid[1] * patch[1], dtype=dtypes[1]),
         "mask": mask,
     }
-    if dtypes[1] == U8:
-        inputs |= {"mean": random(C), "std": torch.rand(C, device=DEVICE) + 0.2}
-    return inputs
+    return inputs | ({"mean": random(C), "std": torch.rand(C, device=DEVICE) + 0.2} if dtypes[1] == U8 else {})
 
 
 def op(patch, norm_pix=True):
@@ -53,12 +50,12 @@ def test_weights():
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_groups(compact, monkeypatch):
-    """Several patches a program, the last program of a row with fewer, and rows longer than one block of weights."""
+    """Several patches a program, fewer in a row's last; rows longer than one block of weights."""
     from maefast.kernels import masked_mse
 
     chosen = masked_mse.launch_config
     monkeypatch.setattr(masked_mse, "launch_config", lambda *shape: chosen(*shape) | {"GROUP": 4})
-    check(op((2, 2)), run((2, 2), grid=(3, 2), N=3, compact=compact), run((2, 2), grid=(3, 2), N=3, compact=compact))
+    check(op((2, 2)), *(run((2, 2), grid=(3, 2), N=3, compact=compact) for _ in range(2)))
     check(op((1, 2)), run((1, 2), grid=(15, 18), C=1, N=1, K=200, compact=compact))
 
 
@@ -82,12 +79,12 @@ def test_patches_of_no_weight_may_hold_anything():
 
 
 def test_a_mask_that_does_not_fit_stays_in_bounds():
-    """On a GPU nothing looks at the values before: rows that no patch has get a gradient of zero."""
+    """On a GPU nothing checks the values first: rows without a patch get a gradient of zero."""
     inputs = run((2, 2), compact=True)
     for removed in (1, 6):
         mask = (torch.arange(6, device=DEVICE) < removed).float().expand(2, 6)
         with maefast.backend("triton"):
-            (dpred,) = torch.autograd.grad(op((2, 2))(**(inputs | {"mask": mask})), inputs["pred"])
+            (dpred,) = torch.autograd.grad(op((2, 2))(**inputs | {"mask": mask}), inputs["pred"])
         assert dpred.isfinite().all()
         assert not dpred[:, removed:].any()
 

@@ -1,4 +1,4 @@
-"""What tune times of the Triton kernels: real launches, held against float64, with a timer that only runs them."""
+"""What tune times of the Triton kernels: real launches, with a timer that only runs them."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from maefast.kernels import _norm, tune
 
 
 def once(runs, sets):
-    """A timer that does not look at the clock."""
     for run in runs.values():
         run(sets - 1)
     return dict.fromkeys(runs, 1.0)

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # images and labels to the loss
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -35,36 +36,27 @@ class Images(torch.utils.data.Dataset):
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parses the options of one script together with those that both have."""
+    """Parse a script's options and the common ones; join the process group, make the folder."""
     parser.add_argument("--model", required=True)
     parser.add_argument("--sizes", type=json.loads, default={}, help="further arguments of the model, as JSON")
-    parser.add_argument("--input_size", type=int, default=224)
-    parser.add_argument("--data_path", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--accum_iter", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--warmup_epochs", type=float, default=0.5)
-    parser.add_argument("--blr", type=float, default=1e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no_amp", action="store_true")
-    parser.add_argument("--world_size", type=int, default=1)
-    parser.add_argument("--dist_url", default="")
-    parser.add_argument("--find_unused_parameters", action="store_true")
-    return parser.parse_args()
-
-
-def init_processes(args: argparse.Namespace) -> None:
-    """One process group where --dist_url is given; seeds differ from rank to rank."""
+    for name in ("data_path", "output_dir"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    numbers = {"input_size": 224, "batch_size": 8, "accum_iter": 1, "epochs": 2, "warmup_epochs": 0.5, "blr": 1e-3}
+    for name, default in (numbers | {"weight_decay": 0.05, "seed": 0, "world_size": 1, "dist_url": ""}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    for name in ("no_amp", "find_unused_parameters"):
+        parser.add_argument(f"--{name}", action="store_true")
+    args = parser.parse_args()
     args.rank = int(os.environ.get("RANK", 0))
     if args.dist_url:
         dist.init_process_group("gloo", init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
     torch.manual_seed(args.seed + args.rank)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def wrapped(model: torch.nn.Module, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The model to train with, and the one below it that has the methods and names."""
+    """Return the model to train with, and the one below it that has the methods and names."""
     if not args.dist_url:
         return model, model
     model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=args.find_unused_parameters)
@@ -79,7 +71,7 @@ def batches(data: Images, args: argparse.Namespace, epoch: int) -> Iterator[tupl
 
 
 def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args: argparse.Namespace) -> None:
-    """Linear warm-up, then half a cosine, in fractions of an epoch; a group's `lr_scale` multiplies it."""
+    """Linear warm-up, then half a cosine, times a group's `lr_scale`; `epoch` has fractions."""
     peak = args.blr * args.batch_size * args.accum_iter * args.world_size / 256
     if epoch < args.warmup_epochs:
         lr = peak * epoch / args.warmup_epochs
@@ -87,6 +79,43 @@ def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args: a
         lr = peak * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def train(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Images,
+    args: argparse.Namespace,
+    loss_of: Loss,
+    with_norm: bool,
+) -> torch.amp.GradScaler:
+    """Train in fp16, or fp32 by --no_amp; log losses, scales and, `with_norm`, gradient norms."""
+    scaler = torch.amp.GradScaler("cpu", enabled=not args.no_amp)
+    for epoch in range(args.epochs):
+        model.train()
+        optimizer.zero_grad()
+        steps = len(data) // args.world_size // args.batch_size
+        for i, (samples, targets) in enumerate(batches(data, args, epoch)):
+            if i % args.accum_iter == 0:
+                adjust_learning_rate(optimizer, epoch + i / steps, args)
+            with torch.autocast("cpu", torch.float16, enabled=not args.no_amp):
+                loss = loss_of(samples, targets)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise SystemExit(f"the loss is {value}")
+            loss /= args.accum_iter
+            scaler.scale(loss).backward()
+            log(args, loss=value)
+            if (i + 1) % args.accum_iter == 0:
+                norm = {}
+                if with_norm:
+                    scaler.unscale_(optimizer)
+                    norm["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                log(args, **norm, scale=scaler.get_scale())
+    return scaler
 
 
 def log(args: argparse.Namespace, **record: object) -> None:

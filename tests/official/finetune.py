@@ -1,4 +1,4 @@
-"""Fine-tuning and linear probing of a pre-trained checkpoint as scripts around the official repository do them."""
+"""Fine-tuning and linear probing as scripts around the official repository do them."""
 
 import argparse
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import models_vit
 import torch
 import torch.nn.functional as F
-from common import Images, adjust_learning_rate, arguments, batches, init_processes, log, wrapped
+from common import Images, arguments, log, train, wrapped
 
 
 def interpolate_positions(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Positions of a checkpoint, on a square grid of patches, for the model's; those of extra tokens stay."""
+    """Fit a checkpoint's positions, on a square grid, to the model; extra tokens keep theirs."""
     positions = weights["pos_embed"]
     extra = model.pos_embed.shape[-2] - model.patch_embed.num_patches
     old, new = (int(count**0.5) for count in (positions.shape[-2] - extra, model.patch_embed.num_patches))
@@ -22,29 +22,27 @@ def interpolate_positions(model: torch.nn.Module, weights: dict[str, torch.Tenso
 
 
 def layer_of(name: str, layers: int) -> int:
-    """0 for what comes before the blocks, 1 and up for these, the last for what comes after them."""
+    """Return 0 before the blocks, 1 and up for these, the last number behind them."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks") else layers
 
 
 def layer_decay_groups(model: torch.nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, object]]:
-    """A group for each layer and kind of parameter; a layer learns at `layer_decay` times the rate of the next one."""
+    """Group by layer and decay; a layer learns at `layer_decay` times the rate of the next."""
     layers = len(model.blocks) + 1
     groups: dict[tuple[int, bool], dict[str, object]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decayed = parameter.ndim > 1 and name not in model.no_weight_decay()
-        layer = layer_of(name, layers)
-        empty = {"lr_scale": layer_decay ** (layers - layer), "weight_decay": weight_decay * decayed, "params": []}
-        groups.setdefault((layer, decayed), empty)["params"].append(parameter)
+        if parameter.requires_grad:
+            decayed, layer = parameter.ndim > 1 and name not in model.no_weight_decay(), layer_of(name, layers)
+            empty = {"lr_scale": layer_decay ** (layers - layer), "weight_decay": weight_decay * decayed, "params": []}
+            groups.setdefault((layer, decayed), empty)["params"].append(parameter)
     return list(groups.values())
 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, data: Images, args: argparse.Namespace) -> tuple[list[list[float]], float]:
-    """The logits of all images, and the accuracy."""
+    """Return the logits of all images, and the accuracy."""
     model.eval()
     logits, correct = [], 0
     for images, targets in torch.utils.data.DataLoader(data, args.batch_size):
@@ -64,9 +62,6 @@ def main() -> None:
     parser.add_argument("--layer_decay", type=float, default=0.75)
     parser.add_argument("--linear_probe", action="store_true")
     args = arguments(parser)
-    init_processes(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-
     options = {"num_classes": args.nb_classes, "global_pool": args.global_pool, "img_size": args.input_size}
     drop_path = 0.0 if args.linear_probe else args.drop_path
     model = models_vit.__dict__[args.model](**options, drop_path_rate=drop_path, **args.sizes)
@@ -82,8 +77,7 @@ def main() -> None:
     assert set(report.missing_keys) == expected, report.missing_keys
     torch.nn.init.trunc_normal_(model.head.weight, std=0.01 if args.linear_probe else 2e-5)
     if args.linear_probe:
-        norm = torch.nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6)
-        model.head = torch.nn.Sequential(norm, model.head)
+        model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name.startswith("head.")
 
@@ -92,28 +86,9 @@ def main() -> None:
         optimizer = torch.optim.SGD(model_without_ddp.head.parameters(), lr=0.0, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(layer_decay_groups(model_without_ddp, args.weight_decay, args.layer_decay), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=not args.no_amp)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if args.linear_probe else 0.1)
     data = Images(args.data_path, args.input_size)
-
-    for epoch in range(args.epochs):
-        model.train()
-        optimizer.zero_grad()
-        steps = len(data) // args.world_size // args.batch_size
-        for i, (samples, targets) in enumerate(batches(data, args, epoch)):
-            if i % args.accum_iter == 0:
-                adjust_learning_rate(optimizer, epoch + i / steps, args)
-            with torch.autocast("cpu", torch.float16, enabled=not args.no_amp):
-                loss = criterion(model(samples), targets)
-            value = loss.item()
-            loss /= args.accum_iter
-            scaler.scale(loss).backward()
-            log(args, loss=value)
-            if (i + 1) % args.accum_iter == 0:
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                log(args, scale=scaler.get_scale())
+    train(model, optimizer, data, args, lambda samples, targets: criterion(model(samples), targets), with_norm=False)
     logits, accuracy = evaluate(model, data, args)
     log(args, logits=logits, accuracy=accuracy)
 

@@ -1,4 +1,4 @@
-"""The plain Masked Autoencoder under the official module's names, for scripts in which maefast does not take its place."""
+"""The plain Masked Autoencoder under the official module's names, for scripts without maefast."""
 
 from functools import partial
 
@@ -6,10 +6,5 @@ from torch import nn
 
 from maefast.reference import ReferenceMAE as MaskedAutoencoderViT
 
-mae_vit_tiny_patch16 = partial(
-    MaskedAutoencoderViT,
-    embed_dim=192,
-    depth=12,
-    num_heads=3,
-    norm_layer=partial(nn.LayerNorm, eps=1e-6),
-)
+SIZES = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+mae_vit_tiny_patch16 = partial(MaskedAutoencoderViT, **SIZES, norm_layer=partial(nn.LayerNorm, eps=1e-6))

@@ -1,4 +1,4 @@
-"""Inputs of each op in the dtypes that it is tested in, and the op as a function of them with one result."""
+"""Inputs of each op in the dtypes of its tests, and the op as a function with one result."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +18,10 @@ Inputs = dict[str, Tensor]
 Dtypes = tuple[torch.dtype | None, ...]
 Size = dict[str, Any]
 NativeCall = tuple[str, tuple[Any, ...]]  # the name of an op in torch.ops.maefast and its arguments
-SAME = {"fp32": (F32,), "bf16": (BF16,), "fp16": (F16,)}  # one dtype for all inputs
 
 
 def leaves(values: dict[str, Tensor], dtypes: Dtypes) -> Inputs:
-    """The values in the given dtypes, in order, the last one for all that follow; without those whose dtype is None."""
+    """Cast the values in order, those past the last dtype to it; leave out those of dtype None."""
     wanted = dtypes + dtypes[-1:] * len(values)
     return {k: t.to(d).requires_grad_() for (k, t), d in zip(values.items(), wanted, strict=False) if d is not None}
 
@@ -37,7 +36,7 @@ def make_layer_norm(dtypes: Dtypes, shape: tuple[int, ...]) -> Inputs:
 
 
 def layer_norm(dtypes: Dtypes, shape: tuple[int, ...] = (), eps: float = EPS) -> Op:
-    """The op with a result of the last dtype, fp64 for the exact one."""
+    """Return the op with a result of the last dtype, fp64 for the exact one."""
     return lambda x, weight, bias: ops.layer_norm(x, weight, bias, eps, F64 if x.dtype == F64 else dtypes[-1])
 
 
@@ -47,8 +46,7 @@ def native_layer_norm(inputs: Inputs, dtypes: Dtypes, shape: tuple[int, ...]) ->
     _, center, rstd = torch.ops.maefast.layer_norm_fwd(x, weight, bias, EPS, F32)
     dy = torch.randn(shape)
     for dresidual, y_dtype, cast_dtype in ((None, None, None), (dy, BF16, None), (dy.half(), None, F16)):
-        args = (dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype, y_dtype is None)
-        yield "layer_norm_bwd", args
+        yield "layer_norm_bwd", (dy, dresidual, x, weight, bias, center, rstd, y_dtype, cast_dtype, y_dtype is None)
 
 
 def make_add_layer_norm(dtypes: Dtypes, shape: tuple[int, ...]) -> Inputs:
@@ -58,7 +56,7 @@ def make_add_layer_norm(dtypes: Dtypes, shape: tuple[int, ...]) -> Inputs:
 
 
 def add_layer_norm(dtypes: Dtypes, shape: tuple[int, ...] = (), outputs: tuple[int, ...] = (0, 1)) -> Op:
-    """The chosen outputs of the op one after the other, the normalised sum in the last dtype, fp64 for the exact one."""
+    """Return the op with chosen outputs joined, the normalised sum in the last dtype or fp64."""
 
     def op(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         both = ops.add_layer_norm(x, residual, weight, bias, EPS, F64 if x.dtype == F64 else dtypes[-1])
@@ -83,20 +81,19 @@ def native_bias_gelu(inputs: Inputs, dtypes: Dtypes, shape: tuple[int, ...]) -> 
 
 
 def make_linear(dtypes: Dtypes, shape: tuple[int, ...], features: int) -> Inputs:
-    """x of `shape`, and a weight from its last dimension to `features`; dtypes of the two and of the bias."""
+    """Make x of `shape` and a weight from its last dimension to `features`."""
     x, weight, bias = torch.randn(shape), torch.randn(features, shape[-1]), torch.randn(features)
     return leaves({"x": x, "weight": weight, "bias": bias}, (dtypes[0], *dtypes))
 
 
 def native_linear(inputs: Inputs, dtypes: Dtypes, **size: Any) -> Iterator[NativeCall]:
     x, weight, bias = inputs["x"], inputs["weight"], inputs.get("bias")
-    yield "linear_fwd", (x, weight, bias, True)
-    yield "linear_fwd", (x, weight, bias, False)
-    yield "linear_fwd", (x, weight, bias, False, F32)
+    for options in ((True,), (False,), (False, F32)):
+        yield "linear_fwd", (x, weight, bias, *options)
 
 
 def make_attention(dtypes: Dtypes, N: int, T: int, h: int, d: int, M: int | None = None) -> Inputs:
-    """Packed projections; with M also queries of their own."""
+    """Make packed projections; with M, keys and values packed and queries apart."""
     if M is None:
         return leaves({"qkv": torch.randn(N, T, 3 * h * d)}, dtypes)
     return leaves({"qkv": torch.randn(N, T, 2 * h * d), "q": torch.randn(N, M, h * d)}, dtypes)
@@ -106,12 +103,11 @@ def attention(dtypes: Dtypes, h: int, **size: Any) -> Op:
     return lambda qkv, q=None: ops.attention(qkv, h, q)
 
 
-def native_attention(
-    inputs: Inputs, dtypes: Dtypes, N: int, T: int, h: int, d: int, M: int | None = None
-) -> Iterator[NativeCall]:
-    q, qkv, dout = inputs.get("q"), inputs["qkv"], torch.randn(N, M or T, h * d).to(dtypes[0])
+def native_attention(inputs: Inputs, dtypes: Dtypes, h: int, d: int, **size: Any) -> Iterator[NativeCall]:
+    q, qkv = inputs.get("q"), inputs["qkv"]
     yield "attention_fwd", (q, qkv, h)
-    yield "attention_bwd", (dout, q, qkv, None, None, h, M is None)
+    dout = torch.randn(*(qkv if q is None else q).shape[:2], h * d).to(dtypes[0])
+    yield "attention_bwd", (dout, q, qkv, None, None, h, q is None)
 
 
 def make_unshuffle(dtypes: Dtypes, N: int, L: int, K: int, D: int) -> Inputs:
@@ -135,15 +131,15 @@ WEIGHTS = {
 
 
 def make_masked_mse(dtypes: Dtypes, patch, C=3, N=2, grid=(3, 4), weights="mask", compact=False, norm_pix=True) -> Inputs:
-    """dtypes of pred and images; uint8 images come with statistics."""
+    """Make pred, images and mask; uint8 images come with statistics."""
     L, P = grid[0] * grid[1], C * patch[0] * patch[1]
     mask = WEIGHTS[weights](N, L)
+    pred = torch.randn(N, int(mask[0].sum()) if compact else L, P).to(dtypes[0]).requires_grad_()
     shape = (N, C, grid[0] * patch[0], grid[1] * patch[1])
-    removed = int(mask[0].sum()) if compact else L
-    pred = torch.randn(N, removed, P).to(dtypes[0]).requires_grad_()
-    imgs = torch.randint(256, shape, dtype=U8) if dtypes[1] == U8 else torch.randn(shape).to(dtypes[1])
-    inputs = {"pred": pred, "imgs": imgs, "mask": mask}
-    return inputs | ({"mean": torch.rand(C), "std": torch.rand(C) + 0.2} if dtypes[1] == U8 else {})
+    if dtypes[1] != U8:
+        return {"pred": pred, "imgs": torch.randn(shape).to(dtypes[1]), "mask": mask}
+    imgs = torch.randint(256, shape, dtype=U8)
+    return {"pred": pred, "imgs": imgs, "mask": mask, "mean": torch.rand(C), "std": torch.rand(C) + 0.2}
 
 
 def masked_mse(dtypes: Dtypes, patch: tuple[int, int], norm_pix: bool = True, **size: Any) -> Op:
@@ -155,22 +151,18 @@ def exact_masked_mse(inputs: Inputs) -> Inputs:
     return {"pred": inputs["pred"].double(), "imgs": imgs, "mask": inputs["mask"]}
 
 
-def native_masked_mse(
-    inputs: Inputs, dtypes: Dtypes, patch: tuple[int, int], norm_pix: bool = True, **size: Any
-) -> Iterator[NativeCall]:
-    pred, imgs, mask = (inputs[name] for name in ("pred", "imgs", "mask"))
-    args = (pred, imgs, mask, *patch, norm_pix, inputs.get("mean"), inputs.get("std"))
+def native_masked_mse(inputs: Inputs, dtypes: Dtypes, patch, norm_pix=True, **size: Any) -> Iterator[NativeCall]:
+    pred, imgs, mask, *statistics = inputs.values()
+    args = (pred, imgs, mask, *patch, norm_pix, *(statistics or (None, None)))
     yield "masked_mse_fwd", args
     yield "masked_mse_bwd", (torch.tensor(0.7), *args)
 
 
 def make_block(dtypes: Dtypes, N: int = 2, T: int = 9, pending: bool = True) -> Inputs:
-    """dtypes of the norms' parameters and of everything else."""
+    """Make inputs whose norms have parameters of the first dtype, and all else the last."""
     D = BLOCK_WIDTH
     widths = {"norm1": (D,), "qkv": (3 * D, D), "proj": (D, D), "norm2": (D,), "fc1": (HIDDEN, D), "fc2": (D, HIDDEN)}
-    inputs = {"x": torch.randn(N, T, D).to(dtypes[-1])}
-    if pending:
-        inputs["pending"] = torch.randn(N, T, D).to(dtypes[-1])
+    inputs = {name: torch.randn(N, T, D).to(dtypes[-1]) for name in (("x", "pending") if pending else ("x",))}
     for name, shape in widths.items():
         weight = torch.randn(shape) * (1 if len(shape) == 1 else shape[-1] ** -0.5)
         dtype = dtypes[0 if name.startswith("norm") else -1]
@@ -179,7 +171,7 @@ def make_block(dtypes: Dtypes, N: int = 2, T: int = 9, pending: bool = True) -> 
 
 
 def block(dtypes: Dtypes = (), **size: Any) -> Op:
-    """Both results one after the other."""
+    """Return the op with its two results joined."""
 
     def op(x: Tensor, pending: Tensor | None = None, **weights: Tensor) -> Tensor:
         stream, branch = ops.transformer_block(x, pending, BlockWeights(**weights), HEADS, EPS)
@@ -188,58 +180,27 @@ def block(dtypes: Dtypes = (), **size: Any) -> Op:
     return op
 
 
-NORM_DTYPES = {  # x, weight and bias, result
-    "fp32": (F32, F32, F32),
-    "bf16": (BF16, BF16, BF16),
-    "fp16": (F16, F16, F16),
-    "autocast": (F32, F32, BF16),
-    "fp32_parameters": (BF16, F32, BF16),
-    "bf16_parameters": (F32, BF16, F16),
-    "widening": (F16, BF16, F32),
-}
-ADD_NORM_DTYPES = {  # x, residual, weight and bias, result; under autocast x and the result are bf16
-    "fp32": (F32, F32, F32, F32),
-    "bf16": (BF16, BF16, BF16, BF16),
-    "fp16": (F16, F16, F16, F16),
-    "autocast": (BF16, F32, F32, BF16),
-    "bf16_residual": (F32, BF16, F32, F32),
-    "two_halves": (F16, BF16, BF16, F16),
-}
-GELU_DTYPES = {  # x, bias
-    "fp32": (F32, F32),
-    "bf16": (BF16, BF16),
-    "fp16": (F16, F16),
-    "fp32_bias": (BF16, F32),
-    "bf16_bias": (F32, BF16),
-    "no_bias": (F32, None),
-    "no_bias_bf16": (BF16, None),
-}
-LINEAR_DTYPES = {  # x and weight, bias
-    "fp32": (F32, F32),
-    "bf16": (BF16, BF16),
-    "fp16": (F16, F16),
-    "no_bias": (F32, None),
-    "no_bias_bf16": (BF16, None),
-    "no_bias_fp16": (F16, None),
-}
-UNSHUFFLE_DTYPES = {  # x, mask_token, pos_embed; under autocast x alone is bf16
-    "fp32": (F32, F32, F32),
-    "bf16": (BF16, BF16, BF16),
-    "fp16": (F16, F16, F16),
-    "autocast": (BF16, F32, F32),
-    "autocast_fp16": (F16, F32, F32),
-    "mixed": (F32, BF16, F16),
-    "halves": (F16, BF16, F16),  # promoted to fp32
-}
-MSE_DTYPES = {  # pred, imgs
-    "fp32": (F32, F32),
-    "bf16": (BF16, BF16),
-    "fp16": (F16, F16),
-    "autocast": (BF16, F32),
-    "fp32_bf16": (F32, BF16),
-    "bf16_fp16": (BF16, F16),
-    "fp32_uint8": (F32, U8),
-    "bf16_uint8": (BF16, U8),
-    "fp16_uint8": (F16, U8),
-}
-BLOCK_DTYPES = SAME | {"fp32_norms": (F32, BF16)}  # norms, everything else
+def same(count: int) -> dict[str, Dtypes]:
+    """One dtype for all of `count` inputs."""
+    return {name: (dtype,) * count for name, dtype in (("fp32", F32), ("bf16", BF16), ("fp16", F16))}
+
+
+SAME = same(1)
+# Of layer_norm: x, weight and bias, result.
+NORM_DTYPES = same(3) | {"autocast": (F32, F32, BF16), "fp32_parameters": (BF16, F32, BF16)}
+NORM_DTYPES |= {"bf16_parameters": (F32, BF16, F16), "widening": (F16, BF16, F32)}
+# Of add_layer_norm: x, residual, weight and bias, result; under autocast x and the result are bf16.
+ADD_NORM_DTYPES = same(4) | {"autocast": (BF16, F32, F32, BF16)}
+ADD_NORM_DTYPES |= {"bf16_residual": (F32, BF16, F32, F32), "two_halves": (F16, BF16, BF16, F16)}
+# Of bias_gelu: x, bias.
+GELU_DTYPES = same(2) | {"fp32_bias": (BF16, F32), "bf16_bias": (F32, BF16), "no_bias": (F32, None), "no_bias_bf16": (BF16, None)}
+# Of linear: x and weight, bias.
+LINEAR_DTYPES = same(2) | {"no_bias": (F32, None), "no_bias_bf16": (BF16, None), "no_bias_fp16": (F16, None)}
+# Of unshuffle: x, mask_token, pos_embed; autocast casts only x, two halves are promoted to fp32.
+UNSHUFFLE_DTYPES = same(3) | {"autocast": (BF16, F32, F32), "autocast_fp16": (F16, F32, F32)}
+UNSHUFFLE_DTYPES |= {"mixed": (F32, BF16, F16), "halves": (F16, BF16, F16)}
+# Of masked_mse: pred, imgs.
+MSE_DTYPES = same(2) | {"autocast": (BF16, F32), "fp32_bf16": (F32, BF16), "bf16_fp16": (BF16, F16)}
+MSE_DTYPES |= {"fp32_uint8": (F32, U8), "bf16_uint8": (BF16, U8), "fp16_uint8": (F16, U8)}
+# Of transformer_block: norms, everything else.
+BLOCK_DTYPES = SAME | {"fp32_norms": (F32, BF16)}

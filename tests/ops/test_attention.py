@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_inputs import BF16, F16, F32, Inputs
 from specs import SPECS
-from support import Op, forward_backward
+from support import Op, assert_equal, forward_backward
 from torch import Tensor
 
 import maefast
@@ -12,6 +12,7 @@ from maefast import ops
 from maefast.testing.errors import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+EACH_DTYPE = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 
 
 def make(N: int, T: int, h: int, d: int, dtype: torch.dtype = F32, M: int | None = None) -> Inputs:
@@ -44,10 +45,8 @@ def test_by_hand(each_backend):
     torch.testing.assert_close(out.flatten(), torch.tensor([3.0, 4.0]), rtol=1e-6, atol=0)
     (dqkv,) = torch.autograd.grad(out, qkv, torch.tensor([[[0.0], [1.0]]]))
     # P = (3/4, 1/4), dP = v = (5, 1), delta = 4, dS = P (dP - delta) = (3/4, -3/4)
-    dq, dk, dv = dqkv[0].unbind(dim=1)
-    torch.testing.assert_close(dq, torch.tensor([0.0, 0.75 * math.log(3.0)]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(dk, torch.tensor([0.75, -0.75]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(dv, torch.tensor([0.75, 0.25]), rtol=1e-5, atol=1e-6)
+    expected = torch.tensor([[0.0, 0.75 * math.log(3.0)], [0.75, -0.75], [0.75, 0.25]])
+    torch.testing.assert_close(dqkv[0].T, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_reference_is_the_definition():
@@ -57,9 +56,9 @@ def test_reference_is_the_definition():
         torch.testing.assert_close(ops.attention_ref(inputs["qkv"], 3, inputs.get("q")), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@EACH_DTYPE
 def test_equal_logits_give_the_mean(isa, dtype):
-    """Queries of zero attend to all tokens alike; whole numbers and a power of two of tokens: exact."""
+    """Queries of zero attend to all tokens alike; exact, with whole numbers and 2^6 tokens."""
     N, T, h, d = 2, 64, 3, 20
     qkv = torch.randint(-8, 9, (N, T, 3 * h * d)).to(dtype)
     qkv[..., : h * d] = 0
@@ -69,7 +68,7 @@ def test_equal_logits_give_the_mean(isa, dtype):
     assert torch.equal(out, mean.expand(N, T, h * d))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@EACH_DTYPE
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_extreme_logits(isa, dtype, size):
     """Scores up to +-1e4, far beyond what exp can take: no NaN, and right."""
@@ -84,9 +83,9 @@ def test_extreme_logits(isa, dtype, size):
     SPECS["attention"].check(cases, (dtype,), h=h)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@EACH_DTYPE
 def test_one_key_takes_all(isa, dtype):
-    """Scores of 1e4 against -1e4: the output is the one value, bit for bit, and nothing flows back to queries and keys."""
+    """Scores of 1e4 against -1e4: the output is one value; queries and keys have no gradient."""
     N, T, h, d = 2, 50, 2, 16
     q, k = torch.full((N, T, h, d), 100.0), torch.full((N, T, h, d), -25.0)
     k[:, 7] = 25.0
@@ -97,17 +96,15 @@ def test_one_key_takes_all(isa, dtype):
         results = forward_backward(with_heads(h), {"qkv": qkv}, dout)
     assert torch.equal(results["out"], qkv[:, 7:8, 2 * h * d :].expand(N, T, h * d))
     dq, dk, dv = results["d_qkv"].chunk(3, dim=2)
-    assert not dq.any()
-    assert not dk.any()
-    assert not dv[:, torch.arange(T) != 7].any()
+    assert not any(grad.any() for grad in (dq, dk, dv[:, torch.arange(T) != 7]))
     assert dv[:, 7].ne(0).all()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@EACH_DTYPE
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
 @pytest.mark.parametrize("payload", [0x7FC00000, 0x7FC00001, -0x400000], ids=hex)
 def test_nan_stays_in_its_head_and_sample(isa, dtype, part, payload):
-    """Whatever the bits of the NaN: a NaN in a query spoils its row, one in a key or value the whole head."""
+    """A NaN of any bits in a query spoils its row, one in a key or value the whole head."""
     N, T, h, d = 2, 19, 3, 10
     inputs = make(N, T, h, d, dtype)
     clean = inputs["qkv"].detach()
@@ -126,13 +123,6 @@ def test_nan_stays_in_its_head_and_sample(isa, dtype, part, payload):
     assert nan["d_qkv"][1, rows, 0, 2].all()
 
 
-def test_other_dtypes_run_eagerly():
-    inputs = SPECS["attention"].exact(make(2, 6, 2, 5))
-    out = ops.attention(inputs["qkv"], 2)
-    assert out.dtype == torch.float64
-    torch.testing.assert_close(out, by_loops(inputs["qkv"], 2), rtol=1e-12, atol=1e-12)
-
-
 def test_heads_wider_than_the_kernel_takes(native):
     inputs = make(2, 6, 2, 129)
     out = ops.attention(inputs["qkv"], 2)
@@ -148,29 +138,12 @@ def test_autocast(each_backend, M):
     narrow = {name: t.detach().bfloat16().requires_grad_() for name, t in inputs.items()}
     expected = forward_backward(with_heads(2), narrow, torch.ones(2, M or 7, 8))
     with torch.autocast("cpu", BF16):
-        out = with_heads(2)(**inputs)
-    assert out.dtype == BF16
-    assert torch.equal(out, expected["out"])
-    grads = torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
-    for name, grad in zip(inputs, grads, strict=True):
-        assert grad.dtype == F32
-        assert torch.equal(grad, expected[f"d_{name}"].float())
+        got = forward_backward(with_heads(2), inputs, torch.ones(2, M or 7, 8))
+    assert_equal(got, {name: t if name == "out" else t.float() for name, t in expected.items()})
+    assert got["out"].dtype == BF16
 
 
-@pytest.mark.huge
-def test_more_than_2_31_elements(native):
-    """Samples that are one and the same in memory: every output is that of the first."""
-    N, T, h, d = 14_600, 12, 96, 43
-    qkv = torch.randn(1, T, 3 * h * d).bfloat16()
-    expected = ops.attention(qkv, h)[0]
-    wide = qkv.expand(N, -1, -1)
-    assert wide.numel() > 2**31
-    out = ops.attention(wide, h)
-    for n in (0, N // 2, N - 1):
-        assert torch.equal(out[n], expected)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@EACH_DTYPE
 @pytest.mark.parametrize("M", [None, 4], ids=["self", "q"])
 def test_backward_sums_the_columns(native, dtype, M):
     """The gradient of the bias of the projection that wrote qkv."""

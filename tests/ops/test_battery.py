@@ -1,17 +1,17 @@
 """What holds for every op of specs.py; what is special to one is in its own file.
 
-Forward and each gradient against float64 on each instruction set, awkward layouts, nothing to do, one bit pattern for any number
-of threads, whole graphs. Whatever a kernel allocates and does not write is poisoned.
+Whatever a kernel allocates and does not write is poisoned.
 """
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import pytest
+import support
 import torch
 from op_inputs import Inputs, Size
 from specs import SPECS, Grid, Layout, OpSpec, incoming
-from support import LAYOUTS, Op, assert_once_differentiable, assert_same_for_any_threads, channels_last, forward_backward, sliced
+from support import LAYOUTS, Op, assert_equal, forward_backward, sliced
 from torch import Tensor
 
 import maefast
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def cases(pick: Callable[[OpSpec], Iterable[Grid]]) -> pytest.MarkDecorator:
-    """A test of each case in some grids of each op."""
+    """Parametrise a test by the cases of some grids of each op."""
     found = {
         "-".join([name, dtypes, *(f"{k}={v}" for k, v in size.items())]): Case(spec, dtypes, size, grid.repeats)
         for name, spec in SPECS.items()
@@ -66,7 +66,7 @@ def test_layouts(isa, case, layout):
 
 @cases(lambda spec: [spec.layouts] if spec.takes_images else [])
 def test_images_in_channels_last(isa, case):
-    case.check(lambda t: channels_last(t) if t.dim() == 4 else spread_out(t))
+    case.check(lambda t: support.channels_last(t) if t.dim() == 4 else spread_out(t))
 
 
 def spread_out(t: Tensor) -> Tensor:
@@ -91,9 +91,7 @@ def test_zero_strides(isa, case, dims):
     copies = {name: copied(t) for name, t in inputs.items()}
     with maefast.backend("native"):
         dy = expanded(incoming(case.op(**copies)))
-        got, expected = forward_backward(case.op, inputs, dy), forward_backward(case.op, copies, dy.contiguous())
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+        assert_equal(forward_backward(case.op, inputs, dy), forward_backward(case.op, copies, dy.contiguous()))
 
 
 @cases(lambda spec: [Grid(spec.empty, tuple(spec.dtypes)[:1])])
@@ -133,18 +131,26 @@ def test_reference_gradients(case):
 
 
 @cases(lambda spec: [small(spec)])
+def test_float64_runs_eagerly(case):
+    inputs = case.spec.exact(case.make())
+    got = case.op(**inputs)
+    with maefast.backend("eager"):
+        assert_equal(got, case.op(**inputs))
+    assert got.dtype == torch.float64
+
+
+@cases(lambda spec: [small(spec)])
 def test_once_differentiable(native, case):
     with maefast.backend("native"):
-        assert_once_differentiable(case.op, case.make())
+        support.assert_once_differentiable(case.op, case.make())
 
 
 @cases(lambda spec: [spec.parallel])
 def test_deterministic(isa, case):
-    """The same bits whatever the number of threads."""
     inputs = case.make()
     dy = incoming(case.op(**inputs).detach())
     with maefast.backend("native"):
-        assert_same_for_any_threads(lambda: forward_backward(case.op, inputs, dy))
+        support.assert_same_for_any_threads(lambda: forward_backward(case.op, inputs, dy))
 
 
 @cases(lambda spec: [small(spec)])
@@ -152,9 +158,8 @@ def test_fullgraph(native, fresh_dynamo, case):
     inputs = case.make()
     dy = incoming(case.op(**inputs).detach())
     with maefast.backend("native"):
-        compiled = forward_backward(torch.compile(case.op, fullgraph=True, backend="aot_eager"), inputs, dy)
-        for name, value in forward_backward(case.op, inputs, dy).items():
-            assert torch.equal(compiled[name], value), name
+        compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+        assert_equal(forward_backward(compiled, inputs, dy), forward_backward(case.op, inputs, dy))
 
 
 @cases(lambda spec: [small(spec, spec.dtypes)] if spec.native else [])
@@ -162,3 +167,27 @@ def test_opcheck(native, case):
     inputs = {name: t.detach() for name, t in case.make().items()}
     for name, args in case.spec.native(inputs, case.spec.dtypes[case.dtypes], **case.size):
         torch.library.opcheck(getattr(torch.ops.maefast, name).default, args)
+
+
+@pytest.mark.huge
+@pytest.mark.parametrize(
+    ("name", "size", "copies"),
+    [
+        ("layer_norm", {"shape": (1, 8192)}, 2**18 + 3),
+        ("bias_gelu", {"shape": (1, 8192)}, 2**18 + 3),
+        ("unshuffle", {"N": 1, "L": 196, "K": 49, "D": 1024}, 10_700),
+        ("attention", {"N": 1, "T": 12, "h": 96, "d": 43}, 14_600),
+    ],
+)
+def test_forward_of_more_than_2_31_elements(native, name, size, copies):
+    """Samples that are one and the same in memory: every output is that of the first."""
+    case = Case(SPECS[name], "bf16", size)
+    inputs = {leaf: t.detach() for leaf, t in case.make().items()}
+    expected = case.op(**inputs)[0]
+    repeated = {
+        leaf: inputs[leaf].expand(copies, *inputs[leaf].shape[1:]) for leaf in ("x", "qkv", "ids_restore") if leaf in inputs
+    }
+    out = case.op(**inputs | repeated)
+    assert max(t.numel() for t in (out, *repeated.values())) > 2**31
+    for n in (0, copies // 2, copies - 1):
+        assert torch.equal(out[n], expected)

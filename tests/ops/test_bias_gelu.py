@@ -4,6 +4,7 @@ import pytest
 import torch
 from op_inputs import BF16, F16, F32, F64, GELU_DTYPES, Inputs
 from specs import SPECS
+from support import assert_equal
 from torch import Tensor
 
 from maefast import ops
@@ -26,29 +27,28 @@ def test_many_values(isa):
     """More than a stack would hold, if each took some of it."""
     x = torch.randn(1024, 1024, requires_grad=True)
     y = ops.bias_gelu(x, None)
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    (dx,) = torch.autograd.grad(y.sum(), x)
     wide = x.detach().double().requires_grad_()
     exact = ops.bias_gelu_ref(wide, None)
-    (exact_dx,) = torch.autograd.grad(exact, wide, torch.ones_like(exact))
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(dx.double(), exact_dx, rtol=1e-5, atol=1e-6)
+    expected = (exact, *torch.autograd.grad(exact.sum(), wide))
+    torch.testing.assert_close((y.double(), dx.double()), expected, rtol=1e-5, atol=1e-6)
 
 
-RANGES = {
-    "all": (-14.0, 14.0),
-    "middle": (-1.0, 1.0),
-    "around_zero": (-1e-3, 1e-3),
-    "tiny": (-1e-20, 1e-20),
-    "left": (-6.0, -4.0),
-    "right": (4.0, 6.0),
-    "minimum": (-0.8, -0.7),  # where the slope is zero
-}
+RANGES = [
+    (-14.0, 14.0),
+    (-1.0, 1.0),
+    (-1e-3, 1e-3),
+    (-1e-20, 1e-20),
+    (-6.0, -4.0),
+    (4.0, 6.0),
+    (-0.8, -0.7),
+]  # slope 0 in the last
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("limits", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("limits", RANGES, ids=str)
 def test_everywhere(isa, limits, dtype):
-    """Each part of the curve held to the rule on its own, so that the large values do not hide the small ones."""
+    """Each part of the curve is held to the rule by itself: large values would hide small ones."""
     x = torch.linspace(*limits, 20_000).to(dtype).requires_grad_()
     SPECS["bias_gelu"].check([{"x": x}], (dtype,), shape=x.shape)
 
@@ -71,8 +71,8 @@ def test_limits(isa, D, dtype):
     x = torch.tensor(far).to(dtype)[:, None].expand(-1, D).contiguous().requires_grad_()
     y = ops.bias_gelu(x, None)
     (dx,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(y, x.detach().clamp(min=0))
-    assert torch.equal(dx, torch.tensor([1.0, 0, 1, 0, 1, 0, 0.5, 0.5]).to(dtype)[:, None].expand(-1, D))
+    slope = torch.tensor([1.0, 0, 1, 0, 1, 0, 0.5, 0.5]).to(dtype)[:, None].expand(-1, D)
+    assert_equal((y, dx), (x.detach().clamp(min=0), slope))
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1, -0x400000], ids=hex)
@@ -93,11 +93,6 @@ def test_the_sum_is_not_rounded(isa):
     assert not torch.equal(ops.bias_gelu(-x, bias), ops.bias_gelu(-x))
 
 
-def test_float64_runs_eagerly():
-    inputs = {name: t.double() for name, t in make(4, 9).items()}
-    assert torch.equal(ops.bias_gelu(**inputs), torch.nn.functional.gelu(inputs["x"] + inputs["bias"]))
-
-
 @pytest.mark.parametrize("dtypes", GELU_DTYPES.values(), ids=GELU_DTYPES)
 @pytest.mark.parametrize("D", [1, 63, 512])
 def test_backward_gives_the_forward_output_again_bit_for_bit(isa, D, dtypes):
@@ -105,10 +100,7 @@ def test_backward_gives_the_forward_output_again_bit_for_bit(isa, D, dtypes):
     dy, bias = torch.randn(70, D).to(dtypes[0]), inputs.get("bias")
     y = torch.ops.maefast.bias_gelu_fwd(inputs["x"], bias)
     dx, dbias, none = torch.ops.maefast.bias_gelu_bwd(dy, inputs["x"], bias, False)
-    dx_too, dbias_too, again = torch.ops.maefast.bias_gelu_bwd(dy, inputs["x"], bias, True)
-    assert torch.equal(again, y)
-    assert torch.equal(dx_too, dx)
-    assert torch.equal(dbias_too, dbias)
+    assert_equal(torch.ops.maefast.bias_gelu_bwd(dy, inputs["x"], bias, True), (dx, dbias, y))
     assert none.shape == (0,)
     assert dbias.shape == (0 if bias is None else D,)
 
@@ -128,17 +120,6 @@ def test_backward_sums_the_columns_of_dx_without_a_bias(isa, rows, dtype):
 
     assert total.dtype == F32
     assert_close_to_float64("dx_sum", total, plain(dtype).to(F32), plain(F64))
-
-
-@pytest.mark.huge
-def test_forward_of_more_than_2_31_elements(native):
-    rows, D = 2**18 + 3, 8192
-    x = make(1, D, dtypes=(BF16, None))["x"].detach()
-    expected = ops.bias_gelu(x)[0]
-    y = ops.bias_gelu(x.expand(rows, D))
-    assert y.numel() > 2**31
-    for row in (0, rows // 2, rows - 1):
-        assert torch.equal(y[row], expected)
 
 
 @pytest.mark.huge

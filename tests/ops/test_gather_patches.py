@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import IMAGE_LAYOUTS, LAYOUTS, assert_same_for_any_threads, check_op, widened
+from support import IMAGE_LAYOUTS, LAYOUTS, assert_equal, assert_same_for_any_threads, check_op, widened
 from torch import Tensor
 
 import maefast
@@ -30,12 +30,9 @@ def gather_by_loops(imgs: Tensor, ids: Tensor, ph: int, pw: int) -> Tensor:
 def test_order_by_hand(each_backend):
     imgs = torch.arange(2 * 4 * 6, dtype=F32).reshape(1, 2, 4, 6)  # channel 1 is channel 0 + 24
     out = ops.gather_patches(imgs, torch.tensor([[3, 1]]), (2, 3))
-    assert out.tolist() == [
-        [
-            [15, 16, 17, 21, 22, 23, 39, 40, 41, 45, 46, 47],  # patch 3: rows 2-3, columns 3-5
-            [3, 4, 5, 9, 10, 11, 27, 28, 29, 33, 34, 35],  # patch 1: rows 0-1, columns 3-5
-        ]
-    ]
+    fourth = [15, 16, 17, 21, 22, 23, 39, 40, 41, 45, 46, 47]  # rows 2-3, columns 3-5
+    second = [3, 4, 5, 9, 10, 11, 27, 28, 29, 33, 34, 35]  # rows 0-1, columns 3-5
+    assert out.tolist() == [[fourth, second]]
 
 
 def test_reference_is_the_definition():
@@ -54,9 +51,7 @@ def test_a_gemm_on_all_patches_is_the_convolution(each_backend):
 @pytest.mark.parametrize("patch", [(1, 1), (2, 2), (7, 5), (14, 14), (16, 16), (3, 40)], ids=str)
 def test_pixels_are_copied(isa, patch, C, dtype):
     imgs, ids = images(3, C, 3 * patch[0], 4 * patch[1], dtype), torch.randint(12, (3, 7))
-    out = ops.gather_patches(imgs, ids, patch)
-    assert out.dtype == dtype
-    assert torch.equal(out, gather_by_loops(imgs, ids, *patch))
+    assert_equal(ops.gather_patches(imgs, ids, patch), gather_by_loops(imgs, ids, *patch))
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS, ids=["fp32", "bf16", "fp16"])
@@ -100,7 +95,7 @@ def test_every_fp16_value_is_widened_by_its_definition(isa):
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 def test_rounding(isa, dtype):
-    """Every value, every tie between two of them and what lies just beside it, overflow, and fp32 patterns from end to end."""
+    """Every value, ties and their neighbours, overflow, fp32 patterns from end to end."""
     values = all_patterns(dtype).flatten().double()
     values = values[values.isfinite() & (values >= 0)].unique()
     above = torch.cat([values[1:], 2 * values[-1:] - values[-2:-1]])
@@ -175,15 +170,12 @@ def test_layouts_of_the_statistics(isa):
 @pytest.mark.parametrize("dtype", [F32, U8], ids=["fp32", "uint8"])
 def test_empty(each_backend, dtype, N, K):
     out = ops.gather_patches(images(N, 3, 8, 8, dtype), torch.zeros(N, K, dtype=torch.int64), 4)
-    assert out.shape == (N, K, 48)
-    assert out.dtype == F32
+    assert (out.shape, out.dtype) == ((N, K, 48), F32)
 
 
 def test_other_dtypes_run_eagerly():
     imgs, ids = images(2, 3, 8, 8, torch.float64), torch.randint(4, (2, 3))
-    out = ops.gather_patches(imgs, ids, 4)
-    assert out.dtype == torch.float64
-    assert torch.equal(out, gather_by_loops(imgs, ids, 4, 4))
+    assert_equal(ops.gather_patches(imgs, ids, 4), gather_by_loops(imgs, ids, 4, 4))
 
 
 def test_gradient_of_images():
@@ -230,8 +222,7 @@ def test_offsets_beyond_2_31(native):
 
 
 def test_opcheck(native):
-    op = torch.ops.maefast.gather_patches_fwd.default
-    ids = torch.randint(4, (2, 3))
-    for imgs, statistics in ((images(2, 3, 4, 10), (None, None)), (images(2, 3, 4, 10, U8), (MEAN, STD))):
-        for dtype in (BF16, F16):
-            torch.library.opcheck(op, (imgs, ids, 2, 5, *statistics, dtype))
+    for dtype, *statistics in ((F32, None, None), (U8, MEAN, STD)):
+        for out in (BF16, F16):
+            args = (images(2, 3, 4, 10, dtype), torch.randint(4, (2, 3)), 2, 5, *statistics, out)
+            torch.library.opcheck(torch.ops.maefast.gather_patches_fwd.default, args)

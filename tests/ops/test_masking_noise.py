@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support import assert_equal
 
 from maefast import ops
 
@@ -10,9 +11,7 @@ def test_is_the_draw_of_torch_rand(N, L, device):
     torch.manual_seed(5)
     noise, after = ops.masking_noise(N, L, device), torch.rand(3)
     torch.manual_seed(5)
-    assert torch.equal(noise, torch.rand(N, L))
-    assert torch.equal(after, torch.rand(3))  # the generator has advanced as far
-    assert noise.dtype == torch.float32
+    assert_equal((noise, after), (torch.rand(N, L), torch.rand(3)))  # the generator has advanced as far
 
 
 def test_is_fp32_whatever_the_default_dtype():

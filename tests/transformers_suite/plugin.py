@@ -1,4 +1,4 @@
-"""A plugin of pytest under which transformers' own tests of ViTMAE, as they are, test maefast's classes."""
+"""A pytest plugin under which transformers' own tests of ViTMAE test maefast's classes."""
 
 from transformers.models.vit_mae import modeling_vit_mae
 
