@@ -1,6 +1,6 @@
 """Peak memory of one contender in a fresh process: the high-water mark minus the baseline.
 
-`python benchmarks/memory.py MODULE WORKLOAD CONTENDER DEVICE quick|full` prints {"peak_bytes": ...}.
+`python benchmarks/memory.py MODULE WORKLOAD CONTENDER DEVICE quick|full` prints {"peak_bytes": N}.
 """
 
 import ctypes
