@@ -44,8 +44,7 @@ def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: o
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether `auto` takes maefast's own matrix product of `dtype` on this machine: DESIGN.md, section 4."""
-    least = {torch.float32: "avx512", torch.bfloat16: "avx512bf16"}.get(dtype)
-    return least in USABLE_ISAS and not ON_INTEL
+    return {torch.float32: "avx512", torch.bfloat16: "avx512bf16"}.get(dtype) in USABLE_ISAS and not ON_INTEL
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -78,20 +77,17 @@ def _poison(tensor: Tensor) -> Tensor:
 
 def misaligned(t: Tensor) -> Tensor:
     """The same values, one element after an aligned address."""
-    storage = _poison(t.new_empty(t.numel() + 2))
-    return storage[1:-1].view(t.shape).copy_(t)
+    return _poison(t.new_empty(t.numel() + 2))[1:-1].view(t.shape).copy_(t)
 
 
 def padded(t: Tensor) -> Tensor:
     """The same values in rows that are dense but apart, poison between them."""
-    storage = _poison(t.new_empty(*t.shape[:-1], t.shape[-1] + 5))
-    return storage[..., 3:-2].copy_(t)
+    return _poison(t.new_empty(*t.shape[:-1], t.shape[-1] + 5))[..., 3:-2].copy_(t)
 
 
 def sliced(t: Tensor) -> Tensor:
     """The same values, every stride doubled, poison between them."""
-    storage = _poison(t.new_empty([2 * size for size in t.shape]))
-    return storage[(slice(1, None, 2),) * t.dim()].copy_(t)
+    return _poison(t.new_empty([2 * size for size in t.shape]))[(slice(1, None, 2),) * t.dim()].copy_(t)
 
 
 def transposed(t: Tensor) -> Tensor:

@@ -132,8 +132,7 @@ def test_entries_count_the_bytes_of_their_own_tensors():
 
 
 def test_the_forward_pass_alone_on_a_gpu():
-    workloads = bench_ops.workloads(full=True, device=torch.device("cuda"))
-    unshuffles = [w for w in workloads if w.name.startswith("unshuffle-bf16")]
+    unshuffles = [w for w in bench_ops.workloads(full=True, device=torch.device("cuda")) if w.name.startswith("unshuffle-bf16")]
     assert [(w.name, w.N, w.forward) for w in unshuffles] == [
         ("unshuffle-bf16", 1024, False),
         ("unshuffle-bf16-forward", 1024, True),
@@ -178,8 +177,7 @@ def workloads(full, device):
 def test_peak_memory_is_the_high_water_mark_above_the_baseline(tmp_path, monkeypatch):
     (tmp_path / "hungry.py").write_text(HUNGRY)
     monkeypatch.syspath_prepend(tmp_path)
-    peak = memory.peak_in_fresh_process("hungry", "hungry", "any", CPU, full=False)
-    assert (32 + 64) << 20 <= peak <= (32 + 64 + 16) << 20
+    assert (32 + 64) << 20 <= memory.peak_in_fresh_process("hungry", "hungry", "any", CPU, full=False) <= (32 + 64 + 16) << 20
 
 
 @pytest.mark.parametrize(

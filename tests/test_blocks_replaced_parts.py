@@ -19,8 +19,7 @@ def test_hooks_are_called(name, kind):
     block, seen = make_block(), []
     module = block.get_submodule(name)
     handle = getattr(module, f"register_{kind}_hook")(lambda *args: seen.append(args[0]))
-    x = torch.randn(2, T, D, requires_grad=True)
-    block(x).sum().backward()
+    block(torch.randn(2, T, D, requires_grad=True)).sum().backward()
     assert seen == [module]
     handle.remove()
     assert is_fused(block) == NATIVE
@@ -111,8 +110,7 @@ def test_other_norms(norm_layer, ids):
 
 def attention_by_hand(block: Block, x: Tensor) -> Tensor:
     q, k, v = block.attn.qkv(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-    weights = (q @ k.transpose(-1, -2) / (D // HEADS) ** 0.5).softmax(dim=-1)
-    return block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+    return block.attn.proj(((q @ k.transpose(-1, -2) / (D // HEADS) ** 0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("name", ["attn.qkv", "mlp.fc2"])

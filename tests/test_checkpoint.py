@@ -156,8 +156,7 @@ class Encoder(nn.Module):
 def test_encoder_for_fine_tuning(model, official, global_pool):
     encoder = Encoder(global_pool)
     report = checkpoint.load(encoder, official)
-    head = {"head.weight", "head.bias"}
-    assert set(report.missing) == head | ({"fc_norm.weight", "fc_norm.bias"} if global_pool else set())
+    assert set(report.missing) == {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"} if global_pool else set())
     assert set(report.unexpected) == decoder_of(model).keys() | ({"norm.weight", "norm.bias"} if global_pool else set())
     assert report.warnings == ()
     loaded = encoder.state_dict()
@@ -287,8 +286,7 @@ def test_round_trip_by_way_of_transformers(tmp_path, dtype):
 def test_convert_for_timm(model, official, tmp_path, name):
     """timm's vit_*.mae: these names, no head."""
     report = checkpoint.convert(official, tmp_path / name, "timm")
-    read = safetensors.load_file if name.endswith("safetensors") else partial(torch.load, weights_only=True)
-    written = read(tmp_path / name)
+    written = (safetensors.load_file if name.endswith("safetensors") else partial(torch.load, weights_only=True))(tmp_path / name)
     block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     modules = ["patch_embed.proj", *(f"blocks.{i}.{module}" for i in range(2) for module in block), "norm"]
     parameters = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
@@ -314,8 +312,7 @@ def test_convert_from_a_folder_of_timm(model, tmp_path):
     stored = with_trained_positions((24, 40), tmp_path / "tuned.pth")
     tensors = torch.load(tmp_path / "tuned.pth", weights_only=True)["model"]
     config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 24, 40]}}
-    encoder = {name: t for name, t in tensors.items() if name in encoder_of(model)}
-    folder = write_hugging_face(tmp_path / "timm", encoder, config)
+    folder = write_hugging_face(tmp_path / "timm", {name: t for name, t in tensors.items() if name in encoder_of(model)}, config)
     target = trained(img_size=(24, 40))
     assert checkpoint.load(target, folder).positions == ()
     assert torch.equal(target.pos_embed, stored)

@@ -31,8 +31,7 @@ def save(path: Path, tensors: Tensors) -> Path:
 
 
 def save_safetensors(path: Path) -> Path:
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    safetensors.save_file(healthy(), path)
+    pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file(healthy(), path)
     return path
 
 

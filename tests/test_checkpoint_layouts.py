@@ -142,8 +142,7 @@ def test_encoder_alone(model, tmp_path, case):
     without = {name: t for name, t in tensors.items() if not re.search("decoder|neck|mask_token", name)}
     torch.save({"state_dict": without}, tmp_path / "a.pth")
     before = trained(seed=1).state_dict()
-    report = assert_loads(tmp_path / "a.pth", before | encoder_of(model))
-    assert set(report.missing) == decoder_of(before).keys()
+    assert set(assert_loads(tmp_path / "a.pth", before | encoder_of(model)).missing) == decoder_of(before).keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -227,5 +226,4 @@ def test_a_key_of_the_only_model(model, tmp_path):
 def test_an_average_without_decoder_takes_no_other_models(model, tmp_path):
     average = trained(seed=7).state_dict()
     torch.save({"state_dict": below("model.", model.state_dict()) | below("ema.", encoder_of(average))}, tmp_path / "a.pth")
-    expected = trained(seed=1).state_dict() | encoder_of(average)
-    assert not assert_loads(tmp_path / "a.pth", expected, key="ema").has_decoder
+    assert not assert_loads(tmp_path / "a.pth", trained(seed=1).state_dict() | encoder_of(average), key="ema").has_decoder

@@ -92,8 +92,7 @@ def test_transformers_encoder_alone(transformers, vit_mae, tmp_path):
         loaded = MAE.from_pretrained(tmp_path / "model")
     theirs = safetensors.load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(loaded.norm.weight, theirs["layernorm.weight"])
-    query = theirs["encoder.layer.1.attention.attention.query.weight"]
-    assert torch.equal(loaded.blocks[1].attn.qkv.weight[:32], query)
+    assert torch.equal(loaded.blocks[1].attn.qkv.weight[:32], theirs["encoder.layer.1.attention.attention.query.weight"])
 
 
 def test_convert_for_transformers(transformers, tmp_path):

@@ -123,8 +123,7 @@ def test_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["nowhere", "file"])
 def test_data_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    line = refused(capsys, "demo", f"--data={name}", "--output=out")
-    assert f"{name} must be a folder of images; it " in line
+    assert f"{name} must be a folder of images; it " in refused(capsys, "demo", f"--data={name}", "--output=out")
     assert not (tmp_path / "out").exists()
 
 
@@ -158,8 +157,7 @@ def test_output_without_permission(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_missing_extra(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
-    line = refused(capsys, "demo")
-    assert line == 'maefast demo: error: the demo needs scikit-learn, tqdm: pip install "maefast[demo]"\n'
+    assert refused(capsys, "demo") == 'maefast demo: error: the demo needs scikit-learn, tqdm: pip install "maefast[demo]"\n'
     assert list(tmp_path.iterdir()) == []
 
 

@@ -60,8 +60,7 @@ def test_blocks_compile_once_for_any_batch_and_length(hopper: None, training: bo
     recorder = EagerAndRecordGraphs()
     counter = CompileCounterWithBackend(recorder)
     with FakeTensorMode(), torch.no_grad():
-        block = block_on_gpu().train(training)
-        compiled = torch.compile(block, fullgraph=True, backend=counter)
+        compiled = torch.compile(block_on_gpu().train(training), fullgraph=True, backend=counter)
         for N, tokens in ((2, T), (3, T - 20), (5, T + 10)):
             x = empty(N, tokens, D)
             for dim in (0, 1):

@@ -69,15 +69,13 @@ def test_modes(tmp_path: Path, name: str, image: Image.Image, expected: tuple[in
 def test_more_than_8_bits_fill_the_range(tmp_path: Path, dtype: type, name: str) -> None:
     values = np.linspace(100, 4100, 16).round().astype(dtype).reshape(4, 4)  # 12 bits in a wider file
     pixels = read_image(save(tmp_path / name, Image.fromarray(values)), 4)
-    expected = torch.linspace(0, 255, 16).reshape(4, 4)
-    assert (pixels.float() - expected).abs().max() <= 1  # both roundings
+    assert (pixels.float() - torch.linspace(0, 255, 16).reshape(4, 4)).abs().max() <= 1  # both roundings
     assert torch.equal(pixels[0], pixels[1])
     assert torch.equal(pixels[0], pixels[2])
 
 
 def test_constant_16_bit_image(tmp_path: Path) -> None:
-    pixels = read_image(save(tmp_path / "a.png", Image.fromarray(np.full((4, 4), 1234, np.uint16))), 4)
-    assert pixels.max() == 0
+    assert read_image(save(tmp_path / "a.png", Image.fromarray(np.full((4, 4), 1234, np.uint16))), 4).max() == 0
 
 
 def test_centre_square_of_a_wide_image(tmp_path: Path) -> None:
@@ -136,8 +134,7 @@ def test_one_image_is_too_few(tmp_path: Path) -> None:
 
 def test_output_inside_the_data_is_not_read(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 2, "out": 3})
-    found = find_images(tmp_path, exclude=tmp_path / "a" / ".." / "out")
-    assert [path.parent.name for path in found] == ["a", "a"]
+    assert [path.parent.name for path in find_images(tmp_path, exclude=tmp_path / "a" / ".." / "out")] == ["a", "a"]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -193,8 +190,7 @@ def test_photographs_hold_out_their_own_pixels() -> None:
 
 def test_batches_visit_every_image_once_a_pass() -> None:
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 4, 4)
-    data = ImageSet(images, torch.arange(8), torch.arange(8, 10))
-    stream = batches(data, 4, 6, torch.Generator().manual_seed(0), flip=True)
+    stream = batches(ImageSet(images, torch.arange(8), torch.arange(8, 10)), 4, 6, torch.Generator().manual_seed(0), flip=True)
     drawn = torch.cat([next(stream)[:, 0, 0, 0] for _ in range(4)]).tolist()
     assert [sorted(drawn[i : i + 8]) for i in (0, 8, 16)] == [list(range(8))] * 3
     assert drawn[:8] != drawn[8:16]
@@ -205,8 +201,7 @@ def test_batches_crop_and_flip() -> None:
     stream = batches(ImageSet(image, torch.tensor([0]), torch.tensor([0])), 4, 64, torch.Generator().manual_seed(0), flip=True)
     crops = {crop.numpy().tobytes() for crop in next(stream)}
     windows = [image[0, :, r : r + 4, c : c + 4] for r in range(3) for c in range(3)]
-    possible = {w.numpy().tobytes() for window in windows for w in (window.contiguous(), window.flip(-1))}
-    assert crops <= possible
+    assert crops <= {w.numpy().tobytes() for window in windows for w in (window.contiguous(), window.flip(-1))}
     assert len(crops) > 12  # of 18
     assert torch.equal(centre_crops(image, 4)[0], windows[4])
 

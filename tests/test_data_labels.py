@@ -48,8 +48,7 @@ def write_tar(labels, name="a.tar", values=None) -> str:
 
 def write_npy(labels, folder="npy", dtype="int64") -> str:
     Path(folder).mkdir()
-    values = np.stack([np.full((16, 16, 3), 25 * i, np.uint8) for i in range(len(labels))])
-    np.save(f"{folder}/images.npy", values)
+    np.save(f"{folder}/images.npy", np.stack([np.full((16, 16, 3), 25 * i, np.uint8) for i in range(len(labels))]))
     np.save(f"{folder}/labels.npy", np.array(labels, dtype))
     return f"{folder}/images.npy"
 

@@ -176,8 +176,7 @@ def test_every_format_of_pillow_is_read_or_named(tmp_path) -> None:
     assert len(data) == 5 + (tmp_path / "j.avif").exists()
     assert all(data.try_read(i) is not None for i in range(len(data)))
     formats = {f"of another format ({ending})": 1 for ending in (".heic", ".txt", "no ending")}
-    special = "broken links or special files"
-    assert data.left_out == {"hidden": 1, special: 2, **formats}
+    assert data.left_out == {"hidden": 1, "broken links or special files": 2, **formats}
     count = f"{len(data)} images, no labels"
     others = "".join(f", 1 of another format ({ending})" for ending in (".heic", ".txt", "no ending"))
     told = f"{tmp_path} (image files, all of it): {count}; left out: 2 broken links or special files, 1 hidden"
@@ -188,8 +187,7 @@ def test_linked_folders_are_folders(tmp_path) -> None:
     put(tmp_path, "cat/0.png", "cat/1.png")
     (tmp_path / "dog").symlink_to(tmp_path / "cat")
     (tmp_path / "cat" / "up").symlink_to(tmp_path)
-    data = open_images(tmp_path)
-    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert open_images(tmp_path).labels.tolist() == [0, 0, 1, 1]
     assert len(find_images(tmp_path / "dog")) == 2  # up leads to the folder above, all of which are walked already
 
 

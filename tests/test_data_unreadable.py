@@ -50,8 +50,7 @@ def png(*before_pixels: bytes, after: bytes = b"") -> bytes:
 
 def jpeg(marker: int, body: bytes, exif: bytes = b"") -> bytes:
     content = encoded("JPEG", exif=exif)
-    segment = bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
-    return content[:2] + segment + content[2:]
+    return content[:2] + bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body + content[2:]
 
 
 def shown(content: bytes) -> torch.Tensor:
@@ -105,8 +104,7 @@ def test_metadata_of_jpeg_that_cannot_be_read_is_ignored(marker, body) -> None:
 
 def test_orientation_survives_other_metadata_that_is_broken() -> None:
     upright = shown(encoded("PNG"))
-    turned = png(chunk(b"eXIf", ORIENTATION_6[6:]), chunk(b"zTXt", TEXT_BOMB))
-    assert torch.equal(shown(turned), upright.rot90(-1, (1, 2)))
+    assert torch.equal(shown(png(chunk(b"eXIf", ORIENTATION_6[6:]), chunk(b"zTXt", TEXT_BOMB))), upright.rot90(-1, (1, 2)))
     jpeg_turned = jpeg(0xED, b"Photoshop 3.0\x008BIM\x04\x04\0", exif=ORIENTATION_6)
     assert torch.equal(decode("a", without_metadata(jpeg_turned), 3, None, None), shown(encoded("JPEG", exif=ORIENTATION_6)))
 
@@ -142,8 +140,7 @@ def test_a_broken_image_is_named_once_and_counted_once(tmp_path, monkeypatch, ca
     sizes = "--input_size=16 --patch_size=4 --embed_dim=32 --depth=1 --num_heads=2 --decoder_embed_dim=32 --decoder_depth=1"
     run = f"--decoder_num_heads=2 --batch_size=4 --warmup_epochs=1 --pictures=0 --num_workers={workers} --resume=auto"
     for epochs in (3, 6):  # the second command goes on with the first
-        command = f"pretrain --data_path={source} --output_dir=run {sizes} {run} --epochs={epochs}"
-        assert cli.main(command.split()) == 0
+        assert cli.main(f"pretrain --data_path={source} --output_dir=run {sizes} {run} --epochs={epochs}".split()) == 0
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
     assert [line.split(".jpg: ")[0][-3:] for line in sorted(skipped)] == ["014", "015"]
     assert "0x" not in "".join(skipped)

@@ -88,8 +88,7 @@ def make_bad(kind: str, path: Path) -> Path:
     ],
 )
 def test_bad_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, said: str) -> None:
-    source = make_bad(kind, tmp_path / "data")
-    assert cli.main(["pack", str(source), str(tmp_path / "out")]) == 2
+    assert cli.main(["pack", str(make_bad(kind, tmp_path / "data")), str(tmp_path / "out")]) == 2
     line = capsys.readouterr().err
     assert said in line
     assert line.count("\n") == 1

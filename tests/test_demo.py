@@ -116,8 +116,7 @@ def test_same_seed_same_losses_and_weights(run: tuple[Path, dict[str, Any]]) -> 
 
 def test_pretraining_beats_raw_pixels_and_the_untrained_encoder() -> None:
     """Three blocks and 1300 steps: the lead is 3.6 and 5.6 points, and half of the time that the demo takes for more."""
-    recipe = replace(DIGITS, steps=1300, lr=4e-3, config=DIGITS.config | {"depth": 3})
-    trained = train(recipe, digits(seed=0), seed=0)
+    trained = train(replace(DIGITS, steps=1300, lr=4e-3, config=DIGITS.config | {"depth": 3}), digits(seed=0), seed=0)
     held = run_probe(trained, seed=0)
     rows = {(row["features"], row["labels_per_class"]): row for row in trained.probe}
     assert len(rows) == 3 * 4
@@ -265,8 +264,7 @@ def save_folder(root: Path, classes: tuple[str, ...], per_class: int) -> None:
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(per_class):
             height, width = generator.integers(40, 90, 2)
-            noise = generator.integers(0, 128, (height, width, 3)) + 100 * c
-            image = makers[i % len(makers)](noise.astype(np.uint8))
+            image = makers[i % len(makers)]((generator.integers(0, 128, (height, width, 3)) + 100 * c).astype(np.uint8))
             image.save(root / name / (f"{i}.tiff" if image.mode == "CMYK" else f"{i}.png"))
 
 
@@ -338,5 +336,4 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pictures_come_from_the_centre() -> None:
-    images = torch.arange(25).reshape(1, 1, 5, 5)
-    assert centre_crops(images, 3).flatten().tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+    assert centre_crops(torch.arange(25).reshape(1, 1, 5, 5), 3).flatten().tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]

@@ -233,8 +233,7 @@ def test_sizes_that_triton_does_not_take_are_native(name, changed):
     op, ask = dispatch.OPS[name], GPU_ASKS[name]._replace(**changed)
     assert "up to" in dispatch.why_not(op, "triton", ask)
     assert dispatch.choose(op, ask) == "native"
-    too_large = ask._replace(**{key: 8 * value for key, value in changed.items()})
-    assert dispatch.choose(op, too_large) == "eager"
+    assert dispatch.choose(op, ask._replace(**{key: 8 * value for key, value in changed.items()})) == "eager"
 
 
 @pytest.mark.usefixtures("gpu")

@@ -41,8 +41,7 @@ def test_page(page, tmp_path, monkeypatch):
             continue
         with contextlib.redirect_stdout(io.StringIO()) as stream:
             if language == "python":
-                line = text[: block.start(2)].count("\n")
-                exec(compile("\n" * line + content, str(page), "exec"), namespace)
+                exec(compile("\n" * text[: block.start(2)].count("\n") + content, str(page), "exec"), namespace)
             elif language == "sh":
                 for command in content.splitlines():
                     run_command(command)

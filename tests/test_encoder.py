@@ -42,8 +42,7 @@ def classify(model: nn.Module, imgs: Tensor, seed: int, mode: str = "fp32") -> R
     torch.manual_seed(seed)
     with torch.autocast("cpu", BF16) if mode == "autocast" else nullcontext():
         logits = model(imgs)
-    dy = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
-    logits.backward(dy.to(logits.dtype))
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits.dtype))
     return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -98,16 +97,14 @@ def test_factories(name):
     block = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
     with torch.device("meta"):
         model = models_vit.__dict__[f"vit_{name}_patch{p}"](global_pool=True, num_classes=10, drop_path_rate=0.1)
-    values = sum(t.numel() for t in model.parameters())
-    assert values == P * D + D + D + (1 + L) * D + depth * block + 2 * D + 10 * D + 10
+    assert sum(t.numel() for t in model.parameters()) == P * D + D + D + (1 + L) * D + depth * block + 2 * D + 10 * D + 10
     assert model.blocks[0].attn.num_heads == heads
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
     assert not hasattr(model, "norm")
 
 
 def test_official_module_names():
-    names = {f"vit_{name}_patch{p}" for name, (*_, p) in SIZES.items()}
-    assert set(models_vit.__all__) == names | {"VisionTransformer"}
+    assert set(models_vit.__all__) == {f"vit_{name}_patch{p}" for name, (*_, p) in SIZES.items()} | {"VisionTransformer"}
     assert models_vit.VisionTransformer is maefast.VisionTransformer
     parameters = inspect.signature(VisionTransformer.__init__).parameters
     defaults = {
@@ -135,8 +132,7 @@ def test_a_seed_gives_the_weights_of_timm_s_initialisation():
 def test_without_biases_of_qkv():
     model = small_vit(qkv_bias=False)
     other = small_vit(seed=1)
-    missing = other.load_state_dict(model.state_dict(), strict=False).missing_keys
-    assert missing == [f"blocks.{i}.attn.qkv.bias" for i in range(3)]
+    assert other.load_state_dict(model.state_dict(), strict=False).missing_keys == [f"blocks.{i}.attn.qkv.bias" for i in range(3)]
     imgs = images_for(model)
     torch.testing.assert_close(model(imgs), other(imgs), rtol=1e-5, atol=1e-6)
 
@@ -194,8 +190,7 @@ def test_compiles_as_one_graph():
     imgs = images_for(model, N=4)
     expected, got = classify(model, imgs, 6), classify(compiled, imgs, 6)
     for name, value in expected.items():
-        actual = got[name if name == "logits" else f"_orig_mod.{name}"]
-        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[name if name == "logits" else f"_orig_mod.{name}"], value, rtol=1e-4, atol=1e-5)
 
 
 HEAD, FC_NORM, NORM = ({f"{name}.{kind}" for kind in ("weight", "bias")} for name in ("head", "fc_norm", "norm"))
@@ -224,8 +219,7 @@ def test_weights_of_a_mae(global_pool):
 def test_a_linear_probe():
     """The head behind a BatchNorm, everything else frozen: the encoder gets no gradient, the head does."""
     model = small_vit()
-    norm = nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6)
-    model.head = nn.Sequential(norm, model.head)
+    model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
     for p in model.parameters():
         p.requires_grad_(False)
     for p in model.head.parameters():

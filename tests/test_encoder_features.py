@@ -29,8 +29,7 @@ def cubic(n: int, m: int) -> Tensor:
 
 def resized(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     table = pos_embed[0, 1:].view(*GRID, -1)
-    by_hand = [cubic(n, m).to(pos_embed.dtype) for n, m in zip(GRID, grid, strict=True)]
-    table = torch.einsum("ai,bj,ijd->abd", *by_hand, table)
+    table = torch.einsum("ai,bj,ijd->abd", *[cubic(n, m).to(pos_embed.dtype) for n, m in zip(GRID, grid, strict=True)], table)
     return torch.cat([pos_embed[:, :1], table.flatten(0, 1)[None]], dim=1)
 
 
@@ -82,5 +81,4 @@ def test_blocks_behind_the_last_map_do_not_run():
 def test_feature_maps_of_uint8_images():
     model = small_vit()
     imgs = torch.randint(256, (2, 3, 24, 64), dtype=U8)
-    pixels = widened(imgs, model.mean, model.std).float()
-    torch.testing.assert_close(model.features(imgs)[0], model.features(pixels)[0])
+    torch.testing.assert_close(model.features(imgs)[0], model.features(widened(imgs, model.mean, model.std).float())[0])

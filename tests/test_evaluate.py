@@ -60,8 +60,7 @@ def test_features_in_files(checkpoint, tmp_path, kind, shape):
     encoder = features.load_encoder(checkpoint)
 
     def write(name):
-        batches = features.features_of(encoder, data, kind, batch_size=2)
-        features.write_features(batches, len(data), shape, tmp_path / name)
+        features.write_features(features.features_of(encoder, data, kind, batch_size=2), len(data), shape, tmp_path / name)
 
     write("out.npy")
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")), expected)
@@ -124,8 +123,7 @@ def test_votes_outweigh_the_majority():
     """Two far neighbours of one class against a near one: nearness wins at a low temperature, the majority at a high one."""
     bank, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 1, 1])
     query = torch.tensor([[1.0, 0.1]])
-    winners = [knn.knn_votes(bank, labels, query, 2, k=3, temperature=t).argmax().item() for t in (0.07, 10.0)]
-    assert winners == [0, 1]
+    assert [knn.knn_votes(bank, labels, query, 2, k=3, temperature=t).argmax().item() for t in (0.07, 10.0)] == [0, 1]
 
 
 @pytest.mark.parametrize(("options", "message"), [({"k": 5}, "k must lie in 1..4"), ({"temperature": 0}, "temperature must be")])
@@ -220,8 +218,7 @@ def test_probe_standardises():
     assert not list(probe[0].parameters())
     probe[1].weight.data.copy_(torch.eye(3))
     x = torch.randn(7, 3, dtype=torch.float64) * 5 + 2
-    expected = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
-    torch.testing.assert_close(probe(x), expected)
+    torch.testing.assert_close(probe(x), (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt())
 
 
 def test_probe_on_an_encoder(checkpoint):
@@ -231,8 +228,7 @@ def test_probe_on_an_encoder(checkpoint):
     imgs = images_for(small_mae(), 4)
     model(imgs).sum().backward()
     assert all(parameter.grad is None for parameter in encoder.parameters())
-    expected = model.probe(small_mae().encode(imgs)[:, 1:].mean(dim=1))
-    torch.testing.assert_close(model(imgs), expected)
+    torch.testing.assert_close(model(imgs), model.probe(small_mae().encode(imgs)[:, 1:].mean(dim=1)))
 
 
 class Recorded(torch.optim.SGD):

@@ -65,13 +65,11 @@ def test_label_fraction_takes_as_much_of_each_class(parts):
 
 def test_linprobe(capsys, tmp_path, parts):
     """Learns to tell the stripes, and the probe that is written scores what was printed."""
-    printed = run(capsys, "linprobe", "mae", "data", *SHORT, "--blr=100", "--output_dir=out")
-    assert printed == "top-1 1.0000 (10 of 10 images)\n"
+    assert run(capsys, "linprobe", "mae", "data", *SHORT, "--blr=100", "--output_dir=out") == "top-1 1.0000 (10 of 10 images)\n"
     assert [record["epoch"] for record in logged(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
     probe = linprobe.LinearProbe(32, 2)
     probe.load_state_dict(torch.load("out/checkpoint.pth", weights_only=True)["probe"])
-    encoder = features.load_encoder("mae")
-    logits = probe.eval()(features.pooled(encoder, parts["val"].pictures, "cls"))
+    logits = probe.eval()(features.pooled(features.load_encoder("mae"), parts["val"].pictures, "cls"))
     assert torch.equal(logits.argmax(dim=1), parts["val"].labels)
 
 
@@ -159,8 +157,7 @@ def test_checkpoint_that_does_not_fit(capsys, tmp_path, name, parts):
     assert "60" in refused(capsys, tmp_path, *COMMANDS[name], "--input_size=60")
     for part in parts.values():
         part.channels = 1
-    line = refused(capsys, tmp_path, *COMMANDS[name])
-    assert "DATA must have 3 channels, as the checkpoint's images have; it has 1" in line
+    assert "DATA must have 3 channels, as the checkpoint's images have; it has 1" in refused(capsys, tmp_path, *COMMANDS[name])
 
 
 @pytest.mark.parametrize("name", ["knn", "linprobe", "finetune", "partial"])
