@@ -1,7 +1,7 @@
-"""torch.compile and the block's route on a GPU, without one: fake CUDA tensors, and the ops of both passes; train and eval.
+"""torch.compile and the block's route on a GPU, by fake CUDA tensors; train and eval.
 
-A torch without CUDA builds no autograd graph of CUDA tensors, fake ones included. So compiled code runs without gradients, and
-the Function's passes are called by themselves.
+A torch without CUDA builds no autograd graph of CUDA tensors, fake ones included. So compiled code
+runs without gradients, and the Function's passes are called by themselves.
 """
 
 from types import SimpleNamespace
@@ -93,8 +93,7 @@ class Context(SimpleNamespace):
 @pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
 @pytest.mark.parametrize("stream", [F32, BF16], ids=["autocast", "bf16"])
 def test_forward_and_backward_of_the_block(hopper: None, pending: bool, stream: torch.dtype) -> None:
-    """No norm or GELU is computed again; gradients have the dtypes of what they are of, and those of fp32 weights leave their
-    products in fp32."""
+    """No norm or GELU is recomputed; gradients have their tensors' dtypes, their GEMMs fp32 outputs."""
     plan = _Plan("triton", 1, 1e-6, BF16, Products(False, False, None, False), keep=True)
     shapes = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (HIDDEN, D), (HIDDEN,), (D, HIDDEN), (D,)]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import turned_by
 from PIL import Image
 
 from maefast.train.baseline import normalised
@@ -41,17 +42,13 @@ def palette() -> Image.Image:
     return image
 
 
-def half_transparent() -> Image.Image:
-    return solid("RGBA", (*COLOUR, 51))  # a fifth of the colour, four fifths of white
-
-
 @pytest.mark.parametrize(
     ("name", "image", "expected"),
     [
         ("rgb.png", solid("RGB", COLOUR), COLOUR),
         ("grey.png", solid("L", 77), (77, 77, 77)),
         ("palette.png", palette(), COLOUR),
-        ("alpha.png", half_transparent(), (244, 224, 214)),
+        ("alpha.png", solid("RGBA", (*COLOUR, 51)), (244, 224, 214)),  # a fifth of the colour, four fifths of white
         ("grey_alpha.png", solid("LA", (55, 0)), (255, 255, 255)),
         ("ink.tiff", solid("CMYK", (55, 155, 205, 0)), COLOUR),
         ("binary.png", solid("1", 1), (255, 255, 255)),
@@ -63,12 +60,10 @@ def test_modes(tmp_path: Path, name: str, image: Image.Image, expected: tuple[in
     assert torch.equal(pixels, torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"), [(np.uint16, "a.png"), (np.uint16, "a.tiff"), (np.int32, "a.tiff"), (np.float32, "a.tiff")]
-)
-def test_more_than_8_bits_fill_the_range(tmp_path: Path, dtype: type, name: str) -> None:
+@pytest.mark.parametrize(("dtype", "ending"), [("uint16", "png"), ("uint16", "tiff"), ("int32", "tiff"), ("float32", "tiff")])
+def test_more_than_8_bits_fill_the_range(tmp_path: Path, dtype: str, ending: str) -> None:
     values = np.linspace(100, 4100, 16).round().astype(dtype).reshape(4, 4)  # 12 bits in a wider file
-    pixels = read_image(save(tmp_path / name, Image.fromarray(values)), 4)
+    pixels = read_image(save(tmp_path / f"a.{ending}", Image.fromarray(values)), 4)
     assert (pixels.float() - torch.linspace(0, 255, 16).reshape(4, 4)).abs().max() <= 1  # both roundings
     assert torch.equal(pixels[0], pixels[1])
     assert torch.equal(pixels[0], pixels[2])
@@ -88,9 +83,7 @@ def test_centre_square_of_a_wide_image(tmp_path: Path) -> None:
 def test_camera_orientation_is_honoured(tmp_path: Path) -> None:
     image = solid("RGB", (0, 0, 0), (8, 8))
     image.paste((255, 255, 255), (0, 0, 8, 4))  # white on top
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    pixels = read_image(save(tmp_path / "turned.png", image, exif=exif), 8)
+    pixels = read_image(save(tmp_path / "turned.png", image, exif=turned_by(3)), 8)  # by 180 degrees
     assert pixels[:, :4].max() == 0
     assert pixels[:, 4:].min() == 255
 
@@ -120,10 +113,10 @@ def test_folder_skips_counts_and_names(tmp_path: Path) -> None:
 
 def test_folder_limit_and_seed(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 30})
-    few = [image_folder(tmp_path, 4, seed=seed, limit=7).images for seed in (0, 0, 1)]
-    assert [len(images) for images in few] == [7, 7, 7]
-    assert torch.equal(few[0], few[1])
-    assert not torch.equal(few[0], few[2])
+    first, again, other = (image_folder(tmp_path, 4, seed=seed, limit=7).images for seed in (0, 0, 1))
+    assert len(first) == len(other) == 7
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_one_image_is_too_few(tmp_path: Path) -> None:
@@ -153,8 +146,7 @@ def test_split_takes_from_every_class() -> None:
 
 
 def test_split_holds_out_one_of_two() -> None:
-    train, held_out = stratified_split(torch.tensor([0, 0]), 1 / 5, seed=0)
-    assert len(train) == len(held_out) == 1
+    assert [len(part) for part in stratified_split(torch.tensor([0, 0]), 1 / 5, seed=0)] == [1, 1]
 
 
 def test_enough_per_class_drops_small_ones() -> None:
