@@ -1,6 +1,6 @@
-"""The pages in docs/: their Python runs, top to bottom, their commands too, and what they show is what is printed.
+"""The pages in docs/: their Python and commands run in order, and print what the page shows.
 
-A page whose first line is `<!-- needs: a, b -->` is skipped where one of these modules is not installed.
+A page whose first line is `<!-- needs: a, b -->` is skipped if one of these modules is missing.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Feature maps of VisionTransformer: against a plain one with positions resized by hand, for images of any size."""
+"""Feature maps of VisionTransformer for images of any size, against positions resized by hand."""
 
 import copy
 
@@ -16,7 +16,7 @@ GRID = (8, 3)
 
 
 def cubic(n: int, m: int) -> Tensor:
-    """(m, n) float64: row i holds the weights of n equidistant values in the i-th of m (Keys 1981, a = -0.75)."""
+    """(m, n) float64: row i has the weights of n equal steps in the i-th of m (Keys 1981, a = -0.75)."""
     weights = np.zeros((m, n))
     for i in range(m):
         at = (i + 0.5) * n / m - 0.5
@@ -44,15 +44,13 @@ def maps_of(model: nn.Module, imgs: Tensor, indices: list[int], seed: int) -> Re
         maps = [outputs[i][:, 1:].transpose(1, 2).reshape(len(imgs), -1, *grid) for i in indices]
     generator = torch.Generator().manual_seed(seed)
     sum((m * torch.randn(m.shape, generator=generator).to(m.dtype)).sum() for m in maps).backward()
-    return {f"map {i}": m.detach() for i, m in enumerate(maps)} | {
-        name: p.grad for name, p in model.named_parameters() if p.grad is not None
-    }
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return grads | {f"map {i}": m.detach() for i, m in enumerate(maps)}
 
 
 @pytest.mark.parametrize("size", [(64, 48), (32, 96), (128, 16), (8, 64), (160, 288)], ids=str)
 def test_feature_maps_of_any_size(size):
-    """The model's own size, wider, higher, a row of patches, and 360 patches: maps and all gradients, with positions resized by
-    hand."""
+    """Maps and all gradients: the model's own size, wider, higher, a row of patches, 360 patches."""
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
     images = IMAGES if size[0] < 160 else 4
