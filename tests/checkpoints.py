@@ -63,7 +63,7 @@ def assert_positions_of_8_x_5(model: MAE, report: checkpoint.LoadReport) -> None
 
 
 def assert_refused(path: Path, message: str) -> None:
-    """Each way to read a file raises one line that matches, and leaves the model and the folder as they were."""
+    """Each way to read a file raises one line that matches, and nothing changes."""
     target, there = trained(seed=1), sorted(path.parent.iterdir())
     before = copy_of(target)
     for call in (

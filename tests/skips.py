@@ -1,4 +1,4 @@
-"""A hook of pytest that tests and benchmarks share: what was skipped, counted by reason, at the end of a run."""
+"""A hook of pytest that tests and benchmarks share."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped, counted by reason."""
+    """List what was skipped, counted by reason."""
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
     if reasons:
         terminalreporter.section("skipped")

@@ -1,4 +1,4 @@
-"""Attention on a stand-in for flash-attn: results, layouts, compiled code, what it does not take."""
+"""Attention on a stand-in for flash-attn: results, layouts, compiled code, refusals."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def test_flash_attn_is_not_installed():
 
 @pytest.fixture(params=[2, 4])
 def flash_attn(request, tmp_path, monkeypatch) -> int:
-    """Install a stand-in for a release of flash-attn that runs on the CPU, and pretend a Hopper GPU."""
+    """Install a stand-in for a release of flash-attn on the CPU, and pretend a Hopper GPU."""
     write_flash_attn(tmp_path, request.param)
     monkeypatch.syspath_prepend(tmp_path)
     assert _flash_attn._installed() == request.param

@@ -85,10 +85,7 @@ VALUE_ERRORS: dict[str, Case] = {
     "norm_bias": (lambda: ops.layer_norm(X, W4, W4[None]), r"bias must be \(D,\) = \(4,\).*\(1, 4\)"),
     "norm_on_meta": (lambda: ops.layer_norm(X, W4, W4.to(META)), "bias must be on the device of x, cpu.*meta"),
     "add_norm_scalar": (lambda: ops.add_layer_norm(X[0, 0, 0], X[0, 0, 0], W4, W4), r"x must be \(\.\.\., D\)"),
-    "add_norm_shape": (
-        lambda: ops.add_layer_norm(X, X[:1], W4, W4),
-        r"residual must have the shape of x, \(2, 3, 4\).*\(1, 3, 4\)",
-    ),
+    "add_shape": (lambda: ops.add_layer_norm(X, X[:1], W4, W4), r"residual must have the shape of x, \(2, 3, 4\).*\(1, 3, 4\)"),
     "add_norm_weight": (lambda: ops.add_layer_norm(X, X, X, W4), r"weight must be \(D,\) = \(4,\).*\(2, 3, 4\)"),
     "add_norm_on_meta": (lambda: ops.add_layer_norm(X, X.to(META), W4, W4), "residual must be on the device of x, cpu.*meta"),
     "gelu_scalar": (lambda: ops.bias_gelu(X[0, 0, 0]), r"x must be \(\.\.\., D\).*\(\)"),

@@ -135,7 +135,7 @@ class SkippedBlock(Block):
 @pytest.mark.parametrize("position", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("change", ["subclass", "wrapper", "instance", "hook"])
 def test_decoder_blocks_may_be_others(change, position, monkeypatch):
-    """Without pred maefast's own first and last block skip tokens. Any other is called as block(x)."""
+    """Without pred maefast's first and last block skip tokens. Others are called as block(x)."""
     monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
     model = small_mae(decoder_depth=2)
     block, seen = model.decoder_blocks[position], []

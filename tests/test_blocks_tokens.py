@@ -1,4 +1,4 @@
-"""Blocks of some tokens: the rows of given ids, and the decoder's repeated tokens, computed once."""
+"""Blocks of some tokens: the rows of given ids, and repeated tokens, computed once."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_take_tokens():
 
 
 class DecoderStart(nn.Module):
-    """The decoder's input and first block: ours takes each distinct token once, the reference's all."""
+    """The decoder's input and first block, which takes each distinct token once."""
 
     N, L, K = 5, T - 1, 4
 

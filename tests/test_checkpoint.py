@@ -9,16 +9,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from checkpoints import (
-    HEADS,
-    SQUARE,
-    assert_loads,
-    assert_positions_of_8_x_5,
-    assert_same_weights,
-    decoder_of,
-    encoder_of,
-    trained,
-)
+from checkpoints import HEADS, SQUARE, assert_loads, assert_same_weights, decoder_of, encoder_of, trained
 from support import images_for, noise_for
 from torch import Tensor, nn
 
@@ -195,7 +186,7 @@ def test_fixed_positions_are_computed_for_another_grid(official):
     loaded, target = MAE.from_pretrained(official, img_size=(64, 40), **HEADS), trained(img_size=(64, 40), norm_pix_loss=True)
     report = checkpoint.load(target, official)
     for model in (loaded, target):
-        assert_positions_of_8_x_5(model, report)
+        checkpoints.assert_positions_of_8_x_5(model, report)
 
 
 @pytest.mark.parametrize("img_size", [(64, 16), (16, 64), (24, 40)])
@@ -306,7 +297,7 @@ def test_convert_for_timm(model, official, tmp_path, name):
 
 
 def test_names_and_shapes_of_timm(tmp_path):
-    """The list is of timm 1.0.31's vit_base_patch16_224 with num_classes=0, as timm needs a torchvision."""
+    """The list is from timm 1.0.31, vit_base_patch16_224: timm needs a torchvision."""
     lines = (Path(__file__).parent / "layouts" / "timm_vit_base_patch16_224.txt").read_text().splitlines()
     theirs = {name: tuple(map(int, shape)) for name, *shape in map(str.split, lines)}
     torch.save(maefast.mae_vit_base_patch16().half().state_dict(), tmp_path / "ours.pth")
@@ -320,9 +311,7 @@ def test_convert_from_a_folder_of_timm(model, tmp_path):
     stored = with_trained_positions((24, 40), tmp_path / "tuned.pth")
     tensors = torch.load(tmp_path / "tuned.pth", weights_only=True)["model"]
     config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 24, 40]}}
-    folder = checkpoints.write_hugging_face(
-        tmp_path / "timm", {name: t for name, t in tensors.items() if name in encoder_of(model)}, config
-    )
+    folder = checkpoints.write_hugging_face(tmp_path / "timm", encoder_of(tensors), config)
     target = trained(img_size=(24, 40))
     assert checkpoint.load(target, folder).positions == ()
     assert torch.equal(target.pos_embed, stored)

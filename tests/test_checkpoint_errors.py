@@ -112,9 +112,9 @@ BAD = {
         lambda p: written(p / "a.pth", b""),
         r"a.pth is neither a file of torch.save nor of safetensors, or it is damaged",
     ),
-    "text": (
+    "lfs": (
         lambda p: written(p / "a.safetensors", b"version https://git-lfs"),
-        r"neither a file of torch.save nor of safetensors",
+        "neither a file of torch.save nor of safetensors",
     ),
     "old pickle, damaged": (lambda p: written(p / "a.pth", b"\x80\x02\x8a\nl\xfc\x9c"), r"a.pth is damaged: "),
     "no dict": (holding([1, 2]), r"must hold a dict of tensors.*a list"),

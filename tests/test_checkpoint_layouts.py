@@ -1,4 +1,4 @@
-"""Other people's checkpoints: layouts and nestings found by their tensors, and a choice of models."""
+"""Other people's checkpoints: layouts found by their tensors, and a choice of models."""
 
 import re
 from collections.abc import Callable
@@ -30,9 +30,10 @@ class Saved(NamedTuple):
     layout: str = "official"
 
 
-def in_state_dict(
-    make: Callable[[Tensors], Tensors], prefixes: str, ignored: tuple[str, ...] = (), layout: str = "official"
-) -> Saved:
+Make = Callable[[Tensors], Tensors]
+
+
+def in_state_dict(make: Make, prefixes: str, ignored: tuple[str, ...] = (), layout: str = "official") -> Saved:
     return Saved(lambda t: {"state_dict": make(t)}, f"state_dict, names after {prefixes}", ignored, layout)
 
 
@@ -78,15 +79,11 @@ LAYOUTS = {
     "mmpretrain, DDP": in_state_dict(lambda t: below("module.", mmpretrain(t)), "backbone. and neck.", layout="mmpretrain"),
     "blocks compiled": Saved(lambda t: {re.sub(r"(blocks\.\d+)\.", r"\1._orig_mod.", name): x for name, x in t.items()}),
     "fsdp": Saved(checkpoints.fsdp),
-    "checkpoint wrappers": Saved(
-        lambda t: {name.replace(".attn.", "._checkpoint_wrapped_module.attn."): x for name, x in t.items()}
-    ),
+    "checkpoint wrappers": Saved(lambda t: {n.replace(".attn.", "._checkpoint_wrapped_module.attn."): x for n, x in t.items()}),
     "counters": Saved(lambda t: {**below("module.", t), **COUNTERS}, ignored=tuple(COUNTERS)),
     "moments": Saved(lambda t: {"model": t, "optimizer": {"exp_avg": {n: x + 1 for n, x in t.items()}}}, "model", ("optimizer",)),
     "the same weights twice": Saved(lambda t: {"model": t, "model_without_ddp": dict(t)}, "model", ("model_without_ddp",)),
-    "encoder of the same weights": Saved(
-        lambda t: {"encoder": encoder_of(t), "model": checkpoints.copy_of(t)}, "model", ("encoder",)
-    ),
+    "encoder of the same": Saved(lambda t: {"encoder": encoder_of(t), "model": checkpoints.copy_of(t)}, "model", ("encoder",)),
     "shared tensors": Saved(lambda t: {"model": below("model.", t) | below("alias.", t)}, "model, names after model."),
     "transposed in memory": Saved(lambda t: {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in t.items()}),
     "parameters": Saved(lambda t: {name: nn.Parameter(x) for name, x in t.items()}),
@@ -135,7 +132,7 @@ def test_safetensors_with_metadata_and_a_prefix(model, tmp_path):
 
 
 def test_folders_of_deepspeed(model, tmp_path):
-    """The folder that its engine saves to, and that of a step; the optimizer's shards are ignored."""
+    """The engine's folder, and that of a step; the optimizer's shards are ignored."""
     step = tmp_path / "global_step3"
     step.mkdir()
     (tmp_path / "latest").write_text("global_step3")

@@ -27,7 +27,7 @@ def assert_same_step(compiled: nn.Module, eager: nn.Module, imgs: Tensor, noise:
 
 @pytest.mark.parametrize("mode", ["fp32", "autocast"])
 def test_inductor_model_forward_and_backward(mode):
-    """Against the reference, eager and compiled, as Inductor sums in another order; masks of a seed."""
+    """Against the reference, eager and compiled (Inductor sums in another order)."""
     reference = small_reference(**SHALLOW)
     compiled_reference = torch.compile(copy.deepcopy(reference), fullgraph=True, dynamic=False)
     model, exact_model = small_mae(**SHALLOW), copy.deepcopy(reference).double()

@@ -93,7 +93,7 @@ class Context(SimpleNamespace):
 @pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
 @pytest.mark.parametrize("stream", [F32, BF16], ids=["autocast", "bf16"])
 def test_forward_and_backward_of_the_block(hopper: None, pending: bool, stream: torch.dtype) -> None:
-    """No norm or GELU is recomputed; gradients have their tensors' dtypes, their GEMMs fp32 outputs."""
+    """No norm or GELU is recomputed; gradients have the dtypes of their tensors."""
     plan = _Plan("triton", 1, 1e-6, BF16, Products(False, False, None, False), keep=True)
     shapes = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (HIDDEN, D), (HIDDEN,), (D, HIDDEN), (D,)]
 

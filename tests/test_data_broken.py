@@ -29,7 +29,7 @@ GREY = gzip.compress(idx(np.zeros((2, 40, 40), np.uint8)), mtime=0)
         ({"train-images-idx3-ubyte": b"\0\0\x08\xff" + bytes(2000)}, "it has 255 axes"),
         (
             {"images.npy": ARRAY.replace(b"False", b"Fals_")},
-            "read as .npy: malformed node or string on line 1: <ast.Name object>",
+            "cannot be read as .npy: malformed node or string on line 1: <ast.Name object>",
         ),
         ({"images.npy": ARRAY, "sizes.npy": npy(np.array([[0, 4], [4, 4]]))}, "must hold heights and widths, each 1 or more"),
         ({"images.npy": ARRAY, "classes.json": b"[" * 10**5}, r"classes\.json cannot be read: "),

@@ -168,7 +168,7 @@ def test_probe_of_many_features_is_logistic_regression_fitted_to_the_end() -> No
 
 
 def test_median_interval_by_hand() -> None:
-    """6 tosses show no head once in 64; at most one show 8 tosses 9 in 256 times, 9 tosses 10 in 512."""
+    """No head: 6 tosses, 1/64. At most one head: 8 tosses, 9/256; 9 tosses, 10/512."""
     assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1.0, 6.0)
     assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]) == (1.0, 8.0)  # 9/256 is more than a fortieth
     assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]) == (2.0, 8.0)  # 10/512 is not
@@ -205,7 +205,7 @@ def test_comparison_is_honest() -> None:
     ],
 )
 def test_comparison_ends(monkeypatch: pytest.MonkeyPatch, speeds: list[float], seconds: float, rounds: int) -> None:
-    """On a clock that each step moves: maefast's by `seconds`, the reference's by a varying multiple."""
+    """On a clock that maefast's step moves by `seconds`, the reference's by a multiple."""
     now, calls = 0.0, 0
 
     def step(model: Any, *args: Any, return_pred: bool = True, **kwargs: Any) -> torch.Tensor:

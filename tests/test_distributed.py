@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does: DDP, fully_shard, checkpoints of any world size."""
+"""Two processes under torchrun do what one does: DDP, fully_shard, checkpoints."""
 
 import copy
 import os

@@ -48,9 +48,7 @@ def test_against_a_plain_one(options, mode):
     assert_like_plain(model, plain, lambda seed: 2 * [images_for(model, IMAGES, dtype, seed)], mode)
 
 
-def assert_like_plain(
-    model: VisionTransformer, plain: nn.Module, images: Callable[[int], list[Tensor]], mode: str = "fp32"
-) -> None:
+def assert_like_plain(model: nn.Module, plain: nn.Module, images: Callable[[int], list[Tensor]], mode: str = "fp32") -> None:
     """Hold the model to the error rule on images(seed): its own, the plain one's, maybe float64."""
     other, exact = attends_otherwise(plain), copy.deepcopy(plain).double()
     batches = []
@@ -108,7 +106,7 @@ def test_official_module_names():
 
 
 def test_a_seed_gives_the_weights_of_timm_s_initialisation():
-    """trunc_normal 0.02 for Linear weights, class token and positions, biases 0, torch's convolution."""
+    """trunc_normal 0.02 for Linear weights, class token and positions; biases 0."""
     model, plain = small_vit(embed_dim=256, global_pool=True), plain_vit(embed_dim=256, global_pool=True)
     assert model.state_dict().keys() == plain.state_dict().keys()
     for name, value in plain.state_dict().items():

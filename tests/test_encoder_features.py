@@ -16,7 +16,7 @@ GRID = (8, 3)
 
 
 def cubic(n: int, m: int) -> Tensor:
-    """(m, n) float64: row i has the weights of n equal steps in the i-th of m (Keys 1981, a = -0.75)."""
+    """(m, n) float64: row i weighs n values for the i-th of m (Keys 1981, a = -0.75)."""
     weights = np.zeros((m, n))
     for i in range(m):
         at = (i + 0.5) * n / m - 0.5
@@ -50,7 +50,7 @@ def maps_of(model: nn.Module, imgs: Tensor, indices: list[int], seed: int) -> Re
 
 @pytest.mark.parametrize("size", [(64, 48), (32, 96), (128, 16), (8, 64), (160, 288)], ids=str)
 def test_feature_maps_of_any_size(size):
-    """Maps and all gradients: the model's own size, wider, higher, a row of patches, 360 patches."""
+    """Maps and gradients: the model's own size, wider, higher, a row, 360 patches."""
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
     images = IMAGES if size[0] < 160 else 4

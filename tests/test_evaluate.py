@@ -106,7 +106,7 @@ def test_a_broken_image_stops_the_reading():
 
 
 def test_votes_by_hand():
-    """Neighbours at 0, 60 and 90 degrees: similarities 1, 1/2 and 0 of any length; a fourth is not one."""
+    """Neighbours at 0, 60 and 90 degrees have similarities 1, 1/2 and 0; a fourth is too far."""
     bank = torch.tensor([[2.0, 0.0], [0.5, 3**0.5 / 2], [0.0, 7.0], [-1.0, 0.0]], dtype=torch.float64)
     query = torch.tensor([[5.0, 0.0]], dtype=torch.float64)
     votes = knn.knn_votes(bank, torch.tensor([2, 0, 2, 1]), query, 3, k=3, temperature=0.5)
@@ -118,7 +118,7 @@ def test_votes_by_hand():
 
 
 def test_votes_outweigh_the_majority():
-    """Two far neighbours against a near one: nearness wins at a low temperature, else the majority."""
+    """Two far neighbours against a near one, which wins only at a low temperature."""
     bank, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 1, 1])
     query = torch.tensor([[1.0, 0.1]])
     assert [knn.knn_votes(bank, labels, query, 2, k=3, temperature=t).argmax().item() for t in (0.07, 10.0)] == [0, 1]
@@ -131,7 +131,7 @@ def test_votes_refuse(options, message):
 
 
 def test_lars_by_formula():
-    """Two steps in float64; a zero weight and a bias take plain momentum steps, the bias undecayed."""
+    """Two steps in float64; a zero weight and a bias take plain momentum steps."""
     w, zero, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in ([[3.0, 4.0]], [[0.0, 0.0]], [2.0]))
     optimizer = LARS([w, zero, bias], lr=0.5, weight_decay=0.1, trust_coefficient=0.01)
     expected_w, m_w = w.detach().clone(), torch.zeros(1, 2, dtype=torch.float64)

@@ -81,7 +81,7 @@ def test_a_hole_is_filled(example):
 
 
 def test_fine_tuning_restores(example, tmp_path):
-    """A Restorer adds nothing before training, and removes noise after a few steps; the strip's size."""
+    """A Restorer adds nothing before training, and removes noise after a few steps."""
     restoration, denoise = example("restoration"), example("denoise")
     tiles = restoration["images"].photographs(restoration["SIDE"])
     clean, noise = restoration["held_out"](tiles)[:6], denoise["noise"](40.0)

@@ -1,4 +1,4 @@
-"""The encoder exported with a dynamic batch, run from a fresh process and from C++ without Python."""
+"""The encoder exported with a dynamic batch, run from a fresh process and from C++."""
 
 import copy
 import os
@@ -54,7 +54,7 @@ def package(exported: ExportedProgram, tmp_path_factory: pytest.TempPathFactory)
 
 
 def check(features: list[Tensor]) -> None:
-    """Hold the features of each batch to the error rule, beside the reference with nothing masked."""
+    """Hold the features of each batch to the error rule, beside the reference's."""
     reference = small_reference(**OPTIONS)
     exact = copy.deepcopy(reference).double()
     assert [len(got) for got in features] == list(BATCHES)
