@@ -72,8 +72,7 @@ def row(bench: Bench) -> list[str]:
         return "" if key not in info or ("bytes" in info and column in COMPUTE) else form.format(info[key] * scale)
 
     name = info["contender"] + (" (*)" if "outside_error_rule" in info else "")
-    figures = (figure(column, *shape) for column, shape in FIGURES.items())
-    return [name, seconds(stats["median"]), seconds(stats["iqr"]), *figures]
+    return [name, seconds(stats["median"]), seconds(stats["iqr"]), *(figure(column, *shape) for column, shape in FIGURES.items())]
 
 
 def markdown_table(lines: Iterable[list[str]]) -> list[str]:

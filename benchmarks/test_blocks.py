@@ -53,8 +53,7 @@ def make_attention(N: int, variant: str, generator: torch.Generator, T: int, D: 
 def plain_attention(qkv: Tensor, heads: int) -> Outputs:
     N, T, _ = qkv.shape
     q, k, v = qkv.view(N, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    weights = ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1)
-    return {"y": (weights @ v).transpose(1, 2).flatten(2)}
+    return {"y": (((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)}
 
 
 def sdpa(kernel: SDPBackend, qkv: Tensor, heads: int) -> Outputs:

@@ -115,10 +115,9 @@ def plain_unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embe
 
 def make_masked_mse(N: int, variant: str, generator: torch.Generator) -> Inputs:
     pred_dtype = torch.bfloat16 if variant in ("bf16", "autocast") else torch.float32
-    img_dtype = {"bf16": torch.bfloat16, "uint8": torch.uint8}.get(variant, torch.float32)
     return {
         "pred": torch.randn(N, L, P, generator=generator).to(pred_dtype),
-        "imgs": make_images(N, img_dtype, generator),
+        "imgs": make_images(N, {"bf16": torch.bfloat16, "uint8": torch.uint8}.get(variant, torch.float32), generator),
         "mask": (torch.rand(N, L, generator=generator).argsort(dim=1).argsort(dim=1) >= K).float(),
         **normalisation(variant),
     }
@@ -188,8 +187,7 @@ def make_gelu(N: int, variant: str, generator: torch.Generator) -> Inputs:
     rows, width = rows_and_width(N, variant)
     dtype = torch.float32 if variant.startswith("fp32") else torch.bfloat16
     x, dy = (torch.randn(rows, MLP_RATIO * width, generator=generator).to(dtype) for _ in range(2))
-    with_bias = {"bias": torch.randn(MLP_RATIO * width, generator=generator)} if variant == "autocast" else {}
-    return {"x": x, "dy": dy} | with_bias
+    return {"x": x, "dy": dy} | ({"bias": torch.randn(MLP_RATIO * width, generator=generator)} if variant == "autocast" else {})
 
 
 def plain_gelu(x: Tensor, bias: Tensor | None = None) -> Outputs:

@@ -193,7 +193,7 @@ def check_op(
 def poisoned_memory() -> Iterator[None]:
     """Fill all allocations within the block with 0x7f: 3e38 as fp32 or bf16, a bad index.
 
-    AddressSanitizer ignores mallopt, and `make test-sanitize` has its own options. torch's wheels for
+    AddressSanitizer ignores mallopt; `make test-sanitize` has its own options. torch's wheels for
     aarch64 allocate with mimalloc, which cannot do it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc

@@ -37,8 +37,7 @@ def test_the_same_model(model, official):
 
 def test_images_of_another_size(model, official):
     target = trained(seed=1, img_size=(64, 40), norm_pix_loss=True)
-    report = target.init_from(official)
-    assert_positions_of_8_x_5(target, report)
+    assert_positions_of_8_x_5(target, target.init_from(official))
     rest = {name: tensor for name, tensor in model.state_dict().items() if "pos_embed" not in name}
     assert_same_weights({name: tensor for name, tensor in target.state_dict().items() if name in rest}, rest)
 

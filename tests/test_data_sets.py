@@ -101,24 +101,21 @@ def test_the_output_is_left_out(tmp_path, excluded) -> None:
         open_images(tmp_path, "train", exclude=tmp_path)
 
 
-def test_the_output_beside_the_parts(tmp_path) -> None:
-    """--output_dir may be the folder that holds the parts: nothing is written into them."""
-    put(tmp_path, "train/cat/0.png", "val/cat/1.png", "reconstructions/2.png")
-    (tmp_path / "log.txt").touch()
-    data = open_images(tmp_path, "train", exclude=tmp_path)
-    assert (reds(data), data.left_out) == ([0], {})
-
-
-def test_the_folders_of_other_runs_are_left_out(tmp_path) -> None:
-    put(tmp_path, "0.png", "run1/reconstructions/1.png")
-    (tmp_path / "run1" / "log.txt").touch()
-    data = open_images(tmp_path, "train", exclude=tmp_path / "run2")
-    assert (reds(data), data.left_out) == ([0], {"in the folder of another run": 2})
-
-
-def test_images_beside_the_parts_are_told(tmp_path) -> None:
-    data = open_images(put(tmp_path, "0.png", "train/1.png"), "train")
-    assert (reds(data), data.left_out) == ([1], {"beside the splits": 1})
+@pytest.mark.parametrize(
+    ("names", "run", "excluded", "found", "left_out"),
+    [
+        (("train/cat/0.png", "val/cat/1.png", "reconstructions/2.png"), ".", ".", [0], {}),  # nothing is written into parts
+        (("0.png", "run1/reconstructions/1.png"), "run1", "run2", [0], {"in the folder of another run": 2}),
+        (("0.png", "train/1.png"), None, "out", [1], {"beside the splits": 1}),
+    ],
+    ids=["output beside the parts", "another run", "images beside the parts"],
+)
+def test_left_out(tmp_path, names, run, excluded, found, left_out) -> None:
+    put(tmp_path, *names)
+    if run:
+        (tmp_path / run / "log.txt").touch()
+    data = open_images(tmp_path, "train", exclude=tmp_path / excluded)
+    assert (reds(data), data.left_out) == (found, left_out)
 
 
 def test_an_archive_beside_the_part_that_it_holds(tmp_path) -> None:

@@ -88,8 +88,7 @@ def test_features_are_never_half_written(tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(features.os, "posix_fallocate", full)
+    monkeypatch.setattr(features.os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     message = r"OUT must be a path that can be written; .*/out\.npy cannot be: No space left on device"
     with pytest.raises(UserError, match=message):
         features.write_features(iter([(torch.zeros(2, 4), torch.zeros(2))]), 2, (4,), tmp_path / "out.npy")

@@ -43,8 +43,7 @@ def weights(folder, entry="model"):
 def test_extract(capsys, tmp_path, parts):
     printed = run(capsys, "extract", "mae", "data", "out.npy", "--kind=all", "--batch_size=4")
     assert printed == "out.npy: features of 6 images, 17 x 32 each\n"
-    expected = mae().encode(parts[None].pictures)
-    torch.testing.assert_close(torch.from_numpy(np.load("out.npy")), expected.detach())
+    torch.testing.assert_close(torch.from_numpy(np.load("out.npy")), mae().encode(parts[None].pictures).detach())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mae", "out.npy"]
 
 

@@ -117,8 +117,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs CMake and a C++ compiler")
     build = tmp_path_factory.mktemp("cpp")
-    options = [f"-DTORCH_ROOT={TORCH}", f"-DMAEFAST_ROOT={PACKAGE}"]
-    output_of("cmake", "-S", EXAMPLE, "-B", build, *options)
+    output_of("cmake", "-S", EXAMPLE, "-B", build, f"-DTORCH_ROOT={TORCH}", f"-DMAEFAST_ROOT={PACKAGE}")
     output_of("cmake", "--build", build)
     return build / "encode"
 
