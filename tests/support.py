@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli, reference
+from maefast import _library, cli, gpu, reference
 from maefast.request import forget
 from maefast.testing.errors import assert_close_to_float64
 
@@ -40,6 +40,14 @@ def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: o
     """Change what a machine has for the rest of a test, and forget decisions."""
     monkeypatch.setattr(owner, name, value)
     forget()
+
+
+def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend a build with CUDA kernels and an H100, to all that dispatch can tell."""
+    facts = {"capability": lambda device: (9, 0), "shared_memory": lambda device: 227 << 10}
+    for owner, changed in ((_library, {"HAS_NATIVE": True, "HAS_CUDA": True}), (gpu, facts)):
+        for name, value in changed.items():
+            set_fact(monkeypatch, owner, name, value)
 
 
 def multiplies(dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Results, assert_steps, images_for, noise_for, set_fact, small_mae, small_reference, step
+from support import Results, assert_steps, images_for, noise_for, pretend_hopper, set_fact, small_mae, small_reference, step
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,10 +145,7 @@ def test_what_is_asked_of_a_gpu_is_a_constant_in_compiled_code(fresh_dynamo, mon
 @pytest.fixture
 def gpu(monkeypatch):
     """Pretend a build with CUDA kernels and a Hopper GPU; return a maker of asks of attention."""
-    for name in ("HAS_NATIVE", "HAS_CUDA"):
-        set_fact(monkeypatch, _library, name, True)
-    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
-    set_fact(monkeypatch, gpu_facts, "shared_memory", lambda device: 227 << 10)
+    pretend_hopper(monkeypatch)
 
     def ask(T: int, width: int, dtype: torch.dtype = BF16, queries: bool = False) -> AttentionAsk:
         return AttentionAsk(torch.device("cuda"), dtype, T, width, queries)

@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import images_for, noise_for, set_fact, small_mae
+from support import images_for, noise_for, pretend_hopper, set_fact, small_mae
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from maefast import _library, kernels
-from maefast import gpu as gpu_facts
+from maefast import kernels
 from maefast.blocks import Block
 from maefast.ops import BlockWeights
 from maefast.ops.linear import Products
@@ -30,11 +29,8 @@ FORWARD = ["layer_norm_fwd", "attention_fwd", "add_layer_norm_fwd", "bias_gelu_f
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To all that dispatch can tell: Triton, a build with CUDA kernels, and an H100."""
-    for owner, name in ((_library, "HAS_NATIVE"), (_library, "HAS_CUDA"), (kernels, "HAS_TRITON")):
-        set_fact(monkeypatch, owner, name, True)
-    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
-    set_fact(monkeypatch, gpu_facts, "shared_memory", lambda device: 227 << 10)
+    pretend_hopper(monkeypatch)
+    set_fact(monkeypatch, kernels, "HAS_TRITON", True)
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support import NATIVE, Calls, images_for, multiplies, noise_for, set_fact, small_mae
+from support import NATIVE, Calls, images_for, multiplies, noise_for, pretend_hopper, set_fact, small_mae
 from torch import Tensor
 
 import maefast
-from maefast import _library, dispatch, kernels, ops
+from maefast import dispatch, kernels, ops
 from maefast import gpu as gpu_facts
 from maefast.ops.gather_patches import PatchesAsk
 from maefast.ops.masked_mse import MseAsk
@@ -181,11 +181,8 @@ def test_explain_reports_a_request_that_cannot_run(native, capsys):
 
 @pytest.fixture
 def gpu(monkeypatch) -> None:
-    """A build with CUDA kernels and a Hopper GPU, to all that dispatch can tell."""
-    for name in ("HAS_NATIVE", "HAS_CUDA"):
-        set_fact(monkeypatch, _library, name, True)
+    pretend_hopper(monkeypatch)
     set_fact(monkeypatch, kernels, "HAS_TRITON", True)
-    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
 
 
 GPU_ASKS = {

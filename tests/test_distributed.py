@@ -82,9 +82,10 @@ def test_ddp_is_one_process_with_the_joint_batch(ddp, name):
     check(ddp[name], make_batches()[:4])
 
 
-def test_ddp_accumulates_gradients(ddp):
-    """Two micro batches under no_sync are one batch."""
-    check(ddp["accumulated"], joined(make_batches()))
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_gradients_accumulate(request, wrapper):
+    """Two micro batches without synchronisation between them are one batch."""
+    check(request.getfixturevalue(wrapper)["accumulated"], joined(make_batches()))
 
 
 def test_ranks_draw_masks_of_their_own(ddp):
@@ -95,21 +96,13 @@ def test_ranks_draw_masks_of_their_own(ddp):
     check(ddp["own_masks"], batches)
 
 
-@pytest.mark.parametrize("name", ["pred", "no_pred", "every_module", "every_module_no_pred", "checkpointed"])
+FSDP = {name: {} for name in ("pred", "no_pred", "every_module", "every_module_no_pred", "checkpointed")}
+FSDP |= {"autocast": {"cast": True}, "from_one": {"first": 2}}  # the latter resumes a checkpoint of one process
+
+
+@pytest.mark.parametrize("name", FSDP)
 def test_fsdp_is_one_process_with_the_joint_batch(fsdp, name):
-    check(fsdp[name], make_batches()[:4])
-
-
-def test_fsdp_under_autocast(fsdp):
-    check(fsdp["autocast"], make_batches()[:4], cast=True)
-
-
-def test_fsdp_accumulates_gradients(fsdp):
-    check(fsdp["accumulated"], joined(make_batches()))
-
-
-def test_two_processes_go_on_from_a_checkpoint_of_one(fsdp):
-    check(fsdp["from_one"], make_batches()[:4], first=2)
+    check(fsdp[name], make_batches()[:4], **FSDP[name])
 
 
 def test_one_process_goes_on_from_a_checkpoint_of_two(fsdp, checkpoint_of_two):
