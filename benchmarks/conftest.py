@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def groups(request: pytest.FixtureRequest) -> Callable[[Any, str], Group]:
-    """Measure a workload at its first use. If the gate of a group fails, all its contenders fail."""
+    """Measure a workload at its first use. If its gate fails, all its contenders fail."""
     options, done = options_of(request.config), {}
 
     def measured(workload: Any, module: str) -> Group:
@@ -53,7 +53,7 @@ def groups(request: pytest.FixtureRequest) -> Callable[[Any, str], Group]:
 
 @pytest.fixture
 def replay(request: pytest.FixtureRequest, groups) -> Callable[[Any, ReplayClock, Any, str], None]:
-    """Replay a contender's samples through pytest-benchmark, with the clock of the test's marker."""
+    """Replay a contender's samples through pytest-benchmark on the test's clock."""
 
     def through(benchmark: Any, clock: ReplayClock, workload: Any, contender: str) -> None:
         if benchmark.disabled:

@@ -1,11 +1,10 @@
-"""Time and memory of converting a ViT-B/16 checkpoint with decoder, 112 M parameters in fp32,
-between layouts.
+"""Time and memory of converting a ViT-B/16 checkpoint (112 M parameters, fp32) between layouts.
 
     python benchmarks/convert.py [--repeats 5] [--out FILE]
 
-Each conversion runs in a fresh process, its source in the page cache; the peak is that process's
-high-water mark less what it held once torch and maefast were imported. Prints a table and writes
-results/<machine>/convert.json. Needs safetensors.
+prints a table and writes results/<machine>/convert.json. Each conversion runs in a fresh process,
+its source in the page cache. The peak is what that process holds above its imports. Needs
+safetensors.
 """
 
 import argparse
@@ -41,24 +40,18 @@ def one(source: str, out: str, to: str) -> None:
     memory.forget_high_water()
     baseline, started = memory.resident(), time.perf_counter()
     checkpoint.convert(source, out, to)
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_bytes": memory.high_water() - baseline}))
-
-
-def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+    print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": memory.high_water() - baseline}))
 
 
 def measure(folder: Path, source: str, target: str, to: str, repeats: int) -> dict[str, Any]:
-    runs = []
-    out = folder / target
+    runs, out, read = [], folder / target, folder / source
     for _ in range(repeats):
         if out.is_dir():
             shutil.rmtree(out)
         out.unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--one", str(folder / source), str(out), to]
+        command = [sys.executable, __file__, "--one", str(read), str(out), to]
         runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    size = size_of(folder / source)
+    size = sum(file.stat().st_size for file in (read.iterdir() if read.is_dir() else [read]))
     seconds, peak = statistics.median(run["seconds"] for run in runs), max(run["peak_bytes"] for run in runs)
     print(f"{source} -> {target}: {seconds:.2f} s, peak {peak / 1e6:.0f} MB, {peak / size:.2f} x the {size / 1e6:.0f} MB read")
     return {"source": source, "to": to, "out": target, "source_bytes": size, "peak_of_source": peak / size, "runs": runs}

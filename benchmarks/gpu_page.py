@@ -1,7 +1,4 @@
-"""Write the tables of docs/gpu.md from the JSON under benchmarks/results/h200/. What has no JSON has no table.
-
-python benchmarks/gpu_page.py
-"""
+"""Write the tables of docs/gpu.md from the JSON under benchmarks/results/h200/."""
 
 import json
 from pathlib import Path
@@ -15,29 +12,24 @@ ROWS = {"attention": "Attention, the kernels alone, bf16", "gemm": "Products of 
 
 
 def table_of_rows(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a Markdown table: sizes, then the milliseconds of each contender, empty where it did not run."""
+    """Return a Markdown table of sizes and of milliseconds, empty where a contender did not run."""
     sizes = [key for key in rows[0] if isinstance(rows[0][key], int | str)]
     names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     lines = [[*sizes, *names], ["---"] * len(sizes) + ["---:"] * len(names)]
     for row in rows:
-        lines.append(
-            [*(str(row[key]) for key in sizes), *(f"{row['ms'][name]:.3f}" if name in row["ms"] else "" for name in names)]
-        )
-    return ["| " + " | ".join(line) + " |" for line in lines]
+        milliseconds = (f"{row['ms'][name]:.3f}" if name in row["ms"] else "" for name in names)
+        lines.append([*(str(row[key]) for key in sizes), *milliseconds])
+    return report.markdown_table(lines)
 
 
 def tables(results: Path) -> str:
-    """Return the tables of the files that are there: what scripts timed, then the groups of the benchmarks."""
+    """Return a table for each file that exists: those of scripts, then those of the benchmarks."""
     lines: list[str] = []
     for name, title in ROWS.items():
         if (path := results / f"{name}.json").exists():
             found = json.loads(path.read_text())
-            lines += [
-                "",
-                f"{title}: milliseconds, {found['device']}, torch {found['torch']}.",
-                "",
-                *table_of_rows(found["timing"]),
-            ]
+            heading = f"{title}: milliseconds, {found['device']}, torch {found['torch']}."
+            lines += ["", heading, "", *table_of_rows(found["timing"])]
     if (path := results / "full.json").exists():
         found = json.loads(path.read_text())
         for group, benches in report.grouped(found).items():
@@ -47,7 +39,7 @@ def tables(results: Path) -> str:
 
 
 def page(text: str, results: Path) -> str:
-    """Return the page with its tables replaced; raises ValueError where it has no place for them."""
+    """Return the page with its tables replaced. Raises ValueError if a marker line is missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

@@ -39,16 +39,14 @@ class GraphedRun:
         return loss
 
     def losses(self) -> Tensor:
-        """Return the losses of all sets, the mask of set i from seed i; a learning rate of zero keeps the weights."""
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._set(len(rates) * [0.0])
-        losses = []
+        """Return the losses of all sets, at a learning rate of 0, the mask of set i from seed i."""
+        groups, losses = self.optimizer.param_groups, []
+        rates = [float(group["lr"]) for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
         for i in range(len(self.imgs)):
             torch.manual_seed(i)
             losses.append(self(i))
-        self._set(rates)
-        return torch.stack(losses)
-
-    def _set(self, rates: list[float]) -> None:
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
+        return torch.stack(losses)

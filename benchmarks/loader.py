@@ -1,19 +1,16 @@
-"""Images per second that one core reads for pre-training with random resized crops, the loader
-alone.
+"""Images per second that one core reads for pre-training with random resized crops.
 
     python benchmarks/loader.py [--rounds 7] [--images 24] [--out FILE]
 
-The pictures are scikit-learn's two photographs, mirrored side by side to the size asked for and
-saved as JPEG of quality 90. Against each other, on one thread and in turns, with the same crops:
-torchvision's usual pipeline in plain Pillow and torch (decode, crop, resize, float, normalise: what
-a model without uint8 kernels needs), and the sources of maefast, which return uint8. The files are
-in the page cache. Prints a table, with the mean difference from the plain pipeline in grey levels
-of 255, and writes results/<machine>/loader.json. Needs scikit-learn and pillow.
+prints a table and writes results/<machine>/loader.json. Two contenders run in turns on one thread,
+with the same crops and with the files in the page cache. The plain one is torchvision's pipeline
+in Pillow and torch: decode, crop, resize, float, normalise. The sources of maefast return uint8.
+The table has the mean difference between both in grey levels. The pictures are scikit-learn's two
+photographs, tiled to the size asked for, as JPEG of quality 90. Needs scikit-learn and pillow.
 """
 
 import argparse
 import io
-import json
 import math
 import random
 import statistics
@@ -27,6 +24,7 @@ from typing import Any
 
 import machine
 import numpy as np
+import report
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -38,31 +36,22 @@ from maefast.train.data.open import open_images
 from maefast.train.data.pack import pack
 from maefast.train.data.sources import ImageDataset
 
-# ImageNet's average, and five megapixels
-PHOTOGRAPHS = {"500 x 375": (375, 500), "2560 x 1920": (1920, 2560)}
+PHOTOGRAPHS = {"500 x 375": (375, 500), "2560 x 1920": (1920, 2560)}  # ImageNet's average, and five megapixels
 SIDE = 224
 MEAN, STD = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def make_photographs(folder: Path, count: int, height: int, width: int) -> None:
-    """Make JPEGs as detailed as a photograph of this size: tiled mirrored copies, each cropped at
-    another place."""
+    """Make JPEGs as detailed as a photograph: tiled mirrored copies, each cropped elsewhere."""
     folder.mkdir()
     draw = random.Random(0)
     for i in range(count):
         pixels = load_sample_images().images[i % 2]
         block = np.concatenate([pixels, pixels[:, ::-1]], axis=1)
         block = np.concatenate([block, block[::-1]], axis=0)
-        times = 1 + max(math.ceil(height / block.shape[0]), math.ceil(width / block.shape[1]))
-        tiled = np.tile(block, (times, times, 1))
+        tiled = np.pad(block, ((0, height), (0, width), (0, 0)), mode="wrap")
         top, left = draw.randrange(block.shape[0]), draw.randrange(block.shape[1])
         Image.fromarray(tiled[top : top + height, left : left + width]).save(folder / f"{i:03}.jpg", quality=90)
-
-
-def make_shard(folder: Path, path: Path) -> None:
-    with tarfile.open(path, "w") as tar:
-        for file in sorted(folder.iterdir()):
-            tar.add(file, file.name)
 
 
 def random_box(seed: int, height: int, width: int) -> Box:
@@ -81,8 +70,7 @@ def plain(file: Path, seed: int) -> Tensor:
     with open(file, "rb") as stream:
         image = Image.open(stream).convert("RGB")
     image = image.crop(random_box(seed, image.height, image.width)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return pixels.to(torch.float32).div(255).sub_(MEAN).div_(STD)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255).sub_(MEAN).div_(STD)
 
 
 def reader(data: ImageDataset) -> Callable[[int, int], Tensor]:
@@ -92,11 +80,13 @@ def reader(data: ImageDataset) -> Callable[[int, int], Tensor]:
 def measure(folder: Path, name: str, count: int, rounds: int) -> list[dict[str, Any]]:
     height, width = PHOTOGRAPHS[name]
     make_photographs(folder / "files", count, height, width)
-    make_shard(folder / "files", folder / "shard.tar")
+    files = sorted((folder / "files").iterdir())
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for file in files:
+            tar.add(file, file.name)
     with redirect_stdout(io.StringIO()):
         for side in (256, 512):
             pack(folder / "files", folder / f"packed-{side}", size=side)
-    files = sorted((folder / "files").iterdir())
     contenders: dict[str, Callable[[int, int], Tensor]] = {
         "plain Pillow, as torchvision": lambda i, seed: plain(files[i], seed),
         "folder": reader(open_images(folder / "files")),
@@ -117,28 +107,23 @@ def measure(folder: Path, name: str, count: int, rounds: int) -> list[dict[str, 
             for i in range(count):
                 read(i, turn * count + i)
             seconds[label].append((time.perf_counter() - start) / count)
-    bytes_each = {
-        "files": sum(file.stat().st_size for file in files) / count,
-        **{f"packed, {side}": 3.0 * side * side for side in (256, 512)},
-    }
+    bytes_of_file = sum(file.stat().st_size for file in files) / count
+    bytes_each = {f"packed, {side}": 3.0 * side * side for side in (256, 512)}
     baseline = seconds["plain Pillow, as torchvision"]
     rows = []
     for label, times in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(baseline, times, strict=True))
         row = {
             "photographs": name,
             "loader": label,
             "images_per_second": 1 / statistics.median(times),
-            "ratio_to_plain": ratio,
-            "bytes_per_image": bytes_each.get(label, bytes_each["files"]),
+            "ratio_to_plain": statistics.median(a / b for a, b in zip(baseline, times, strict=True)),
+            "bytes_per_image": bytes_each.get(label, bytes_of_file),
             "mean_difference": difference.get(label, 0.0),
             "seconds_per_image": times,
         }
         rows.append(row)
-        print(
-            f"{name:12} {label:30} {row['images_per_second']:7.0f} images/s {ratio:6.2f} x "
-            f"{row['bytes_per_image'] / 1e3:7.0f} kB {row['mean_difference']:6.2f}"
-        )
+        speed = f"{row['images_per_second']:7.0f} images/s {row['ratio_to_plain']:6.2f} x"
+        print(f"{name:12} {label:30} {speed} {row['bytes_per_image'] / 1e3:7.0f} kB {row['mean_difference']:6.2f}")
     return rows
 
 
@@ -154,10 +139,7 @@ def main() -> None:
     for name in PHOTOGRAPHS:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(Path(folder), name, args.images, args.rounds)
-    out = args.out or Path(__file__).parent / "results" / info["machine"] / "loader.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
-    print(out)
+    print(report.write_rows("loader", info, rows, args.out))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ INTEL = {63: "haswell", 79: "broadwell", 85: "skylake", 106: "icelake", 108: "ic
 BRANDS = ("epyc", "ryzen", "threadripper", "xeon", "core")
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
@@ -40,8 +43,7 @@ def cpu_slug(cpuinfo: str, cores: int) -> str:
         return f"{slug(platform.machine() or 'cpu')}-{cores}c"
     family, model = int(fields["cpu family"]), int(fields["model"])
     if vendor == "amd":
-        names = [name for first, name in ZEN.get(family, ()) if model >= first]
-        kind = names[-1] if names else None
+        kind = next((name for first, name in reversed(ZEN.get(family, ())) if model >= first), None)
     else:
         kind = INTEL.get(model) if family == 6 else None
     words = slug(fields.get("model name", "")).split("-")
@@ -52,24 +54,20 @@ def cpu_slug(cpuinfo: str, cores: int) -> str:
 def machine_slug(device: torch.device) -> str:
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device)).removeprefix("nvidia-")
-    path = Path("/proc/cpuinfo")
     forced = os.environ.get("MAEFAST_CPU_ISA", "auto")  # results of a forced narrower instruction set do not describe the machine
-    return cpu_slug(path.read_text() if path.exists() else "", torch.get_num_threads()) + f"-{forced}" * (forced != "auto")
+    return cpu_slug(CPUINFO.read_text() if CPUINFO.exists() else "", torch.get_num_threads()) + f"-{forced}" * (forced != "auto")
 
 
 def cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.*)$", path.read_text(), re.MULTILINE) if path.exists() else []
+    names = re.findall(r"^model name\s*:\s*(.*)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
     return names[0] if names else platform.machine()
 
 
 def commit() -> str:
-    """Return the commit of this checkout, with "+" if tracked files differ; "unknown" without git."""
+    """Return the commit of this checkout, with "+" if tracked files differ, or "unknown"."""
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.check_output(["git", *args], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

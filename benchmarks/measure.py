@@ -30,11 +30,7 @@ class Options:
             return Budget(seconds=300, least=9, most=31)
         if is_step:
             return Budget(seconds=20 if self.full else 8, least=7, most=31)
-        seconds = 2 if self.device.type == "cuda" else 12 if self.full else 3
-        return Budget(seconds, least=11, most=61 if self.full else 41)
-
-    def wants_memory(self, is_step: bool) -> bool:
-        return is_step or (self.full and self.device.type != "cuda")
+        return Budget(2 if self.device.type == "cuda" else 12 if self.full else 3, least=11, most=61 if self.full else 41)
 
 
 class Group:
@@ -42,18 +38,20 @@ class Group:
 
     def __init__(self, workload: Any, module: str, options: Options):
         self.workload, self.options = workload, options
-        bench = workload.bench()
-        why_not_compiled = machine.why_not_compiled(options.device)
-        reasons = {
-            name: bench.why_not(name) or (why_not_compiled if name.endswith("-compiled") else None)
-            for name in options.contenders(workload)
+        bench, names = workload.bench(), options.contenders(workload)
+        self.skipped = {
+            name: reason
+            for name in names
+            if (reason := bench.why_not(name) or (name.endswith("-compiled") and machine.why_not_compiled(options.device)))
         }
-        self.skipped = {name: reason for name, reason in reasons.items() if reason}
-        runs = {name: bench.run(name) for name in options.contenders(workload) if name not in self.skipped}
+        runs = {name: bench.run(name) for name in names if name not in self.skipped}
         self.outside: dict[str, str] = {}
         for name, run in list(runs.items()):
             with self._if_it_fits(runs, name):
-                self._gate(bench, name, run)
+                try:
+                    bench.check(name, run)
+                except NotOursError as breach:
+                    self.outside[name] = str(breach)
         self.bytes, self.flops = bench.bytes, bench.flops
         bench.forget()
         is_step = workload.images is not None
@@ -69,8 +67,8 @@ class Group:
         torch._dynamo.reset()
         self.peak = self.peak or {
             name: peak_in_fresh_process(module, workload.name, name, options.device, options.full)
-            for name in options.contenders(workload)
-            if name not in self.skipped and options.wants_memory(is_step)
+            for name in names
+            if name not in self.skipped and (is_step or (options.full and options.device.type != "cuda"))
         }
 
     @contextmanager
@@ -84,9 +82,10 @@ class Group:
             torch.cuda.empty_cache()
 
     def _peaks_on_gpu(self, bench: Any, runs: dict[str, Run]) -> dict[str, int]:
-        """Return the bytes that torch allocates for a step, with weights, moments and batch. This
-        process measures them, since a fresh one would compile again. The private pool of a CUDA graph
-        is not counted."""
+        """Return the bytes that torch allocates for a step, with weights, moments and batch.
+
+        A fresh process would compile again. The private pool of a CUDA graph is not counted.
+        """
         peaks = {}
         for name, run in list(runs.items()):
             with self._if_it_fits(runs, name):
@@ -98,17 +97,10 @@ class Group:
                     peaks[name] = torch.cuda.max_memory_allocated() - before + bench.held_bytes
         return peaks
 
-    def _gate(self, bench: Any, name: str, run: Run) -> None:
-        """Raise if a result of maefast breaks the error rule; note it if another contender's does."""
-        try:
-            bench.check(name, run)
-        except NotOursError as breach:
-            self.outside[name] = str(breach)
-
     def extra_info(self, contender: str) -> dict[str, Any]:
         seconds = self.median[contender]
-        info: dict[str, Any] = {"group": self.workload.name, "contender": contender}
-        info["size"] = "full" if self.options.full else "quick"
+        size = "full" if self.options.full else "quick"
+        info: dict[str, Any] = {"group": self.workload.name, "contender": contender, "size": size}
         for label, name in (("x_eager", self.workload.eager_name), ("x_compiled", self.workload.compiled_name)):
             if name in self.median:
                 info[label] = self.median[name] / seconds

@@ -1,6 +1,6 @@
-"""Peak memory of one contender in a fresh process: the high-water mark of a step minus the baseline.
+"""Peak memory of one contender in a fresh process: the high-water mark minus the baseline.
 
-Run as `python benchmarks/memory.py MODULE WORKLOAD CONTENDER DEVICE quick|full`; prints {"peak_bytes": ...}.
+`python benchmarks/memory.py MODULE WORKLOAD CONTENDER DEVICE quick|full` prints {"peak_bytes": N}.
 """
 
 import ctypes
@@ -17,18 +17,19 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-KIB = 1024
+
+
+def _bytes_of(entry: str) -> int:
+    found = re.search(rf"^{entry}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE) if STATUS.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def resident() -> int:
-    """Return the resident bytes of this process."""
-    found = re.search(r"^VmRSS:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE) if STATUS.exists() else None
-    return int(found[1]) * KIB if found else high_water()
+    return _bytes_of("VmRSS")
 
 
 def high_water() -> int:
-    found = re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE) if STATUS.exists() else None
-    return int(found[1]) * KIB if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    return _bytes_of("VmHWM")
 
 
 def forget_high_water() -> None:
@@ -42,8 +43,7 @@ def forget_high_water() -> None:
 
 
 def peak(module: str, workload: str, contender: str, device: torch.device, full: bool) -> int:
-    """Return the peak bytes above the baseline while the contender runs, with weights, gradients and
-    optimizer state."""
+    """Return the peak bytes above the baseline, with weights, gradients and optimizer state."""
     spec = next(w for w in importlib.import_module(module).workloads(full, device) if w.name == workload)
     if contender.endswith("compiled"):
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))  # the compiler's own modules belong to the baseline

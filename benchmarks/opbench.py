@@ -1,4 +1,4 @@
-"""Contenders of an op on the same inputs: plain torch, eager and compiled, and maefast's backends."""
+"""Contenders of an op on the same inputs: plain torch, eager and compiled, and our backends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class OpEntry:
     fused: Callable[..., Outputs]
     leaves: tuple[str, ...]  # get gradients where given: of each output `o` against the input `d<o>`, else of the first output
     ops: tuple[str, ...]  # that `fused` calls
-    bytes: Callable[[int, Inputs, Outputs], Passes]
-    flops: Callable[[int], Passes]
+    bytes: Callable[[int, Inputs, Outputs], Passes] = lambda N, x, y: Passes(0)
+    flops: Callable[[int], Passes] = lambda N: Passes(0)
     backends: tuple[str, ...] = (*OURS, "eager")
     on_gpu: tuple[tuple[str, Callable[..., Outputs]], ...] = ()  # contenders that are not maefast's
 
@@ -69,11 +69,10 @@ class OpWorkload:
 
 
 def workloads_of(entry: OpEntry, variant: str, device: torch.device, full: bool, quick: int, most: int) -> list[OpWorkload]:
-    """Return the workload of a variant; on a GPU, at full size, with one of the forward pass alone."""
+    """Return the workload of a variant; at full size on a GPU, also that of the forward pass."""
     if not full or device.type != "cuda":
         return [OpWorkload(entry, variant, most if full else quick, device)]
-    passes = (False, True) if entry.leaves else (False,)
-    return [OpWorkload(entry, variant, GPU_BATCH, device, forward) for forward in passes]
+    return [OpWorkload(entry, variant, GPU_BATCH, device, forward) for forward in ((False, True) if entry.leaves else (False,))]
 
 
 class OpBench:
@@ -94,35 +93,27 @@ class OpBench:
 
     def why_not(self, contender: str) -> str | None:
         """Return why the op refuses a call, or None."""
-        backend = contender.removeprefix("maefast-")
-        if contender in dict(self.entry.on_gpu):
-            return self._refusal(contender)
-        if backend in (contender, "auto"):
-            return None
-        for op in self.entry.ops:
-            if not dispatch.binds(backend, dispatch.OPS[op], self.workload.device):
-                return f"there is no {backend} kernel of {op} for {self.workload.device.type}"
-        try:
-            self.run(contender)(0)
-        except request.CannotRunError as refusal:
-            return str(refusal)
-        return None
-
-    def _refusal(self, contender: str) -> str | None:
+        backend, foreign = contender.removeprefix("maefast-"), contender in dict(self.entry.on_gpu)
+        if not foreign:
+            if backend in (contender, "auto"):
+                return None
+            for op in self.entry.ops:
+                if not dispatch.binds(backend, dispatch.OPS[op], self.workload.device):
+                    return f"there is no {backend} kernel of {op} for {self.workload.device.type}"
         try:
             self.run(contender)(0)
         except RuntimeError as refusal:
+            if not (foreign or isinstance(refusal, request.CannotRunError)):
+                raise
             return str(refusal).splitlines()[0]
         return None
 
     def run(self, contender: str) -> Run:
-        if (other := dict(self.entry.on_gpu).get(contender)) is not None:
-            return lambda i: self._apply(other, self.inputs[i])
-        if contender == self.workload.eager_name:
-            return lambda i: self._apply(self.entry.plain, self.inputs[i])
+        others = {self.workload.eager_name: self.entry.plain, **dict(self.entry.on_gpu)}
         if contender == self.workload.compiled_name:
-            compiled = torch.compile(self.entry.plain, fullgraph=True, dynamic=False)
-            return lambda i: self._apply(compiled, self.inputs[i])
+            others[contender] = torch.compile(self.entry.plain, fullgraph=True, dynamic=False)
+        if (other := others.get(contender)) is not None:
+            return lambda i: self._apply(other, self.inputs[i])
 
         def forced(i: int) -> Outputs:
             with maefast.backend(contender.removeprefix("maefast-")):

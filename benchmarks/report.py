@@ -1,28 +1,37 @@
-"""Write a Markdown table and a bar chart of pytest-benchmark's JSON under results/<machine>/. Slower
-contenders are shown as well.
+"""Write a Markdown table and a bar chart of pytest-benchmark's JSON under results/<machine>/.
 
 `python benchmarks/report.py bench.json [more.json ...] [--out DIR]` writes <size>.json, <size>.md
-and <size>.png, where size is quick or full, and <size>-step.png with the training steps where there
-are any. Several files must come from one machine; a group in a later file replaces the same group
-in an earlier one.
+and <size>.png, where size is quick or full, and <size>-step.png if there are training steps.
+Several files must come from one machine. A group in a later file replaces that of an earlier one.
 """
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 Bench = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-TIME = ("contender", "median", "IQR", "x eager", "x compiled")
-COLUMNS = (*TIME, "GB/s", "of copy", "TFLOP/s", "of GEMM", "of nominal", "images/s", "peak memory")
+FIGURES = {  # column -> key in extra_info, format, scale
+    "x eager": ("x_eager", "{:.2f}", 1),
+    "x compiled": ("x_compiled", "{:.2f}", 1),
+    "GB/s": ("gb_per_s", "{:.1f}", 1),
+    "of copy": ("copy_fraction", "{:.0f} %", 100),
+    "TFLOP/s": ("tflop_per_s", "{:.3g}", 1),
+    "of GEMM": ("gemm_fraction", "{:.0f} %", 100),
+    "of nominal": ("nominal_fraction", "{:.0f} %", 100),
+    "images/s": ("images_per_s", "{:.1f}", 1),
+    "peak memory": ("peak_memory_mb", "{:.0f} MB", 1),
+}
+COMPUTE = ("TFLOP/s", "of GEMM", "of nominal")  # columns that are empty for an op with a byte count
+COLUMNS = ("contender", "median", "IQR", *FIGURES)
 COLOURS = {"maefast": "#1f77b4", "reference": "#8c8c8c"}
 OTHER = "#d9a441"
 
 
 def write_rows(name: str, info: dict[str, Any], rows: list[dict[str, Any]], out: Path | None) -> Path:
-    """Write the rows of a benchmark script to `out` or results/<machine>/<name>.json; return the
-    file."""
+    """Write the rows of a script to `out` or results/<machine>/<name>.json, and return the file."""
     out = out or RESULTS / info["machine"] / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine_info": info, "rows": rows}, indent=1) + "\n")
@@ -35,7 +44,7 @@ def seconds(value: float) -> str:
 
 
 def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
-    """Return the benchmarks by group, in the order in which they ran."""
+    """Return the benchmarks by group, in the order of their runs."""
     groups: dict[str, list[Bench]] = {}
     for bench in results["benchmarks"]:
         groups.setdefault(bench["group"], []).append(bench)
@@ -43,8 +52,7 @@ def grouped(results: dict[str, Any]) -> dict[str, list[Bench]]:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge runs from one machine; of each group the last run counts. Raises ValueError for several
-    machines."""
+    """Merge runs, the last of each group. Raises ValueError if they come from several machines."""
 
     def comparable(run: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in run["machine_info"].items() if key not in ("commit", "maefast")}
@@ -60,31 +68,22 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def row(bench: Bench) -> list[str]:
     info, stats = bench["extra_info"], bench["stats"]
 
-    def figure(key: str, form: str, scale: float = 1) -> str:
-        return form.format(info[key] * scale) if key in info else ""
+    def figure(column: str, key: str, form: str, scale: float) -> str:
+        return "" if key not in info or ("bytes" in info and column in COMPUTE) else form.format(info[key] * scale)
 
-    return [
-        info["contender"] + (" (*)" if "outside_error_rule" in info else ""),
-        seconds(stats["median"]),
-        seconds(stats["iqr"]),
-        figure("x_eager", "{:.2f}"),
-        figure("x_compiled", "{:.2f}"),
-        figure("gb_per_s", "{:.1f}"),
-        figure("copy_fraction", "{:.0f} %", 100),
-        figure("tflop_per_s", "{:.3g}") if "bytes" not in info else "",
-        figure("gemm_fraction", "{:.0f} %", 100) if "bytes" not in info else "",
-        figure("nominal_fraction", "{:.0f} %", 100) if "bytes" not in info else "",
-        figure("images_per_s", "{:.1f}"),
-        figure("peak_memory_mb", "{:.0f} MB"),
-    ]
+    name = info["contender"] + (" (*)" if "outside_error_rule" in info else "")
+    return [name, seconds(stats["median"]), seconds(stats["iqr"]), *(figure(column, *shape) for column, shape in FIGURES.items())]
+
+
+def markdown_table(lines: Iterable[list[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def table(benches: list[Bench]) -> list[str]:
     """Return a Markdown table without empty columns."""
-    rows = [row(bench) for bench in benches]
-    shown = [i for i in range(len(COLUMNS)) if any(r[i] for r in rows)]
-    lines = [[COLUMNS[i] for i in shown], ["---", *["---:"] * (len(shown) - 1)], *([r[i] for i in shown] for r in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    columns = [column for column in zip(COLUMNS, *map(row, benches), strict=True) if any(column[1:])]
+    header, *rows = map(list, zip(*columns, strict=True))
+    return markdown_table([header, ["---", *["---:"] * (len(header) - 1)], *rows])
 
 
 def machine_rate(info: dict[str, Any]) -> str:
@@ -110,32 +109,24 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     remarks = []
     for group, benches in grouped(results).items():
-        lines += [
-            "",
-            f"## {group}",
-            "",
-            f"{machine_rate(benches[0]['extra_info'])} Commit {benches[0]['extra_info']['commit']}.",
-            "",
-            *table(benches),
-        ]
+        info = benches[0]["extra_info"]
+        lines += ["", f"## {group}", "", f"{machine_rate(info)} Commit {info['commit']}.", "", *table(benches)]
         remarks += [b["extra_info"]["outside_error_rule"] for b in benches if "outside_error_rule" in b["extra_info"]]
     if remarks:
-        lines += ["", "(*) Less exact than the error rule allows, in code that is not maefast's:", ""]
-        lines += [f"- {remark}" for remark in remarks]
+        heading = "(*) Less exact than the error rule allows, in code that is not maefast's:"
+        lines += ["", heading, "", *(f"- {remark}" for remark in remarks)]
     return "\n".join(lines) + "\n"
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
-    """Draw one panel per group: each contender's speed against the eager reference, and its median
-    time."""
+    """Draw a panel for each group: every contender's speed against the reference, and its time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     groups = grouped(results)
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
+    rows, columns = -(-len(groups) // 3), min(3, len(groups))
     figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 0.7 + 2.3 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(groups) :]:
         axis.set_axis_off()
@@ -161,13 +152,14 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
     if not results["benchmarks"]:
         raise ValueError("the JSON holds no benchmarks")
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"{results['machine_info']['size']}.{kind}" for kind in ("json", "md", "png")]
+    files = [out / f"{results['machine_info']['size']}{end}" for end in (".json", ".md", ".png", "-step.png")]
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     files[1].write_text(markdown(results))
     chart(results, files[2])
-    if steps := [bench for bench in results["benchmarks"] if bench["group"].startswith("step-")]:
-        files.append(out / f"{results['machine_info']['size']}-step.png")
-        chart(results | {"benchmarks": steps}, files[3])
+    steps = [bench for bench in results["benchmarks"] if bench["group"].startswith("step-")]
+    if not steps:
+        return files[:3]
+    chart(results | {"benchmarks": steps}, files[3])
     return files
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class NotOursError(AssertionError):
-    """A result that breaks the error rule and is not maefast's. It is timed, and the breach is noted."""
+    """A result that breaks the error rule and is not maefast's: noted, and timed all the same."""
 
 
 class ReplayClock:
@@ -20,7 +20,7 @@ class ReplayClock:
         return self.now
 
     def replay(self, benchmark: Any, samples: list[float]) -> None:
-        """Feed `samples` through the `benchmark` fixture, whose timer is this clock (`@pytest.mark.benchmark(timer=clock)`)."""
+        """Feed `samples` through the `benchmark` fixture, whose timer must be this clock."""
         rest = iter(samples)
 
         def reset() -> None:

@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python benchmarks/step_profile.py [--dtype fp32|bf16] [--host]
 
-prints a Markdown table from torch.profiler's own time of each op. With --host it prints what Python
-does for a step of 8 images: ops that are called, Python functions that are called, and the CPU time
-of all ops. The blocks are those of ViT-B/16, made so narrow that kernels take next to no time.
+prints a Markdown table from torch.profiler's own time of each op. With --host it prints the ops and
+the Python functions that a step of 8 images calls, and the CPU time of all ops. That model has the
+blocks of ViT-B/16, made so narrow that kernels take next to no time.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import torch
 from stepbench import Size, StepWorkload
 from test_step import CPU, DECODER
 from torch.profiler import ProfilerActivity, profile
+
+from maefast.testing.timing import Run
 
 CATEGORIES = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn", "mkl_linear", "maefast::linear"),
@@ -29,17 +31,21 @@ CATEGORIES = {
 CONTENDERS = ("reference-sdpa", "maefast-no-pred")
 # the depths and heads of ViT-B/16; 4 patches, heads 4 and 2 wide
 NARROW = Size(8, 32, 16, 48, 12, 12, **(DECODER | {"decoder_embed_dim": 32}))
-WARMUP = 4  # steps until malloc keeps what a step needs
 
 
 def category(op: str) -> str:
     return next((name for name, parts in CATEGORIES.items() if any(part in op for part in parts)), "the rest")
 
 
-def milliseconds(workload: StepWorkload, contender: str) -> dict[str, float]:
+def warmed_up(workload: StepWorkload, contender: str) -> Run:
     run = workload.bench().run(contender)
-    for _ in range(WARMUP):
+    for _ in range(4):  # until malloc keeps what a step needs
         run(0)
+    return run
+
+
+def milliseconds(workload: StepWorkload, contender: str) -> dict[str, float]:
+    run = warmed_up(workload, contender)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run(1)
     spent: dict[str, float] = defaultdict(float)
@@ -49,12 +55,8 @@ def milliseconds(workload: StepWorkload, contender: str) -> dict[str, float]:
 
 
 def host_work(workload: StepWorkload, contender: str) -> tuple[int, int, float]:
-    """Return the numbers of ops and of Python functions that a step calls, and the CPU milliseconds
-    of its ops."""
-    run = workload.bench().run(contender)
-    for _ in range(WARMUP):
-        run(0)
-    calls = 0
+    """Return how many ops and Python functions a step calls, and the CPU ms of its ops."""
+    run, calls = warmed_up(workload, contender), 0
 
     def count(frame: object, event: str, argument: object) -> None:
         nonlocal calls
@@ -89,10 +91,11 @@ def main() -> None:
         return
     workload = StepWorkload("vit_b16", CPU["vit_b16"], options.dtype, torch.device("cpu"))
     spent = {contender: milliseconds(workload, contender) for contender in CONTENDERS}
+    for times in spent.values():
+        times["all"] = sum(times.values())
     print("| ms | " + " | ".join(CONTENDERS) + " |\n| --- | ---: | ---: |")
-    for name in (*CATEGORIES, "the rest"):
+    for name in (*CATEGORIES, "the rest", "all"):
         print(f"| {name} | " + " | ".join(f"{spent[contender][name]:.0f}" for contender in CONTENDERS) + " |")
-    print("| all | " + " | ".join(f"{sum(spent[contender].values()):.0f}" for contender in CONTENDERS) + " |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Contenders of a training step (forward, backward, fused AdamW) with shared weights and optimizer."""
+"""Contenders of a training step (forward, backward, fused AdamW) with shared weights."""
 
 import copy
 from collections.abc import Callable
@@ -88,8 +88,7 @@ class StepWorkload:
     @property
     def contenders(self) -> list[str]:
         on_gpu = self.device.type == "cuda"
-        graphed = on_gpu and self.size.batch <= SMALL_BATCH
-        return [*[FP16] * on_gpu, *REFERENCES, *OURS, *[GRAPHED] * graphed, *TRANSFORMERS]
+        return [*[FP16] * on_gpu, *REFERENCES, *OURS, *[GRAPHED] * (on_gpu and self.size.batch <= SMALL_BATCH), *TRANSFORMERS]
 
     def bench(self) -> "StepBench":
         return StepBench(self)
@@ -111,15 +110,14 @@ class StepBench:
         with device:
             self.weights = self._build(ReferenceMAE, attention="math")
         self.optimizer = adamw(trained(self.weights), LR, backend="torch")
-        # What a result's error is compared with; on a GPU the math attention of a large batch may not fit into memory.
+        # The error of a result is compared with this one's. Math attention may not fit into a GPU.
         self.yardstick = "reference-sdpa" if device.type == "cuda" else "reference-math"
         self.flops = size.flops
         self._forwards: dict[str, Forward] = {}
         self._results: dict[str, dict[str, Tensor]] = {}
 
     def _build(self, model_class: type[nn.Module], **options: Any) -> nn.Module:
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        return model_class(**self.workload.size.model, norm_layer=norm_layer, norm_pix_loss=True, **options)
+        return model_class(**self.workload.size.model, norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True, **options)
 
     def _seeded_noise(self, i: int) -> Tensor:
         """Return the noise (N, L) that the model would draw after seed i."""
@@ -139,11 +137,8 @@ class StepBench:
 
     def forward(self, contender: str) -> Forward:
         """Return (imgs, noise) -> an output whose first item is the loss. It is compiled once."""
-        if contender not in self._forwards:
-            self._forwards[contender] = self._build_forward(contender)
-        return self._forwards[contender]
-
-    def _build_forward(self, contender: str) -> Forward:
+        if contender in self._forwards:
+            return self._forwards[contender]
         if contender.startswith("reference"):
             model: Any = self._sharing(ReferenceMAE, attention=REFERENCES.get(contender, "math"))
         else:
@@ -151,7 +146,8 @@ class StepBench:
         if contender.endswith("-compiled"):
             model = torch.compile(model, fullgraph=True, dynamic=False)
         options = {"return_pred": False} if contender == "maefast-no-pred" else {}
-        return lambda imgs, noise: model(imgs, MASK_RATIO, noise=noise, **options)
+        self._forwards[contender] = lambda imgs, noise: model(imgs, MASK_RATIO, noise=noise, **options)
+        return self._forwards[contender]
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.workload.device.type, torch.bfloat16, enabled=self.workload.variant == "bf16")
@@ -163,7 +159,10 @@ class StepBench:
             return scaled_step(self._loss_in_fp16, self.optimizer, self.workload.device)
         if contender in TRANSFORMERS:
             model = transformers_model(self.workload.size).to(self.workload.device)
-            forward = model_forward(model)
+
+            def forward(imgs: Tensor, noise: Tensor) -> Any:
+                return model(pixel_values=imgs, noise=noise)
+
             if contender.endswith("-compiled"):
                 forward = torch.compile(forward, dynamic=False)
             return self._step(forward, adamw(trained(model), LR, backend="torch"))
@@ -198,7 +197,7 @@ class StepBench:
                     loss = forward(self.imgs[i], self.noise[i])[0]
                 loss.backward()
                 optimizer.step()
-            finally:  # where memory runs out, half of the gradients are there, and the next contender would add to them
+            finally:  # when memory runs out, the next contender must not add to half of the gradients
                 optimizer.zero_grad(set_to_none=True)
 
         return step
@@ -228,30 +227,29 @@ class StepBench:
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
-        """Compute the results in float64, a few images at a time. All images remove the same number of
-        patches, so the loss is the mean over the chunks."""
+        """Compute the results in float64, a few images at a time.
+
+        All images remove the same number of patches, so the loss is the mean over the chunks.
+        """
         model = copy.deepcopy(self.weights).double()
-        losses, preds, chunk = [], [], CHUNK[self.workload.device.type]
+        losses, preds, chunk = torch.zeros(SETS, dtype=torch.float64), [], CHUNK[self.workload.device.type]
         for i, (imgs, noise) in enumerate(zip(self.imgs, self.noise, strict=True)):
             with torch.set_grad_enabled(i == 0):
-                parts = []
                 for some, its_noise in zip(imgs.split(chunk), noise.split(chunk), strict=True):
                     out = model(some.double(), MASK_RATIO, noise=its_noise)
                     part = out.loss * (len(some) / len(imgs))
                     if i == 0:
                         part.backward()
                         preds.append(out.pred.detach())
-                    parts.append(part.detach())
-                losses.append(torch.stack(parts).sum())
-        return gradients(model) | {"pred": torch.cat(preds), "loss": torch.stack(losses)}
+                    losses[i] += part.item()
+        return gradients(model) | {"pred": torch.cat(preds), "loss": losses.to(self.imgs.device)}
 
     def check(self, contender: str, run: Run) -> None:
-        """Check loss, prediction and every gradient by the error rule; of a graph only the losses.
-        Models with other weights, and fp16, whose gradients need the scaler, are not checked.
+        """Check loss, prediction and every gradient by the error rule; for a graph only losses.
 
-        The compiler's own code may break the rule for single tensors, also around the reference: that
-        is noted. The vector of all gradients must be within the error of the reference, eager or
-        compiled.
+        Models with other weights, and fp16, whose gradients need the scaler, are not checked.
+        Single tensors of compiled code may break the rule. The vector of all its gradients
+        must be within the error of the reference, eager or compiled.
         """
         if contender in (FP16, *TRANSFORMERS):
             return
@@ -263,7 +261,11 @@ class StepBench:
         lost = self.exact.keys() - got.keys() - {"pred"}
         assert not lost, f"{self.workload.name}, {contender}: no gradient for {sorted(lost)}"
         if contender == "maefast-compiled":
-            self._check_whole(contender, got)
+            where, mine, exact = f"{self.workload.name}, {contender}, all gradients", whole(got), whole(self.exact)
+            try:
+                assert_close_to_float64(where, mine, whole(self.results(self.yardstick)), exact)
+            except AssertionError:
+                assert_close_to_float64(where, mine, whole(self.results(self.workload.compiled_name)), exact)
         try:
             for name, result in got.items():
                 where = f"{self.workload.name}, {contender}, {name}"
@@ -272,14 +274,6 @@ class StepBench:
             if contender in ("maefast", "maefast-no-pred"):
                 raise
             raise NotOursError(str(breach)) from None
-
-    def _check_whole(self, contender: str, got: dict[str, Tensor]) -> None:
-        where = f"{self.workload.name}, {contender}, all gradients"
-        mine, exact = whole(got), whole(self.exact)
-        try:
-            assert_close_to_float64(where, mine, whole(self.results(self.yardstick)), exact)
-        except AssertionError:
-            assert_close_to_float64(where, mine, whole(self.results(self.workload.compiled_name)), exact)
 
 
 def whole(results: dict[str, Tensor]) -> Tensor:
@@ -293,10 +287,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def model_forward(model: nn.Module) -> Forward:
-    return lambda imgs, noise: model(pixel_values=imgs, noise=noise)
 
 
 def transformers_model(size: Size) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Attention, Linear and one block against plain torch, at the ViT-B/16 shapes of encoder and decoder: forward and backward."""
+"""Attention, Linear and a block against plain torch at ViT-B/16 shapes: forward and backward."""
 
 from functools import partial
 
@@ -42,7 +42,7 @@ def test_block(benchmark, replay, workload, contender):
     replay(benchmark, CLOCK, workload, contender)
 
 
-# attention: the plain way materialises the scores; maefast-eager is torch's scaled_dot_product_attention
+# attention: plain torch materialises the scores; maefast-eager is scaled_dot_product_attention
 
 
 def make_attention(N: int, variant: str, generator: torch.Generator, T: int, D: int) -> Inputs:
@@ -53,18 +53,13 @@ def make_attention(N: int, variant: str, generator: torch.Generator, T: int, D: 
 def plain_attention(qkv: Tensor, heads: int) -> Outputs:
     N, T, _ = qkv.shape
     q, k, v = qkv.view(N, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    weights = ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1)
-    return {"y": (weights @ v).transpose(1, 2).flatten(2)}
+    return {"y": (((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)}
 
 
 def sdpa(kernel: SDPBackend, qkv: Tensor, heads: int) -> Outputs:
-    """Return what one of torch's kernels gives; it raises RuntimeError for what it does not take."""
+    """Run one of torch's kernels. Raises RuntimeError for what it does not take."""
     with sdpa_kernel(kernel):
         return {"y": ops.attention_ref(qkv, heads)}
-
-
-def fused_attention(qkv: Tensor, heads: int) -> Outputs:
-    return {"y": ops.attention(qkv, heads)}
 
 
 def attention_entry(part: str) -> OpEntry:
@@ -74,7 +69,7 @@ def attention_entry(part: str) -> OpEntry:
         variants=tuple(DTYPES),
         make=partial(make_attention, T=T, D=D),
         plain=partial(plain_attention, heads=heads),
-        fused=partial(fused_attention, heads=heads),
+        fused=lambda qkv: {"y": ops.attention(qkv, heads)},
         leaves=("qkv",),
         ops=("attention",),
         bytes=lambda N, x, y: traffic.attention_bytes(N, T, D, y["y"].itemsize) if x["qkv"].is_cuda else traffic.Passes(0),
@@ -93,25 +88,16 @@ def make_linear(N: int, variant: str, generator: torch.Generator, T: int, width:
     return {name: value.to(DTYPES[variant]) for name, value in inputs.items()}
 
 
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
-    return {"y": F.linear(x, weight, bias)}
-
-
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Outputs:
-    return {"y": ops.linear(x, weight, bias)}
-
-
 def linear_entry(layer: str) -> OpEntry:
     T, width, out = LINEARS[layer]
     return OpEntry(
         name=f"linear_{layer}",
         variants=tuple(DTYPES),
         make=partial(make_linear, T=T, width=width, out=out),
-        plain=plain_linear,
-        fused=fused_linear,
+        plain=lambda x, weight, bias: {"y": F.linear(x, weight, bias)},
+        fused=lambda x, weight, bias: {"y": ops.linear(x, weight, bias)},
         leaves=("x", "weight", "bias"),
         ops=("linear",),
-        bytes=lambda N, x, y: traffic.Passes(0),
         flops=lambda N: traffic.Passes(2 * N * T * width * out, 4 * N * T * width * out),
         backends=("native", "eager", "auto"),
     )
@@ -144,14 +130,9 @@ def block_entry(part: str) -> OpEntry:
         fused=partial(run_block, fused),
         leaves=("x", *(name for name, _ in plain.named_parameters())),
         ops=("transformer_block",),
-        bytes=lambda N, x, y: traffic.Passes(0),
-        flops=lambda N: traffic.Passes(*(round(passes * N * traffic.block_flops(T, D)) for passes in (1, 2))),
+        flops=lambda N: traffic.Passes(*(passes * N * traffic.block_flops(T, D) for passes in (1, 2))),
         backends=("auto", "eager"),
     )
 
 
-ENTRIES = (
-    *map(attention_entry, SHAPES),
-    *map(linear_entry, LINEARS),
-    *map(block_entry, SHAPES),
-)
+ENTRIES = (*map(attention_entry, SHAPES), *map(linear_entry, LINEARS), *map(block_entry, SHAPES))

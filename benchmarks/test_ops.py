@@ -1,4 +1,4 @@
-"""The ops against plain torch doing what ReferenceMAE does, at ViT-B/16 shapes: forward, and backward where there is one."""
+"""The ops against plain torch as in ReferenceMAE, at ViT-B/16 shapes: forward and backward."""
 
 from functools import partial
 
@@ -11,6 +11,7 @@ from rotation import ReplayClock
 from torch import Tensor
 
 from maefast import ops
+from maefast.backbone import IMAGENET_MEAN, IMAGENET_STD
 from maefast.reference import VAR_EPS
 
 CLOCK = ReplayClock()
@@ -44,10 +45,14 @@ def make_images(N: int, dtype: torch.dtype, generator: torch.Generator) -> Tenso
 
 
 def normalisation(variant: str) -> Inputs:
-    """What the user of uint8 images passes along: ImageNet's mean and standard deviation."""
-    if variant != "uint8":
-        return {}
-    return {"mean": torch.tensor([0.485, 0.456, 0.406]), "std": torch.tensor([0.229, 0.224, 0.225])}
+    """Return the mean and std that uint8 images need, ImageNet's."""
+    statistics = {"mean": torch.tensor(IMAGENET_MEAN), "std": torch.tensor(IMAGENET_STD)}
+    return statistics if variant == "uint8" else {}
+
+
+def sizes(inputs: Inputs, *names: str) -> list[int]:
+    """Return the bytes per element of these inputs, 0 for an absent one."""
+    return [inputs[name].itemsize if name in inputs else 0 for name in names]
 
 
 def as_float(imgs: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
@@ -61,8 +66,7 @@ def as_float(imgs: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
 
 def make_masking(N: int, variant: str, generator: torch.Generator) -> Inputs:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "uint8": torch.uint8}[variant]
-    noise = torch.rand(N, L, generator=generator)
-    return {"noise": noise, "imgs": make_images(N, dtype, generator), **normalisation(variant)}
+    return {"noise": torch.rand(N, L, generator=generator), "imgs": make_images(N, dtype, generator), **normalisation(variant)}
 
 
 def plain_masking(noise: Tensor, imgs: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Outputs:
@@ -83,7 +87,7 @@ def fused_masking(noise: Tensor, imgs: Tensor, mean: Tensor | None = None, std: 
     return {"patches": patches, "ids_keep": ids_keep, "ids_restore": ids_restore, "mask": mask}
 
 
-# unshuffle; "autocast": x in bf16, token and positions in fp32, as a training step under autocast has them
+# unshuffle; "autocast": x in bf16, token and positions in fp32, as in a step under autocast
 
 
 def make_unshuffle(N: int, variant: str, generator: torch.Generator) -> Inputs:
@@ -100,14 +104,10 @@ def make_unshuffle(N: int, variant: str, generator: torch.Generator) -> Inputs:
 
 
 def plain_unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Outputs:
-    """Mask tokens after the kept ones, gather into image order, class token in front, positions added."""
+    """Append mask tokens, gather into image order, put the class token in front, add positions."""
     tokens = torch.cat([x[:, 1:], mask_token.expand(x.shape[0], L - K, -1)], dim=1)
     tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, D))
     return {"y": torch.cat([x[:, :1], tokens], dim=1) + pos_embed}
-
-
-def fused_unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Outputs:
-    return {"y": ops.unshuffle(x, ids_restore, mask_token, pos_embed)}
 
 
 # masked_mse, normalised target; "autocast": pred in bf16, images in fp32
@@ -115,10 +115,9 @@ def fused_unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embe
 
 def make_masked_mse(N: int, variant: str, generator: torch.Generator) -> Inputs:
     pred_dtype = torch.bfloat16 if variant in ("bf16", "autocast") else torch.float32
-    img_dtype = {"bf16": torch.bfloat16, "uint8": torch.uint8}.get(variant, torch.float32)
     return {
         "pred": torch.randn(N, L, P, generator=generator).to(pred_dtype),
-        "imgs": make_images(N, img_dtype, generator),
+        "imgs": make_images(N, {"bf16": torch.bfloat16, "uint8": torch.uint8}.get(variant, torch.float32), generator),
         "mask": (torch.rand(N, L, generator=generator).argsort(dim=1).argsort(dim=1) >= K).float(),
         **normalisation(variant),
     }
@@ -130,16 +129,15 @@ def plain_masked_mse(pred: Tensor, imgs: Tensor, mask: Tensor, mean: Tensor | No
     target = as_float(imgs, mean, std).reshape(N, C, GRID, PATCH, GRID, PATCH).permute(0, 2, 4, 3, 5, 1).reshape(N, L, P)
     center, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     target = (target - center) / (var + VAR_EPS) ** 0.5
-    loss = ((pred - target) ** 2).mean(dim=-1)
-    return {"loss": (loss * mask).sum() / mask.sum()}
+    return {"loss": (((pred - target) ** 2).mean(dim=-1) * mask).sum() / mask.sum()}
 
 
 def fused_masked_mse(pred: Tensor, imgs: Tensor, mask: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Outputs:
     return {"loss": ops.masked_mse(pred, imgs, mask, PATCH, True, mean, std)}
 
 
-# layer_norm and add_layer_norm on the decoder's tokens, and in the full set on the encoder's. "autocast": the residual stream in
-# fp32, what comes from and goes to a GEMM in bf16
+# layer_norm and add_layer_norm on the decoder's tokens; at full size also on the encoder's.
+# "autocast": the residual stream in fp32, inputs and outputs of GEMMs in bf16
 
 
 def rows_and_width(N: int, variant: str) -> tuple[int, int]:
@@ -161,16 +159,8 @@ def make_layer_norm(N: int, variant: str, generator: torch.Generator) -> Inputs:
 
 
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Outputs:
-    """In the dtype of x, then as the GEMM wants it."""
+    """Normalise in the dtype of x, then cast to that of the GEMM."""
     return {"y": F.layer_norm(x, x.shape[-1:], weight, bias, LN_EPS).to(out.dtype)}
-
-
-def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Outputs:
-    return {"y": ops.layer_norm(x, weight, bias, LN_EPS, out.dtype)}
-
-
-def count_layer_norm(N: int, x: Inputs, y: Outputs) -> traffic.Passes:
-    return traffic.layer_norm_bytes(*x["x"].shape, x["x"].itemsize, x["weight"].itemsize, y["y"].itemsize)
 
 
 def make_add_layer_norm(N: int, variant: str, generator: torch.Generator) -> Inputs:
@@ -190,32 +180,18 @@ def fused_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tens
     return {"y": y, "total": total}
 
 
-def count_add_layer_norm(N: int, x: Inputs, y: Outputs) -> traffic.Passes:
-    sizes = (x[name].itemsize for name in ("x", "residual", "weight"))
-    return traffic.add_layer_norm_bytes(*x["x"].shape, *sizes, y["y"].itemsize)
-
-
-# gelu: bias_gelu in the MLP, as the reference has it, behind a GEMM that adds the bias; "autocast": with a bias, in fp32
+# gelu: bias_gelu in the MLP, behind a GEMM that adds the bias; "autocast": with a bias in fp32
 
 
 def make_gelu(N: int, variant: str, generator: torch.Generator) -> Inputs:
     rows, width = rows_and_width(N, variant)
     dtype = torch.float32 if variant.startswith("fp32") else torch.bfloat16
     x, dy = (torch.randn(rows, MLP_RATIO * width, generator=generator).to(dtype) for _ in range(2))
-    with_bias = {"bias": torch.randn(MLP_RATIO * width, generator=generator)} if variant == "autocast" else {}
-    return {"x": x, "dy": dy} | with_bias
+    return {"x": x, "dy": dy} | ({"bias": torch.randn(MLP_RATIO * width, generator=generator)} if variant == "autocast" else {})
 
 
 def plain_gelu(x: Tensor, bias: Tensor | None = None) -> Outputs:
     return {"y": F.gelu(x if bias is None else x + bias).to(x.dtype)}
-
-
-def fused_gelu(x: Tensor, bias: Tensor | None = None) -> Outputs:
-    return {"y": ops.bias_gelu(x, bias)}
-
-
-def count_gelu(N: int, x: Inputs, y: Outputs) -> traffic.Passes:
-    return traffic.bias_gelu_bytes(*x["x"].shape, x["x"].itemsize, x["bias"].itemsize if "bias" in x else 0)
 
 
 ENTRIES = (
@@ -228,17 +204,16 @@ ENTRIES = (
         leaves=(),
         ops=("random_masking", "gather_patches", "mask_patches"),
         bytes=lambda N, x, y: traffic.masking_bytes(N, L, K, P, x["imgs"].itemsize, y["patches"].itemsize),
-        flops=lambda N: traffic.Passes(0),
     ),
     OpEntry(
         name="unshuffle",
         variants=("fp32", "bf16", "autocast"),
         make=make_unshuffle,
         plain=plain_unshuffle,
-        fused=fused_unshuffle,
+        fused=lambda x, ids_restore, mask_token, pos_embed: {"y": ops.unshuffle(x, ids_restore, mask_token, pos_embed)},
         leaves=("x", "mask_token"),
         ops=("unshuffle",),
-        bytes=lambda N, x, y: traffic.unshuffle_bytes(N, L, K, D, x["x"].itemsize, x["mask_token"].itemsize, y["y"].itemsize),
+        bytes=lambda N, x, y: traffic.unshuffle_bytes(N, L, K, D, *sizes(x, "x", "mask_token"), y["y"].itemsize),
         flops=lambda N: traffic.unshuffle_flops(N, L, K, D),
     ),
     OpEntry(
@@ -249,7 +224,7 @@ ENTRIES = (
         fused=fused_masked_mse,
         leaves=("pred",),
         ops=("masked_mse",),
-        bytes=lambda N, x, y: traffic.masked_mse_bytes(N, L, K, P, x["pred"].itemsize, x["imgs"].itemsize),
+        bytes=lambda N, x, y: traffic.masked_mse_bytes(N, L, K, P, *sizes(x, "pred", "imgs")),
         flops=lambda N: traffic.masked_mse_flops(N, L, K, P),
     ),
     OpEntry(
@@ -257,11 +232,10 @@ ENTRIES = (
         variants=NORM_VARIANTS,
         make=make_layer_norm,
         plain=plain_layer_norm,
-        fused=fused_layer_norm,
+        fused=lambda x, weight, bias, out: {"y": ops.layer_norm(x, weight, bias, LN_EPS, out.dtype)},
         leaves=("x", "weight", "bias"),
         ops=("layer_norm",),
-        bytes=count_layer_norm,
-        flops=lambda N: traffic.Passes(0),
+        bytes=lambda N, x, y: traffic.layer_norm_bytes(*x["x"].shape, *sizes(x, "x", "weight"), y["y"].itemsize),
         backends=(*OURS, "apex", "eager"),
     ),
     OpEntry(
@@ -272,18 +246,16 @@ ENTRIES = (
         fused=fused_add_layer_norm,
         leaves=("x", "residual", "weight", "bias"),
         ops=("add_layer_norm",),
-        bytes=count_add_layer_norm,
-        flops=lambda N: traffic.Passes(0),
+        bytes=lambda N, x, y: traffic.add_layer_norm_bytes(*x["x"].shape, *sizes(x, "x", "residual", "weight"), y["y"].itemsize),
     ),
     OpEntry(
         name="gelu",
         variants=("fp32", "bf16", "autocast", "fp32-encoder", "bf16-encoder"),
         make=make_gelu,
         plain=plain_gelu,
-        fused=fused_gelu,
+        fused=lambda x, bias=None: {"y": ops.bias_gelu(x, bias)},
         leaves=("x", "bias"),
         ops=("bias_gelu",),
-        bytes=count_gelu,
-        flops=lambda N: traffic.Passes(0),
+        bytes=lambda N, x, y: traffic.bias_gelu_bytes(*x["x"].shape, *sizes(x, "x", "bias")),
     ),
 )

@@ -1,9 +1,10 @@
 """Time this checkout against another one, in one rotation.
 
-`python benchmarks/versions.py OTHER [--full] [--out FILE]` writes results/<machine>/versions.json. OTHER is a checkout
-with its library built in place. Each has a process of its own. They take turns, and the one that waits is stopped: idle
-OpenMP threads would otherwise spin on the cores of the other. A turn is an untimed run and 30 ms of timed ones. A group
-is compared where both checkouts have it, with the contender that a user gets.
+`python benchmarks/versions.py OTHER [--full] [--out FILE]` writes results/<machine>/versions.json.
+OTHER is a checkout with its library built in place. Each has its own process, and they take turns.
+The one that waits is stopped, since its idle OpenMP threads would spin on the cores of the other. A
+turn is an untimed run and 30 ms of timed ones. The groups that both have are compared, by the
+contender that a user gets.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 MODULES = ("test_ops", "test_blocks", "test_step")
 MINE = ("maefast", "maefast-auto", "maefast-native")  # names of the contender, the preferred one first
@@ -30,24 +32,20 @@ class Checkout:
         path = os.pathsep.join(map(str, (root, root / "benchmarks", root / "tests")))
         command = [sys.executable, __file__, "--serve", *(["--full"] if full else [])]
         environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | MALLOC
-        self.process = subprocess.Popen(
-            command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process: Any = subprocess.Popen(command, env=environment, cwd=root, text=True, **pipes)
 
     def ask(self, *words: object) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.send_signal(signal.SIGCONT)
         print(*words, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
+        if not (answer := self.process.stdout.readline()):
             raise RuntimeError(f"the benchmarks of {self.process.args} ended with {self.process.wait()}")
         self.process.send_signal(signal.SIGSTOP)
         return answer.strip()
 
 
 def serve(full: bool) -> None:
-    """Answer the questions on stdin: the groups there are, one made ready, the seconds of one run."""
+    """Answer the questions on stdin: list the groups, make one ready, time one run."""
     import importlib
 
     import torch
@@ -60,9 +58,8 @@ def serve(full: bool) -> None:
             case ["groups"]:
                 answer: object = " ".join(found)
             case ["take", name]:
-                run = None
-                workload = found[name]
-                run = workload.bench().run(next(c for c in MINE if c in workload.contenders))
+                run = None  # frees its tensors
+                run = found[name].bench().run(next(c for c in MINE if c in found[name].contenders))
                 answer = "ready"
             case ["run", i]:
                 started = time.perf_counter()
@@ -76,7 +73,7 @@ def serve(full: bool) -> None:
 
 
 def compare(name: str, checkouts: dict[str, Checkout], rounds: int) -> dict[str, object]:
-    """Return the medians of both, and the quartiles of how much slower the other one is in a round."""
+    """Return the medians of both, and the quartiles of the ratio within a round."""
     samples: dict[str, list[float]] = {which: [] for which in checkouts}
     for which in checkouts.values():
         which.ask("take", name)
@@ -106,23 +103,18 @@ def main() -> None:
     import report
     import torch
 
-    checkouts = {
-        which: Checkout(root.resolve(), args.full) for which, root in (("this", Path(__file__).parents[1]), ("other", args.other))
-    }
-    theirs = checkouts["other"].ask("groups").split()
+    roots = {"this": Path(__file__).parents[1], "other": args.other.resolve()}
+    checkouts = {which: Checkout(root, args.full) for which, root in roots.items()}
+    mine, theirs = (checkout.ask("groups").split() for checkout in checkouts.values())
     rows = []
-    for name in checkouts["this"].ask("groups").split():
-        if name in theirs:
-            rows.append(compare(name, checkouts, args.rounds))
-            print("{group:32} {this_seconds:.3g} s, the other {other_over_this:.3f} x as long".format(**rows[-1]), flush=True)
+    for name in [name for name in mine if name in theirs]:
+        rows.append(compare(name, checkouts, args.rounds))
+        print("{group:32} {this_seconds:.3g} s, the other {other_over_this:.3f} x as long".format(**rows[-1]), flush=True)
     for checkout in checkouts.values():
         checkout.process.kill()
-    info = machine.describe(torch.device("cpu")) | {"other": commit(args.other), "size": "full" if args.full else "quick"}
+    other = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=args.other, text=True).strip()
+    info = machine.describe(torch.device("cpu")) | {"other": other, "size": "full" if args.full else "quick"}
     print(report.write_rows("versions", info, rows, args.out))
-
-
-def commit(root: Path) -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()[:12]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of blocks share: a small block, the reference's with the same weights, the error rule over both."""
+"""What tests of blocks share: a small block, the reference's with its weights, the error rule."""
 
 import copy
 from collections.abc import Callable
@@ -12,12 +12,8 @@ from maefast import reference
 from maefast.blocks import Block
 
 F32, BF16 = torch.float32, torch.bfloat16
-MODES = {  # of the parameters and x, and what autocast is on
-    "fp32": (F32, None),
-    "bf16 autocast": (F32, BF16),
-    "fp16 autocast": (F32, torch.float16),
-    "bf16": (BF16, None),
-}
+# dtypes of the parameters and x, and of autocast
+MODES = {"fp32": (F32, None), "bf16 autocast": (F32, BF16), "fp16 autocast": (F32, torch.float16), "bf16": (BF16, None)}
 D, HEADS, T = 24, 3, 19
 
 
@@ -74,7 +70,7 @@ def assert_like_plain(
     cast: torch.dtype | None = None,
     exact: nn.Module | None = None,
 ) -> None:
-    """Hold `mine` to the error rule beside a module of the reference's block with the same weights. A case: x, dy, maybe ids."""
+    """Hold `mine` to the error rule beside the reference's block. A case is x, dy and maybe ids."""
     both, exact = (eager, attends_otherwise(eager)), exact or copy.deepcopy(eager).double()
     assert_results(
         (

@@ -1,14 +1,16 @@
-"""What the tests of checkpoints share: small models with random weights, comparisons, folders as other libraries write them."""
+"""Small models with random weights, comparisons, and folders as other libraries write them."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from support import SMALL
 from torch import Tensor, nn
 
 from maefast import MAE, checkpoint
+from maefast.reference import sincos_positions
 
 Tensors = dict[str, Tensor]
 Weights = Tensors | nn.Module
@@ -18,7 +20,7 @@ HEADS = {"num_heads": 4, "decoder_num_heads": 3}
 
 
 def trained(seed: int = 0, **options: object) -> MAE:
-    """A model whose every tensor is random, positions aside: one tensor in another's place would be seen."""
+    """A model with random tensors, positions aside, so that a misplaced one is seen."""
     torch.manual_seed(seed)
     model = MAE(**{**SQUARE, **options})
     with torch.no_grad():
@@ -45,11 +47,36 @@ def copy_of(weights: Weights) -> Tensors:
 
 
 def assert_loads(path: Path, expected: Weights, **options: object) -> checkpoint.LoadReport:
-    """Load a file into a model of other weights, which are `expected` then."""
+    """Load a file into a model of other weights, which must then be `expected`."""
     target = trained(seed=1)
     report = checkpoint.load(target, path, **options)
     assert_same_weights(target, expected)
     return report
+
+
+def assert_positions_of_8_x_5(model: MAE, report: checkpoint.LoadReport) -> None:
+    """Sin-cos positions are computed anew for another grid than the file's, 4 x 4."""
+    assert torch.equal(model.pos_embed, sincos_positions(32, (8, 5)))
+    assert torch.equal(model.decoder_pos_embed, sincos_positions(24, (8, 5)))
+    change = "computed as sin-cos for 8 x 5 patches; the file has 4 x 4"
+    assert report.positions == (f"decoder_pos_embed {change}", f"pos_embed {change}")
+
+
+def assert_refused(path: Path, message: str) -> None:
+    """Each way to read a file raises one line that matches, and nothing changes."""
+    target, there = trained(seed=1), sorted(path.parent.iterdir())
+    before = copy_of(target)
+    for call in (
+        lambda: checkpoint.load(target, path),
+        lambda: target.init_from(path),
+        lambda: MAE.from_pretrained(path, **HEADS),
+        lambda: checkpoint.convert(path, path.with_name("converted.pth"), "official"),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        assert_same_weights(target, before)
+    assert sorted(path.parent.iterdir()) == there
 
 
 def decoder_of(weights: Weights) -> Tensors:
@@ -70,7 +97,7 @@ def write_hugging_face(folder: Path, tensors: Tensors, config: dict[str, object]
 
 
 def renamed(tensors: Tensors, *changes: tuple[str, str]) -> Tensors:
-    """Each change a pattern and its replacement, of which the first that matches a whole name counts."""
+    """Rename by pairs (pattern, replacement); the first that matches a whole name counts."""
 
     def new(name: str) -> str:
         for pattern, replacement in changes:
@@ -97,12 +124,8 @@ MM_BLOCK = (
 
 def mmpretrain(tensors: Tensors) -> Tensors:
     blocks = {name.replace("blocks.", "layers.", 1): t for name, t in encoder_of(tensors).items()}
-    outside = (
-        (r"patch_embed\.proj\.(\w+)", r"patch_embed.projection.\1"),
-        (r"norm\.(\w+)", r"ln1.\1"),
-        (r"(cls_token|pos_embed)", r"\1"),
-    )
-    backbone = renamed(blocks, *outside, *MM_BLOCK)
+    outside = ((r"patch_embed\.proj\.(\w+)", r"patch_embed.projection.\1"), (r"norm\.(\w+)", r"ln1.\1"))
+    backbone = renamed(blocks, *outside, (r"(cls_token|pos_embed)", r"\1"), *MM_BLOCK)
     neck = renamed(decoder_of(tensors), (r"decoder_norm\.(\w+)", r"ln1.\1"), *MM_BLOCK, (r"(.*)", r"\1"))
     return below("backbone.", backbone) | below("neck.", neck)
 
@@ -121,7 +144,7 @@ def torchvision_block(blocks: str, theirs: str) -> tuple[tuple[str, str], ...]:
 
 
 def torchvision(tensors: Tensors) -> Tensors:
-    """lightly's MAEBackbone and MAEDecoder on torchvision's ViT; the mask token is the training module's."""
+    """lightly's MAEBackbone and MAEDecoder on torchvision's ViT."""
     outside = (
         (r"cls_token", "class_token"),
         (r"pos_embed", "encoder.pos_embedding"),
@@ -141,7 +164,7 @@ def torchvision(tensors: Tensors) -> Tensors:
 
 
 def lightly(tensors: Tensors) -> Tensors:
-    """MaskedVisionTransformerTIMM, which has a mask token that MAE does not use, and MAEDecoderTIMM."""
+    """lightly's MaskedVisionTransformerTIMM, with an unused mask token, and MAEDecoderTIMM."""
     unused = {"backbone.mask_token": torch.ones(1, 1, 32)}
     return below("backbone.vit.", encoder_of(tensors)) | unused | below("decoder.", decoder_of(tensors))
 

@@ -76,7 +76,7 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a kernel allocates and does not write holds 3e38 or an index out of range; huge tests do without."""
+    """Memory that a kernel does not write holds 3e38 or a bad index; not in huge tests."""
     if request.node.get_closest_marker("huge"):
         yield
         return
@@ -93,7 +93,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture
 def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GraphedStep without a GPU: a capture warms up and leaves the generator as it was, a replay runs the step."""
+    """GraphedStep without a GPU: a capture only warms up, a replay runs the step."""
 
     class Replay:
         def __init__(self, run, loss):

@@ -24,7 +24,7 @@ needs_emulator = pytest.mark.skipif(CXX is None or not NATIVE, reason="needs g++
 
 
 def compiled(folder: Path, sources: Sequence[Path], *more: str) -> ctypes.CDLL:
-    """Load the sources and the emulator as one library; a misaligned access or an overflow is fatal."""
+    """Load the sources and the emulator as one library, in which misaligned access is fatal."""
 
     def run(*arguments: str | Path) -> None:
         done = subprocess.run([CXX, *arguments], capture_output=True, text=True)
@@ -43,8 +43,8 @@ def compiled(folder: Path, sources: Sequence[Path], *more: str) -> ctypes.CDLL:
 
 
 def linked(folder: Path) -> Path:
-    """Make a tree of links to the sources and return its csrc/cuda. mma.cuh, whose PTX no CPU runs, and gemm/multiply.cuh, whose
-    wgmma none does, are the emulator's there."""
+    """Make a tree of links to the sources and return its csrc/cuda. mma.cuh, whose PTX no CPU runs,
+    and gemm/multiply.cuh, whose wgmma none does, are the emulator's there."""
     cuda = folder / "csrc" / "cuda"
     (cuda / "gemm").mkdir(parents=True)
     (folder / "maefast").symlink_to(ROOT / "maefast")

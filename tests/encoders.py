@@ -1,4 +1,4 @@
-"""What the tests of VisionTransformer share: a small one, a plain one of the same parameters, random weights."""
+"""What tests of VisionTransformer share: a small one, a plain one with its parameters, weights."""
 
 import torch
 from official import models_vit as plain_models
@@ -20,7 +20,7 @@ def plain_vit(seed: int = 0, **options: object) -> plain_models.VisionTransforme
 
 
 def with_random_weights(model: nn.Module) -> nn.Module:
-    """None of the zeros and ones of a fresh model; larger than trunc_normal's 0.02, so that attention attends to something."""
+    """Draw larger weights than trunc_normal's 0.02, so that attention attends to something."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -1,5 +1,4 @@
-"""A stand-in for the flash-attn package, by plain formulas: the functions that maefast calls, with the signatures and the demands
-of releases 2.8 and 4.0, on the CPU."""
+"""A stand-in for flash-attn on the CPU: what maefast calls, as releases 2.8 and 4.0 demand it."""
 
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, *
 
 
 def write_flash_attn(folder: Path, release: int) -> None:
-    """A package flash_attn below `folder`, laid out as that release is."""
+    """Write a package flash_attn below `folder`, laid out as that release is."""
     package = folder / "flash_attn"
     package.mkdir(parents=True)
     (package / "common.py").write_text(COMMON)

@@ -1,4 +1,4 @@
-"""What the tests of maefast.hf share: a small configuration, and transformers' model of it. They skip without transformers."""
+"""A small configuration and transformers' model of it; importers skip without transformers."""
 
 import pytest
 import torch
@@ -6,18 +6,9 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-SMALL = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 192,
-    "image_size": 32,
-    "patch_size": 8,
-    "decoder_hidden_size": 32,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 128,
-}
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
+SMALL |= {"image_size": 32, "patch_size": 8, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1}
+SMALL |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 128}
 
 
 def configuration(**options: object):
@@ -25,7 +16,7 @@ def configuration(**options: object):
 
 
 def theirs(config, seed: int = 0) -> nn.Module:
-    """With every parameter random: a fresh one has positions of zero."""
+    """Return a model with random parameters, as a fresh one has positions of zero."""
     torch.manual_seed(seed)
     model = transformers.ViTMAEForPreTraining(config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Files of images for the tests of data sets: pictures, arrays, idx files, tar shards, a folder with parts and classes."""
+"""Files of images for the tests of data sets: pictures, arrays, idx files, tar shards, a folder."""
 
 import gzip
 import io
@@ -27,6 +27,12 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def turned_by(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def images_array(n: int = 5, *shape: int) -> np.ndarray:

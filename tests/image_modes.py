@@ -1,20 +1,18 @@
-"""One picture in every mode and container that docs/data.md lists; `python tests/image_modes.py` writes the table there.
+"""One picture in every mode and container of docs/data.md, whose table this script writes.
 
-The picture has three squares: black, white, and an orange one that is partly transparent where the mode can say so. Orange is
-looked at; black and white give grey of many bits its whole range. What orange must become is worked out here from the
-definitions, of luminance (ITU-R 601-2) and of transparency onto white.
+The picture has three squares: black, white, and an orange one that is partly transparent if the
+mode can be. Black and white give grey of many bits its whole range. Orange is compared with what
+it must become by the definitions of luminance (ITU-R 601-2) and of transparency onto white.
 """
 
-import io
 import struct
-import sys
-import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import tifffile
+from image_files import encoded, write_idx, write_tar
 from PIL import Image, ImageCms
 
 SIDE = 16
@@ -42,8 +40,7 @@ def deep(picture: np.ndarray) -> np.ndarray:
 
 
 def premultiplied(picture: np.ndarray) -> np.ndarray:
-    scale = np.iinfo(picture.dtype).max
-    colours = np.round(picture[..., :-1].astype(float) * picture[..., -1:] / scale).astype(picture.dtype)
+    colours = np.round(picture[..., :-1].astype(float) * picture[..., -1:] / np.iinfo(picture.dtype).max).astype(picture.dtype)
     return np.concatenate([colours, picture[..., -1:]], 2)
 
 
@@ -60,7 +57,7 @@ def saved(picture: Image.Image, name: str, **options: object) -> Callable[[Path]
 
 
 def png(picture: np.ndarray, transparent: tuple[int, ...] = (), bits: int = 0) -> Callable[[Path], Path]:
-    """A PNG of any depth that Pillow does not write; grey of `bits` below 8 from values of that many."""
+    """A PNG of a depth that Pillow does not write; `bits` below 8 take grey values of that many."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -70,9 +67,7 @@ def png(picture: np.ndarray, transparent: tuple[int, ...] = (), bits: int = 0) -
         depth, kind = bits or 8 * picture.itemsize, {1: 0, 2: 4, 3: 2, 4: 6}[samples]
         rows = picture.astype(picture.dtype.newbyteorder(">"))
         if bits:
-            columns = 8 // bits
-            shifts = np.arange(8 - bits, -1, -bits)
-            rows = (rows.reshape(height, width // columns, columns) << shifts).sum(-1).astype(np.uint8)
+            rows = (rows.reshape(height, -1, 8 // bits) << np.arange(8 - bits, -1, -bits)).sum(-1).astype(np.uint8)
         content = b"".join(b"\0" + row.tobytes() for row in rows)
         parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))]
         parts += [chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else []
@@ -105,19 +100,13 @@ def array(picture: np.ndarray) -> Callable[[Path], Path]:
 
 
 def idx(folder: Path) -> Path:
-    path = folder / "train-images-idx3-ubyte"
-    path.write_bytes(struct.pack(">BBBBIII", 0, 0, 8, 3, 1, *L.shape[:2]) + L.tobytes())
-    return path
+    write_idx(folder / "train-images-idx3-ubyte", L[None, ..., 0])
+    return folder / "train-images-idx3-ubyte"
 
 
 def tar(picture: Image.Image) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        stream = io.BytesIO()
-        picture.save(stream, "PNG")
-        with tarfile.open(folder / "a.tar", "w") as archive:
-            member = tarfile.TarInfo("0.png")
-            member.size = stream.tell()
-            archive.addfile(member, io.BytesIO(stream.getvalue()))
+        write_tar(folder / "a.tar", {"0.png": encoded(picture, "PNG")})
         return folder
 
     return write
@@ -156,22 +145,21 @@ def inverted(picture: np.ndarray) -> np.ndarray:
     return np.iinfo(picture.dtype).max - picture
 
 
-def luminance(colours: tuple[float, ...]) -> float:
-    return 0.299 * colours[0] + 0.587 * colours[1] + 0.114 * colours[2]
-
-
 Expected = dict[int, tuple[float, ...]]  # by the number of channels
 
 
 def expected(colours: tuple[int, ...], alpha: int = 255) -> Expected:
     on_white = tuple(255 - (255 - value) * alpha / 255 for value in colours)
-    return {1: (luminance(on_white),), 3: on_white, 4: (*colours, alpha)}
+    luminance = 0.299 * on_white[0] + 0.587 * on_white[1] + 0.114 * on_white[2]
+    return {1: (luminance,), 3: on_white, 4: (*colours, alpha)}
 
 
 FLOATS = L.astype(np.float32) / 255 - 3
+DEEP_ORANGE = tuple(value * 257 for value in ORANGE)
 CMYK = image(RGB).convert("CMYK")
 CMYKS = np.asarray(CMYK)
 PALETTE = image(RGB).quantize(8, dither=Image.Dither.NONE)
+BILEVEL = image(L).convert("1", dither=Image.Dither.NONE)
 COLOURS, COLOURS_WITH_ALPHA = expected(ORANGE), expected(ORANGE, ALPHA)
 GREYS, GREYS_WITH_ALPHA = expected((GREY,) * 3), expected((GREY,) * 3, ALPHA)
 
@@ -180,11 +168,11 @@ MEMBERS: dict[str, tuple[Expected, dict[str, Callable[[Path], Path]]]] = {
     "black and white": (
         expected((0, 0, 0)),
         {
-            "PNG": saved(image(L).convert("1", dither=Image.Dither.NONE), "a.png"),
-            "BMP": saved(image(L).convert("1", dither=Image.Dither.NONE), "a.bmp"),
-            "TIFF": saved(image(L).convert("1", dither=Image.Dither.NONE), "a.tif"),
-            "TIFF, white is zero": saved(image(L).convert("1", dither=Image.Dither.NONE), "a.tif", tiffinfo={262: 0}),
-            "PBM": saved(image(L).convert("1", dither=Image.Dither.NONE), "a.pnm"),
+            "PNG": saved(BILEVEL, "a.png"),
+            "BMP": saved(BILEVEL, "a.bmp"),
+            "TIFF": saved(BILEVEL, "a.tif"),
+            "TIFF, white is zero": saved(BILEVEL, "a.tif", tiffinfo={262: 0}),
+            "PBM": saved(BILEVEL, "a.pnm"),
         },
     ),
     "grey, 8 bits": (
@@ -237,10 +225,7 @@ MEMBERS: dict[str, tuple[Expected, dict[str, Callable[[Path], Path]]]] = {
     "palette": (
         COLOURS,
         {
-            "PNG": saved(PALETTE, "a.png"),
-            "GIF": saved(PALETTE, "a.gif"),
-            "BMP": saved(PALETTE, "a.bmp"),
-            "TIFF": saved(PALETTE, "a.tif"),
+            **{kind: saved(PALETTE, f"a.{kind[:3].lower()}") for kind in ("PNG", "GIF", "BMP", "TIFF")},
             "tar": tar(PALETTE),
         },
     ),
@@ -286,10 +271,7 @@ MEMBERS: dict[str, tuple[Expected, dict[str, Callable[[Path], Path]]]] = {
             "tar": tar(image(RGBA)),
         },
     ),
-    "a transparent colour": (
-        expected(ORANGE, 0),
-        {"PNG": png(RGB, ORANGE), "PNG, 16": png(deep(RGB), tuple(value * 257 for value in ORANGE))},
-    ),
+    "a transparent colour": (expected(ORANGE, 0), {"PNG": png(RGB, ORANGE), "PNG, 16": png(deep(RGB), DEEP_ORANGE)}),
     "CMYK": (
         COLOURS,
         {
@@ -304,7 +286,7 @@ MEMBERS: dict[str, tuple[Expected, dict[str, Callable[[Path], Path]]]] = {
 
 
 def table() -> str:
-    """The rows of docs/data.md."""
+    """Return the rows of docs/data.md."""
     lines = ["| mode | in | 1 channel | 3 channels | 4 channels |", "|---|---|---|---|---|"]
     for mode, (values, containers) in MEMBERS.items():
         shown = " | ".join(", ".join(str(round(value)) for value in values[channels]) for channels in (1, 3, 4))
@@ -319,4 +301,3 @@ def written_table() -> str:
 if __name__ == "__main__":
     before, rest = DOCS.read_text().split(START)
     DOCS.write_text(before + START + table() + END + rest.split(END)[1])
-    sys.exit(0)

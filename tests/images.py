@@ -1,5 +1,7 @@
 """Data sets in memory, for tests of what takes an ImageDataset."""
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,8 +29,13 @@ class MemoryImages(ImageDataset):
         return F.interpolate(part[None].float(), size, mode="bicubic", antialias=True)[0].round().clamp(0, 255).to(torch.uint8)
 
 
+def batches_of(x: Tensor, y: Tensor) -> Callable[[int, Iterable[Tensor]], Iterator[tuple[Tensor, Tensor]]]:
+    """Return (epoch, ids) -> batches, as `fit` and `count_correct` take them."""
+    return lambda epoch, ids: ((x[i], y[i]) for i in ids)
+
+
 class Stripes(MemoryImages):
-    """Pictures of 64 x 64: of class 0 stripes that lie, of class 1 stripes that stand, with noise."""
+    """Pictures of 64 x 64 with noise: stripes that lie for class 0, that stand for class 1."""
 
     def __init__(self, count: int = 24, channels: int = 3, seed: int = 0):
         labels, generator = torch.arange(count) % 2, torch.Generator().manual_seed(seed)

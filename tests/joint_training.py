@@ -1,4 +1,4 @@
-"""What the workers share with the test that starts them: the model, its batches, the training, the checkpoints."""
+"""What workers share with the test that starts them: model, batches, training, checkpoints."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ def make_mae() -> maefast.MAE:
 
 
 def make_batches(rank: int = 0, world: int = 1) -> list[Batch]:
-    """A rank's share of each batch."""
+    """Return a rank's share of each batch."""
     model, share = make_mae(), slice(rank * N // world, (rank + 1) * N // world)
     return [(images_for(model, N, seed=i)[share], noise_for(model, N, seed=100 + i)[share]) for i in range(BATCHES)]
 
@@ -43,7 +43,7 @@ def train(
     cast: bool = False,
     **options: object,
 ) -> Tensor:
-    """The loss of each optimizer step, taken before it; `unsynchronised` is around all micro batches of a step but the last."""
+    """Return the loss before each step; `unsynchronised` is around all but its last micro batch."""
     losses = torch.zeros(len(batches) // micro_batches, dtype=next(model.parameters()).dtype)
     for i, (imgs, noise) in enumerate(batches):
         step, last = i // micro_batches, (i + 1) % micro_batches == 0
@@ -72,7 +72,7 @@ def resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> 
 
 
 def leave() -> None:
-    """The end of a worker whose work is done. Python is not torn down: gloo's threads at times abort a process there."""
+    """End a worker without Python's tear-down, in which gloo's threads at times abort a process."""
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)

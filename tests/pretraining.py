@@ -25,8 +25,7 @@ class ArrayImages(MemoryImages):
 
 def pictures(count: int = COUNT, channels: int = 3) -> np.ndarray:
     """(count, 20, 20, channels) uint8: waves of random direction and phase."""
-    draw = np.random.default_rng(0)
-    a, b, phase = draw.uniform(0.2, 1, (3, count, 1, 1, channels))
+    a, b, phase = np.random.default_rng(0).uniform(0.2, 1, (3, count, 1, 1, channels))
     rows, cols = np.arange(20)[:, None, None], np.arange(20)[None, :, None]
     return (127.5 + 127.5 * np.sin(a * rows + b * cols + 6 * phase)).astype(np.uint8)
 

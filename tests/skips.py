@@ -1,4 +1,4 @@
-"""A hook of pytest that tests and benchmarks share: what was skipped, counted by reason, at the end of a run."""
+"""A hook of pytest that tests and benchmarks share."""
 
 from collections import Counter
 
@@ -6,9 +6,8 @@ import pytest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped, counted by reason."""
-    reports = terminalreporter.stats.get("skipped", [])
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    """List what was skipped, counted by reason."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
     if reasons:
         terminalreporter.section("skipped")
     for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):

@@ -1,4 +1,4 @@
-"""What several test files share: awkward layouts, ops against float64, small models, a command line that refuses."""
+"""What test files share: awkward layouts, ops against float64, small models, refused commands."""
 
 import copy
 import ctypes
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maefast
-from maefast import _library, cli, reference
+from maefast import _library, cli, gpu, reference
 from maefast.request import forget
 from maefast.testing.errors import assert_close_to_float64
 
@@ -37,19 +37,26 @@ Batch = tuple[Results, Sequence[Results], Results]  # what is tested, eager runs
 
 
 def set_fact(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object) -> None:
-    """Change what a machine has, for the rest of a test; decisions that followed from it are made anew."""
+    """Change what a machine has for the rest of a test, and forget decisions."""
     monkeypatch.setattr(owner, name, value)
     forget()
 
 
+def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend a build with CUDA kernels and an H100, to all that dispatch can tell."""
+    facts = {"capability": lambda device: (9, 0), "shared_memory": lambda device: 227 << 10}
+    for owner, changed in ((_library, {"HAS_NATIVE": True, "HAS_CUDA": True}), (gpu, facts)):
+        for name, value in changed.items():
+            set_fact(monkeypatch, owner, name, value)
+
+
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `auto` takes maefast's own matrix product of `dtype` on this machine: DESIGN.md, section 4."""
-    least = {torch.float32: "avx512", torch.bfloat16: "avx512bf16"}.get(dtype)
-    return least in USABLE_ISAS and not ON_INTEL
+    """Return whether `auto` takes maefast's own GEMM of `dtype` here: DESIGN.md, section 4."""
+    return {torch.float32: "avx512", torch.bfloat16: "avx512bf16"}.get(dtype) in USABLE_ISAS and not ON_INTEL
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run the command line, which must refuse with exit code 2 and one line on stderr; returns that line."""
+    """Run a command that must exit with 2 and one line on stderr, and return that line."""
     try:
         code = cli.main(arguments)
     except SystemExit as stop:  # argparse's way
@@ -78,20 +85,17 @@ def _poison(tensor: Tensor) -> Tensor:
 
 def misaligned(t: Tensor) -> Tensor:
     """The same values, one element after an aligned address."""
-    storage = _poison(t.new_empty(t.numel() + 2))
-    return storage[1:-1].view(t.shape).copy_(t)
+    return _poison(t.new_empty(t.numel() + 2))[1:-1].view(t.shape).copy_(t)
 
 
 def padded(t: Tensor) -> Tensor:
     """The same values in rows that are dense but apart, poison between them."""
-    storage = _poison(t.new_empty(*t.shape[:-1], t.shape[-1] + 5))
-    return storage[..., 3:-2].copy_(t)
+    return _poison(t.new_empty(*t.shape[:-1], t.shape[-1] + 5))[..., 3:-2].copy_(t)
 
 
 def sliced(t: Tensor) -> Tensor:
     """The same values, every stride doubled, poison between them."""
-    storage = _poison(t.new_empty([2 * size for size in t.shape]))
-    return storage[(slice(1, None, 2),) * t.dim()].copy_(t)
+    return _poison(t.new_empty([2 * size for size in t.shape]))[(slice(1, None, 2),) * t.dim()].copy_(t)
 
 
 def transposed(t: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ def assert_equal(got: object, expected: object) -> None:
 
 
 def assert_once_differentiable(op: Op, inputs: dict[str, Tensor]) -> None:
-    """A backward may run twice on one graph, with equal results; a gradient of a gradient raises."""
+    """A backward may run twice on one graph, with equal results. A second derivative raises."""
     leaves = [t for t in inputs.values() if t.requires_grad]
     loss = op(**inputs).square().sum()
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -178,18 +182,16 @@ def check_op(
     layout: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs,
     tested: str = "native",
 ) -> None:
-    """A backend against float64, forward and every gradient, by the error rule with the eager reference as the yardstick.
+    """Hold forward and gradients of a backend to the error rule, beside eager and float64.
 
-    The results of all `cases` (inputs of one shape) are held to the rule as one tensor. `exact` makes the float64 inputs, `dy`
-    the incoming gradient (also for a scalar, where None would be 1), `layout` changes how the tested inputs lie in memory.
+    The results of all `cases` (inputs of one shape) are one tensor. `exact` makes float64 inputs,
+    `dy` the incoming gradient (also of a scalar, where None would be 1). `layout` changes how the
+    tested inputs lie in memory.
     """
     results: dict[str, list[dict[str, Tensor]]] = {tested: [], "eager": [], "exact": []}
     for inputs in cases:
-        wide = exact(inputs)
-        wide = {name: t.detach().requires_grad_(inputs[name].requires_grad) for name, t in wide.items()}
-        incoming = None
-        if dy is not None:
-            incoming = dy(op(**wide).detach())
+        wide = {name: t.detach().requires_grad_(inputs[name].requires_grad) for name, t in exact(inputs).items()}
+        incoming = None if dy is None else dy(op(**wide).detach())
         for backend in (tested, "eager"):
             with maefast.backend(backend):
                 results[backend].append(forward_backward(op, layout(inputs) if backend == tested else inputs, incoming))
@@ -202,9 +204,9 @@ def check_op(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within the block every fresh allocation of the process holds 0x7f7f7f7f: 3e38 as fp32 or bf16, out of range as an index.
+    """Fill all allocations within the block with 0x7f: 3e38 as fp32 or bf16, a bad index.
 
-    Under AddressSanitizer, where mallopt does nothing, the options of `make test-sanitize` do the same. torch's wheels for
+    AddressSanitizer ignores mallopt; `make test-sanitize` has its own options. torch's wheels for
     aarch64 allocate with mimalloc, which cannot do it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
@@ -221,8 +223,8 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def at_the_edge(t: Tensor, end: bool) -> Tensor:
-    """The same values up against a page that may not be touched: behind the last of them, or before the first."""
-    page, size = mmap.PAGESIZE, t.numel() * t.itemsize
+    """The same values with a page that may not be touched behind the last, or before the first."""
+    page, size = mmap.PAGESIZE, t.nbytes
     pages = -(-size // page)
     memory = mmap.mmap(-1, (pages + 1) * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -246,26 +248,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-SIZES = {  # of the factories: embed_dim, depth, num_heads, patch_size
-    "tiny": (192, 12, 3, 16),
-    "small": (384, 12, 6, 16),
-    "base": (768, 12, 12, 16),
-    "large": (1024, 24, 16, 16),
-    "huge": (1280, 32, 16, 14),
-}
-SMALL = {
-    "img_size": (64, 48),
-    "patch_size": (8, 16),
-    "in_chans": 3,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 4,
-    "decoder_embed_dim": 24,
-    "decoder_depth": 1,
-    "decoder_num_heads": 3,
-    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-    "norm_pix_loss": True,
-}
+SIZES = {"tiny": (192, 12, 3, 16), "small": (384, 12, 6, 16), "base": (768, 12, 12, 16)}
+SIZES |= {"large": (1024, 24, 16, 16), "huge": (1280, 32, 16, 14)}  # embed_dim, depth, num_heads, patch_size
+SMALL = {"img_size": (64, 48), "patch_size": (8, 16), "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 4}
+SMALL |= {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 3}
+SMALL |= {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "norm_pix_loss": True}
 
 
 def small_mae(cls: type[maefast.MAE] = maefast.MAE, seed: int = 0, **options: object) -> maefast.MAE:
@@ -308,14 +295,13 @@ def stacked(runs: Sequence[Results]) -> Results:
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
 
-# A result of one small batch is off by a few roundings, whose sum may happen to be near zero in the eager run: so many batches of
-# so many images, or the larger error of two eager runs, make a yardstick that no correct result misses.
+# The few roundings of one small batch may sum to near zero in the eager run. So many batches of so
+# many images, or the larger error of two eager runs, are a yardstick that no correct result misses.
 BATCHES = IMAGES = 16
 
 
 def attends_otherwise(plain: nn.Module) -> nn.Module:
-    """A copy of a model of the reference's blocks with the other attention, fused or materialised: the same function, rounded
-    elsewhere."""
+    """Return a copy with the reference's other attention: the same function, rounded elsewhere."""
     other = copy.deepcopy(plain)
     for module in other.modules():
         if isinstance(module, reference.Attention):
@@ -324,8 +310,11 @@ def attends_otherwise(plain: nn.Module) -> nn.Module:
 
 
 def assert_results(batches: Iterable[Batch], what: str = "", left_out: Set[str] = frozenset()) -> None:
-    """Hold the results of several batches to the error rule, each name as one tensor, and masks and ids to equality. The larger
-    error of the eager runs counts; what is tested has no results `left_out`."""
+    """Hold the results of several batches to the error rule, each name as one tensor.
+
+    Masks and ids must be equal. The larger error of the eager runs counts. Results `left_out` must
+    be absent from what is tested.
+    """
     got, eager, exact = zip(*batches, strict=True)
     mine, truth, runs = stacked(got), stacked(exact), [stacked(run) for run in zip(*eager, strict=True)]
     assert truth.keys() - mine.keys() == left_out
@@ -338,7 +327,7 @@ def assert_results(batches: Iterable[Batch], what: str = "", left_out: Set[str] 
 
 
 def assert_steps(run: Callable[[Tensor, Tensor], Results], reference: nn.Module, left_out: Set[str]) -> None:
-    """Hold `run(imgs, noise)`, a step on its weights without the results `left_out`, to the error rule, and its mask."""
+    """Hold run(imgs, noise), a step on the reference's weights, to the error rule."""
     other, exact = attends_otherwise(reference), copy.deepcopy(reference).double()
 
     def batch(seed: int) -> Batch:

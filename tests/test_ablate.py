@@ -1,4 +1,4 @@
-"""`maefast ablate`: rows that are run once, beside the paper's figures; every axis on a model of the paper's size."""
+"""`maefast ablate`: rows that run once, beside the paper's; every axis at the paper's size."""
 
 import json
 from pathlib import Path
@@ -27,8 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(data: Path, out: Path, **flags: object) -> list[str]:
-    named = FLAGS | {"output_dir": out} | flags
-    return ["ablate", str(data), *(f"--{name}={value}" for name, value in named.items())]
+    return ["ablate", str(data), *(f"--{name}={value}" for name, value in (FLAGS | {"output_dir": out} | flags).items())]
 
 
 def run(data: Path, out: Path, **flags: object) -> int:
@@ -39,8 +38,7 @@ def test_rows_are_run_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "out"
     assert run(data, out, axes="decoder_depth,mask_token") == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["default", "decoder_depth=2", "mask_tokens_in_encoder=True"]
-    assert [line.split(":")[0] for line in lines[:3]] == names
+    assert [line.split(":")[0] for line in lines[:3]] == ["default", "decoder_depth=2", "mask_tokens_in_encoder=True"]
     table = json.loads((out / "table.json").read_text())
     values = [("1", "8"), ("2", "12"), ("in the encoder too",) * 2, ("in the decoder alone",) * 2]
     assert [(row["value"], row["paper_value"]) for row in table] == values
@@ -75,14 +73,11 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_options(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str) -> None:
-    given = dict(flag.split("=", 1) for flag in flags.split())
-    assert BAD[flags] in refused(capsys, *arguments(data, tmp_path / "out", **given))
+    assert BAD[flags] in refused(capsys, *arguments(data, tmp_path / "out", **dict(flag.split("=", 1) for flag in flags.split())))
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_are_refused(data, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(data, tmp_path / "out") == 2
     assert "ablate must run as one process; WORLD_SIZE is 2" in capsys.readouterr().err

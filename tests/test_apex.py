@@ -1,8 +1,8 @@
-"""NVIDIA's apex where it is installed: its optimizer, its layer norm, and what is said where they cannot run.
+"""NVIDIA's apex: its optimizer, its layer norm, and errors where they cannot run.
 
-Packages with its module layout, whose kernels are torch's, stand in for it."""
+Packages with its module layout, whose kernels are torch's, stand in for it.
+"""
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,20 +58,14 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Puts files of a package apex on the path, and takes them from it again."""
-
-    def installed(files: dict[str, str]) -> None:
-        monkeypatch.syspath_prepend(write(tmp_path, files))
-
-    yield installed
+    """Put files of a package apex on the path, and remove them after the test."""
+    yield lambda files: monkeypatch.syspath_prepend(write(tmp_path, files))
     for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "amp_C", "fused_layer_norm_cuda")]:
         del sys.modules[name]
 
 
 class OnGpu(torch.Tensor):
-    """Says of itself that it is on a GPU."""
-
-    is_cuda = True
+    is_cuda = True  # it only says so
 
 
 def parameter(*shape: int) -> Tensor:
@@ -104,8 +98,8 @@ def test_apex_s_optimizer_is_for_cuda(install):
         with pytest.raises(RuntimeError, match="takes parameters on CUDA, one is on cpu"):
             adamw(params, 0.1, backend="apex")
     assert type(adamw([on_gpu], 0.1)).__name__ == "FusedAdam"
-    assert type(adamw([on_gpu], 0.1, backend="torch")) is torch.optim.AdamW
-    assert type(adamw([on_gpu], 0.1, capturable=True)) is torch.optim.AdamW
+    for options in ({"backend": "torch"}, {"capturable": True}):
+        assert type(adamw([on_gpu], 0.1, **options)) is torch.optim.AdamW
     with pytest.raises(RuntimeError, match="capturable is for torch's AdamW"):
         adamw([on_gpu], 0.1, capturable=True, backend="apex")
 
@@ -144,14 +138,14 @@ def test_unknown_optimizer_backend():
 
 
 def test_layer_norm_asks_for_nvidia_s(tmp_path):
-    """The unrelated package is not even imported; NVIDIA's is taken, and says that it needs a GPU."""
+    """The unrelated package is not imported; NVIDIA's is, and says that it needs a GPU."""
     code = "import torch, maefast; maefast.ops.layer_norm(torch.ones(2, 3), torch.ones(3), torch.ones(3))"
     for files, expected in (
         (UNRELATED, "CannotRunError: MAEFAST_BACKEND asks for apex: the apex that is installed is not NVIDIA's"),
         (NVIDIA, "layer_norm cannot run on the requested backend 'apex': apex layer_norm runs on a GPU, x is on cpu"),
     ):
         path = f"{write(tmp_path / str(len(files)), files)}:{Path(maefast.__file__).parent.parent}"
-        done: subprocess.CompletedProcess[str] = run_python(code, MAEFAST_BACKEND="apex", PYTHONPATH=path)
+        done = run_python(code, MAEFAST_BACKEND="apex", PYTHONPATH=path)
         assert done.returncode != 0
         assert expected in done.stderr
 

@@ -1,4 +1,4 @@
-"""The benchmark harness itself: the rotation, the replay, byte counts by paper and pencil, the gate, memory, the report."""
+"""The benchmark harness: rotation, replay, byte counts by hand, gate, memory, report."""
 
 import dataclasses
 import gc
@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import machine
 import measure
@@ -21,6 +22,7 @@ import traffic
 from maefast.testing import timing
 
 CPU = torch.device("cpu")
+PYTHONPATH = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def test_rotation_runs_each_contender_once_a_round_on_the_round_s_inputs():
@@ -66,8 +68,7 @@ def test_replayed_samples_are_what_pytest_benchmark_reports(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--benchmark-json=out.json", "test_replayed.py"]
     # pytest-benchmark measures nothing in a worker of pytest-xdist.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment = inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=inherited | PYTHONPATH, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (bench,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert bench["stats"]["data"] == [0.3, 0.1, 12.7, 1e-7]
@@ -76,7 +77,7 @@ def test_replayed_samples_are_what_pytest_benchmark_reports(tmp_path):
 
 
 def test_bytes_and_flops_by_paper_and_pencil():
-    # noise 32, ids_keep 16, ids_restore 64, mask 32; two kept patches of 12 values, 4 bytes in and 4 out
+    # noise 32, ids_keep 16, ids_restore 64, mask 32; two kept patches of 12 values, 8 bytes each
     assert traffic.masking_bytes(N=2, L=4, K=1, P=12, image_size=4, out_size=4) == (144 + 2 * 12 * 8, 0)
     assert traffic.masking_bytes(N=64, L=196, K=49, P=768, image_size=4, out_size=4) == (19_493_376, 0)
     # x 48, ids 64, token 12, positions 60, y 120; then dy 120, ids 64, dx 48, dtoken 12
@@ -85,9 +86,10 @@ def test_bytes_and_flops_by_paper_and_pencil():
     # mask 16, three removed patches of 12 values, 5 bytes each, twice; dpred 4 * 12 * 4
     assert traffic.masked_mse_bytes(N=1, L=4, K=1, P=12, pred_size=4, image_size=1) == (196, 196 + 192)
     assert traffic.masked_mse_flops(N=1, L=4, K=1, P=12) == (36 * 9, 36 * 8)
-    # x 24, weight and bias 24, y 12, mean and rstd 16; then dy 12, x 24, weight 12, mean and rstd 16, dx 24, dweight and dbias 24
+    # x 24, weight and bias 24, y 12, mean and rstd 16
+    # dy 12, x 24, weight 12, mean and rstd 16, dx 24, dweight and dbias 24
     assert traffic.layer_norm_bytes(rows=2, D=3, x_size=4, parameter_size=4, out_size=2) == (76, 112)
-    # x 12, residual 24, the sum out 24 and y 12; then dy 12, the sum 24, its gradient 24, dx 12 and dresidual 24; and small ones
+    # x 12, residual 24, sum 24, y 12; dy 12, sum 24, its gradient 24, dx 12, dresidual 24; small
     small = (24 + 16, 12 + 16 + 24)
     narrow = traffic.add_layer_norm_bytes(rows=2, D=3, x_size=2, residual_size=4, parameter_size=4, out_size=2)
     assert narrow == (72 + small[0], 96 + small[1])
@@ -132,12 +134,9 @@ def test_entries_count_the_bytes_of_their_own_tensors():
 
 
 def test_the_forward_pass_alone_on_a_gpu():
-    workloads = bench_ops.workloads(full=True, device=torch.device("cuda"))
-    unshuffles = [w for w in workloads if w.name.startswith("unshuffle-bf16")]
-    assert [(w.name, w.N, w.forward) for w in unshuffles] == [
-        ("unshuffle-bf16", 1024, False),
-        ("unshuffle-bf16-forward", 1024, True),
-    ]
+    unshuffles = [w for w in bench_ops.workloads(full=True, device=torch.device("cuda")) if w.name.startswith("unshuffle-bf16")]
+    assert [w.name for w in unshuffles] == ["unshuffle-bf16", "unshuffle-bf16-forward"]
+    assert [(w.N, w.forward) for w in unshuffles] == [(1024, False), (1024, True)]
     bench = dataclasses.replace(unshuffles[1], N=2, device=CPU).bench()
     assert bench.bytes == traffic.unshuffle_bytes(2, 196, 49, 512, 2, 2, 2).forward
     for contender in ("reference", "maefast-eager"):
@@ -178,8 +177,7 @@ def workloads(full, device):
 def test_peak_memory_is_the_high_water_mark_above_the_baseline(tmp_path, monkeypatch):
     (tmp_path / "hungry.py").write_text(HUNGRY)
     monkeypatch.syspath_prepend(tmp_path)
-    peak = memory.peak_in_fresh_process("hungry", "hungry", "any", CPU, full=False)
-    assert (32 + 64) << 20 <= peak <= (32 + 64 + 16) << 20
+    assert (32 + 64) << 20 <= memory.peak_in_fresh_process("hungry", "hungry", "any", CPU, full=False) <= (32 + 64 + 16) << 20
 
 
 @pytest.mark.parametrize(
@@ -200,17 +198,13 @@ def test_machine_slug(vendor, family, model, name, slug):
 def results() -> dict:
     info = {"contender": "reference", "x_eager": 1.0, "bytes": 2_000_000, "commit": "0123abc"}
     info |= {"gb_per_s": 1.0, "copy_gb_per_s": 40.0, "copy_fraction": 0.025}
-    stats = {"median": 2e-3, "iqr": 1e-4}
     fast = info | {"contender": "maefast-native", "x_eager": 8.0, "gb_per_s": 8.0, "copy_fraction": 0.2}
     slow = info | {"contender": "maefast-eager", "x_eager": 0.5, "gb_per_s": 0.5, "outside_error_rule": "off by 3"}
+    runs = ((info, 2e-3, 1e-4), (fast, 2.5e-4, 1e-5), (slow, 4e-3, 1e-5))
+    names = ("machine", "device", "threads", "system", "python", "torch", "maefast", "commit")
     return {
-        "machine_info": {key: key for key in ("machine", "device", "threads", "system", "python", "torch", "maefast", "commit")}
-        | {"size": "quick"},
-        "benchmarks": [
-            {"group": "op-fp32", "extra_info": info, "stats": stats},
-            {"group": "op-fp32", "extra_info": fast, "stats": {"median": 2.5e-4, "iqr": 1e-5}},
-            {"group": "op-fp32", "extra_info": slow, "stats": {"median": 4e-3, "iqr": 1e-5}},
-        ],
+        "machine_info": {name: name for name in names} | {"size": "quick"},
+        "benchmarks": [{"group": "op-fp32", "extra_info": i, "stats": {"median": t, "iqr": iqr}} for i, t, iqr in runs],
     }
 
 
@@ -232,33 +226,22 @@ print([machine.why_no_gemm(torch.device(device), dtype)
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN has other instruction sets here")
 def test_a_cpu_without_a_bf16_product_has_no_rate_of_one():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    environment = os.environ | PYTHONPATH | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", PROBES], env=environment, capture_output=True, text=True)
     assert done.stdout == "[None, 'oneDNN has no product in bfloat16 on this CPU', None]\n", done.stderr
 
 
-class TinyBench:
-    """One contender that does nothing."""
-
-    sets, bytes, flops = 1, None, 2_000_000_000
-
-    def why_not(self, contender: str) -> str | None:
-        return None
-
-    def run(self, contender: str) -> timing.Run:
-        return lambda i: None
-
-    def check(self, contender: str, run: timing.Run) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
-
-
 class TinyWorkload:
+    """A contender that does nothing, and one that is compiled."""
+
     name, contenders, images, dtype = "any", ("any", "any-compiled"), None, torch.bfloat16
     eager_name = compiled_name = "any"
-    bench = TinyBench
+
+    def bench(self) -> Mock:
+        bench = Mock(sets=1, bytes=None, flops=2_000_000_000)
+        bench.why_not.return_value = None
+        bench.run.return_value = lambda i: None
+        return bench
 
 
 def test_what_this_machine_cannot_measure_is_left_out_with_its_reason(monkeypatch):

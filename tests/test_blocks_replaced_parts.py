@@ -1,4 +1,4 @@
-"""Blocks with hooks, or with parts that are not maefast's own: each is called, and its result counts."""
+"""Blocks with hooks or with other parts than maefast's: each is called, and its result counts."""
 
 import pytest
 import torch
@@ -19,19 +19,22 @@ def test_hooks_are_called(name, kind):
     block, seen = make_block(), []
     module = block.get_submodule(name)
     handle = getattr(module, f"register_{kind}_hook")(lambda *args: seen.append(args[0]))
-    x = torch.randn(2, T, D, requires_grad=True)
-    block(x).sum().backward()
+    block(torch.randn(2, T, D, requires_grad=True)).sum().backward()
     assert seen == [module]
     handle.remove()
     assert is_fused(block) == NATIVE
     assert seen == [module]
 
 
-def test_a_hook_that_changes_the_output_is_honoured():
-    block = make_block()
-    block.attn.register_forward_hook(lambda module, args, out: out * 0)
-    block.mlp.register_forward_hook(lambda module, args, out: out * 0)
-    x = torch.randn(2, T, D)
+@pytest.mark.parametrize("kind", ["hook", "forward"])
+def test_what_changes_the_output_of_a_part_is_honoured(kind):
+    """A forward hook, and a forward of the instance."""
+    block, x = make_block(), torch.randn(2, T, D)
+    for part in (block.attn, block.mlp):
+        if kind == "hook":
+            part.register_forward_hook(lambda module, args, out: out * 0)
+        else:
+            part.forward = torch.zeros_like
     assert torch.equal(block(x), x)
 
 
@@ -111,26 +114,15 @@ def test_other_norms(norm_layer, ids):
 
 def attention_by_hand(block: Block, x: Tensor) -> Tensor:
     q, k, v = block.attn.qkv(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-    weights = (q @ k.transpose(-1, -2) / (D // HEADS) ** 0.5).softmax(dim=-1)
-    return block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+    return block.attn.proj(((q @ k.transpose(-1, -2) / (D // HEADS) ** 0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("name", ["attn.qkv", "mlp.fc2"])
 def test_linears_without_bias(name):
-    block = make_block()
+    block, other, x = make_block(), make_block(), torch.randn(2, T, D)
     block.get_submodule(name).bias = None
-    other = make_block()
     other.get_submodule(name).bias.data.zero_()
-    x = torch.randn(2, T, D)
     torch.testing.assert_close(block(x), other(x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_forward_of_the_instance_is_called():
-    block = make_block()
-    block.attn.forward = torch.zeros_like
-    block.mlp.forward = torch.zeros_like
-    x = torch.randn(2, T, D)
-    assert torch.equal(block(x), x)
 
 
 class SkippedBlock(Block):
@@ -143,12 +135,10 @@ class SkippedBlock(Block):
 @pytest.mark.parametrize("position", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("change", ["subclass", "wrapper", "instance", "hook"])
 def test_decoder_blocks_may_be_others(change, position, monkeypatch):
-    """Without pred maefast's own first block computes distinct tokens once, and its last the removed ones alone; any other is
-    called as block(x)."""
+    """Without pred maefast's first and last block skip tokens. Others are called as block(x)."""
     monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
     model = small_mae(decoder_depth=2)
-    block = model.decoder_blocks[position]
-    seen = []
+    block, seen = model.decoder_blocks[position], []
     if change == "subclass":
         model.decoder_blocks[position] = SkippedBlock(24, 3, 4.0, nn.LayerNorm)
     elif change == "wrapper":

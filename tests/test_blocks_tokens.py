@@ -1,4 +1,4 @@
-"""Blocks of some tokens: the rows of given ids, and the decoder's tokens that repeat, computed once."""
+"""Blocks of some tokens: the rows of given ids, and repeated tokens, computed once."""
 
 import pytest
 import torch
@@ -21,8 +21,6 @@ def test_tokens_of_ids(mode, rows):
     cases = [(x, dy, random_ids(rows)) for x, dy in samples(BATCHES, dtype, rows)]
 
     class Rows(nn.Module):
-        """The plain block, then its rows."""
-
         def __init__(self, block: nn.Module):
             super().__init__()
             self.block = block
@@ -58,7 +56,7 @@ def test_take_tokens():
 
 
 class DecoderStart(nn.Module):
-    """The decoder's input, and its first block with each distinct token once; the reference's block takes the input as it is."""
+    """The decoder's input and first block, which takes each distinct token once."""
 
     N, L, K = 5, T - 1, 4
 
@@ -87,7 +85,7 @@ class DecoderStart(nn.Module):
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("path", [lambda block: block, through_modules], ids=["fused", "modules"])
 def test_repeated_tokens(path, mode):
-    """The same output bit for bit, and gradients by the rule, those of the mask token and the positions included."""
+    """The same output bit for bit, and all gradients by the rule."""
     dtype, cast = mode
     block = make_block(dtype)
     mine, eager = DecoderStart(path(block)).to(dtype), DecoderStart(plain(block)).to(dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints: every layout read into models, round trips bit for bit, and what other libraries make of what is written."""
+"""Checkpoints: every layout read into models, round trips bit for bit, other libraries."""
 
 import argparse
 import json
@@ -6,15 +6,16 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
-from checkpoints import HEADS, SQUARE, assert_loads, assert_same_weights, decoder_of, encoder_of, trained, write_hugging_face
+from checkpoints import HEADS, SQUARE, assert_loads, assert_same_weights, decoder_of, encoder_of, trained
 from support import images_for, noise_for
 from torch import Tensor, nn
 
 import maefast
 from maefast import MAE, checkpoint
-from maefast.reference import ReferenceMAE, sincos_positions
+from maefast.reference import ReferenceMAE
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
@@ -67,7 +68,7 @@ def test_heads_of_known_widths(tmp_path):
 
 
 def test_official_model_names_tell_heads(tmp_path):
-    """mae_vit_base_patch16 has twelve heads: a model of the same shapes with six computes something else."""
+    """A model of the shapes of mae_vit_base_patch16 with six heads is refused: it has twelve."""
     model = MAE(img_size=32, embed_dim=768, depth=1, num_heads=6, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=4)
     args = argparse.Namespace(model="mae_vit_base_patch16", norm_pix_loss=False)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "base.pth")
@@ -156,8 +157,7 @@ class Encoder(nn.Module):
 def test_encoder_for_fine_tuning(model, official, global_pool):
     encoder = Encoder(global_pool)
     report = checkpoint.load(encoder, official)
-    head = {"head.weight", "head.bias"}
-    assert set(report.missing) == head | ({"fc_norm.weight", "fc_norm.bias"} if global_pool else set())
+    assert set(report.missing) == {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"} if global_pool else set())
     assert set(report.unexpected) == decoder_of(model).keys() | ({"norm.weight", "norm.bias"} if global_pool else set())
     assert report.warnings == ()
     loaded = encoder.state_dict()
@@ -183,12 +183,10 @@ def test_target_of_another_kind_warns(official):
 
 
 def test_fixed_positions_are_computed_for_another_grid(official):
-    loaded = MAE.from_pretrained(official, img_size=(64, 40), **HEADS)
-    assert torch.equal(loaded.pos_embed, sincos_positions(32, (8, 5)))
-    assert torch.equal(loaded.decoder_pos_embed, sincos_positions(24, (8, 5)))
-    report = checkpoint.load(trained(img_size=(64, 40), norm_pix_loss=True), official)
-    change = "computed as sin-cos for 8 x 5 patches; the file has 4 x 4"
-    assert report.positions == (f"decoder_pos_embed {change}", f"pos_embed {change}")
+    loaded, target = MAE.from_pretrained(official, img_size=(64, 40), **HEADS), trained(img_size=(64, 40), norm_pix_loss=True)
+    report = checkpoint.load(target, official)
+    for model in (loaded, target):
+        checkpoints.assert_positions_of_8_x_5(model, report)
 
 
 @pytest.mark.parametrize("img_size", [(64, 16), (16, 64), (24, 40)])
@@ -200,7 +198,7 @@ def test_fixed_positions_tell_their_grid(tmp_path, img_size):
 
 
 def with_trained_positions(img_size: tuple[int, int], path: Path) -> Tensor:
-    """Writes a checkpoint whose positions tell the row in one value and the column in another; returns them."""
+    """Write a checkpoint whose positions hold row and column as their first values; return them."""
     model = trained(img_size=img_size)
     rows, columns = model.patch_embed.grid_size
     with torch.no_grad():
@@ -287,8 +285,7 @@ def test_round_trip_by_way_of_transformers(tmp_path, dtype):
 def test_convert_for_timm(model, official, tmp_path, name):
     """timm's vit_*.mae: these names, no head."""
     report = checkpoint.convert(official, tmp_path / name, "timm")
-    read = safetensors.load_file if name.endswith("safetensors") else partial(torch.load, weights_only=True)
-    written = read(tmp_path / name)
+    written = (safetensors.load_file if name.endswith("safetensors") else partial(torch.load, weights_only=True))(tmp_path / name)
     block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     modules = ["patch_embed.proj", *(f"blocks.{i}.{module}" for i in range(2) for module in block), "norm"]
     parameters = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
@@ -300,7 +297,7 @@ def test_convert_for_timm(model, official, tmp_path, name):
 
 
 def test_names_and_shapes_of_timm(tmp_path):
-    """Those of timm 1.0.31's vit_base_patch16_224 with num_classes=0, written down: timm needs a torchvision."""
+    """The list is from timm 1.0.31, vit_base_patch16_224: timm needs a torchvision."""
     lines = (Path(__file__).parent / "layouts" / "timm_vit_base_patch16_224.txt").read_text().splitlines()
     theirs = {name: tuple(map(int, shape)) for name, *shape in map(str.split, lines)}
     torch.save(maefast.mae_vit_base_patch16().half().state_dict(), tmp_path / "ours.pth")
@@ -314,8 +311,7 @@ def test_convert_from_a_folder_of_timm(model, tmp_path):
     stored = with_trained_positions((24, 40), tmp_path / "tuned.pth")
     tensors = torch.load(tmp_path / "tuned.pth", weights_only=True)["model"]
     config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 24, 40]}}
-    encoder = {name: t for name, t in tensors.items() if name in encoder_of(model)}
-    folder = write_hugging_face(tmp_path / "timm", encoder, config)
+    folder = checkpoints.write_hugging_face(tmp_path / "timm", encoder_of(tensors), config)
     target = trained(img_size=(24, 40))
     assert checkpoint.load(target, folder).positions == ()
     assert torch.equal(target.pos_embed, stored)

@@ -30,42 +30,35 @@ def save(path: Path, tensors: Tensors) -> Path:
     return path
 
 
+def holding(entries: object) -> Callable[[Path], Path]:
+    return lambda folder: torch.save(entries, folder / "a.pth") or folder / "a.pth"
+
+
 def save_safetensors(path: Path) -> Path:
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    safetensors.save_file(healthy(), path)
+    pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file(healthy(), path)
     return path
 
 
 def cut(path: Path, share: float) -> Path:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    os.truncate(path, int(share * path.stat().st_size))
     return path
 
 
-def overwritten(path: Path, start: int, count: int) -> Path:
-    content = bytearray(path.read_bytes())
-    content[start : start + count] = b"\xff" * count
+def written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
 
 
-def content(name: str, written: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / name).write_bytes(written)
-        return folder / name
-
-    return make
+def overwritten(path: Path, start: int, count: int) -> Path:
+    content = path.read_bytes()
+    return written(path, content[:start] + b"\xff" * count + content[start + count :])
 
 
 def changed(**tensors: Tensor | None) -> Callable[[Path], Path]:
     """A checkpoint with tensors in place of others, or without them where None."""
-    renamed = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-
-    def make(folder: Path) -> Path:
-        merged = {name: tensor for name, tensor in {**healthy(), **renamed}.items() if tensor is not None}
-        return save(folder / "changed.pth", merged)
-
-    return make
+    merged = healthy() | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    kept = {name: tensor for name, tensor in merged.items() if tensor is not None}
+    return lambda folder: save(folder / "changed.pth", kept)
 
 
 def resnet(folder: Path) -> Path:
@@ -88,7 +81,7 @@ def index_of(shards: object) -> dict[str, bytes]:
     return {"model.safetensors.index.json": json.dumps({"weight_map": shards}).encode()}
 
 
-def doubled_qkv(folder: Path) -> Path:
+def no_value(folder: Path) -> Path:
     """transformers' layout in which query, key and value do not fit each other."""
     block = "vit.encoder.layer.0.attention.attention"
     tensors = {f"{block}.{part}.weight": torch.ones(32, 32) for part in ("query", "key")}
@@ -97,12 +90,16 @@ def doubled_qkv(folder: Path) -> Path:
 
 
 def with_config(**entries: object) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / "model").mkdir()
-        (folder / "model" / "config.json").write_text(json.dumps(entries))
-        return save(folder / "model" / "pytorch_model.bin", healthy()).parent
+    files = folder_of({"config.json": json.dumps(entries).encode()})
+    return lambda folder: save(files(folder) / "pytorch_model.bin", healthy()).parent
 
-    return make
+
+def of_transformers(**entries: object) -> Callable[[Path], Path]:
+    return with_config(hidden_size=32, num_attention_heads=4, image_size=32, **entries)
+
+
+def of_maefast(**entries: object) -> Callable[[Path], Path]:
+    return with_config(**{"embed_dim": 32, "img_size": 32, **HEADS, **entries})
 
 
 BAD = {
@@ -111,22 +108,19 @@ BAD = {
     "cut in the header": (lambda folder: cut(save_safetensors(folder / "a.safetensors"), 0.01), r"a.safetensors is damaged: "),
     "header overwritten": (lambda folder: overwritten(save_safetensors(folder / "a.safetensors"), 20, 40), r"is damaged: "),
     "pickle overwritten": (lambda folder: overwritten(save(folder / "a.pth", healthy()), 200, 100), r"a.pth is damaged: "),
-    "empty": (content("a.pth", b""), r"a.pth is neither a file of torch.save nor of safetensors, or it is damaged"),
-    "text": (content("a.safetensors", b"version https://git-lfs"), r"neither a file of torch.save nor of safetensors"),
-    "old pickle, damaged": (content("a.pth", b"\x80\x02\x8a\nl\xfc\x9c"), r"a.pth is damaged: "),
-    "no dict": (lambda folder: torch.save([1, 2], folder / "a.pth") or folder / "a.pth", r"must hold a dict of tensors.*a list"),
-    "no tensors": (
-        lambda folder: torch.save({"epoch": 3}, folder / "a.pth") or folder / "a.pth",
-        r"holds no state_dict: neither it nor any of its entries has a tensor by name",
+    "empty": (
+        lambda p: written(p / "a.pth", b""),
+        r"a.pth is neither a file of torch.save nor of safetensors, or it is damaged",
     ),
-    "numbered tensors": (
-        lambda folder: torch.save({0: torch.ones(2)}, folder / "a.pth") or folder / "a.pth",
-        r"holds no state_dict",
+    "lfs": (
+        lambda p: written(p / "a.safetensors", b"version https://git-lfs"),
+        "neither a file of torch.save nor of safetensors",
     ),
-    "resnet": (
-        resnet,
-        r"holds no Masked Autoencoder: it has neither patch_embed.proj.weight .* but conv1.weight, .* \(8 in all\)",
-    ),
+    "old pickle, damaged": (lambda p: written(p / "a.pth", b"\x80\x02\x8a\nl\xfc\x9c"), r"a.pth is damaged: "),
+    "no dict": (holding([1, 2]), r"must hold a dict of tensors.*a list"),
+    "no tensors": (holding({"epoch": 3}), r"holds no state_dict: neither it nor any of its entries has a tensor by name"),
+    "numbered tensors": (holding({0: torch.ones(2)}), r"holds no state_dict"),
+    "cnn": (resnet, r"holds no Masked Autoencoder: it has neither patch_embed.proj.weight .* but conv1.weight, .* \(8 in all\)"),
     "block missing": (changed(blocks__1__norm2__bias=None), r"it lacks blocks.1.norm2.bias$"),
     "block too many": (changed(blocks__5__norm1__bias=torch.ones(32)), r"blocks.5.norm1.bias"),
     "half a decoder": (changed(decoder_embed__weight=None), r"lacks decoder_embed.weight$"),
@@ -134,10 +128,7 @@ BAD = {
     "shape": (changed(norm__bias=torch.ones(33)), r"norm.bias .*\(33,\).*\(32,\)|norm.bias .*\(32,\).*\(33,\)"),
     "dimensions": (changed(pos_embed=torch.ones(17, 32)), r"pos_embed of .* must have 3 dimensions; its shape is \(17, 32\)"),
     "integers": (changed(norm__bias=torch.ones(32, dtype=torch.int8)), r"floating-point tensors; it has norm.bias of torch.int8"),
-    "qkv": (
-        doubled_qkv,
-        r"query, key and value of one shape and dtype for blocks.0.attn.qkv.weight; it has query \(32, 32\), key",
-    ),
+    "qkv": (no_value, r"query, key and value of one shape and dtype for blocks.0.attn.qkv.weight; it has query \(32, 32\), key"),
     "empty folder": (folder_of({"README.md": b""}), r"holds no weights: no file in it ends in .safetensors, .pth, .pt, .bin"),
     "two files": (folder_of({"a.pth": b"", "b.bin": b""}), r"holds several checkpoints, a.pth, b.bin; name one of them"),
     "config": (folder_of({"config.json": b"{", "model.safetensors": b""}), r"config.json is not JSON: "),
@@ -148,39 +139,15 @@ BAD = {
     "activation": (with_config(hidden_size=32, hidden_act="relu"), r"hidden_act is relu, where MAE has gelu"),
     "config without heads": (with_config(hidden_size=32), r"the config of .* is not that of a Masked Autoencoder: .*heads"),
     "heads in words": (with_config(hidden_size=32, num_attention_heads="four", image_size=32), r"num_heads must be a positive"),
-    "target in words": (
-        with_config(embed_dim=32, img_size=32, num_heads=4, decoder_num_heads=3, norm_pix_loss="yes"),
-        r"norm_pix_loss must be true or false; it is 'yes'",
-    ),
-    "heads that do not divide the width": (
-        with_config(embed_dim=32, img_size=32, num_heads=5, decoder_num_heads=3),
-        r"num_heads is 5 in .* and 4 in MAE$",
-    ),
-    "eps in words": (with_config(hidden_size=32, num_attention_heads=4, image_size=32, layer_norm_eps="small"), r"'small'"),
-    "eps of nan": (
-        with_config(hidden_size=32, num_attention_heads=4, image_size=32, layer_norm_eps=float("nan")),
-        r"layer_norm_eps must be a number, 0 or more; it is nan",
-    ),
-    "mask ratio": (
-        with_config(hidden_size=32, num_attention_heads=4, image_size=32, mask_ratio=2),
-        r"mask_ratio must be in \[0, 1\); it is 2",
-    ),
-    "mean of a number": (
-        with_config(embed_dim=32, img_size=32, num_heads=4, decoder_num_heads=3, mean=0.5, std=[0.5] * 3),
-        r"mean must be a list of numbers; it is 0.5",
-    ),
-    "std of zero": (
-        with_config(embed_dim=32, img_size=32, num_heads=4, decoder_num_heads=3, mean=[0.5] * 3, std=[0.5, 0, 0.5]),
-        r"mean and std must be given together, std positive",
-    ),
-    "heads of the config": (
-        with_config(embed_dim=32, img_size=32, num_heads=8, decoder_num_heads=3),
-        r"num_heads is 8 in .* and 4 in MAE",
-    ),
-    "size of the config": (
-        with_config(embed_dim=32, img_size=48, num_heads=4, decoder_num_heads=3),
-        r"has positions of 16 patches, and not of 6 x 6 as is said of it",
-    ),
+    "target in words": (of_maefast(norm_pix_loss="yes"), r"norm_pix_loss must be true or false; it is 'yes'"),
+    "heads that do not divide the width": (of_maefast(num_heads=5), r"num_heads is 5 in .* and 4 in MAE$"),
+    "eps in words": (of_transformers(layer_norm_eps="small"), r"'small'"),
+    "eps of nan": (of_transformers(layer_norm_eps=float("nan")), r"layer_norm_eps must be a number, 0 or more; it is nan"),
+    "mask ratio": (of_transformers(mask_ratio=2), r"mask_ratio must be in \[0, 1\); it is 2"),
+    "mean of a number": (of_maefast(mean=0.5, std=[0.5] * 3), r"mean must be a list of numbers; it is 0.5"),
+    "std of zero": (of_maefast(mean=[0.5] * 3, std=[0.5, 0, 0.5]), r"mean and std must be given together, std positive"),
+    "heads of the config": (of_maefast(num_heads=8), r"num_heads is 8 in .* and 4 in MAE"),
+    "size of the config": (of_maefast(img_size=48), r"has positions of 16 patches, and not of 6 x 6 as is said of it"),
 }
 # What a conversion has no reason to refuse.
 LOADING_ALONE = {"heads of the config", "heads that do not divide the width"}
@@ -250,9 +217,8 @@ def test_no_model(tmp_path):
 
 def test_heads_that_nothing_tells(tmp_path):
     path = save(tmp_path / "a.pth", healthy())
-    with pytest.raises(
-        CheckpointError, match=r"num_heads must be given: .*a.pth does not store it, and 32 is not among .* 768, 1024"
-    ):
+    message = "num_heads must be given: .*a.pth does not store it, and 32 is not among .* 768, 1024"
+    with pytest.raises(CheckpointError, match=message):
         MAE.from_pretrained(path)
     with pytest.raises(CheckpointError, match=r"^decoder_num_heads must be given"):
         checkpoint.convert(path, tmp_path / "out", "transformers", num_heads=4)
@@ -261,10 +227,8 @@ def test_heads_that_nothing_tells(tmp_path):
 
 @pytest.mark.parametrize("options", [{"img_size": (32, 48)}, {"patch_size": (8, 16)}])
 def test_transformers_takes_squares(tmp_path, options):
-    path = save(tmp_path / "a.pth", healthy(**options))
-    with pytest.raises(
-        CheckpointError, match=rf"{next(iter(options))} of .* is \d+ x \d+; transformers' ViTMAE takes only squares"
-    ):
+    path, (name,) = save(tmp_path / "a.pth", healthy(**options)), options
+    with pytest.raises(CheckpointError, match=rf"{name} of .* is \d+ x \d+; transformers' ViTMAE takes only squares"):
         checkpoint.convert(path, tmp_path / "out", "transformers", **HEADS)
     assert sorted(tmp_path.iterdir()) == [path]
 

@@ -1,6 +1,4 @@
-"""Heads in checkpoints, with their counters: loaded where the model has the same, named and left out elsewhere."""
-
-import re
+"""Heads in checkpoints, with their counters: loaded if the model has the same, else left out."""
 
 import pytest
 import torch
@@ -54,11 +52,9 @@ def test_a_head_of_other_classes_is_left_out(tmp_path, source):
     report = checkpoint.load(target, tmp_path / "classifier.pth")
     assert_same_weights(target.head, head)
     assert torch.equal(target.norm.weight, source.norm.weight)
-    found = r"head.weight \(5, 32\)" if isinstance(source.head, nn.Linear) else r"head.1.weight \(7, 32\)"
-    (warning,) = report.warnings
-    assert re.fullmatch(
-        rf"the head of the checkpoint, {found}, is left out: VisionTransformer has head.weight \(7, 32\)", warning
-    )
+    found = "head.weight (5, 32)" if isinstance(source.head, nn.Linear) else "head.1.weight (7, 32)"
+    said = f"the head of the checkpoint, {found}, is left out: VisionTransformer has head.weight (7, 32)"
+    assert report.warnings == (said,)
     assert set(report.missing) == {"head.weight", "head.bias"}
 
 

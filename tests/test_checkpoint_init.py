@@ -1,16 +1,16 @@
-"""Training that starts from weights: other images, other channels, another decoder, a classifier; models on the meta device."""
+"""Training from weights: other images, channels or decoders, classifiers; the meta device."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import HEADS, SQUARE, assert_same_weights, copy_of, decoder_of, encoder_of, trained
+from checkpoints import HEADS, SQUARE, assert_positions_of_8_x_5, assert_same_weights, copy_of, decoder_of, encoder_of, trained
 from support import images_for, noise_for
 from torch import nn
 
 from maefast import MAE, VisionTransformer, checkpoint
 from maefast.checkpoint import CheckpointError
-from maefast.reference import sincos_positions
 from maefast.train.variants import MaskTokensInEncoder
 
 ENCODER = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -37,24 +37,19 @@ def test_the_same_model(model, official):
 
 def test_images_of_another_size(model, official):
     target = trained(seed=1, img_size=(64, 40), norm_pix_loss=True)
-    report = target.init_from(official)
-    assert torch.equal(target.pos_embed, sincos_positions(32, (8, 5)))
-    assert torch.equal(target.decoder_pos_embed, sincos_positions(24, (8, 5)))
-    change = "computed as sin-cos for 8 x 5 patches; the file has 4 x 4"
-    assert report.positions == (f"decoder_pos_embed {change}", f"pos_embed {change}")
+    assert_positions_of_8_x_5(target, target.init_from(official))
     rest = {name: tensor for name, tensor in model.state_dict().items() if "pos_embed" not in name}
     assert_same_weights({name: tensor for name, tensor in target.state_dict().items() if name in rest}, rest)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6, 7])
 def test_images_of_another_number_of_channels(model, official, channels):
-    """An image whose channels are all alike has the tokens that it had; a channel's prediction is that of one, or the mean."""
+    """A grey image keeps its tokens; a channel's prediction is that of one channel, or the mean."""
     target = trained(seed=1, in_chans=channels, norm_pix_loss=True)
     report = target.init_from(official)
-    grey = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected, got = (
-        m.double().encode(grey.double().expand(-1, C, -1, -1)) for m, C in ((model_copy(model), 3), (target, channels))
-    )
+    grey = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    models = ((copy.deepcopy(model), 3), (target, channels))
+    expected, got = (m.double().encode(grey.expand(-1, C, -1, -1)) for m, C in models)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
     theirs = model.decoder_pred.weight.double().view(64, 3, 24)  # [ph*pw, C, D]
@@ -63,20 +58,11 @@ def test_images_of_another_number_of_channels(model, official, channels):
         predicted = theirs[:, channel % 3] if channels > 3 else theirs.mean(dim=1)
         torch.testing.assert_close(ours[:, channel], predicted, rtol=0, atol=1e-6)
     said = "repeated for" if channels > 3 else "averaged over the 3 channels of the file for"
-    assert [change.split()[0] for change in report.adapted] == [
-        "patch_embed.proj.weight",
-        "decoder_pred.weight",
-        "decoder_pred.bias",
-    ]
+    names = [change.split()[0] for change in report.adapted]
+    assert names == ["patch_embed.proj.weight", "decoder_pred.weight", "decoder_pred.bias"]
     assert report.adapted[0].startswith(f"patch_embed.proj.weight {said} {channels}")
     assert f"adapted: {report.adapted[0]}" in str(report).splitlines()
     assert report.warnings == ()
-
-
-def model_copy(model: MAE) -> MAE:
-    copy = trained(norm_pix_loss=True)
-    copy.load_state_dict(model.state_dict())
-    return copy
 
 
 def test_from_one_channel(tmp_path):
@@ -187,9 +173,9 @@ def on_meta(make: type[nn.Module], **options: object) -> nn.Module:
         return make(**options)
 
 
-def losses(model: MAE, expected: MAE) -> tuple[float, float]:
+def assert_same_loss(model: MAE, expected: MAE) -> None:
     imgs, noise = images_for(model, dtype=torch.uint8), noise_for(model)
-    return model(imgs, noise=noise).loss.item(), expected(imgs, noise=noise).loss.item()
+    assert torch.equal(model(imgs, noise=noise).loss, expected(imgs, noise=noise).loss)
 
 
 @pytest.mark.parametrize("mean_std", [{}, {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}], ids=["imagenet", "own"])
@@ -203,8 +189,7 @@ def test_pixel_statistics_survive_the_meta_device(mean_std):
     moved = trained(**mean_std).to("meta").to_empty(device="cpu")
     moved.load_state_dict(expected.state_dict())
     for model in (emptied, assigned, moved):
-        got, want = losses(model, expected)
-        assert got == want
+        assert_same_loss(model, expected)
 
 
 def test_to_empty_of_a_real_model_keeps_pixel_statistics():
@@ -231,8 +216,7 @@ def test_load_fills_a_model_on_the_meta_device(official, model):
     assert_same_weights(target, model)
     assert not target.pos_embed.requires_grad
     assert target.cls_token.requires_grad
-    got, want = losses(target, model)
-    assert got == want
+    assert_same_loss(target, model)
     with torch.device("meta"):
         loaded = MAE.from_pretrained(official, **HEADS)
     assert_same_weights(loaded, model)

@@ -1,12 +1,14 @@
-"""The command line: bad arguments end in one line on stderr and exit code 2, with nothing written."""
+"""The command line: bad arguments give one line on stderr and exit code 2, and write nothing."""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,33 +79,26 @@ def test_values_keep_their_dashes() -> None:
     assert with_underscores(words) == ["submit", "--job_dir", *words[2:]]
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--steps", "0"),
-        ("--steps", "-3"),
-        ("--steps", "ten"),
-        ("--steps", "1.5"),
-        ("--batch_size", "0"),
-        ("--mask_ratio", "0"),
-        ("--mask_ratio", "1"),
-        ("--mask_ratio", "nan"),
-        ("--mask_ratio", "much"),
-        ("--seed", "-1"),
-        ("--seed", str(2**63)),
-    ],
-)
-def test_bad_value(capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, value: str) -> None:
-    line = refused(capsys, "demo", f"{option}={value}")
-    assert f"argument {option}: must be a " in line
-    assert repr(value) in line
+@pytest.fixture
+def nothing_written(tmp_path: Path) -> Iterator[None]:
+    yield
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mask_ratio_that_keeps_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+BAD = {"steps": ("0", "-3", "ten", "1.5"), "batch_size": ("0",), "mask_ratio": ("0", "1", "nan", "much")}
+BAD |= {"seed": ("-1", str(2**63))}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in BAD.items() for value in values])
+def test_bad_value(capsys: pytest.CaptureFixture[str], nothing_written: None, option: str, value: str) -> None:
+    line = refused(capsys, "demo", f"--{option}={value}")
+    assert f"argument --{option}: must be a " in line
+    assert repr(value) in line
+
+
+def test_mask_ratio_that_keeps_nothing(capsys: pytest.CaptureFixture[str], nothing_written: None) -> None:
     line = refused(capsys, "demo", "--mask_ratio=0.97")
     assert "--mask_ratio must keep at least one patch and remove at least one; 0.97 keeps 0 of the 16 patches of digits" in line
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("train",), ("demo", "--frobnicate")])
@@ -123,8 +118,7 @@ def test_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["nowhere", "file"])
 def test_data_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    line = refused(capsys, "demo", f"--data={name}", "--output=out")
-    assert f"{name} must be a folder of images; it " in line
+    assert f"{name} must be a folder of images; it " in refused(capsys, "demo", f"--data={name}", "--output=out")
     assert not (tmp_path / "out").exists()
 
 
@@ -146,28 +140,20 @@ def test_unwritable_output(capsys: pytest.CaptureFixture[str], tmp_path: Path, o
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_output_without_permission(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**options: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("maefast.train.files.tempfile.TemporaryFile", refuse)  # root may write anywhere
+def test_output_without_permission(capsys, nothing_written, monkeypatch) -> None:
+    refuse = Mock(side_effect=PermissionError(13, "Permission denied"))  # root may write anywhere
+    monkeypatch.setattr("maefast.train.files.tempfile.TemporaryFile", refuse)
     line = refused(capsys, "demo", "--output=out")
     assert "--output must be a folder that can be written; out cannot be: Permission denied" in line
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_extra(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra(capsys, nothing_written, monkeypatch) -> None:
     monkeypatch.setattr("maefast.train.errors.find_spec", lambda name: None if name in ("sklearn", "tqdm") else object())
-    line = refused(capsys, "demo")
-    assert line == 'maefast demo: error: the demo needs scikit-learn, tqdm: pip install "maefast[demo]"\n'
-    assert list(tmp_path.iterdir()) == []
+    assert refused(capsys, "demo") == 'maefast demo: error: the demo needs scikit-learn, tqdm: pip install "maefast[demo]"\n'
 
 
 def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(**options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("maefast.train.demo.demo.demo", interrupt)
+    monkeypatch.setattr("maefast.train.demo.demo.demo", Mock(side_effect=KeyboardInterrupt))
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "maefast demo: interrupted\n"
 

@@ -1,16 +1,16 @@
-"""torch.compile: whole graphs, the masks of eager, no recompilation from step to step, a switched backend noticed."""
+"""torch.compile: whole graphs, eager's masks, no recompilation in training, switched backends."""
 
 import copy
 import math
 
 import pytest
 import torch
-from support import BATCHES, IMAGES, NATIVE, Batch, assert_results, images_for, noise_for, small_mae, small_reference, step
+from support import BATCHES, IMAGES, Batch, assert_results, images_for, noise_for, small_mae, small_reference, step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import maefast
-from maefast import ops
+from maefast import MAE, ops
 from maefast.blocks import Block
 from maefast.ops import _tokens
 
@@ -27,8 +27,7 @@ def assert_same_step(compiled: nn.Module, eager: nn.Module, imgs: Tensor, noise:
 
 @pytest.mark.parametrize("mode", ["fp32", "autocast"])
 def test_inductor_model_forward_and_backward(mode):
-    """Against the reference, eager and compiled (Inductor adds up columns in another order), with the masks of eager for the same
-    seeds."""
+    """Against the reference, eager and compiled (Inductor sums in another order)."""
     reference = small_reference(**SHALLOW)
     compiled_reference = torch.compile(copy.deepcopy(reference), fullgraph=True, dynamic=False)
     model, exact_model = small_mae(**SHALLOW), copy.deepcopy(reference).double()
@@ -59,11 +58,16 @@ def test_inductor_draws_the_noise_of_torch_rand():
     assert not torch.equal(first, second)
 
 
-def test_training_does_not_recompile(monkeypatch):
+def two_and_compiled(monkeypatch: pytest.MonkeyPatch) -> tuple[MAE, MAE, nn.Module, CompileCounterWithBackend]:
+    """Two models whose decoders compute repeated tokens once, the first also compiled."""
     monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
     model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    return model, eager, torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+def test_training_does_not_recompile(monkeypatch):
+    model, eager, compiled, counter = two_and_compiled(monkeypatch)
     losses = []
     for m, parameters in ((compiled, model.parameters()), (eager, eager.parameters())):
         optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1)
@@ -80,10 +84,7 @@ def test_training_does_not_recompile(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"return_pred": False}], ids=["pred", "no_pred"])
 def test_dynamic_batch_compiles_once(options, monkeypatch):
-    monkeypatch.setattr(_tokens, "REPEATED_VALUES", 0)
-    model, eager = (small_mae(decoder_depth=2, **SHALLOW) for _ in range(2))
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    model, eager, compiled, counter = two_and_compiled(monkeypatch)
     for N in (4, 2, 7):
         imgs, noise = images_for(model, N=N, seed=N), noise_for(model, N=N)
         for tensor in (imgs, noise):
@@ -93,7 +94,7 @@ def test_dynamic_batch_compiles_once(options, monkeypatch):
 
 
 def test_a_mask_ratio_of_each_step():
-    """One graph for each number of kept patches: none is compiled for another ratio that keeps as many."""
+    """One graph for each number of kept patches, whatever the ratio."""
     model, eager = small_mae(**SHALLOW), small_mae(**SHALLOW)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     imgs, noise = images_for(model), noise_for(model)
@@ -115,7 +116,7 @@ def test_blocks_compiled_one_by_one_take_any_mask_ratio(monkeypatch):
 
 
 def test_a_whole_step_with_the_optimizer_compiles_once():
-    """Two graphs about the call of backward, none more from the second step on; the learning rate is a tensor."""
+    """Two graphs about the call of backward, none more after the first step; a tensor as rate."""
 
     def losses(backend: CompileCounterWithBackend | None) -> list[float]:
         model, lr = small_mae(**SHALLOW), torch.tensor(0.0)
@@ -142,20 +143,18 @@ def test_a_whole_step_with_the_optimizer_compiles_once():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=["bf16", "uint8"])
-def test_other_inputs(dtype):
+@pytest.mark.parametrize(("dtype", "mode"), [(torch.float32, "autocast"), (torch.uint8, "fp32")], ids=["bf16", "uint8"])
+def test_other_inputs(dtype, mode):
     """Autocast on float images, and uint8 images with a mask given as noise."""
     model, eager = small_mae(**SHALLOW), small_mae(**SHALLOW)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     imgs, noise = images_for(model, dtype=dtype), (noise_for(model).argsort(dim=1) >= 6).float()
-    mode = "autocast" if dtype == torch.bfloat16 else "fp32"
-    imgs = imgs.float() if mode == "autocast" else imgs
     assert_same_step(compiled, eager, imgs, noise, mode)
     assert torch.equal(eager(imgs, noise=noise).mask, noise)
 
 
 def block_run(block: nn.Module, x: Tensor, ids: Tensor | None, cast: bool) -> list[Tensor]:
-    """The output, and where gradients are on those of x and of every parameter; N and T may vary."""
+    """The output, and with gradients on those of x and of the parameters; N and T may vary."""
     x = x.detach().requires_grad_(torch.is_grad_enabled())
     for tensor, dim in ((x, 0), (x, 1), (ids, 0)):
         if tensor is not None:
@@ -173,7 +172,7 @@ def block_run(block: nn.Module, x: Tensor, ids: Tensor | None, cast: bool) -> li
     ids=["training-fp32-whole", "training-autocast-ids", "inference-fp32-ids", "inference-autocast-whole"],
 )
 def test_blocks_of_any_batch_and_length_compile_once(grad, cast, with_ids):
-    """Two blocks are one graph, whatever the number of samples and tokens; the results are those of eager."""
+    """Two blocks are one graph for any number of samples and tokens, with the results of eager."""
 
     class Two(nn.Module):
         def __init__(self):
@@ -196,13 +195,11 @@ def test_blocks_of_any_batch_and_length_compile_once(grad, cast, with_ids):
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
-def test_compiled_blocks_run_the_fused_path():
+def test_compiled_blocks_run_the_fused_path(native):
     recorder = EagerAndRecordGraphs()
     block = Block(16, 2, 2.0, nn.LayerNorm)
     torch.compile(block, fullgraph=True, backend=recorder)(torch.randn(2, 5, 16)).sum().backward()
-    text = "".join(str(node.target) for graph in recorder.graphs for node in graph.graph.nodes)
-    assert "autograd_function_apply" in text
+    assert "autograd_function_apply" in "".join(str(node.target) for graph in recorder.graphs for node in graph.graph.nodes)
     with torch.no_grad():
         torch.compile(block, fullgraph=True, backend=recorder)(torch.randn(2, 5, 16))
     targets = [str(node.target) for node in recorder.graphs[-1].graph.nodes]
@@ -221,7 +218,7 @@ def test_encode():
 
 
 def pre_norm_step(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Each op with gradients of its own, among them a sum whose normalised form is not used, and the other way round."""
+    """Run each op; one sum's normalised form is not used, and one's normalised form alone."""
     y, total = ops.add_layer_norm(branch, x, weight, bias, dtype=torch.bfloat16)
     only_y, _ = ops.add_layer_norm(ops.bias_gelu(y, bias), total, weight, bias)
     _, only_total = ops.add_layer_norm(ops.bias_gelu(only_y), total, weight, bias)
@@ -249,8 +246,7 @@ def test_layer_norms_and_gelu(native, backend):
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
-def test_a_switched_backend_is_noticed():
+def test_a_switched_backend_is_noticed(native):
     recorder = EagerAndRecordGraphs()
     compiled = torch.compile(ops.random_masking, fullgraph=True, backend=recorder)
     noise = torch.rand(3, 40)
@@ -264,12 +260,11 @@ def test_a_switched_backend_is_noticed():
         run()
         run()
     run()
-    native = [any("random_masking_fwd" in str(node.target) for node in graph.graph.nodes) for graph in recorder.graphs]
-    assert native == [True, False]
+    calls = [any("random_masking_fwd" in str(node.target) for node in graph.graph.nodes) for graph in recorder.graphs]
+    assert calls == [True, False]
 
 
-@pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
-def test_a_request_that_cannot_run_raises_from_compiled_code():
+def test_a_request_that_cannot_run_raises_from_compiled_code(native):
     compiled = torch.compile(ops.gather_patches, backend="eager")
     imgs, ids = torch.rand(1, 1, 4, 4), torch.tensor([[1]])
     assert torch.equal(compiled(imgs, ids, 2), ops.gather_patches(imgs, ids, 2))
@@ -277,16 +272,11 @@ def test_a_request_that_cannot_run_raises_from_compiled_code():
         compiled(imgs.double(), ids, 2)
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
-def test_bad_values_raise_from_compiled_code(backend):
-    """Nothing reads out of bounds: the native kernels check, and plain torch does."""
-    if backend == "native" and not NATIVE:
-        pytest.skip("maefast was installed without its native library")
+def test_bad_values_raise_from_compiled_code(each_backend):
+    """Nothing reads out of bounds: the native kernels check, and plain torch has its own errors."""
     compiled = torch.compile(ops.gather_patches, fullgraph=True, backend="aot_eager")
     imgs, ids = torch.rand(1, 1, 4, 4), torch.tensor([[1]])
-    with maefast.backend(backend):
-        assert torch.equal(compiled(imgs, ids, 2), ops.gather_patches(imgs, ids, 2))
-        # Nothing looks at values in a graph of plain torch, which has errors of its own.
-        error = ValueError if backend == "native" else (IndexError, RuntimeError)
-        with pytest.raises(error, match="ids must be in" if backend == "native" else "out of bounds|out of range"):
-            compiled(imgs, ids + 7, 2)
+    assert torch.equal(compiled(imgs, ids, 2), ops.gather_patches(imgs, ids, 2))
+    error = ValueError if each_backend == "native" else (IndexError, RuntimeError)
+    with pytest.raises(error, match="ids must be in" if each_backend == "native" else "out of bounds|out of range"):
+        compiled(imgs, ids + 7, 2)

@@ -1,21 +1,20 @@
-"""torch.compile and the block's route on a GPU, without one: fake CUDA tensors, and the ops of both passes; train and eval.
+"""torch.compile and the block's route on a GPU, by fake CUDA tensors; train and eval.
 
-A torch without CUDA builds no autograd graph of CUDA tensors, fake ones included. So compiled code runs without gradients, and
-the Function's passes are called by themselves.
+A torch without CUDA builds no autograd graph of CUDA tensors, fake ones included. So compiled code
+runs without gradients, and the Function's passes are called by themselves.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support import images_for, noise_for, set_fact, small_mae
+from support import images_for, noise_for, pretend_hopper, set_fact, small_mae
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from maefast import _library, kernels
-from maefast import gpu as gpu_facts
+from maefast import kernels
 from maefast.blocks import Block
 from maefast.ops import BlockWeights
 from maefast.ops.linear import Products
@@ -30,11 +29,8 @@ FORWARD = ["layer_norm_fwd", "attention_fwd", "add_layer_norm_fwd", "bias_gelu_f
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To all that dispatch can tell: Triton, a build with CUDA kernels, and an H100."""
-    for owner, name in ((_library, "HAS_NATIVE"), (_library, "HAS_CUDA"), (kernels, "HAS_TRITON")):
-        set_fact(monkeypatch, owner, name, True)
-    set_fact(monkeypatch, gpu_facts, "capability", lambda device: (9, 0))
-    set_fact(monkeypatch, gpu_facts, "shared_memory", lambda device: 227 << 10)
+    pretend_hopper(monkeypatch)
+    set_fact(monkeypatch, kernels, "HAS_TRITON", True)
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -60,8 +56,7 @@ def test_blocks_compile_once_for_any_batch_and_length(hopper: None, training: bo
     recorder = EagerAndRecordGraphs()
     counter = CompileCounterWithBackend(recorder)
     with FakeTensorMode(), torch.no_grad():
-        block = block_on_gpu().train(training)
-        compiled = torch.compile(block, fullgraph=True, backend=counter)
+        compiled = torch.compile(block_on_gpu().train(training), fullgraph=True, backend=counter)
         for N, tokens in ((2, T), (3, T - 20), (5, T + 10)):
             x = empty(N, tokens, D)
             for dim in (0, 1):
@@ -94,8 +89,7 @@ class Context(SimpleNamespace):
 @pytest.mark.parametrize("pending", [True, False], ids=["pending", "alone"])
 @pytest.mark.parametrize("stream", [F32, BF16], ids=["autocast", "bf16"])
 def test_forward_and_backward_of_the_block(hopper: None, pending: bool, stream: torch.dtype) -> None:
-    """No norm or GELU is computed again; gradients have the dtypes of what they are of, and those of fp32 weights leave their
-    products in fp32."""
+    """No norm or GELU is recomputed; gradients have the dtypes of their tensors."""
     plan = _Plan("triton", 1, 1e-6, BF16, Products(False, False, None, False), keep=True)
     shapes = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (HIDDEN, D), (HIDDEN,), (D, HIDDEN), (D,)]
 

@@ -1,13 +1,14 @@
-"""Which instruction set the CPU kernels use: the widest of this CPU, or the one that MAEFAST_CPU_ISA forces for a process."""
+"""The instruction set of the CPU kernels: the widest of this CPU, or MAEFAST_CPU_ISA's."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from support import ISAS, NATIVE, ON_INTEL
+from support import ISAS, ON_INTEL
 
 import maefast
 from maefast import cpu
@@ -20,7 +21,6 @@ NEEDS = {  # flags of /proc/cpuinfo
 }
 FLAGS = set(re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
 OF_THIS_CPU = [name for name in ISAS if NEEDS[name] <= FLAGS]
-needs_native = pytest.mark.skipif(not NATIVE, reason="maefast was installed without its native library")
 
 FACTS = """
 import subprocess, sys, torch, maefast
@@ -38,17 +38,16 @@ def run_python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
-@needs_native
-@pytest.mark.parametrize("isa", ["auto", *OF_THIS_CPU])
-def test_one_instruction_set_for_a_process(isa):
+@pytest.mark.parametrize("wanted", ["auto", *OF_THIS_CPU])
+def test_one_instruction_set_for_a_process(native, wanted):
     """The kernels use it, `linear` is chosen by it, and explain() names it."""
-    done = run_python(FACTS, isa)
+    done = run_python(FACTS, wanted)
     assert done.returncode == 0, done.stderr
     used, fp32, bf16, first, *_ = done.stdout.splitlines()
-    assert used == (OF_THIS_CPU[-1] if isa == "auto" else isa)
+    assert used == (OF_THIS_CPU[-1] if wanted == "auto" else wanted)
     assert (fp32 == "native") == (used in ("avx512", "avx512bf16") and not ON_INTEL)
     assert (bf16 == "native") == (used == "avx512bf16" and not ON_INTEL)
-    why = "the widest instruction set of this CPU" if isa == "auto" else "forced by MAEFAST_CPU_ISA"
+    why = "the widest instruction set of this CPU" if wanted == "auto" else "forced by MAEFAST_CPU_ISA"
     assert first == f"CPU kernels: {used}, {why}"
 
 
@@ -62,21 +61,16 @@ def test_an_unknown_instruction_set():
     assert done.stderr.splitlines()[-1] == expected
 
 
-@needs_native
-def test_an_instruction_set_that_this_cpu_lacks(monkeypatch):
-    def set_cpu_isa(name: str) -> None:
-        raise ValueError(name)
-
-    monkeypatch.setattr(maefast._C, "set_cpu_isa", set_cpu_isa)
+def test_an_instruction_set_that_this_cpu_lacks(native, monkeypatch):
+    monkeypatch.setattr(maefast._C, "set_cpu_isa", Mock(side_effect=ValueError))
     monkeypatch.setattr(maefast._C, "cpu_isa", lambda: "avx2")
     with pytest.raises(RuntimeError) as error:
         cpu._force("avx512")
     assert str(error.value) == "MAEFAST_CPU_ISA asks for avx512: the widest instruction set of this CPU is avx2"
 
 
-@needs_native
 @pytest.mark.skipif(OF_THIS_CPU[-1] == ISAS[-1], reason="this CPU has every instruction set")
-def test_an_instruction_set_that_this_cpu_lacks_at_import():
+def test_an_instruction_set_that_this_cpu_lacks_at_import(native):
     done = run_python("import maefast", ISAS[-1])
     assert done.returncode != 0
     expected = f"RuntimeError: MAEFAST_CPU_ISA asks for {ISAS[-1]}: the widest instruction set of this CPU is {OF_THIS_CPU[-1]}"

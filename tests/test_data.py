@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import turned_by
 from PIL import Image
 
 from maefast.train.baseline import normalised
@@ -41,17 +42,13 @@ def palette() -> Image.Image:
     return image
 
 
-def half_transparent() -> Image.Image:
-    return solid("RGBA", (*COLOUR, 51))  # a fifth of the colour, four fifths of white
-
-
 @pytest.mark.parametrize(
     ("name", "image", "expected"),
     [
         ("rgb.png", solid("RGB", COLOUR), COLOUR),
         ("grey.png", solid("L", 77), (77, 77, 77)),
         ("palette.png", palette(), COLOUR),
-        ("alpha.png", half_transparent(), (244, 224, 214)),
+        ("alpha.png", solid("RGBA", (*COLOUR, 51)), (244, 224, 214)),  # a fifth of the colour, four fifths of white
         ("grey_alpha.png", solid("LA", (55, 0)), (255, 255, 255)),
         ("ink.tiff", solid("CMYK", (55, 155, 205, 0)), COLOUR),
         ("binary.png", solid("1", 1), (255, 255, 255)),
@@ -63,21 +60,17 @@ def test_modes(tmp_path: Path, name: str, image: Image.Image, expected: tuple[in
     assert torch.equal(pixels, torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"), [(np.uint16, "a.png"), (np.uint16, "a.tiff"), (np.int32, "a.tiff"), (np.float32, "a.tiff")]
-)
-def test_more_than_8_bits_fill_the_range(tmp_path: Path, dtype: type, name: str) -> None:
+@pytest.mark.parametrize(("dtype", "ending"), [("uint16", "png"), ("uint16", "tiff"), ("int32", "tiff"), ("float32", "tiff")])
+def test_more_than_8_bits_fill_the_range(tmp_path: Path, dtype: str, ending: str) -> None:
     values = np.linspace(100, 4100, 16).round().astype(dtype).reshape(4, 4)  # 12 bits in a wider file
-    pixels = read_image(save(tmp_path / name, Image.fromarray(values)), 4)
-    expected = torch.linspace(0, 255, 16).reshape(4, 4)
-    assert (pixels.float() - expected).abs().max() <= 1  # both roundings
+    pixels = read_image(save(tmp_path / f"a.{ending}", Image.fromarray(values)), 4)
+    assert (pixels.float() - torch.linspace(0, 255, 16).reshape(4, 4)).abs().max() <= 1  # both roundings
     assert torch.equal(pixels[0], pixels[1])
     assert torch.equal(pixels[0], pixels[2])
 
 
 def test_constant_16_bit_image(tmp_path: Path) -> None:
-    pixels = read_image(save(tmp_path / "a.png", Image.fromarray(np.full((4, 4), 1234, np.uint16))), 4)
-    assert pixels.max() == 0
+    assert read_image(save(tmp_path / "a.png", Image.fromarray(np.full((4, 4), 1234, np.uint16))), 4).max() == 0
 
 
 def test_centre_square_of_a_wide_image(tmp_path: Path) -> None:
@@ -90,9 +83,7 @@ def test_centre_square_of_a_wide_image(tmp_path: Path) -> None:
 def test_camera_orientation_is_honoured(tmp_path: Path) -> None:
     image = solid("RGB", (0, 0, 0), (8, 8))
     image.paste((255, 255, 255), (0, 0, 8, 4))  # white on top
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    pixels = read_image(save(tmp_path / "turned.png", image, exif=exif), 8)
+    pixels = read_image(save(tmp_path / "turned.png", image, exif=turned_by(3)), 8)  # by 180 degrees
     assert pixels[:, :4].max() == 0
     assert pixels[:, 4:].min() == 255
 
@@ -122,10 +113,10 @@ def test_folder_skips_counts_and_names(tmp_path: Path) -> None:
 
 def test_folder_limit_and_seed(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 30})
-    few = [image_folder(tmp_path, 4, seed=seed, limit=7).images for seed in (0, 0, 1)]
-    assert [len(images) for images in few] == [7, 7, 7]
-    assert torch.equal(few[0], few[1])
-    assert not torch.equal(few[0], few[2])
+    first, again, other = (image_folder(tmp_path, 4, seed=seed, limit=7).images for seed in (0, 0, 1))
+    assert len(first) == len(other) == 7
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_one_image_is_too_few(tmp_path: Path) -> None:
@@ -136,8 +127,7 @@ def test_one_image_is_too_few(tmp_path: Path) -> None:
 
 def test_output_inside_the_data_is_not_read(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 2, "out": 3})
-    found = find_images(tmp_path, exclude=tmp_path / "a" / ".." / "out")
-    assert [path.parent.name for path in found] == ["a", "a"]
+    assert [path.parent.name for path in find_images(tmp_path, exclude=tmp_path / "a" / ".." / "out")] == ["a", "a"]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -156,8 +146,7 @@ def test_split_takes_from_every_class() -> None:
 
 
 def test_split_holds_out_one_of_two() -> None:
-    train, held_out = stratified_split(torch.tensor([0, 0]), 1 / 5, seed=0)
-    assert len(train) == len(held_out) == 1
+    assert [len(part) for part in stratified_split(torch.tensor([0, 0]), 1 / 5, seed=0)] == [1, 1]
 
 
 def test_enough_per_class_drops_small_ones() -> None:
@@ -193,8 +182,7 @@ def test_photographs_hold_out_their_own_pixels() -> None:
 
 def test_batches_visit_every_image_once_a_pass() -> None:
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 4, 4)
-    data = ImageSet(images, torch.arange(8), torch.arange(8, 10))
-    stream = batches(data, 4, 6, torch.Generator().manual_seed(0), flip=True)
+    stream = batches(ImageSet(images, torch.arange(8), torch.arange(8, 10)), 4, 6, torch.Generator().manual_seed(0), flip=True)
     drawn = torch.cat([next(stream)[:, 0, 0, 0] for _ in range(4)]).tolist()
     assert [sorted(drawn[i : i + 8]) for i in (0, 8, 16)] == [list(range(8))] * 3
     assert drawn[:8] != drawn[8:16]
@@ -205,8 +193,7 @@ def test_batches_crop_and_flip() -> None:
     stream = batches(ImageSet(image, torch.tensor([0]), torch.tensor([0])), 4, 64, torch.Generator().manual_seed(0), flip=True)
     crops = {crop.numpy().tobytes() for crop in next(stream)}
     windows = [image[0, :, r : r + 4, c : c + 4] for r in range(3) for c in range(3)]
-    possible = {w.numpy().tobytes() for window in windows for w in (window.contiguous(), window.flip(-1))}
-    assert crops <= possible
+    assert crops <= {w.numpy().tobytes() for window in windows for w in (window.contiguous(), window.flip(-1))}
     assert len(crops) > 12  # of 18
     assert torch.equal(centre_crops(image, 4)[0], windows[4])
 

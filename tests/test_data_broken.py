@@ -1,4 +1,4 @@
-"""Containers and checkpoints that lead their parsers astray: each is refused in one sentence. `make fuzz` found these."""
+"""Containers and checkpoints that `make fuzz` found: each is refused in one sentence."""
 
 import gzip
 import re
@@ -113,9 +113,8 @@ def test_a_header_that_declares_more_than_its_file_can_hold(tmp_path, kind) -> N
     path = tmp_path / ("a.png" if kind == "PNG" else "a.tif")
     path.write_bytes(declaring(kind, 8192))
     values, stored = 8192 * 8192 * (6 if kind == "bands" else 1), path.stat().st_size
-    with pytest.raises(
-        UnreadableImage, match=rf"its header declares {values} values, its {stored} bytes hold at most {4096 * stored}"
-    ):
+    message = f"its header declares {values} values, its {stored} bytes hold at most {4096 * stored}"
+    with pytest.raises(UnreadableImage, match=message):
         open_images(tmp_path, channels=6 if kind == "bands" else 3).read(0, (8, 8))
 
 

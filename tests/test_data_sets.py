@@ -1,4 +1,4 @@
-"""Which images a data set has, what is left out of it, and what is refused because it can be read in two ways."""
+"""Which images a data set has, what it leaves out, and what is refused as ambiguous."""
 
 import io
 import os
@@ -7,8 +7,9 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pretraining
 import pytest
-from image_files import reds
+from image_files import reds, solid
 from PIL import Image
 
 from maefast import cli
@@ -16,17 +17,11 @@ from maefast.train.data.open import find_images, open_images
 from maefast.train.errors import UserError
 
 
-def encoded(value: int, kind: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(stream, kind)
-    return stream.getvalue()
-
-
 def put(root: Path, *names: str) -> Path:
     """Images at these paths below root, each with its number as the red of its pixels."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(encoded(number))
+        (root / name).write_bytes(solid(number))
     return root
 
 
@@ -35,7 +30,7 @@ def shard(path: Path, *members: str | tarfile.TarInfo) -> Path:
     with tarfile.open(path, "w") as tar:
         for number, member in enumerate(members):
             info = tarfile.TarInfo(member) if isinstance(member, str) else member
-            content = str(number).encode() if info.name.endswith(".cls") else encoded(number)
+            content = str(number).encode() if info.name.endswith(".cls") else solid(number)
             info.size = len(content) if info.isfile() else 0
             tar.addfile(info, io.BytesIO(content))
     return path
@@ -82,9 +77,8 @@ def test_the_name_of_a_part_counts_where_a_part_can_stand(tmp_path, names, split
     ],
 )
 def test_both_readings_of_a_folder_are_named(tmp_path, capsys, names, split) -> None:
-    with pytest.raises(
-        UserError, match=r"can be read in two ways: as the splits .*, or as the classes .*; give the folder of a split"
-    ):
+    message = "can be read in two ways: as the splits .*, or as the classes .*; give the folder of a split"
+    with pytest.raises(UserError, match=message):
         open_images(put(tmp_path / "data", *names), split)
     assert cli.main(["pack", str(tmp_path / "data"), str(tmp_path / "out"), *(["--split", split] if split else [])]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -107,24 +101,21 @@ def test_the_output_is_left_out(tmp_path, excluded) -> None:
         open_images(tmp_path, "train", exclude=tmp_path)
 
 
-def test_the_output_beside_the_parts(tmp_path) -> None:
-    """--output_dir may be the folder that holds the parts: nothing is written into them."""
-    put(tmp_path, "train/cat/0.png", "val/cat/1.png", "reconstructions/2.png")
-    (tmp_path / "log.txt").touch()
-    data = open_images(tmp_path, "train", exclude=tmp_path)
-    assert (reds(data), data.left_out) == ([0], {})
-
-
-def test_the_folders_of_other_runs_are_left_out(tmp_path) -> None:
-    put(tmp_path, "0.png", "run1/reconstructions/1.png")
-    (tmp_path / "run1" / "log.txt").touch()
-    data = open_images(tmp_path, "train", exclude=tmp_path / "run2")
-    assert (reds(data), data.left_out) == ([0], {"in the folder of another run": 2})
-
-
-def test_images_beside_the_parts_are_told(tmp_path) -> None:
-    data = open_images(put(tmp_path, "0.png", "train/1.png"), "train")
-    assert (reds(data), data.left_out) == ([1], {"beside the splits": 1})
+@pytest.mark.parametrize(
+    ("names", "run", "excluded", "found", "left_out"),
+    [
+        (("train/cat/0.png", "val/cat/1.png", "reconstructions/2.png"), ".", ".", [0], {}),  # nothing is written into parts
+        (("0.png", "run1/reconstructions/1.png"), "run1", "run2", [0], {"in the folder of another run": 2}),
+        (("0.png", "train/1.png"), None, "out", [1], {"beside the splits": 1}),
+    ],
+    ids=["output beside the parts", "another run", "images beside the parts"],
+)
+def test_left_out(tmp_path, names, run, excluded, found, left_out) -> None:
+    put(tmp_path, *names)
+    if run:
+        (tmp_path / run / "log.txt").touch()
+    data = open_images(tmp_path, "train", exclude=tmp_path / excluded)
+    assert (reds(data), data.left_out) == (found, left_out)
 
 
 def test_an_archive_beside_the_part_that_it_holds(tmp_path) -> None:
@@ -146,9 +137,8 @@ def test_shards_of_each_part_are_told_apart(tmp_path) -> None:
     assert [len(data) for data in (train, val, both)] == [2, 1, 3]
     assert val.names == ["imagenet-val-000.png"]
     assert train.left_out == {"shards of other splits": 1}
-    with pytest.raises(
-        UserError, match=r"has no 'test' split.*; its shards belong to other splits, such as imagenet-train-000\.tar"
-    ):
+    message = r"has no 'test' split.*; its shards belong to other splits, such as imagenet-train-000\.tar"
+    with pytest.raises(UserError, match=message):
         open_images(tmp_path, "test")
     shard(tmp_path / "more.tar", "a.png")
     with pytest.raises(UserError, match=r"can be read in two ways: .* such as more\.tar, do not"):
@@ -165,31 +155,28 @@ def test_a_stray_container_beside_class_folders(tmp_path, name) -> None:
 
 def test_every_format_of_pillow_is_read_or_named(tmp_path) -> None:
     for name, kind in (("a.jpe", "JPEG"), ("b.tga", "TGA"), ("c.dib", "DIB"), ("d.pbm", "PPM"), ("e.pcx", "PCX")):
-        (tmp_path / name).write_bytes(encoded(0, kind))
+        Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
     for name in ("f.heic", "g.txt", "h", ".i.png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "nowhere.png").symlink_to(tmp_path / "absent")
     os.mkfifo(tmp_path / "pipe.png")  # to open it would wait for ever
     if ".avif" in Image.registered_extensions():
-        (tmp_path / "j.avif").write_bytes(encoded(0, "AVIF"))
+        Image.new("RGB", (8, 8)).save(tmp_path / "j.avif")
     data = open_images(tmp_path)
     assert len(data) == 5 + (tmp_path / "j.avif").exists()
     assert all(data.try_read(i) is not None for i in range(len(data)))
     formats = {f"of another format ({ending})": 1 for ending in (".heic", ".txt", "no ending")}
-    special = "broken links or special files"
-    assert data.left_out == {"hidden": 1, special: 2, **formats}
-    count = f"{len(data)} images, no labels"
-    others = "".join(f", 1 of another format ({ending})" for ending in (".heic", ".txt", "no ending"))
-    told = f"{tmp_path} (image files, all of it): {count}; left out: 2 broken links or special files, 1 hidden"
-    assert data.described() == told + others
+    left_out = {"broken links or special files": 2, "hidden": 1, **formats}
+    assert data.left_out == left_out
+    told = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+    assert data.described() == f"{tmp_path} (image files, all of it): {len(data)} images, no labels; left out: {told}"
 
 
 def test_linked_folders_are_folders(tmp_path) -> None:
     put(tmp_path, "cat/0.png", "cat/1.png")
     (tmp_path / "dog").symlink_to(tmp_path / "cat")
     (tmp_path / "cat" / "up").symlink_to(tmp_path)
-    data = open_images(tmp_path)
-    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert open_images(tmp_path).labels.tolist() == [0, 0, 1, 1]
     assert len(find_images(tmp_path / "dog")) == 2  # up leads to the folder above, all of which are walked already
 
 
@@ -240,13 +227,9 @@ def test_a_command_says_what_it_opens(tmp_path, capsys) -> None:
 
 def test_a_run_within_its_data_goes_on_with_the_same_images(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(put(tmp_path, *(f"{i}.png" for i in range(9))))
-    sizes = "--input_size=8 --patch_size=4 --embed_dim=32 --depth=1 --num_heads=2 --decoder_embed_dim=32 --decoder_depth=1"
-    command = (
-        f"pretrain --data_path=. --output_dir=run --resume=auto {sizes} --decoder_num_heads=2 --batch_size=4 --warmup_epochs=1"
-    )
-    told = []
+    told, options = [], {"resume": "auto", "batch_size": 4, "pictures": 8}
     for epochs in (1, 2):
-        assert cli.main([*command.split(), f"--epochs={epochs}", "--num_workers=0"]) == 0
+        assert cli.main(pretraining.flags(Path("."), Path("run"), **options, epochs=epochs)) == 0
         told.append(capsys.readouterr())
     assert (tmp_path / "run" / "reconstructions" / "epoch-0001.png").exists()
     assert told[0].out.startswith(". (image files, all of it): 9 images, no labels\n")

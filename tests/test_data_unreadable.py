@@ -1,13 +1,13 @@
-"""Sound images whose metadata is broken are read; broken images are named once in a run and counted once."""
+"""Images with broken metadata are read; broken images are named and counted once in a run."""
 
-import io
-import json
 import os
 import struct
 import tarfile
 import zlib
 
+import image_files
 import numpy as np
+import pretraining
 import pytest
 import torch
 from PIL import Image
@@ -33,9 +33,7 @@ ORIENTATION_6 = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\
 
 
 def encoded(kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(PIXELS).save(stream, kind, **options)
-    return stream.getvalue()
+    return image_files.encoded(Image.fromarray(PIXELS), kind, **options)
 
 
 def chunk(name: bytes, body: bytes, crc: int | None = None) -> bytes:
@@ -50,8 +48,7 @@ def png(*before_pixels: bytes, after: bytes = b"") -> bytes:
 
 def jpeg(marker: int, body: bytes, exif: bytes = b"") -> bytes:
     content = encoded("JPEG", exif=exif)
-    segment = bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
-    return content[:2] + segment + content[2:]
+    return content[:2] + bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body + content[2:]
 
 
 def shown(content: bytes) -> torch.Tensor:
@@ -105,8 +102,7 @@ def test_metadata_of_jpeg_that_cannot_be_read_is_ignored(marker, body) -> None:
 
 def test_orientation_survives_other_metadata_that_is_broken() -> None:
     upright = shown(encoded("PNG"))
-    turned = png(chunk(b"eXIf", ORIENTATION_6[6:]), chunk(b"zTXt", TEXT_BOMB))
-    assert torch.equal(shown(turned), upright.rot90(-1, (1, 2)))
+    assert torch.equal(shown(png(chunk(b"eXIf", ORIENTATION_6[6:]), chunk(b"zTXt", TEXT_BOMB))), upright.rot90(-1, (1, 2)))
     jpeg_turned = jpeg(0xED, b"Photoshop 3.0\x008BIM\x04\x04\0", exif=ORIENTATION_6)
     assert torch.equal(decode("a", without_metadata(jpeg_turned), 3, None, None), shown(encoded("JPEG", exif=ORIENTATION_6)))
 
@@ -126,36 +122,28 @@ def test_broken_pixels_stay_unreadable(content) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["a.tar", "files"])
 def test_a_broken_image_is_named_once_and_counted_once(tmp_path, monkeypatch, capsys, source, workers) -> None:
-    """Also where the reason is another one at each crop, as with a JPEG that is cut off and decoded at several scales."""
+    """Also where each crop gives another reason, as with a JPEG that is cut off."""
     monkeypatch.chdir(tmp_path)
-    large = io.BytesIO()
-    Image.fromarray(PIXELS).resize((900, 600)).save(large, "JPEG")
+    large = image_files.encoded(Image.fromarray(PIXELS).resize((900, 600)), "JPEG")
     contents = {f"{i:03}.jpg": encoded("JPEG") for i in range(14)}
-    contents |= {"014.jpg": b"junk", "015.jpg": large.getvalue()[: len(large.getvalue()) // 2]}
+    contents |= {"014.jpg": b"junk", "015.jpg": large[: len(large) // 2]}
+    image_files.write_tar(tmp_path / "a.tar", contents)
     (tmp_path / "files").mkdir()
-    with tarfile.open("a.tar", "w") as tar:
-        for name, content in contents.items():
-            (tmp_path / "files" / name).write_bytes(content)
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    sizes = "--input_size=16 --patch_size=4 --embed_dim=32 --depth=1 --num_heads=2 --decoder_embed_dim=32 --decoder_depth=1"
-    run = f"--decoder_num_heads=2 --batch_size=4 --warmup_epochs=1 --pictures=0 --num_workers={workers} --resume=auto"
+    for name, content in contents.items():
+        (tmp_path / "files" / name).write_bytes(content)
+    options = {"batch_size": 4, "num_workers": workers, "resume": "auto"}
     for epochs in (3, 6):  # the second command goes on with the first
-        command = f"pretrain --data_path={source} --output_dir=run {sizes} {run} --epochs={epochs}"
-        assert cli.main(command.split()) == 0
+        assert cli.main(pretraining.flags(tmp_path / source, tmp_path / "run", **options, epochs=epochs)) == 0
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
     assert [line.split(".jpg: ")[0][-3:] for line in sorted(skipped)] == ["014", "015"]
     assert "0x" not in "".join(skipped)
-    assert [json.loads(line)["unreadable"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()] == [2] * 6
+    assert [record["unreadable"] for record in pretraining.records(tmp_path / "run")] == [2] * 6
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_tiff_of_unequal_sides(tmp_path, orientation) -> None:
     """Pillow before 11.1 tells the size of such a TIFF before it turns it."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(PIXELS).save(tmp_path / "a.tif", exif=exif)
+    Image.fromarray(PIXELS).save(tmp_path / "a.tif", exif=image_files.turned_by(orientation))
     image = torch.from_numpy(PIXELS).permute(2, 0, 1)
     turns = {1: 0, 3: 2, 6: -1, 8: 1, 2: 0, 4: 2, 5: 1, 7: -1}[orientation]
     expected = (image.flip(-1) if orientation in (2, 4, 5, 7) else image).rot90(turns, (1, 2))

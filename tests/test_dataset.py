@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import as_tensor, encoded, images_array, photograph, reds, solid, write_folder, write_idx, write_tar
+from image_files import as_tensor, encoded, images_array, photograph, reds, solid, turned_by, write_folder, write_idx, write_tar
 from PIL import Image
 
 from maefast.train.data.modes import stretched
@@ -42,33 +42,32 @@ def test_as_stored(tmp_path: Path) -> None:
     assert torch.equal(data.read(0, box=lambda h, w: (30, 20, 150, 50)), as_tensor(image)[:, 20:50, 30:150])
 
 
-TRANSPOSES = (None, *(Image.Transpose[name] for name in (
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")))  # fmt: skip
+TRANSPOSES = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(Image.Transpose[TRANSPOSES[orientation - 2]])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_large_turned_jpeg_is_decoded_small(tmp_path: Path, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    image, exif = photograph(401, 603), Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = photograph(401, 603)
+    image.save(tmp_path / "a.jpg", quality=95, exif=turned_by(orientation))
     decoded = list[tuple[int, int]]()
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: decoded.append(self.size) or resize(self, *a, **k))
     box = (51, 27, 351, 377)
     got = open_images(tmp_path).read(0, (32, 24), lambda height, width: box)
     assert decoded == [(151, 101)]  # a quarter: the crop is 75 wide, at least 2 x 24
-    transpose = TRANSPOSES[orientation - 1]
-    turned = image if transpose is None else image.transpose(transpose)
-    expected = resize(turned, (24, 32), Image.Resampling.BICUBIC, box=box)
+    expected = resize(turned(image, orientation), (24, 32), Image.Resampling.BICUBIC, box=box)
     assert (got.float() - as_tensor(expected).float()).abs().mean() < 1
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_turned_tiff(tmp_path: Path, orientation: int) -> None:
-    image, exif = photograph(41, 63), Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "a.tif", exif=exif)
-    assert torch.equal(open_images(tmp_path).read(0), as_tensor(image.transpose(TRANSPOSES[orientation - 1])))
+    image = photograph(41, 63)
+    image.save(tmp_path / "a.tif", exif=turned_by(orientation))
+    assert torch.equal(open_images(tmp_path).read(0), as_tensor(turned(image, orientation)))
 
 
 @pytest.mark.parametrize("box", [(-1, 0, 5, 5), (0, 0, 201, 5), (5, 0, 5, 5), (0, 0, float("nan"), 5)])
@@ -93,9 +92,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         open_images(tmp_path, channels=0)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_folder(tmp_path)
+folder = pytest.fixture(write_folder)
 
 
 def test_folder_splits(folder: Path) -> None:
@@ -156,8 +153,8 @@ def test_npy(tmp_path: Path, shape: tuple[int, ...]) -> None:
     for i in range(5):
         assert torch.equal(data.read(i), expected[i])
     for size, part in (((6, 7), (0, 0, 7, 6)), ((4, 5), (1, 2, 6, 6)), ((4, 5), (0, 0, 7, 6)), ((4, 5), (1.5, 0, 6.5, 4))):
-        many = data.read_many([3, 1], size, lambda height, width, part=part: part)
-        assert torch.equal(many, torch.stack([data.read(i, size, lambda height, width, part=part: part) for i in (3, 1)]))
+        how = (size, lambda height, width, part=part: part)
+        assert torch.equal(data.read_many([3, 1], *how), torch.stack([data.read(i, *how) for i in (3, 1)]))
     with pytest.raises(IndexError, match=r"index must lie in 0\.\.4; it is -1"):
         data.read_many([2, -1], (6, 7), lambda height, width: (0, 0, width, height))
     crop = data.read(2, (4, 5), lambda height, width: (1.5, 0, 6, 5.25))

@@ -115,27 +115,24 @@ def test_same_seed_same_losses_and_weights(run: tuple[Path, dict[str, Any]]) -> 
 
 
 def test_pretraining_beats_raw_pixels_and_the_untrained_encoder() -> None:
-    """Three blocks and 1300 steps: the lead is 3.6 and 5.6 points, and half of the time that the demo takes for more."""
-    recipe = replace(DIGITS, steps=1300, lr=4e-3, config=DIGITS.config | {"depth": 3})
-    trained = train(recipe, digits(seed=0), seed=0)
+    """Three blocks and 1300 steps: a lead of 3.6 and 5.6 points, in half of the demo's time."""
+    trained = train(replace(DIGITS, steps=1300, lr=4e-3, config=DIGITS.config | {"depth": 3}), digits(seed=0), seed=0)
     held = run_probe(trained, seed=0)
     rows = {(row["features"], row["labels_per_class"]): row for row in trained.probe}
     assert len(rows) == 3 * 4
-    best, untrained, raw = (rows[name, 2]["mean"] for name in ("pre-trained encoder", "untrained encoder", "raw pixels"))
+    names = ("pre-trained encoder", "untrained encoder", "raw pixels")
+    best, untrained, raw = (rows[name, 2]["mean"] for name in names)
     assert best >= raw + 0.02
     assert best >= untrained + 0.04
     assert held is (best - max(raw, untrained) >= MARGIN)
     assert [rows["raw pixels", shot]["draws"] for shot in (2, 5, 10, None)] == [20, 20, 20, 1]
-    assert min(rows[name, None]["mean"] for name in ("pre-trained encoder", "untrained encoder", "raw pixels")) > 0.93
+    assert min(rows[name, None]["mean"] for name in names) > 0.93
 
 
 def test_probe_scores_by_hand() -> None:
     labels = torch.arange(4).repeat(10)
-    told = torch.nn.functional.one_hot(labels, 4).float()
-    nothing = torch.zeros(40, 3)
-    rows = few_label_probe(
-        {"told": told, "nothing": nothing}, labels, torch.arange(20), torch.arange(20, 40), shots=(2, 6), draws=3
-    )
+    features = {"told": torch.nn.functional.one_hot(labels, 4).float(), "nothing": torch.zeros(40, 3)}
+    rows = few_label_probe(features, labels, torch.arange(20), torch.arange(20, 40), shots=(2, 6), draws=3)
     assert rows == [  # 6 labels are more than the 5 that a class has to train on
         ProbeRow("told", 2, 1.0, 0.0, 3),
         ProbeRow("told", None, 1.0, 0.0, 1),
@@ -148,10 +145,8 @@ def test_probe_scores_by_hand() -> None:
         "| told     | 1.000 ± 0.000 | 1.000      |",
         "| nothing  | 0.250 ± 0.000 | 0.250      |",
     ]
-    assert verdict(rows, "told") == (
-        True,
-        "Pre-training helped: +75.0 points against the nothing at 2 labels per class (required: +5).",
-    )
+    helped = "Pre-training helped: +75.0 points against the nothing at 2 labels per class (required: +5)."
+    assert verdict(rows, "told") == (True, helped)
     held, sentence = verdict(rows, "nothing")
     assert not held
     assert sentence.startswith("Pre-training did not help enough: -75.0 points against the told")
@@ -173,7 +168,7 @@ def test_probe_of_many_features_is_logistic_regression_fitted_to_the_end() -> No
 
 
 def test_median_interval_by_hand() -> None:
-    """Of n tosses, 6 show no head once in 64, 8 at most one 9 times in 256, 9 at most one 10 times in 512."""
+    """No head: 6 tosses, 1/64. At most one head: 8 tosses, 9/256; 9 tosses, 10/512."""
     assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1.0, 6.0)
     assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]) == (1.0, 8.0)  # 9/256 is more than a fortieth
     assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]) == (2.0, 8.0)  # 10/512 is not
@@ -183,16 +178,20 @@ def test_median_interval_by_hand() -> None:
         median_interval(ranks[:5])
 
 
+def comparison_of(rounds: int) -> Comparison:
+    stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
+    return compare(DIGITS.config, stream, rounds=rounds, lr=1e-4, mask_ratio=0.5, seed=0)
+
+
 def test_comparison_is_honest() -> None:
     def text(*ratios: float) -> str:
         return str(Comparison(8, [0.02] * len(ratios), [0.02 * ratio for ratio in ratios], 1e-7))
 
-    steady = "median and its 95 % interval over 6 rounds of 4 steps each; losses within 1e-07)"
-    assert text(1.5, 1.52, 1.5, 1.5, 1.48, 1.5) == (
-        "speed against the eager reference 1.50 x, 1.48 to 1.52 (20.0 against 30.0 ms a step of 8 images; " + steady
-    )
-    assert text(*[0.5] * 6).startswith("speed against the eager reference 0.50 x, 0.50 to 0.50; maefast is SLOWER here (")
-    wide = "speed against the eager reference 0.90 x, 0.90 to 1.10; a wide interval: few rounds, or a busy machine ("
+    speed, steady = "speed against the eager reference", "(20.0 against 30.0 ms a step of 8 images; median and its 95 % interval"
+    steady += " over 6 rounds of 4 steps each; losses within 1e-07)"
+    assert text(1.5, 1.52, 1.5, 1.5, 1.48, 1.5) == f"{speed} 1.50 x, 1.48 to 1.52 {steady}"
+    assert text(*[0.5] * 6).startswith(f"{speed} 0.50 x, 0.50 to 0.50; maefast is SLOWER here (")
+    wide = f"{speed} 0.90 x, 0.90 to 1.10; a wide interval: few rounds, or a busy machine ("
     assert text(0.9, 0.95, 0.9, 1.1, 0.9, 0.9).startswith(wide)
 
 
@@ -206,7 +205,7 @@ def test_comparison_is_honest() -> None:
     ],
 )
 def test_comparison_ends(monkeypatch: pytest.MonkeyPatch, speeds: list[float], seconds: float, rounds: int) -> None:
-    """On a clock that each step moves: maefast's by `seconds`, the reference's by a multiple that changes from round to round."""
+    """On a clock that maefast's step moves by `seconds`, the reference's by a multiple."""
     now, calls = 0.0, 0
 
     def step(model: Any, *args: Any, return_pred: bool = True, **kwargs: Any) -> torch.Tensor:
@@ -218,8 +217,7 @@ def test_comparison_ends(monkeypatch: pytest.MonkeyPatch, speeds: list[float], s
     monkeypatch.setattr("maefast.train.demo.compare.SECONDS", 30.0)
     monkeypatch.setattr("maefast.train.demo.compare.training_step", step)
     monkeypatch.setattr("maefast.train.demo.compare.time", SimpleNamespace(perf_counter=lambda: now))
-    stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
-    comparison = compare(DIGITS.config, stream, rounds=40, lr=1e-4, mask_ratio=0.5, seed=0)
+    comparison = comparison_of(40)
     assert len(comparison.ratios) == rounds
     assert comparison.ratios == pytest.approx([speeds[done % len(speeds)] for done in range(1, rounds + 1)])
 
@@ -230,13 +228,9 @@ def test_comparison_sees_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
             out = super().forward(*args, **kwargs)
             return out._replace(loss=out.loss * 1.5)
 
-    def difference() -> float:
-        stream = batches(digits(seed=0), 8, 4, torch.Generator().manual_seed(0), flip=False)
-        return compare(DIGITS.config, stream, rounds=1, lr=1e-4, mask_ratio=0.5, seed=0).loss_difference
-
-    assert difference() < 1e-4
+    assert comparison_of(1).loss_difference < 1e-4
     monkeypatch.setattr("maefast.train.demo.compare.MAE", Wrong)
-    assert difference() > 0.4
+    assert comparison_of(1).loss_difference > 0.4
 
 
 def test_panel_shows_what_the_model_saw() -> None:
@@ -254,7 +248,7 @@ def test_panel_shows_what_the_model_saw() -> None:
 def save_folder(root: Path, classes: tuple[str, ...], per_class: int) -> None:
     generator = np.random.default_rng(0)
     makers: list[Callable[[np.ndarray], Image.Image]] = [
-        lambda x: Image.fromarray(x),
+        Image.fromarray,
         lambda x: Image.fromarray(x[..., 0]),
         lambda x: Image.fromarray(x).quantize(16),
         lambda x: Image.fromarray(x).convert("RGBA"),
@@ -265,8 +259,7 @@ def save_folder(root: Path, classes: tuple[str, ...], per_class: int) -> None:
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(per_class):
             height, width = generator.integers(40, 90, 2)
-            noise = generator.integers(0, 128, (height, width, 3)) + 100 * c
-            image = makers[i % len(makers)](noise.astype(np.uint8))
+            image = makers[i % len(makers)]((generator.integers(0, 128, (height, width, 3)) + 100 * c).astype(np.uint8))
             image.save(root / name / (f"{i}.tiff" if image.mode == "CMYK" else f"{i}.png"))
 
 
@@ -277,12 +270,11 @@ def test_folder_with_classes_and_broken_files(tmp_path: Path, capsys: pytest.Cap
     arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--steps", "3", "--batch_size", "4"]
     assert cli.main(["demo", *arguments]) == 0
     streams = capsys.readouterr()
-    assert re.search(r"^skipped .*broken\.jpg: .", streams.out, re.MULTILINE)
-    assert re.search(r"^skipped .*text\.png: .", streams.out, re.MULTILINE)
-    assert "2 unreadable files skipped\n24 images from" in streams.out
-    assert "20 to train on, 4 held out" in streams.out
-    assert "| raw pixels " in streams.out
-    assert "2 classes, 4 held-out images" in streams.out
+    for name in (r"broken\.jpg", r"text\.png"):
+        assert re.search(rf"^skipped .*{name}: .", streams.out, re.MULTILINE)
+    told = ["2 unreadable files skipped\n24 images from", "20 to train on, 4 held out", "| raw pixels "]
+    for text in (*told, "2 classes, 4 held-out images"):
+        assert text in streams.out
     assert "images: step 3/3, loss" in streams.err  # no terminal here: plain lines
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     summary = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
@@ -338,5 +330,4 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pictures_come_from_the_centre() -> None:
-    images = torch.arange(25).reshape(1, 1, 5, 5)
-    assert centre_crops(images, 3).flatten().tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
+    assert centre_crops(torch.arange(25).reshape(1, 1, 5, 5), 3).flatten().tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]

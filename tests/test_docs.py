@@ -1,6 +1,6 @@
-"""The pages in docs/: their Python runs, top to bottom, their commands too, and what they show is what is printed.
+"""The pages in docs/: their Python and commands run in order, and print what the page shows.
 
-A page whose first line is `<!-- needs: a, b -->` is skipped where one of these modules is not installed.
+A page whose first line is `<!-- needs: a, b -->` is skipped if one of these modules is missing.
 """
 
 import contextlib
@@ -41,8 +41,7 @@ def test_page(page, tmp_path, monkeypatch):
             continue
         with contextlib.redirect_stdout(io.StringIO()) as stream:
             if language == "python":
-                line = text[: block.start(2)].count("\n")
-                exec(compile("\n" * line + content, str(page), "exec"), namespace)
+                exec(compile("\n" * text[: block.start(2)].count("\n") + content, str(page), "exec"), namespace)
             elif language == "sh":
                 for command in content.splitlines():
                     run_command(command)

@@ -1,26 +1,15 @@
-"""VisionTransformer: against a plain one and against torch's own encoder, stochastic depth, weights of a MAE, feature maps."""
+"""VisionTransformer: against a plain one and torch's own, stochastic depth, weights of a MAE."""
 
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
 from encoders import plain_vit, small_vit, with_random_weights
-from support import (
-    BATCHES,
-    IMAGES,
-    NATIVE,
-    SIZES,
-    Batch,
-    Results,
-    assert_results,
-    attends_otherwise,
-    images_for,
-    small_mae,
-    widened,
-)
+from support import BATCHES, IMAGES, NATIVE, SIZES, Results, assert_results, attends_otherwise, images_for, small_mae, widened
 from torch import Tensor, nn
 
 import maefast
@@ -42,8 +31,7 @@ def classify(model: nn.Module, imgs: Tensor, seed: int, mode: str = "fp32") -> R
     torch.manual_seed(seed)
     with torch.autocast("cpu", BF16) if mode == "autocast" else nullcontext():
         logits = model(imgs)
-    dy = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
-    logits.backward(dy.to(logits.dtype))
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits.dtype))
     return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -56,29 +44,31 @@ def test_against_a_plain_one(options, mode):
     model.load_state_dict(plain.state_dict())
     if mode == "bf16":
         model, plain = model.bfloat16(), plain.bfloat16()
-    other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
+    dtype = BF16 if mode == "bf16" else F32
+    assert_like_plain(model, plain, lambda seed: 2 * [images_for(model, IMAGES, dtype, seed)], mode)
 
-    def run(seed: int) -> Batch:
-        imgs = images_for(model, IMAGES, BF16 if mode == "bf16" else F32, seed)
-        eager = [classify(m, imgs, seed, mode) for m in (plain, other)]
-        return classify(model, imgs, seed, mode), eager, classify(exact_model, imgs.double(), seed)
 
-    assert_results(map(run, range(BATCHES)))
+def assert_like_plain(model: nn.Module, plain: nn.Module, images: Callable[[int], list[Tensor]], mode: str = "fp32") -> None:
+    """Hold the model to the error rule on images(seed): its own, the plain one's, maybe float64."""
+    other, exact = attends_otherwise(plain), copy.deepcopy(plain).double()
+    batches = []
+    for seed in range(BATCHES):
+        imgs, pixels, *wide = images(seed)
+        eager = [classify(m, pixels, seed, mode) for m in (plain, other)]
+        batches.append((classify(model, imgs, seed, mode), eager, classify(exact, *(wide or [pixels.double()]), seed)))
+    assert_results(batches)
 
 
 def test_against_torch_s_own_encoder():
-    """In float64, against nn.TransformerEncoderLayer: another implementation of the same mathematics."""
+    """In float64, against another implementation of the same mathematics."""
     model = with_random_weights(small_vit()).double().eval()
+    names = {"attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2", "attn.qkv.": "self_attn.in_proj_"}
     layers = []
     for block in model.blocks:
         layer = nn.TransformerEncoderLayer(32, 4, 128, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True, dtype=torch.float64)
-        names = {
-            "norm1": "norm1", "norm2": "norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
-        }  # fmt: skip
-        weights = {
-            f"{new}.{kind}": block.get_parameter(f"{old}.{kind}") for old, new in names.items() for kind in ("weight", "bias")
-        }
-        weights |= {f"self_attn.in_proj_{kind}": block.get_parameter(f"attn.qkv.{kind}") for kind in ("weight", "bias")}
+        weights = block.state_dict()
+        for old, new in names.items():
+            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
         layer.load_state_dict(weights)
         layers.append(layer)
     imgs = images_for(model).double()
@@ -98,16 +88,14 @@ def test_factories(name):
     block = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
     with torch.device("meta"):
         model = models_vit.__dict__[f"vit_{name}_patch{p}"](global_pool=True, num_classes=10, drop_path_rate=0.1)
-    values = sum(t.numel() for t in model.parameters())
-    assert values == P * D + D + D + (1 + L) * D + depth * block + 2 * D + 10 * D + 10
+    assert sum(t.numel() for t in model.parameters()) == P * D + D + D + (1 + L) * D + depth * block + 2 * D + 10 * D + 10
     assert model.blocks[0].attn.num_heads == heads
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
     assert not hasattr(model, "norm")
 
 
 def test_official_module_names():
-    names = {f"vit_{name}_patch{p}" for name, (*_, p) in SIZES.items()}
-    assert set(models_vit.__all__) == names | {"VisionTransformer"}
+    assert set(models_vit.__all__) == {f"vit_{name}_patch{p}" for name, (*_, p) in SIZES.items()} | {"VisionTransformer"}
     assert models_vit.VisionTransformer is maefast.VisionTransformer
     parameters = inspect.signature(VisionTransformer.__init__).parameters
     defaults = {
@@ -118,7 +106,7 @@ def test_official_module_names():
 
 
 def test_a_seed_gives_the_weights_of_timm_s_initialisation():
-    """trunc_normal 0.02 for Linear weights, class token and positions, biases 0, the convolution as torch draws it."""
+    """trunc_normal 0.02 for Linear weights, class token and positions; biases 0."""
     model, plain = small_vit(embed_dim=256, global_pool=True), plain_vit(embed_dim=256, global_pool=True)
     assert model.state_dict().keys() == plain.state_dict().keys()
     for name, value in plain.state_dict().items():
@@ -135,8 +123,7 @@ def test_a_seed_gives_the_weights_of_timm_s_initialisation():
 def test_without_biases_of_qkv():
     model = small_vit(qkv_bias=False)
     other = small_vit(seed=1)
-    missing = other.load_state_dict(model.state_dict(), strict=False).missing_keys
-    assert missing == [f"blocks.{i}.attn.qkv.bias" for i in range(3)]
+    assert other.load_state_dict(model.state_dict(), strict=False).missing_keys == [f"blocks.{i}.attn.qkv.bias" for i in range(3)]
     imgs = images_for(model)
     torch.testing.assert_close(model(imgs), other(imgs), rtol=1e-5, atol=1e-6)
 
@@ -194,8 +181,7 @@ def test_compiles_as_one_graph():
     imgs = images_for(model, N=4)
     expected, got = classify(model, imgs, 6), classify(compiled, imgs, 6)
     for name, value in expected.items():
-        actual = got[name if name == "logits" else f"_orig_mod.{name}"]
-        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[name if name == "logits" else f"_orig_mod.{name}"], value, rtol=1e-4, atol=1e-5)
 
 
 HEAD, FC_NORM, NORM = ({f"{name}.{kind}" for kind in ("weight", "bias")} for name in ("head", "fc_norm", "norm"))
@@ -222,10 +208,9 @@ def test_weights_of_a_mae(global_pool):
 
 
 def test_a_linear_probe():
-    """The head behind a BatchNorm, everything else frozen: the encoder gets no gradient, the head does."""
+    """The head behind a BatchNorm, all else frozen: only the head gets a gradient."""
     model = small_vit()
-    norm = nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6)
-    model.head = nn.Sequential(norm, model.head)
+    model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
     for p in model.parameters():
         p.requires_grad_(False)
     for p in model.head.parameters():
@@ -248,15 +233,13 @@ def test_without_a_head():
 
 def test_uint8_images_are_normalised_ones():
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
-    other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
 
-    def run(seed: int) -> Batch:
+    def images(seed: int) -> list[Tensor]:
         imgs = images_for(model, IMAGES, U8, seed)
         pixels = (imgs.float() / 255 - model.mean[:, None, None]) / model.std[:, None, None]
-        exact = classify(exact_model, widened(imgs, model.mean, model.std), seed)
-        return classify(model, imgs, seed), [classify(m, pixels, seed) for m in (plain, other)], exact
+        return [imgs, pixels, widened(imgs, model.mean, model.std)]
 
-    assert_results(map(run, range(BATCHES)))
+    assert_like_plain(model, plain, images)
     assert not {"mean", "std"} & model.state_dict().keys()
     assert model.bfloat16().mean.dtype == F32
 
@@ -268,14 +251,11 @@ def test_copies_and_pickles():
         assert torch.equal(other.eval()(imgs), model.eval()(imgs))
 
 
+NO_STATISTICS = "mean and std must be given to VisionTransformer for uint8 images of 2 channels"
 BAD_INPUT = {
     "image_size": (lambda m: m(torch.rand(2, 3, 64, 64)), ValueError, r"imgs must be \(N, 3, 64, 48\).*\(2, 3, 64, 64\)"),
     "image_dtype": (lambda m: m(torch.zeros(2, 3, 64, 48, dtype=torch.int32)), TypeError, "imgs must be.*uint8.*int32"),
-    "map_size": (
-        lambda m: m.features(torch.rand(2, 3, 64, 40)),
-        ValueError,
-        r"imgs must be .*multiple of 8 and W of 16.*64, 40\)",
-    ),
+    "size": (lambda m: m.features(torch.rand(2, 3, 64, 40)), ValueError, r"imgs must be .*multiple of 8 and W of 16.*64, 40\)"),
     "map_channels": (lambda m: m.features(torch.rand(2, 1, 64, 48)), ValueError, r"imgs must be \(N, 3, H, W\)"),
     "map_without_rows": (lambda m: m.features(torch.rand(2, 3, 0, 48)), ValueError, r"imgs must be .*\(2, 3, 0, 48\)"),
     "map_three_dimensions": (lambda m: m.features(torch.rand(3, 64, 48)), ValueError, r"imgs must be .*\(3, 64, 48\)"),
@@ -284,11 +264,7 @@ BAD_INPUT = {
     "drop_path_rate": (lambda m: small_vit(drop_path_rate=1.0), ValueError, r"drop_path_rate must be in \[0, 1\); it is 1.0"),
     "drop_rate": (lambda m: small_vit(drop_rate=-0.1), ValueError, r"drop_rate must be in \[0, 1\); it is -0.1"),
     "num_classes": (lambda m: small_vit(num_classes=-1), ValueError, "num_classes must be 0 or more; it is -1"),
-    "uint8_without_statistics": (
-        lambda m: small_vit(in_chans=2)(torch.zeros(1, 2, 64, 48, dtype=U8)),
-        ValueError,
-        "mean and std must be given to VisionTransformer for uint8 images of 2 channels",
-    ),
+    "uint8_without_statistics": (lambda m: small_vit(in_chans=2)(torch.zeros(1, 2, 64, 48, dtype=U8)), ValueError, NO_STATISTICS),
 }
 
 

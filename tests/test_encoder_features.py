@@ -1,4 +1,4 @@
-"""Feature maps of VisionTransformer: against a plain one with positions resized by hand, for images of any size."""
+"""Feature maps of VisionTransformer for images of any size, against positions resized by hand."""
 
 import copy
 
@@ -16,7 +16,7 @@ GRID = (8, 3)
 
 
 def cubic(n: int, m: int) -> Tensor:
-    """(m, n) float64: row i holds the weights of n equidistant values in the i-th of m (Keys 1981, a = -0.75)."""
+    """(m, n) float64: row i weighs n values for the i-th of m (Keys 1981, a = -0.75)."""
     weights = np.zeros((m, n))
     for i in range(m):
         at = (i + 0.5) * n / m - 0.5
@@ -29,8 +29,7 @@ def cubic(n: int, m: int) -> Tensor:
 
 def resized(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     table = pos_embed[0, 1:].view(*GRID, -1)
-    by_hand = [cubic(n, m).to(pos_embed.dtype) for n, m in zip(GRID, grid, strict=True)]
-    table = torch.einsum("ai,bj,ijd->abd", *by_hand, table)
+    table = torch.einsum("ai,bj,ijd->abd", *[cubic(n, m).to(pos_embed.dtype) for n, m in zip(GRID, grid, strict=True)], table)
     return torch.cat([pos_embed[:, :1], table.flatten(0, 1)[None]], dim=1)
 
 
@@ -45,15 +44,13 @@ def maps_of(model: nn.Module, imgs: Tensor, indices: list[int], seed: int) -> Re
         maps = [outputs[i][:, 1:].transpose(1, 2).reshape(len(imgs), -1, *grid) for i in indices]
     generator = torch.Generator().manual_seed(seed)
     sum((m * torch.randn(m.shape, generator=generator).to(m.dtype)).sum() for m in maps).backward()
-    return {f"map {i}": m.detach() for i, m in enumerate(maps)} | {
-        name: p.grad for name, p in model.named_parameters() if p.grad is not None
-    }
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return grads | {f"map {i}": m.detach() for i, m in enumerate(maps)}
 
 
 @pytest.mark.parametrize("size", [(64, 48), (32, 96), (128, 16), (8, 64), (160, 288)], ids=str)
 def test_feature_maps_of_any_size(size):
-    """The model's own size, wider, higher, a row of patches, and 360 patches: maps and all gradients, with positions resized by
-    hand."""
+    """Maps and gradients: the model's own size, wider, higher, a row, 360 patches."""
     model, plain = (with_random_weights(m) for m in (small_vit(), plain_vit()))
     other, exact_model = attends_otherwise(plain), copy.deepcopy(plain).double()
     images = IMAGES if size[0] < 160 else 4
@@ -82,5 +79,4 @@ def test_blocks_behind_the_last_map_do_not_run():
 def test_feature_maps_of_uint8_images():
     model = small_vit()
     imgs = torch.randint(256, (2, 3, 24, 64), dtype=U8)
-    pixels = widened(imgs, model.mean, model.std).float()
-    torch.testing.assert_close(model.features(imgs)[0], model.features(pixels)[0])
+    torch.testing.assert_close(model.features(imgs)[0], model.features(widened(imgs, model.mean, model.std).float())[0])

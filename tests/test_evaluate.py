@@ -1,12 +1,13 @@
-"""What evaluation computes, by paper and pencil and on a data set in memory; the commands are in test_evaluate_commands.py."""
+"""What evaluation computes, by paper and pencil and on a data set in memory."""
 
 import errno
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from images import Stripes
+from images import Stripes, batches_of
 from support import images_for, small_mae
 
 from maefast import VisionTransformer
@@ -60,8 +61,7 @@ def test_features_in_files(checkpoint, tmp_path, kind, shape):
     encoder = features.load_encoder(checkpoint)
 
     def write(name):
-        batches = features.features_of(encoder, data, kind, batch_size=2)
-        features.write_features(batches, len(data), shape, tmp_path / name)
+        features.write_features(features.features_of(encoder, data, kind, batch_size=2), len(data), shape, tmp_path / name)
 
     write("out.npy")
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")), expected)
@@ -88,13 +88,9 @@ def test_features_are_never_half_written(tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(features.os, "posix_fallocate", full)
-    with pytest.raises(
-        UserError, match=r"OUT must be a path that can be written; .*/out\.npy cannot be: No space left on device"
-    ):
+    monkeypatch.setattr(features.os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    message = r"OUT must be a path that can be written; .*/out\.npy cannot be: No space left on device"
+    with pytest.raises(UserError, match=message):
         features.write_features(iter([(torch.zeros(2, 4), torch.zeros(2))]), 2, (4,), tmp_path / "out.npy")
     assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +105,7 @@ def test_a_broken_image_stops_the_reading():
 
 
 def test_votes_by_hand():
-    """Three neighbours at 0, 60 and 90 degrees: similarities 1, 1/2 and 0, whatever the lengths; the fourth is out of reach."""
+    """Neighbours at 0, 60 and 90 degrees have similarities 1, 1/2 and 0; a fourth is too far."""
     bank = torch.tensor([[2.0, 0.0], [0.5, 3**0.5 / 2], [0.0, 7.0], [-1.0, 0.0]], dtype=torch.float64)
     query = torch.tensor([[5.0, 0.0]], dtype=torch.float64)
     votes = knn.knn_votes(bank, torch.tensor([2, 0, 2, 1]), query, 3, k=3, temperature=0.5)
@@ -121,11 +117,10 @@ def test_votes_by_hand():
 
 
 def test_votes_outweigh_the_majority():
-    """Two far neighbours of one class against a near one: nearness wins at a low temperature, the majority at a high one."""
+    """Two far neighbours against a near one, which wins only at a low temperature."""
     bank, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 1, 1])
     query = torch.tensor([[1.0, 0.1]])
-    winners = [knn.knn_votes(bank, labels, query, 2, k=3, temperature=t).argmax().item() for t in (0.07, 10.0)]
-    assert winners == [0, 1]
+    assert [knn.knn_votes(bank, labels, query, 2, k=3, temperature=t).argmax().item() for t in (0.07, 10.0)] == [0, 1]
 
 
 @pytest.mark.parametrize(("options", "message"), [({"k": 5}, "k must lie in 1..4"), ({"temperature": 0}, "temperature must be")])
@@ -135,7 +130,7 @@ def test_votes_refuse(options, message):
 
 
 def test_lars_by_formula():
-    """Two steps in float64; a zero weight and a bias take plain momentum steps, without decay for the bias."""
+    """Two steps in float64; a zero weight and a bias take plain momentum steps."""
     w, zero, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in ([[3.0, 4.0]], [[0.0, 0.0]], [2.0]))
     optimizer = LARS([w, zero, bias], lr=0.5, weight_decay=0.1, trust_coefficient=0.01)
     expected_w, m_w = w.detach().clone(), torch.zeros(1, 2, dtype=torch.float64)
@@ -167,25 +162,17 @@ def tiny_encoder(**options):
 
 
 def test_layer_decay_by_name():
-    """Head and norm learn at the full rate, the last block at a half, the embeddings at a half to the fourth."""
+    """Head and norm learn at the full rate, the last block at 1/2, the embeddings at 1/16."""
     encoder = tiny_encoder()
     names = {parameter: name for name, parameter in encoder.named_parameters()}
     groups = layers.layer_decay_groups(encoder, 0.3, 0.5)
     found = {names[p]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert found.keys() == set(names.values())
-    expected = {
-        "cls_token": (1 / 16, 0.0),
-        "pos_embed": (1 / 16, 0.0),
-        "patch_embed.proj.weight": (1 / 16, 0.3),
-        "patch_embed.proj.bias": (1 / 16, 0.0),
-        "blocks.0.attn.qkv.weight": (1 / 8, 0.3),
-        "blocks.1.mlp.fc2.weight": (1 / 4, 0.3),
-        "blocks.2.attn.proj.weight": (1 / 2, 0.3),
-        "blocks.2.norm1.weight": (1 / 2, 0.0),
-        "norm.weight": (1.0, 0.0),
-        "head.weight": (1.0, 0.3),
-        "head.bias": (1.0, 0.0),
-    }
+    expected = dict.fromkeys(("cls_token", "pos_embed", "patch_embed.proj.bias"), (1 / 16, 0.0))
+    expected |= {"patch_embed.proj.weight": (1 / 16, 0.3), "blocks.0.attn.qkv.weight": (1 / 8, 0.3)}
+    expected |= {"blocks.1.mlp.fc2.weight": (1 / 4, 0.3), "blocks.2.attn.proj.weight": (1 / 2, 0.3)}
+    expected |= {"blocks.2.norm1.weight": (1 / 2, 0.0), "norm.weight": (1.0, 0.0)}
+    expected |= {"head.weight": (1.0, 0.3), "head.bias": (1.0, 0.0)}
     assert {name: found[name] for name in expected} == expected
 
 
@@ -215,13 +202,12 @@ def test_last_blocks_refuse(blocks):
 
 
 def test_probe_standardises():
-    """Behind weights of the identity come the features, centred and scaled over the batch, in float64."""
+    """Identity weights give the features, centred and scaled over the batch, in float64."""
     probe = linprobe.LinearProbe(3, 3).double()
     assert not list(probe[0].parameters())
     probe[1].weight.data.copy_(torch.eye(3))
     x = torch.randn(7, 3, dtype=torch.float64) * 5 + 2
-    expected = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
-    torch.testing.assert_close(probe(x), expected)
+    torch.testing.assert_close(probe(x), (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt())
 
 
 def test_probe_on_an_encoder(checkpoint):
@@ -231,8 +217,7 @@ def test_probe_on_an_encoder(checkpoint):
     imgs = images_for(small_mae(), 4)
     model(imgs).sum().backward()
     assert all(parameter.grad is None for parameter in encoder.parameters())
-    expected = model.probe(small_mae().encode(imgs)[:, 1:].mean(dim=1))
-    torch.testing.assert_close(model(imgs), expected)
+    torch.testing.assert_close(model(imgs), model.probe(small_mae().encode(imgs)[:, 1:].mean(dim=1)))
 
 
 class Recorded(torch.optim.SGD):
@@ -249,13 +234,13 @@ class Recorded(torch.optim.SGD):
 
 
 def test_fit_follows_the_recipe():
-    """Five images in batches of two: two steps an epoch; one of warm-up, two of cosine; each image at most once an epoch."""
+    """Five images in batches of two: two steps an epoch, one epoch of warm-up, two of cosine."""
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
     model, seen = torch.nn.Linear(3, 2), []
 
     def batches(epoch, ids):
         seen.append(torch.cat(list(ids)).tolist())
-        return ((x[i], y[i]) for i in ids)
+        return batches_of(x, y)(epoch, ids)
 
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.75))
     optimizer = Recorded([{"params": [model.weight], "lr_scale": 0.5}, {"params": [model.bias]}])
@@ -273,8 +258,7 @@ def test_fit_follows_the_recipe():
         first = 0.75 * first + 0.25 * weight
     torch.testing.assert_close(average.module.weight.detach(), first)
     predicted = (x @ model.weight.T + model.bias).argmax(dim=1)
-    in_order = lambda epoch, ids: ((x[i], y[i]) for i in ids)  # noqa: E731
-    assert supervised.count_correct(model, in_order, 5, batch_size=2) == int((predicted == y).sum())
+    assert supervised.count_correct(model, batches_of(x, y), 5, batch_size=2) == int((predicted == y).sum())
 
 
 @pytest.mark.parametrize(
@@ -289,6 +273,5 @@ def test_fit_refuses(options, message):
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
     recipe = supervised.Recipe(**{"epochs": 2, "warmup_epochs": 0, "batch_size": 1, "blr": 1.0, "weight_decay": 0.0} | options)
     model = torch.nn.Sequential(torch.nn.Linear(3, 9), torch.nn.Linear(9, 2))
-    batches = lambda epoch, ids: ((x[i], y[i]) for i in ids)  # noqa: E731
     with pytest.raises(UserError, match=message):
-        list(supervised.fit(model, torch.optim.SGD(model.parameters(), lr=1.0), batches, 5, recipe))
+        list(supervised.fit(model, torch.optim.SGD(model.parameters(), lr=1.0), batches_of(x, y), 5, recipe))

@@ -1,12 +1,11 @@
-"""The commands extract, knn, linprobe, partial, finetune and reconstruct on a data set in memory."""
-
-import json
+"""extract, knn, linprobe, partial, finetune and reconstruct on a data set in memory."""
 
 import numpy as np
+import pretraining
 import pytest
 import support
 import torch
-from images import Stripes
+from images import Stripes, batches_of
 from support import small_mae
 
 from maefast import VisionTransformer, checkpoint, cli
@@ -23,8 +22,12 @@ def parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in (commands, labelled):
         monkeypatch.setattr(module, "open_images", lambda path, split, channels, exclude=None: parts[split])
-    small_mae(img_size=64, patch_size=16).save_pretrained("mae")
+    mae().save_pretrained("mae")
     return parts
+
+
+def mae():
+    return small_mae(img_size=64, patch_size=16)
 
 
 def run(capsys, *arguments):
@@ -33,20 +36,14 @@ def run(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def weights(folder):
-    return torch.load(f"{folder}/checkpoint.pth", weights_only=True)["model"]
-
-
-def logged(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+def weights(folder, entry="model"):
+    return torch.load(f"{folder}/checkpoint.pth", weights_only=True)[entry]
 
 
 def test_extract(capsys, tmp_path, parts):
-    assert run(capsys, "extract", "mae", "data", "out.npy", "--kind=all", "--batch_size=4") == (
-        "out.npy: features of 6 images, 17 x 32 each\n"
-    )
-    expected = small_mae(img_size=64, patch_size=16).encode(parts[None].pictures)
-    torch.testing.assert_close(torch.from_numpy(np.load("out.npy")), expected.detach())
+    printed = run(capsys, "extract", "mae", "data", "out.npy", "--kind=all", "--batch_size=4")
+    assert printed == "out.npy: features of 6 images, 17 x 32 each\n"
+    torch.testing.assert_close(torch.from_numpy(np.load("out.npy")), mae().encode(parts[None].pictures).detach())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mae", "out.npy"]
 
 
@@ -65,35 +62,31 @@ def test_label_fraction_takes_as_much_of_each_class(parts):
 
 def test_linprobe(capsys, tmp_path, parts):
     """Learns to tell the stripes, and the probe that is written scores what was printed."""
-    printed = run(capsys, "linprobe", "mae", "data", *SHORT, "--blr=100", "--output_dir=out")
-    assert printed == "top-1 1.0000 (10 of 10 images)\n"
-    assert [record["epoch"] for record in logged(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert run(capsys, "linprobe", "mae", "data", *SHORT, "--blr=100", "--output_dir=out") == "top-1 1.0000 (10 of 10 images)\n"
+    assert [record["epoch"] for record in pretraining.records(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
     probe = linprobe.LinearProbe(32, 2)
-    probe.load_state_dict(torch.load("out/checkpoint.pth", weights_only=True)["probe"])
-    encoder = features.load_encoder("mae")
-    logits = probe.eval()(features.pooled(encoder, parts["val"].pictures, "cls"))
+    probe.load_state_dict(weights("out", "probe"))
+    logits = probe.eval()(features.pooled(features.load_encoder("mae"), parts["val"].pictures, "cls"))
     assert torch.equal(logits.argmax(dim=1), parts["val"].labels)
 
 
 def test_linprobe_computes_the_same_once_and_per_step(capsys, tmp_path, monkeypatch):
-    """With views that do not vary, the probe on the encoder learns what the probe on its features does."""
+    """With views that do not vary, a probe on the encoder learns what one on its features does."""
     run(capsys, "linprobe", "mae", "data", *SHORT, "--output_dir=once")
     monkeypatch.setattr(labelled, "drawn", lambda draw, size, *_: crops.still(size))
     run(capsys, "linprobe", "mae", "data", *SHORT, "--augment=rrc", "--output_dir=steps")
-    once, steps = (torch.load(f"{name}/checkpoint.pth", weights_only=True)["probe"] for name in ("once", "steps"))
-    for name, tensor in once.items():
-        torch.testing.assert_close(steps[name], tensor, msg=name)
+    torch.testing.assert_close(weights("steps", "probe"), weights("once", "probe"))
 
 
 @pytest.mark.parametrize("options", [("--augment=rrc", "--cls_token", "--drop_path=0.2"), ("--ema=0.5", "--amp=bf16")])
 def test_finetune(capsys, tmp_path, parts, options):
-    """Learns to tell the stripes; the same command gives the same weights; they score what was printed."""
+    """Learns the stripes; the same command gives the same weights; they score what was printed."""
     command = ("finetune", "mae", "data", *SHORT, "--lr=0.005", "--layer_decay=0.9", *options)
     printed = run(capsys, *command, "--output_dir=one")
     assert run(capsys, *command, "--output_dir=two") == printed
     one, two = map(weights, ("one", "two"))
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
-    records = logged(tmp_path / "one")
+    records = pretraining.records(tmp_path / "one")
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     assert records[-1]["top1"] >= 0.9
     sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 2}
@@ -101,28 +94,20 @@ def test_finetune(capsys, tmp_path, parts, options):
     report = checkpoint.load(tuned, "one/checkpoint.pth")
     assert report.missing == report.unexpected == ()
     autocast = torch.bfloat16 if "--amp=bf16" in options else None
-    batches = lambda epoch, ids: ((parts["val"].pictures[i], parts["val"].labels[i]) for i in ids)  # noqa: E731
-    correct = supervised.count_correct(tuned, batches, 10, autocast=autocast)
+    correct = supervised.count_correct(tuned, batches_of(parts["val"].pictures, parts["val"].labels), 10, autocast=autocast)
     assert printed == f"top-1 {correct / 10:.4f} ({correct} of 10 images)\n"
 
 
 def test_partial_changes_the_last_block_alone(capsys):
     run(capsys, "partial", "mae", "data", *SHORT, "--blocks=1", "--cls_token", "--output_dir=out")
-    tuned, before = (
-        torch.load("out/checkpoint.pth", weights_only=True)["model"],
-        small_mae(img_size=64, patch_size=16).state_dict(),
-    )
+    tuned, before = weights("out"), mae().state_dict()
     changed = {name for name, tensor in tuned.items() if name not in before or not torch.equal(tensor, before[name])}
-    learning = ("head.", "norm.", "blocks.1.")
-    assert changed == {name for name in tuned if name.startswith(learning)}
+    assert changed == {name for name in tuned if name.startswith(("head.", "norm.", "blocks.1."))}
 
 
 def test_random_init(capsys):
     run(capsys, "finetune", "mae", "data", "--random_init", *SHORT, "--lr=0", "--output_dir=out")
-    tuned, before = (
-        torch.load("out/checkpoint.pth", weights_only=True)["model"],
-        small_mae(img_size=64, patch_size=16).state_dict(),
-    )
+    tuned, before = weights("out"), mae().state_dict()
     assert torch.equal(tuned["pos_embed"], before["pos_embed"])
     assert not torch.equal(tuned["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
 
@@ -159,8 +144,7 @@ def test_checkpoint_that_does_not_fit(capsys, tmp_path, name, parts):
     assert "60" in refused(capsys, tmp_path, *COMMANDS[name], "--input_size=60")
     for part in parts.values():
         part.channels = 1
-    line = refused(capsys, tmp_path, *COMMANDS[name])
-    assert "DATA must have 3 channels, as the checkpoint's images have; it has 1" in line
+    assert "DATA must have 3 channels, as the checkpoint's images have; it has 1" in refused(capsys, tmp_path, *COMMANDS[name])
 
 
 @pytest.mark.parametrize("name", ["knn", "linprobe", "finetune", "partial"])
@@ -205,15 +189,15 @@ def test_bad_values(capsys, tmp_path, name, options, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "out", "message"),
     [
-        (("extract", "mae", "data", "out.csv"), "OUT must end in .npy or .parquet; it is out.csv"),
-        (("extract", "mae", "data", "far/out.npy"), "OUT must be a file in a folder that exists; it is far/out.npy"),
-        (("reconstruct", "mae", "data", "out.jpg"), "OUT must be a .png file in a folder that exists; it is out.jpg"),
+        ("extract", "out.csv", "OUT must end in .npy or .parquet; it is out.csv"),
+        ("extract", "far/out.npy", "OUT must be a file in a folder that exists; it is far/out.npy"),
+        ("reconstruct", "out.jpg", "OUT must be a .png file in a folder that exists; it is out.jpg"),
     ],
 )
-def test_bad_outputs(capsys, tmp_path, arguments, message):
-    assert message in refused(capsys, tmp_path, *arguments)
+def test_bad_outputs(capsys, tmp_path, command, out, message):
+    assert message in refused(capsys, tmp_path, command, "mae", "data", out)
 
 
 def test_reconstruct_needs_a_decoder(capsys, tmp_path):

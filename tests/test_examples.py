@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def example(monkeypatch):
-    """Runs an example as `python examples/<name>.py` does, with its folder on the path, but for main()."""
+    """Run an example as `python examples/<name>.py` does, but for main()."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
@@ -57,14 +57,13 @@ def test_psnr_and_median_by_hand(example):
     decibels = [10 * math.log10(255**2 / error) for error in (50, 25, 100)]
     assert restoration["psnr"](pictures, clean) == pytest.approx((decibels[0] + decibels[1]) / 2)
     assert restoration["psnr"](pictures, clean, where) == pytest.approx(decibels[2])
-    ramp = torch.arange(16.0).view(1, 1, 4, 4)
-    outlier = ramp.clone()
+    outlier = torch.arange(16.0).view(1, 1, 4, 4)
     outlier[0, 0, 1, 1] = 99  # its neighbours: 0 1 2 4 6 8 9 10, and itself
     assert restoration["median_filter"](outlier)[0, 0, 1, 1] == 6
 
 
 def test_a_hole_is_filled(example):
-    """Laplace's equation keeps a ramp; of the MAE's picture only the hole changes, whatever stood there."""
+    """Laplace's equation keeps a ramp; only the hole changes, whatever stood there."""
     inpaint = example("inpaint")
     hole = inpaint["square_hole"](16)
     assert hole.sum() == 256
@@ -82,7 +81,7 @@ def test_a_hole_is_filled(example):
 
 
 def test_fine_tuning_restores(example, tmp_path):
-    """A Restorer adds nothing before it is trained, and takes noise away after a few steps; the strip shows each column."""
+    """A Restorer adds nothing before training, and removes noise after a few steps."""
     restoration, denoise = example("restoration"), example("denoise")
     tiles = restoration["images"].photographs(restoration["SIDE"])
     clean, noise = restoration["held_out"](tiles)[:6], denoise["noise"](40.0)

@@ -1,4 +1,4 @@
-"""The encoder exported with a dynamic batch: native ops in its graph, run from a fresh process and from C++ without Python."""
+"""The encoder exported with a dynamic batch, run from a fresh process and from C++."""
 
 import copy
 import os
@@ -43,7 +43,7 @@ def exported() -> ExportedProgram:
 
 @pytest.fixture(scope="module")
 def package(exported: ExportedProgram, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled ahead of time; the code around the kernels without optimisation, for the sake of time."""
+    """Compiled ahead of time; the code around the kernels without optimisation, to save time."""
     if torch.__version__ < "2.12":
         pytest.skip("packages of AOTInductor before torch 2.12 call ops with another dtype than the one they were traced with")
     path = tmp_path_factory.mktemp("package") / "encoder.pt2"
@@ -54,7 +54,7 @@ def package(exported: ExportedProgram, tmp_path_factory: pytest.TempPathFactory)
 
 
 def check(features: list[Tensor]) -> None:
-    """Of the images of each batch: those of the reference with nothing masked, by the error rule."""
+    """Hold the features of each batch to the error rule, beside the reference's."""
     reference = small_reference(**OPTIONS)
     exact = copy.deepcopy(reference).double()
     assert [len(got) for got in features] == list(BATCHES)
@@ -66,7 +66,7 @@ def check(features: list[Tensor]) -> None:
 
 
 def test_the_graph_calls_native_ops(exported):
-    """Every op of maefast in it has its kernel in libmaefast.so, and none of the fused ones is missing; any batch runs."""
+    """Each op of maefast in it is in libmaefast.so, no fused one is missing, and any batch runs."""
     targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     names = {target.split(".")[1] for target in targets if target.startswith("maefast.")}
     assert {"gather_patches_fwd", "layer_norm_fwd", "attention_fwd", "add_layer_norm_fwd"} <= names
@@ -88,13 +88,17 @@ with torch.no_grad():
 """
 
 
+def output_of(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def run_in_a_fresh_process(file: Path, load: str) -> None:
     """With torch and libmaefast.so alone."""
     imgs, features = file.with_name("imgs.pt"), file.with_name("features.pt")
     torch.save([images_for(small_mae(), N=N) for N in BATCHES], imgs)
-    command = [sys.executable, "-c", RUN.format(load), PACKAGE / "libmaefast.so", file, imgs, features]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    output_of(sys.executable, "-c", RUN.format(load), PACKAGE / "libmaefast.so", file, imgs, features)
     check(torch.load(features))
 
 
@@ -113,10 +117,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs CMake and a C++ compiler")
     build = tmp_path_factory.mktemp("cpp")
-    options = [f"-DTORCH_ROOT={TORCH}", f"-DMAEFAST_ROOT={PACKAGE}"]
-    for command in (["cmake", "-S", EXAMPLE, "-B", build, *options], ["cmake", "--build", build]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    output_of("cmake", "-S", EXAMPLE, "-B", build, f"-DTORCH_ROOT={TORCH}", f"-DMAEFAST_ROOT={PACKAGE}")
+    output_of("cmake", "--build", build)
     return build / "encode"
 
 
@@ -124,28 +126,26 @@ def test_in_cpp(program, package, tmp_path):
     features = []
     for N in BATCHES:
         torch.save(images_for(small_mae(), N=N), tmp_path / "imgs.pt")
-        command = [program, package, tmp_path / "imgs.pt", tmp_path / "features.pt"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"[{N}, 3, 64, 48] -> [{N}, 25, 32]\n"
+        printed = output_of(program, package, tmp_path / "imgs.pt", tmp_path / "features.pt")
+        assert printed == f"[{N}, 3, 64, 48] -> [{N}, 25, 32]\n"
         features.append(torch.load(tmp_path / "features.pt"))
     check(features)
 
 
 def test_the_program_knows_no_python(program):
-    listing = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    names = {line.split()[0] for line in listing.splitlines()}
+    names = {line.split()[0] for line in output_of("ldd", program).splitlines()}
     assert {"libmaefast.so", "libtorch_cpu.so"} <= names
     assert not [name for name in names if "python" in name]
 
 
 def test_bad_files_are_named(program, package, tmp_path):
-    imgs, features = tmp_path / "imgs.pt", tmp_path / "features.pt"
-    done = subprocess.run([program, package, imgs, features], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, f"{imgs} cannot be read, or is empty\n")
+    imgs, features, nowhere = tmp_path / "imgs.pt", tmp_path / "features.pt", tmp_path / "nowhere" / "features.pt"
+
+    def failure(*arguments: Path) -> tuple[int, str]:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    assert failure(package, imgs, features) == (1, f"{imgs} cannot be read, or is empty\n")
     torch.save(images_for(small_mae()), imgs)
-    nowhere = tmp_path / "nowhere" / "features.pt"
-    done = subprocess.run([program, package, imgs, nowhere], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, f"{nowhere} cannot be written\n")
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "usage: encode ENCODER.pt2 IMAGES.pt FEATURES.pt\n")
+    assert failure(package, imgs, nowhere) == (1, f"{nowhere} cannot be written\n")
+    assert failure() == (2, "usage: encode ENCODER.pt2 IMAGES.pt FEATURES.pt\n")

@@ -1,4 +1,4 @@
-"""The Triton backend against float64 by the error rule, on a GPU or in the interpreter (fp32 and fp16: it is wrong for bf16)."""
+"""The Triton backend against float64, on a GPU or in the interpreter, which is wrong for bf16."""
 
 from collections.abc import Callable
 
@@ -40,7 +40,7 @@ def widened(inputs: Tensors) -> Tensors:
 
 
 def outputs(op: Op, inputs: Tensors, dy: Incoming) -> Tensors:
-    """The outputs, and the gradient of each input that needs one as d_<name>; None in a tuple `dy` leaves that output unused."""
+    """Return outputs, and gradients as d_<name>; None in a tuple `dy` leaves that output unused."""
     leaves = {name: t for name, t in inputs.items() if t.requires_grad}
     out = op(**inputs)
     outs = out if isinstance(out, tuple) else (out,)
@@ -77,10 +77,10 @@ def run_step(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], 
 
 
 def check(op: Op, *cases: Tensors, dy: Incoming = None, exact: Op | None = None) -> None:
-    """Triton by the error rule, and on a GPU the same bits twice (the interpreter runs one program after the other, which shows
-    nothing); `exact` is the op in float64 where it needs other arguments.
+    """Hold Triton to the error rule, and on a GPU to the same bits twice.
 
-    The results of all `cases` (inputs of one shape) are held to the rule as one tensor: of a single number eager may be exact.
+    `exact` is the op in float64 if it needs other arguments. The results of all `cases` (inputs of
+    one shape) are one tensor, as eager may be exact for a single number.
     """
     results: dict[str, list[Tensors]] = {"triton": [], "eager": [], "exact": []}
     for inputs in cases:
