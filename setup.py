@@ -1,9 +1,11 @@
-"""Drives CMake: builds libmaefast.so and libmaefast_cuda.so into the package. What to build is described in CMakeLists.txt alone.
+"""Build libmaefast.so and libmaefast_cuda.so into the package with CMake.
 
-MAEFAST_NATIVE=0 installs pure Python. Any other failure to build is an error. MAEFAST_CUDA=0 or 1 leaves out or demands the CUDA
-kernels, which are otherwise built where torch has CUDA and nvcc is found. MAEFAST_CUTLASS=0 or 1 leaves out or demands the
-products for Hopper among them, which are otherwise built where the package nvidia-cutlass is installed. MAEFAST_SANITIZE=1 builds
-with the sanitizers, for `make test-sanitize`.
+MAEFAST_NATIVE=0      installs pure Python
+MAEFAST_CUDA=0, 1     leaves out or demands the CUDA kernels, by default built if torch has CUDA and
+                      nvcc is found
+MAEFAST_CUTLASS=0, 1  leaves out or demands the products for Hopper among them, by default built if
+                      nvidia-cutlass is installed
+MAEFAST_SANITIZE=1    builds with the sanitizers, for `make test-sanitize`
 """
 
 import os
@@ -22,7 +24,7 @@ NATIVE = os.environ.get("MAEFAST_NATIVE", "1") != "0"
 
 
 def root_of(package: str) -> Path | None:
-    """Folder of a package: installed here, or around the environment that pip isolates a build in."""
+    """Return the folder of a package, here or around the environment that pip isolates."""
     if (spec := find_spec(package)) and spec.origin:
         return Path(spec.origin).parent
     # pip isolates by PYTHONPATH, which -I ignores.
@@ -32,12 +34,12 @@ def root_of(package: str) -> Path | None:
 
 
 def torch_root() -> Path | None:
-    """Folder of the torch to build against."""
+    """Return the folder of the torch to build against."""
     return root_of("torch")
 
 
 def wants_cuda(torch_cuda: str | None) -> bool:
-    """Whether to build the CUDA kernels beside a torch of this CUDA version, None without CUDA."""
+    """Return whether to build CUDA kernels beside a torch of this CUDA version, or of none."""
     asked = os.environ.get("MAEFAST_CUDA", "auto")
     if asked not in ("auto", "0", "1"):
         raise SystemExit(f"MAEFAST_CUDA must be auto, 0 or 1; it is {asked!r}")
@@ -49,7 +51,7 @@ def wants_cuda(torch_cuda: str | None) -> bool:
 
 
 def cutlass_options(with_cuda: bool) -> dict[str, str]:
-    """The options that CMakeLists.txt takes for CUTLASS: where its headers are, and whether it is demanded."""
+    """Return the options of CMakeLists.txt for CUTLASS."""
     asked = os.environ.get("MAEFAST_CUTLASS", "auto")
     if asked not in ("auto", "0", "1"):
         raise SystemExit(f"MAEFAST_CUTLASS must be auto, 0 or 1; it is {asked!r}")
@@ -64,7 +66,7 @@ def cutlass_options(with_cuda: bool) -> dict[str, str]:
 
 
 def remove_objects(package: Path) -> None:
-    """Remove what an earlier build made: this one may leave some of it out."""
+    """Remove the objects of an earlier build, some of which this one may leave out."""
     for path in package.glob("*.so"):
         path.unlink()
 
@@ -87,7 +89,7 @@ class CMakeBuild(build_ext):
             "MAEFAST_OUTPUT_DIR": output,
             "MAEFAST_CUDA": "ON" if with_cuda else "OFF",
             "MAEFAST_SANITIZE": "ON" if sanitize else "OFF",
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the one of the last build may have lain in an isolated environment
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # the last build's may be gone
             "TORCH_ROOT": torch,
             **cutlass_options(with_cuda),
         }
@@ -96,7 +98,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """Put the objects that CMake made in the place of those of an earlier build."""
+        """Replace the objects of an earlier build."""
         package = Path(__file__).resolve().parent / "maefast"
         remove_objects(package)
         for made in Path(self.build_lib, "maefast").glob("*.so"):
@@ -108,7 +110,7 @@ class CMakeBuild(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        """Name the platform alone: libmaefast.so knows no Python, so that one wheel serves all."""
+        """Name only the platform: libmaefast.so uses no Python, so one wheel serves all."""
         return "py3", "none", super().get_tag()[2]
 
 
@@ -117,6 +119,6 @@ objects = [Extension("maefast.libmaefast", sources=[])] if NATIVE else []
 setup(
     ext_modules=objects,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
-    # Not in pyproject.toml: gigabytes that an isolated build need not fetch where the environment around it has torch.
+    # not in pyproject.toml: an isolated build need not fetch a torch that the environment has
     setup_requires=["torch>=2.10"] if NATIVE and torch_root() is None else [],
 )

@@ -17,7 +17,7 @@ def build_info() -> dict[str, str]:
 
 
 def cpu_isa() -> str:
-    """Return the instruction set that the CPU kernels use: 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
+    """Return the CPU kernels' instruction set: 'avx512bf16', 'avx512', 'avx2' or 'scalar'."""
     name: bytes = _library.native.maefast_cpu_isa()
     return name.decode()
 

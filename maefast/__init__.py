@@ -1,4 +1,4 @@
-"""maefast: Masked Autoencoder pre-training at the speed of the hardware, behind the official API."""
+"""Masked Autoencoder pre-training at the speed of the hardware, behind the official API."""
 
 from . import _torch, ops, reference  # noqa: F401  # _torch first: it refuses a torch that is too old
 from ._version import __version__

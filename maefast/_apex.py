@@ -1,5 +1,4 @@
-"""Whether NVIDIA's apex is here: found without an import, and told by its modules from the package
-of that name on PyPI."""
+"""Detect NVIDIA's apex without an import, and not the package of that name on PyPI."""
 
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -8,8 +7,7 @@ SOURCE = "https://github.com/NVIDIA/apex"
 
 
 def why_not(module: str, extension: str) -> str | None:
-    """Return None where NVIDIA's apex has `apex.<module>` and its CUDA extension, else the reason,
-    in one sentence."""
+    """Return None where NVIDIA's apex has `apex.<module>` and its extension, else the reason."""
     apex = find_spec("apex")
     if apex is None:
         return f"NVIDIA's apex is not installed ({SOURCE}; the package named apex on PyPI is an unrelated one)"

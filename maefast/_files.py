@@ -9,8 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for a file or folder. It is renamed to `path` at the
-    end, or removed on an error."""
+    """Yield a temporary path, which is renamed to `path` at the end or removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

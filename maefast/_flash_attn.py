@@ -1,7 +1,5 @@
 """The flash-attn package (https://github.com/Dao-AILab/flash-attention) as a backend of attention:
-its release 2, whose functions torch.compile sees through, or 4, whose kernels are written in CuTe
-and become ops of torch here. Neither is imported before it runs.
-"""
+release 2, whose functions torch.compile traces, or 4, whose kernels become ops of torch here."""
 
 import importlib
 import importlib.util
@@ -21,8 +19,7 @@ _DEVICE = "cuda"
 
 
 def _installed() -> int | None:
-    """Return the installed release, or None. Release 2 may hold the sources of 4, so it comes
-    first."""
+    """Return the installed release, or None; release 2 may hold the sources of 4."""
     spec = importlib.util.find_spec("flash_attn")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
     for release, file in ((2, "flash_attn_interface.py"), (4, "cute/interface.py")):

@@ -1,10 +1,5 @@
-"""Loads libmaefast.so, or, without one, defines the schemas of the ops in Python; what every
-backend's ops share: schemas, fakes.
-
-Where a native library is present but does not load, or is of another release, importing maefast
-fails: nothing falls back silently. libmaefast_cuda.so, the kernels on GPUs, is loaded where torch
-has CUDA.
-"""
+"""Load libmaefast.so, and libmaefast_cuda.so if torch has CUDA; without them, define the schemas of
+the ops in Python. A library that does not load, or is of another release, is an ImportError."""
 
 import ctypes
 import json
@@ -23,14 +18,11 @@ _NATIVE_CUDA = _PACKAGE / "libmaefast_cuda.so"
 
 HAS_NATIVE = _NATIVE.exists()
 HAS_CUDA = HAS_NATIVE and _NATIVE_CUDA.exists() and torch.version.cuda is not None
-# Facts about the loaded objects by their file names: version, compiler, build_type, and kernels:
-# CPU instruction sets, or CUDA architectures as CMake names them.
+# by file name: version, compiler, build_type, kernels (CPU instruction sets or CUDA architectures)
 BUILD_INFO: dict[str, dict[str, str]] = {}
-# of the native and of the Triton ops, the same schemas in each
-NAMESPACES = ("maefast", "maefast_triton")
+NAMESPACES = ("maefast", "maefast_triton")  # of ops, the same schemas in each
 
-# Ops whose body is Python on every device. A fragment, so that it may come before or after the
-# native definitions.
+# ops in Python; a fragment may come before or after the native definitions
 fragment = torch.library.Library("maefast", "FRAGMENT")
 
 
@@ -39,8 +31,7 @@ def schemas() -> list[str]:
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the fake of an op for every backend that has it: native and Triton return the same
-    shapes and dtypes."""
+    """Register the fake of an op for both namespaces."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         for namespace in NAMESPACES:

@@ -1,5 +1,4 @@
-"""What differs between releases of torch, and every private name of torch that maefast needs: asked
-for here alone."""
+"""Differences between releases of torch, and every private name of torch that maefast needs."""
 
 import re
 import sys
@@ -21,16 +20,14 @@ def check_version(version: str) -> None:
 
 check_version(torch.__version__)
 
-# Device types that autocast knows. Dynamo of torch 2.11 does not trace
-# torch.amp.is_autocast_available.
+# types that autocast knows; torch 2.11 does not trace torch.amp.is_autocast_available
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(device)
 )
 
 
 def has_own_rule(weight: Tensor) -> bool:
-    """Return whether `weight` is of a class with a __torch_function__ of its own, as quantised
-    weights of torchao are: only torch's functions, F.linear among them, ask for it."""
+    """Return whether `weight` has a __torch_function__ of its own, as torchao's quantised do."""
     kind = type(weight)
     return kind not in (Tensor, nn.Parameter) and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
@@ -42,8 +39,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def has_kernel(op: str, key: str) -> bool:
-    """Return whether a kernel of an op, "maefast::linear_fwd", is registered under a dispatch key,
-    "CPU" or "CUDA"."""
+    """Return whether an op, "maefast::linear_fwd", has a kernel for a key, "CPU" or "CUDA"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
 
@@ -53,8 +49,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def sdpa_backend(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Return the number of the torch.nn.attention.SDPBackend that scaled_dot_product_attention runs
-    on these inputs."""
+    """Return the number of the SDPBackend that scaled_dot_product_attention runs on."""
     return torch._fused_sdp_choice(q, k, v)
 
 
@@ -64,8 +59,7 @@ def sleep_on_gpu(cycles: int) -> None:
 
 
 def in_onnx_export() -> bool:
-    """Return whether torch.onnx.export runs: torch.onnx.is_in_onnx_export(), which code that
-    torch.compile traces takes for False."""
+    """Return whether torch.onnx.export runs, also in code that torch.compile traces."""
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")
     return getattr(flags, "_is_onnx_exporting", False) or torch.onnx.is_in_onnx_export()
 

@@ -13,8 +13,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """A model with a patch embedding, a class token and positions; uint8 images are read as (x/255
-    - mean)/std."""
+    """A model with a patch embedding, a class token, positions and pixel statistics."""
 
     patch_embed: PatchEmbed
     cls_token: nn.Parameter  # (1, 1, D)
@@ -24,8 +23,7 @@ class Backbone(nn.Module):
     statistics_given: bool  # or else ImageNet's by default
 
     def _set_pixel_statistics(self, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        """Set mean and std per channel, by default ImageNet's for three channels. Not in the
-        state_dict, so that it stays the official one."""
+        """Set mean and std per channel, which the official state_dict has no place for."""
         if (mean is None) != (std is None):
             raise ValueError("mean and std must be given together")
         self.statistics_given = mean is not None
@@ -40,13 +38,13 @@ class Backbone(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, None, persistent=False)
             if values is not None:
-                device = torch.get_default_device()
-                self._place_statistic(name, torch.tensor(values, dtype=torch.float32, device="cpu"), device)
+                value = torch.tensor(values, dtype=torch.float32, device="cpu")
+                self._place_statistic(name, value, torch.get_default_device())
         self.register_load_state_dict_post_hook(follow_parameters)
 
     def _place_statistic(self, name: str, value: Tensor, device: torch.device) -> None:
-        """Pixel statistics that lie on the meta device are held beside it: they are not in the
-        state_dict that a model is filled from."""
+        """Place a statistic on `device`; on meta, its values are held beside it, since no
+        state_dict has them."""
         if value.is_meta:
             value = self._held[name]
         if device.type == "meta":
@@ -74,15 +72,15 @@ class Backbone(nn.Module):
         if imgs.dtype != torch.uint8:
             return None, None
         if self.mean is None:
-            name = type(self).__name__
-            raise ValueError(f"mean and std must be given to {name} for uint8 images of {imgs.shape[1]} channels")
+            images = f"uint8 images of {imgs.shape[1]} channels"
+            raise ValueError(f"mean and std must be given to {type(self).__name__} for {images}")
         return self.mean, self.std
 
     def _embed(self, imgs: Tensor, **options: bool) -> Tensor:
         return self.patch_embed(imgs, None, *self._statistics_for(imgs), **options)
 
     def _with_class_token(self, x: Tensor) -> Tensor:
-        """Prepend the class token: patch tokens x (N, K, D), positions added -> (N, 1+K, D)."""
+        """Prepend the class token to patch tokens x (N, K, D), which have their positions."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token, x], dim=1)
 

@@ -1,5 +1,4 @@
-"""The modules of a Vision Transformer's stack, with the field's parameter names, and the route that
-a block takes."""
+"""The modules of a Vision Transformer's stack, and the route that a block takes."""
 
 from collections.abc import Callable, Iterable
 from enum import Enum
@@ -27,11 +26,7 @@ class Route(Enum):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the whole sequence; x (N, T, D) -> (N, T, D).
-
-    drop      rate of dropout after the projection
-    backend   the backend of ops.attention
-    """
+    """Multi-head self-attention; `drop` is the dropout after the projection."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, drop: float = 0.0, *, backend: str = "auto"):
         super().__init__()
@@ -48,7 +43,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(GELU(fc1(x))), exact erf GELU. `drop` is the rate of dropout after GELU and after fc2."""
+    """fc2(GELU(fc1(x))), exact GELU; `drop` is the dropout after GELU and after fc2."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
@@ -62,9 +57,8 @@ class Mlp(nn.Module):
 
 
 def drop_path(y: Tensor, rate: float) -> Tensor:
-    """Stochastic depth (Huang et al. 2016) on a residual branch y (N, ...): each sample becomes 0
-    with probability `rate`, else y / (1 - rate). The draw is that of torch.empty(N,
-    ...).bernoulli_(1 - rate)."""
+    """Drop each sample of a branch y (N, ...) with probability `rate`, else return y / (1 - rate):
+    stochastic depth (Huang et al. 2016)."""
     wide = torch.promote_types(y.dtype, torch.float32)
     kept = torch.empty(y.shape[0], *[1] * (y.dim() - 1), dtype=wide, device=y.device).bernoulli_(1 - rate)
     return (y * (kept / (1 - rate))).to(y.dtype)
@@ -100,10 +94,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, ids: Tensor | None = None, repeated: RepeatedTokens | None = None) -> Tensor:
-        """Return the block's output; with ids (N, M) only that of these tokens, (N, M, D), and
-        nothing else is computed.
+        """Return the output (N, T, D), or only that of the tokens ids (N, M), (N, M, D).
 
-        repeated   x again, for ops.transformer_block; the other routes do without
+        repeated   x again, for ops.transformer_block; other routes ignore it
         """
         x, branch = self.advance(x, None, ids, repeated)
         return x + branch
@@ -111,8 +104,7 @@ class Block(nn.Module):
     def advance(
         self, x: Tensor, pending: Tensor | None, ids: Tensor | None = None, repeated: RepeatedTokens | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return forward of x + pending as two summands: the residual stream, and the branch that
-        is still to be added."""
+        """Return forward of x + pending as two summands: the residual stream and a branch."""
         if ids is not None and not self._takes_queries(x):
             return _taken(self.advance(x, pending), ids)
         route, _ = self.route(x.device, x.dtype, x.shape[1], ids is not None)
@@ -130,8 +122,7 @@ class Block(nn.Module):
                 return (x, branch) if ids is None else _taken((x, branch), ids)
 
     def _advance_by_ops(self, x: Tensor, pending: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the chain of ops; with ids (N, M), keys and values of every token, but queries,
-        projection and MLP only of ids."""
+        """Run the chain of ops; queries, projection and MLP only for ids, if given."""
         w, D, dtype = self._weights(), x.shape[2], compute_dtype(x)
         if pending is None:
             y = ops.layer_norm(x, w.norm1_weight, w.norm1_bias, self.norm1.eps, dtype)
@@ -150,10 +141,9 @@ class Block(nn.Module):
         return x, self._branch(ops.linear(hidden, w.fc2_weight, w.fc2_bias))
 
     def route(self, device: torch.device, dtype: torch.dtype, tokens: int, some: bool = False) -> tuple[Route, str]:
-        """Return what a call on x (N, tokens, D) of this device and dtype runs as, and why it is
-        nothing faster.
+        """Return the route of a call on x (N, tokens, D), and why it is no faster one.
 
-        some   whether the output of some tokens only is wanted
+        some   whether the output of only some tokens is wanted
         """
         if (reason := self._why_not_plain()) is not None:
             return Route.MODULES, reason
@@ -166,14 +156,13 @@ class Block(nn.Module):
 
     def _why_not_plain(self) -> str | None:
         """Return why the modules of the block must be called, or None."""
-        norm1, attn, norm2, mlp = self.norm1, self.attn, self.norm2, self.mlp
-        kinds = ((norm1, nn.LayerNorm), (attn, Attention), (norm2, nn.LayerNorm), (mlp, Mlp))
-        if not all(is_plain(module, kind) for module, kind in kinds):
+        norms, attn, mlp = (self.norm1, self.norm2), self.attn, self.mlp
+        if not (is_plain(attn, Attention) and is_plain(mlp, Mlp) and all(is_plain(norm, nn.LayerNorm) for norm in norms)):
             return "a module of it is hooked or replaced"
         linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         if not all(is_plain(linear, nn.Linear) for linear in linears):
             return "a Linear of it is hooked or replaced"
-        if any(module.weight is None or module.bias is None for module in (norm1, norm2, *linears)):
+        if any(module.weight is None or module.bias is None for module in (*norms, *linears)):
             return "a module of it has no weight or no bias"
         if any(_torch.has_own_rule(linear.weight) for linear in linears):
             return "a weight of it multiplies by a rule of its own"
@@ -184,10 +173,9 @@ class Block(nn.Module):
         return None
 
     def _ask(self, device: torch.device, dtype: torch.dtype, tokens: int) -> BlockAsk:
-        D = self.norm1.weight.shape[0]
-        norm, weight = self.norm1.weight.dtype, self.attn.qkv.weight.dtype
-        out, head_width = product_dtype(device, dtype), D // self.attn.num_heads
-        return BlockAsk(device, dtype, norm, weight, out, tokens, D, head_width, self.attn.backend)
+        norm, attn, out = self.norm1.weight, self.attn, product_dtype(device, dtype)
+        D, weight = norm.shape[0], attn.qkv.weight.dtype
+        return BlockAsk(device, dtype, norm.dtype, weight, out, tokens, D, D // attn.num_heads, attn.backend)
 
     def _weights(self) -> BlockWeights:
         attn, mlp = self.attn, self.mlp
@@ -201,8 +189,7 @@ class Block(nn.Module):
         return drop_path(y, self.drop_path) if self._drops_paths() else y
 
     def _takes_queries(self, x: Tensor) -> bool:
-        """Return whether the attention that was asked for, if any was, takes queries of some
-        tokens."""
+        """Return whether a requested backend of attention takes queries of only some tokens."""
         dtype, head_width = compute_dtype(x), x.shape[2] // self.attn.num_heads
         ask = AttentionAsk(x.device, dtype, x.shape[1], head_width, queries=True)
         requested = dispatch.request_for(ATTENTION, x.device, self.attn.backend)
@@ -212,7 +199,6 @@ class Block(nn.Module):
 @request.remembered
 def _choose_route(ask: BlockAsk, some: bool, drops: bool) -> tuple[Route, str]:
     chosen = backends(ask)
-    norms = {chosen["layer_norm"], chosen["add_layer_norm"], chosen["bias_gelu"]}
     if some:
         return Route.OPS, "queries, projection and MLP of some tokens only"
     if drops:
@@ -220,7 +206,8 @@ def _choose_route(ask: BlockAsk, some: bool, drops: bool) -> tuple[Route, str]:
     backend, reason = fused_backend(ask)
     if backend is not None:
         return Route.FUSED, f"norms and GELU on {backend}"
-    return Route.MODULES if norms == {"eager"} else Route.OPS, reason
+    eager = all(chosen[op] == "eager" for op in ("layer_norm", "add_layer_norm", "bias_gelu"))
+    return Route.MODULES if eager else Route.OPS, reason
 
 
 def _taken(summands: tuple[Tensor, Tensor], ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,16 +222,13 @@ def run_blocks(
     ids: Tensor | None = None,
     unshuffled: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Run x (N, T, D) through a stack of blocks, then through `norm`; each block adds the branch of
-    the one before it.
+    """Run x (N, T, D) through a stack of blocks, then through `norm`.
 
-    ids          (N, M): the tokens that are wanted; the last block then computes the queries,
-                 projection and MLP of these only
-    unshuffled   the arguments of ops.unshuffle that x was made of; the first block then computes
-                 what its mask tokens share once
+    ids          (N, M): the wanted tokens; the last block computes the output of only these
+    unshuffled   the arguments of ops.unshuffle that made x; the first block then computes what mask
+                 tokens share once
     returns      (N, T, D), with ids (N, M, D)
-    A block that is hooked, wrapped or of another class is called as block(x), one that was compiled
-    by itself as a whole.
+    A block that is hooked, wrapped or of another class is called as block(x).
     """
     pending: Tensor | None = None
     stack = list(blocks)

@@ -1,4 +1,4 @@
-"""The instruction set of the CPU kernels: this CPU's widest, or the one that MAEFAST_CPU_ISA forces for the whole process."""
+"""The CPU kernels' instruction set: the widest, or the one that MAEFAST_CPU_ISA forces."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ IS_INTEL = "GenuineIntel" in _CPUINFO
 
 
 def _force(name: str) -> str | None:
-    """Force an instruction set for the process and return the one that its kernels use; None without the native library."""
+    """Force an instruction set and return the one in use, None without the native library."""
     if name not in ("auto", *ISAS):
         raise ValueError(f"{VARIABLE} must be one of auto, {', '.join(ISAS)}; it is {name!r}")
     if not _library.HAS_NATIVE:

@@ -1,4 +1,4 @@
-"""VisionTransformer: the encoder after pre-training, for fine-tuning, linear probes and dense features."""
+"""VisionTransformer: the pre-trained encoder for fine-tuning, linear probes and dense features."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,19 +16,22 @@ INIT_STD = 0.02  # of Linear weights, class token and positions, as in timm
 
 
 class VisionTransformer(Backbone):
-    """A Vision Transformer classifier (Dosovitskiy et al. 2021) with the parameter names of the official encoder and timm's.
+    """A Vision Transformer classifier (Dosovitskiy et al. 2021) with official parameter names.
 
-    num_classes      outputs of `head`, which may be replaced; 0 for none
-    drop_rate        dropout after the positions, after the projection of attention, after GELU and fc2 of each MLP
-    drop_path_rate   stochastic depth (Huang et al. 2016) of the last block; it rises linearly from 0 at the first
-    norm_layer       LayerNorm with eps 1e-6 by default
-    global_pool      True: the mean of the patch tokens, then `fc_norm`; there is no `norm`. False: the class token of `norm`
+    num_classes     outputs of `head`, which may be replaced; 0 for none
+    drop_rate       dropout after the positions, attention's projection, GELU and fc2
+    drop_path_rate  stochastic depth (Huang et al. 2016) of the last block; 0 at the first, linear
+    norm_layer      LayerNorm with eps 1e-6 by default
+    global_pool     True: the mean of the patch tokens, then `fc_norm`. False: the class token of
+                    `norm`
     img_size, patch_size    int or (H, W)
-    mean, std        per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's by default for three channels
+    mean, std       per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's by default
+                    for three channels
 
-    The state_dict of a MAE loads with strict=False: with global_pool exactly head.* and fc_norm.* are missing, without it head.*;
-    unexpected are the decoder's, and with global_pool `norm`. Positions are trainable. Linear weights, class token and positions
-    are drawn from N(0, 0.02) cut off at -2 and 2, biases are 0, the patch embedding keeps torch's initialisation.
+    A MAE's state_dict loads with strict=False: head.* is missing and the decoder unexpected; with
+    global_pool fc_norm.* is missing, too, and norm.* unexpected. Positions are trainable. Linear
+    weights, class token and positions are drawn from N(0, 0.02) cut off at -2 and 2, biases are 0,
+    the patch embedding keeps torch's initialisation.
     Raises ValueError for sizes that do not fit together and rates outside [0, 1).
     """
 
@@ -83,15 +86,15 @@ class VisionTransformer(Backbone):
                     nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with more than one dimension that are not to be decayed."""
+        """Return the parameters with more than one dimension that are not decayed."""
         return {"pos_embed", "cls_token"}
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """imgs (N, C, H, W), floating-point or uint8, of the model's size -> logits (N, num_classes)."""
+        """Return logits (N, num_classes) of imgs (N, C, H, W), floating-point or uint8."""
         return project(self.head, self.forward_features(imgs))
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """imgs (N, C, H, W), floating-point or uint8, of the model's size -> (N, D), what `head` reads.
+        """Return what `head` reads, (N, D), of imgs (N, C, H, W), floating-point or uint8.
 
         Raises TypeError or ValueError for images that do not fit the model.
         """
@@ -100,9 +103,10 @@ class VisionTransformer(Backbone):
         return self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x[:, 0])
 
     def encode(self, imgs: Tensor) -> Tensor:
-        """imgs (N, C, H, W), floating-point or uint8, of the model's size -> (N, 1+L, D), the tokens after `norm`, as MAE.encode.
+        """Return the tokens (N, 1+L, D) of imgs (N, C, H, W) after `norm`, as MAE.encode.
 
-        Raises TypeError or ValueError for images that do not fit the model, and ValueError with global_pool, which has no `norm`.
+        Raises TypeError or ValueError for images that do not fit the model, and with
+        global_pool, which has no `norm`.
         """
         if self.global_pool:
             raise ValueError("encode needs the model's norm, and global_pool must be False for that; it is True")
@@ -110,14 +114,14 @@ class VisionTransformer(Backbone):
         return run_blocks(self.blocks, self.norm, self._tokens(imgs, self.pos_embed[:, 1:]))
 
     def features(self, imgs: Tensor, blocks: Sequence[int] = (-1,)) -> list[Tensor]:
-        """Feature maps for detection and segmentation, from images of any size.
+        """Return feature maps for detection and segmentation, from images of any size.
 
-        imgs     (N, C, H, W)         floating-point or uint8, H and W multiples of the patch (ph, pw)
-        blocks                        after which blocks; negative ones count from the end
-        returns  (N, D, H/ph, W/pw)   for each of `blocks`, in that order: its patch tokens, not normalised
-        The positions of another grid than the model's own are resized in 2-D, bicubic; gradients flow through that. Blocks after
-        the last that is asked for do not run.
-        Raises TypeError or ValueError for images that do not fit the model, and for blocks that it does not have.
+        imgs     (N, C, H, W)        floating-point or uint8, multiples of the patch (ph, pw)
+        blocks                       indices of blocks; negative ones count from the end
+        returns  (N, D, H/ph, W/pw)  for each of `blocks`, its patch tokens, not normalised
+        Positions are resized to another grid in 2-D, bicubic, with gradients. Blocks after the last
+        requested one do not run.
+        Raises TypeError or ValueError for images or blocks that do not fit the model.
         """
         self._check_images(imgs, any_size=True)
         depth = len(self.blocks)

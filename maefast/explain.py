@@ -15,13 +15,12 @@ from .ops.attention import AttentionAsk
 
 
 def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-    """Print the instruction set of the CPU kernels, what each native object holds, and a table: op, backend chosen for
-    tensors of `device` and `dtype`, why not the others.
+    """Print the native objects and a table: op, chosen backend for tensors of `device` and `dtype`,
+    why not the others.
 
-    Beside `sdpa` stands the kernel that torch picks. A `maefast.MAE` or `VisionTransformer` adds attention in its encoder (at the
-    default mask ratio) and in its decoder, the route of each block with the reason, and the route of its forward, which depends
-    on the methods that are overridden.
-    Raises ValueError for a name that is no device, and RuntimeError for a device that is not here.
+    For a `maefast.MAE` or `VisionTransformer` also attention in encoder (at the default mask ratio)
+    and decoder, the route of each block, and that of its forward, which depends on overrides.
+    Raises ValueError for a name that is no device, RuntimeError for a device that is not here.
     """
     _check_device(device)
     print(cpu.describe(), *_library.describe(), sep="\n")
@@ -35,9 +34,8 @@ def explain(model: nn.Module | None = None, device: str = "cpu", dtype: torch.dt
         rows.append((f"{name} attention", *_choice(ATTENTION, ask, attn.backend)))
     for name, tokens, blocks in _stacks(model):
         rows += _routes(name, tokens, blocks, where, dtype)
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    for row in rows:
-        print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
+    first, second = (max(len(row[i]) for row in rows) for i in range(2))
+    print(*(f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows), sep="\n")
     if model is not None:
         overridden: tuple[str, ...] = getattr(model, "overridden_methods", tuple)()
         asked: str | None = getattr(model, "attn_backend", None)

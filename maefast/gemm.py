@@ -1,5 +1,4 @@
-"""Products of a Linear on a GPU of compute capability 9.0: which of them the kernels of
-csrc/cuda/gemm take over from cuBLAS.
+"""Products of a Linear on Hopper that the kernels of csrc/cuda/gemm compute in place of cuBLAS.
 
 A product gives y (rows, features) from x (rows, depth). Its kind says what else happens in the same
 kernel:
@@ -26,8 +25,7 @@ _MULTIPLE = 8  # values in the 16 bytes that TMA counts by
 
 
 def why_not(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
-    """Return None where a kernel can compute the product of x (..., depth) and weight in `dtype`,
-    else the reason."""
+    """Return why no kernel can multiply x (..., depth) and weight in `dtype`, or None."""
     if not HAS_KERNELS:
         return "maefast was built without CUTLASS"
     if x.device.type != _DEVICE:
@@ -44,15 +42,13 @@ def why_not(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> str | N
             return f"the products from CUTLASS take {name} in positive multiples of {_MULTIPLE}, there are {size}"
     for name, t in (("x", x), ("weight", weight)):
         if not _is_readable(t):
-            return (
-                f"the products from CUTLASS read rows that start at multiples of 16 bytes, the strides of {name} are {t.stride()}"
-            )
+            rows_at = "rows that start at multiples of 16 bytes"
+            return f"the products from CUTLASS read {rows_at}, the strides of {name} are {t.stride()}"
     return None
 
 
 def is_faster(kind: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a kernel can compute this product and the committed table has it as faster
-    than cuBLAS.
+    """Return whether a kernel can compute this product, faster than cuBLAS by the table.
 
     An exported graph keeps to cuBLAS: it runs on other GPUs and with other numbers of rows.
     """
@@ -69,5 +65,5 @@ def _sizes(kind: str, x: Tensor, weight: Tensor) -> tuple[int, int, int]:
 
 
 def _is_readable(t: Tensor) -> bool:
-    """Return whether TMA can step through the rows of t (..., D); the kernels copy other tensors."""
+    """Return whether TMA can step through the rows of t (..., D); others are copied."""
     return t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) % _MULTIPLE == 0 and t.stride(0) >= t.shape[1])

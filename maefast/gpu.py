@@ -27,8 +27,8 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability, (major, minor). Raises RuntimeError in a process that was
-    forked after CUDA had been initialised."""
+    """Return the compute capability, (major, minor). Raises RuntimeError in a process forked after
+    CUDA was initialised."""
     if _forked:
         raise RuntimeError(
             f"a process that is forked after CUDA was initialised cannot use {device}: start it by the method spawn or "

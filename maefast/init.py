@@ -40,12 +40,8 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model: Any) -> None:
-    """The official initialisation; consumes random numbers in the official order, so one seed gives
-    the same weights.
-
-    `model` has just been built with torch's default initialisation. The bias of the patch embedding
-    keeps its default draw.
-    """
+    """Initialise a model just built, in the official order of random numbers: one seed gives the
+    official weights. The bias of the patch embedding keeps torch's default draw."""
     model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[-1], model.patch_embed.grid_size))
     model.decoder_pos_embed.copy_(sincos_positions(model.decoder_pos_embed.shape[-1], model.patch_embed.grid_size))
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.flatten(1))

@@ -20,22 +20,18 @@ from .ops.masked_mse import VAR_EPS
 from .patch_embed import PatchEmbed
 from .plain import project
 
-# The methods of the official model that a forward goes through, and so the ones that an override
-# takes off the fused path.
+# The official model's methods that forward calls; an override takes forward off the fused path.
 ENCODER_METHODS = ("forward_encoder", "random_masking")
 DECODER_METHODS = ("forward_decoder", "forward_loss", "patchify")
 
 
 class MAE(Backbone):
-    """Masked Autoencoder with a Vision Transformer backbone; the official constructor, parameter
-    names and initialisation.
+    """A Masked Autoencoder with the official constructor, parameter names and initialisation.
 
-    img_size, patch_size     int or (H, W)
-    mean, std                per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's
-                             by default for three channels
-    attn_backend             "auto", "native", "flash_attn", "sdpa" or "eager": what attention runs
-                             on, unless maefast.backend() or MAEFAST_BACKEND asks for one that has
-                             attention. What it cannot run raises RuntimeError
+    img_size, patch_size    int or (H, W)
+    mean, std       per channel, for uint8 images, read as (x/255 - mean)/std; ImageNet's by default
+                    for three channels
+    attn_backend    the `backend` of ops.attention
     """
 
     def __init__(
@@ -85,20 +81,15 @@ class MAE(Backbone):
     def from_pretrained(
         cls, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None, **overrides: Any
     ) -> "MAE":
-        """Return a model with the architecture and the weights of a checkpoint, a file or folder in
-        any layout of maefast.checkpoint.
+        """Return a model with the architecture and weights of a checkpoint of any known layout.
 
-        overrides      arguments of the constructor that the checkpoint does not tell, or that shall
-                       differ: img_size resizes the positions; num_heads is required where neither a
-                       config, nor the training arguments, nor a width of the factories tells it
-        key            which weights to take where the checkpoint holds several: an entry's name, a
-                       prefix, or both with a dot
-        stored_grid    (rows, columns) of the stored positions, where they are trained, not square,
-                       and no config tells it
-        What may be wrong although everything fitted, a decoder that is absent for one, is a
-        UserWarning; maefast.checkpoint.load has it in its report. Raises FileNotFoundError,
-        CheckpointError (a ValueError) that says what does not fit, and RuntimeError where
-        safetensors is needed and not installed.
+        overrides           arguments of the constructor that the checkpoint lacks or that override
+                            it; img_size resizes the positions
+        key, stored_grid    as in maefast.checkpoint.load
+
+        Possible mistakes, such as an absent decoder, are a UserWarning. Raises as
+        maefast.checkpoint.load, and CheckpointError (a ValueError) if num_heads is neither stored,
+        nor implied by the width, nor given.
         """
         model, report = checkpoint.from_pretrained(cls, path, key=key, stored_grid=stored_grid, **overrides)
         for warning in report.warnings:
@@ -108,32 +99,24 @@ class MAE(Backbone):
     def init_from(
         self, path: str | Path, *, key: str | None = None, stored_grid: tuple[int, int] | None = None
     ) -> checkpoint.LoadReport:
-        """Start from the weights of a checkpoint in any layout of maefast.checkpoint, whose report
-        is returned: the encoder, and the decoder where the file has one of the same sizes. Images
-        of another size or number of channels are provided for.
-
-        key, stored_grid    as in from_pretrained
-        Raises as from_pretrained; the model is then as it was.
-        """
+        """Start from the weights of a checkpoint: maefast.checkpoint.init_from."""
         return checkpoint.init_from(self, path, key=key, stored_grid=stored_grid)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors, with the official names, and config.json, with all arguments of
-        the constructor, to `folder`; from_pretrained gives the same model again. Needs safetensors.
-        """
+        """Write a folder that from_pretrained reads: maefast.checkpoint.save_pretrained."""
         checkpoint.save_pretrained(self, folder)
 
     # -- the official methods
 
     def patchify(self, imgs: Tensor) -> Tensor:
-        """imgs (N, C, H, W) -> (N, L, ph*pw*C), patches in row-major order, values channel-fastest."""
+        """Return the patches (N, L, ph*pw*C), row-major, of imgs (N, C, H, W), channel-fastest."""
         self.patch_embed.check(imgs)
         (ph, pw), (N, C, H, W) = self.patch_embed.patch_size, imgs.shape
         patches = imgs.reshape(N, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 3, 5, 1)
         return patches.reshape(N, (H // ph) * (W // pw), ph * pw * C)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """x (N, L, ph*pw*C) -> (N, C, H, W): the inverse of patchify."""
+        """Return images (N, C, H, W) from patches x (N, L, ph*pw*C), the inverse of patchify."""
         (ph, pw), (grid_h, grid_w) = self.patch_embed.patch_size, self.patch_embed.grid_size
         C = self.patch_embed.proj.in_channels
         if x.dim() != 3 or x.shape[1:] != (grid_h * grid_w, ph * pw * C):
@@ -142,32 +125,32 @@ class MAE(Backbone):
         return x.reshape(x.shape[0], C, grid_h * ph, grid_w * pw)
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedded tokens x (N, L, D) -> the kept ones (N, K, D), mask (N, L), 1 = removed,
-        ids_restore (N, L)."""
+        """Return kept tokens (N, K, D) of x (N, L, D), mask (N, L) and ids_restore (N, L)."""
         N, L, _ = x.shape
         len_keep = ops.len_keep(L, mask_ratio)
         ids_keep, ids_restore, mask = ops.random_masking(ops.masking_noise(N, L, x.device), len_keep)
         return take_tokens(x, ids_keep), mask, ids_restore
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """imgs (N, C, H, W) -> latent (N, 1+K, D), mask (N, L), ids_restore (N, L)."""
+        """Return latent (N, 1+K, D), mask (N, L) and ids_restore (N, L) of imgs (N, C, H, W)."""
         self._check_images(imgs)
         if self._overridden("random_masking"):
-            x = self._embed(imgs) + self.pos_embed[:, 1:]
-            x, mask, ids_restore = self.random_masking(x, mask_ratio)
+            x, mask, ids_restore = self.random_masking(self._embed(imgs) + self.pos_embed[:, 1:], mask_ratio)
         else:
-            len_keep = ops.len_keep(self.patch_embed.num_patches, mask_ratio)
-            noise = ops.masking_noise(imgs.shape[0], self.patch_embed.num_patches, imgs.device)
-            x, mask, ids_restore = self._embed_kept(imgs, noise, len_keep)
+            N, L = imgs.shape[0], self.patch_embed.num_patches
+            len_keep = ops.len_keep(L, mask_ratio)
+            x, mask, ids_restore = self._embed_kept(imgs, ops.masking_noise(N, L, imgs.device), len_keep)
         return self._encode_tokens(x), mask, ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """latent (N, 1+K, D), ids_restore (N, L) -> pred (N, L, P), channel-fastest patch order."""
+        """Return pred (N, L, P), channel-fastest, of latent (N, 1+K, D) and ids_restore (N, L)."""
         return project(self.decoder_pred, self._decode(x, ids_restore))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """imgs (N, C, H, W), pred (N, L, P), mask (N, L), 1 = removed -> scalar loss, the mean over
-        removed patches."""
+        """Return the scalar loss, the mean over removed patches.
+
+        imgs (N, C, H, W), pred (N, L, P), mask (N, L), 1 = removed
+        """
         if self._overridden("patchify"):
             target = self.patchify(imgs if imgs.dtype.is_floating_point else self._float_pixels(imgs))
             if self.norm_pix_loss:
@@ -194,36 +177,37 @@ class MAE(Backbone):
         """Run one pre-training forward (He et al. 2022, section 3).
 
         imgs         (N, C, H, W)  floating-point, or uint8 where mean and std are known
-        mask_ratio                 share of the patches that is removed; K = int(L * (1 -
-                                   mask_ratio)) are kept
+        mask_ratio                 share of removed patches; int(L * (1 - mask_ratio)) are kept
         noise        (N, L)        fp32, decides the mask in place of a fresh uniform draw
-        mask         (N, L)        bool or floating-point, 1 = removed, as many zeros in each row;
-                     mask_ratio is then not used.
-                                   On a GPU this costs a synchronisation
-        weights      (N, L)        floating-point, 0 or more: how much a removed patch counts in the
-                                   loss; 0 for one with missing values, whatever stands there
-        return_pred                False: pred is None and what the loss does not need is skipped;
-                                   same loss, same gradients
+        mask         (N, L)        bool or floating-point, 1 = removed, as many in each row, in
+                                   place of mask_ratio; on a GPU it costs a synchronisation
+        weights      (N, L)        floating-point, 0 or more: the weight of a removed patch in the
+                                   loss; 0 for one with missing values, whatever they are
+        return_pred                False: pred is None, and the decoder predicts removed patches
+                                   only; same loss, same gradients
         returns      (loss, pred, mask): scalar fp32, (N, L, P), (N, L) fp32 with 1 = removed
-        Raises TypeError or ValueError for input that does not fit the model, and RuntimeError where
-        an overridden method cannot honour an argument; nothing has then changed.
+        Raises TypeError or ValueError for input that does not fit the model, and RuntimeError if an
+        overridden method cannot honour an argument; nothing has then changed.
         """
-        self._check_forward(imgs, mask_ratio, noise, mask, return_pred, weights)
-        official_encoder = any(self._overridden(name) for name in ENCODER_METHODS)
-        official_decoder = any(self._overridden(name) for name in DECODER_METHODS)
-        if official_encoder:
+        self._check_images(imgs)
+        L = self.patch_embed.num_patches
+        if imgs.shape[0] == 0:
+            raise ValueError("imgs must hold at least one image; the batch is empty")
+        check_masking(imgs, L, mask_ratio, noise, mask, weights)
+        if not return_pred:
+            self._refuse("return_pred=False", DECODER_METHODS)
+        for name, tensor in (("noise=", noise), ("mask=", mask)):
+            if tensor is not None:
+                self._refuse(name, ENCODER_METHODS)
+        if any(map(self._overridden, ENCODER_METHODS)):
             latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
         else:
-            L = self.patch_embed.num_patches
-            if mask is not None:
-                noise, len_keep = noise_of_mask(mask)
-            else:
-                len_keep = ops.len_keep(L, mask_ratio)
+            noise, len_keep = (noise, ops.len_keep(L, mask_ratio)) if mask is None else noise_of_mask(mask)
             if noise is None:
                 noise = ops.masking_noise(imgs.shape[0], L, imgs.device)
             x, mask, ids_restore = self._embed_kept(imgs, noise, len_keep)
             latent = self._encode_tokens(x)
-        if return_pred or official_decoder or weights is not None:
+        if return_pred or weights is not None or any(map(self._overridden, DECODER_METHODS)):
             pred = self.forward_decoder(latent, ids_restore)
             counted = mask if weights is None else mask * weights
             return MAEOutput(self.forward_loss(imgs, pred, counted), pred if return_pred else None, mask)
@@ -231,8 +215,7 @@ class MAE(Backbone):
         return MAEOutput(self.forward_loss(imgs, pred, mask), None, mask)
 
     def encode(self, imgs: Tensor) -> Tensor:
-        """Return features of whole images, nothing masked: imgs (N, C, H, W) -> (N, 1+L, D) after
-        `norm`, class token first, patches in row-major order."""
+        """Return all tokens (N, 1+L, D) of imgs (N, C, H, W) after `norm`, class token first."""
         self._check_images(imgs)
         return self._encode_tokens(self._embed(imgs) + self.pos_embed[:, 1:])
 
@@ -240,9 +223,9 @@ class MAE(Backbone):
     def reconstruct(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, noise: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Return pictures (N, C, H, W), fp32, in the range of imgs (0..255 for uint8): the visible
-        patches of imgs, and the predictions of the removed ones, de-normalised with the statistics
-        of their own patch where the target is normalised."""
+        """Return images (N, C, H, W), fp32, in the range of imgs (0..255 for uint8): visible
+        patches as they are, removed ones predicted. A normalised prediction is scaled back by the
+        mean and std of its own patch."""
         _, pred, mask = self(imgs, mask_ratio, noise=noise, mask=mask)
         target, pred = MAE.patchify(self, self._float_pixels(imgs)), pred.float()
         if self.norm_pix_loss:
@@ -264,7 +247,7 @@ class MAE(Backbone):
         return (imgs.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
     def _embed_kept(self, imgs: Tensor, noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, K, D), positions added, then mask and ids_restore."""
+        """Return the kept tokens (N, K, D) with positions, mask and ids_restore."""
         statistics = self._statistics_for(imgs)
         if type(self.patch_embed) is PatchEmbed:
             x, ids_keep, ids_restore, mask = self.patch_embed.masked(imgs, noise, len_keep, *statistics)
@@ -277,14 +260,13 @@ class MAE(Backbone):
         return run_blocks(self.blocks, self.norm, self._with_class_token(x))
 
     def _decode(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
-        """latent (N, 1+K, D) -> (N, 1+L, decoder D) after decoder_norm; with ids (N, M) these
-        tokens, (N, M, decoder D)."""
+        """Return the decoder's tokens (N, 1+L, D), or those of ids (N, M), after decoder_norm."""
         tokens = (project(self.decoder_embed, latent), ids_restore, self.mask_token, self.decoder_pos_embed)
         x = ops.unshuffle(*tokens)
         return run_blocks(self.decoder_blocks, self.decoder_norm, x, ids=ids, unshuffled=None if ids is None else tokens)
 
     def _predict_removed(self, latent: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
-        """Return predictions (N, M, P) of only the removed patches, in ascending patch index."""
+        """Return predictions (N, M, P) of the removed patches, in ascending patch index."""
         removed = mask.shape[1] + 1 - latent.shape[1]
         # ranks of 0 and 1: the removed ones first, in ascending order
         ids_removed = ops.random_masking(1 - mask, removed)[0]
@@ -296,32 +278,10 @@ class MAE(Backbone):
         return name in self.__dict__ or getattr(type(self), name) is not getattr(MAE, name)
 
     def overridden_methods(self) -> tuple[str, ...]:
-        """Return the official methods that a subclass or the instance replaces; forward calls them
-        with their official arguments."""
+        """Return the official methods that a subclass or the instance replaces."""
         return tuple(name for name in ENCODER_METHODS + DECODER_METHODS if self._overridden(name))
 
-    def _refuse(self, argument: str, names: Sequence[str]) -> None:
-        for name in names:
-            if self._overridden(name):
-                raise RuntimeError(
-                    f"{argument} cannot be honoured: {type(self).__name__} overrides {name}, which has no such argument"
-                )
-
-    def _check_forward(
-        self,
-        imgs: Tensor,
-        mask_ratio: float,
-        noise: Tensor | None,
-        mask: Tensor | None,
-        return_pred: bool,
-        weights: Tensor | None,
-    ) -> None:
-        self._check_images(imgs)
-        if imgs.shape[0] == 0:
-            raise ValueError("imgs must hold at least one image; the batch is empty")
-        if not return_pred:
-            self._refuse("return_pred=False", DECODER_METHODS)
-        for name, tensor in (("noise", noise), ("mask", mask)):
-            if tensor is not None:
-                self._refuse(f"{name}=", ENCODER_METHODS)
-        check_masking(imgs, self.patch_embed.num_patches, mask_ratio, noise, mask, weights)
+    def _refuse(self, argument: str, methods: Sequence[str]) -> None:
+        if overridden := [name for name in methods if self._overridden(name)]:
+            override = f"{type(self).__name__} overrides {overridden[0]}, which has no such argument"
+            raise RuntimeError(f"{argument} cannot be honoured: {override}")

@@ -1,4 +1,4 @@
-"""The official module's names: `import maefast.models_mae as models_mae; models_mae.__dict__[name](norm_pix_loss=True)`."""
+"""The official module's names: `models_mae.__dict__[name](norm_pix_loss=True)`."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""The official module's names: `import maefast.models_vit as models_vit; models_vit.__dict__[name](num_classes=1000)`."""
+"""The official module's names: `models_vit.__dict__[name](num_classes=1000)`."""
 
 from collections.abc import Callable
 from typing import Any

@@ -10,10 +10,10 @@ from .plain import is_plain
 
 
 class PatchEmbed(nn.Module):
-    """The patch embedding. Only the requested patches are read from the image and multiplied.
+    """The patch embedding, which reads and multiplies only the requested patches.
 
-    `proj` is a Conv2d for the sake of its parameters' names, shapes and initialisation; it runs as
-    one GEMM. Where it is hooked, sharded or replaced it is called, each patch an image of its own.
+    `proj` is a Conv2d for its parameters' names, shapes and initialisation; it runs as one GEMM, or
+    is called on each patch if it is hooked, sharded or replaced.
     """
 
     def __init__(self, img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int, embed_dim: int):
@@ -35,12 +35,9 @@ class PatchEmbed(nn.Module):
         any_size: bool = False,
         patches: Tensor | None = None,
     ) -> Tensor:
-        """imgs (N, C, H, W), ids (N, K) or None for all patches in row-major order -> (N, K or L,
-        D), no positions added.
-
-        uint8 images are read as (x/255 - mean)/std. any_size: H and W are any multiples of the
-        patch. patches (N, K, P): those of ids, where they have been read already.
-        """
+        """Return tokens (N, K, D), without positions, of the patches ids (N, K) of imgs (N, C, H,
+        W), by default of all L. any_size: H and W are any multiples of the patch. patches (N, K,
+        P): those of ids, if they were read already."""
         self.check(imgs, any_size)
         weight = self.proj.weight
         dtype = compute_dtype(weight)
@@ -49,8 +46,7 @@ class PatchEmbed(nn.Module):
                 rows, cols = self.grid_of(imgs)
                 ids = torch.arange(rows * cols, device=imgs.device).expand(imgs.shape[0], -1)
             patches = ops.gather_patches(imgs, ids, self.patch_size, mean, std, dtype)
-        # those that were read outside of here, where a sharded weight may have another
-        patches = patches.to(dtype)
+        patches = patches.to(dtype)  # given ones may have another, beside a sharded weight
         if is_plain(self.proj, nn.Conv2d):
             return ops.linear(patches, weight.flatten(1), self.proj.bias)
         windows = patches.flatten(0, 1).unflatten(1, (self.proj.in_channels, *self.patch_size))
@@ -59,8 +55,7 @@ class PatchEmbed(nn.Module):
     def masked(
         self, imgs: Tensor, noise: Tensor, len_keep: int, mean: Tensor | None, std: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return tokens (N, K, D) of the patches that random masking keeps, then ids_keep,
-        ids_restore, mask."""
+        """Return the kept tokens (N, K, D), ids_keep, ids_restore and mask."""
         self.check(imgs)
         dtype = compute_dtype(self.proj.weight)
         patches, *masking = ops.mask_patches(imgs, noise, len_keep, self.patch_size, mean, std, dtype)
@@ -71,8 +66,7 @@ class PatchEmbed(nn.Module):
         return imgs.shape[2] // self.patch_size[0], imgs.shape[3] // self.patch_size[1]
 
     def check(self, imgs: Tensor, any_size: bool = False) -> None:
-        """Check images. Raises ValueError unless imgs is (N, C, H, W) with this embedding's
-        channels and size; any_size: whole patches."""
+        """Raise ValueError unless imgs has this embedding's channels and size, or whole patches."""
         (H, W), (ph, pw), C = self.img_size, self.patch_size, self.proj.in_channels
         fits = imgs.dim() == 4 and imgs.shape[1] == C
         if any_size:

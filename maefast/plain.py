@@ -10,8 +10,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Return whether a call of `module` does what kind.forward says, and no hook would notice that
-    it is not called."""
+    """Return whether a call of `module` runs kind.forward and no hook."""
     return type(module) is kind and "forward" not in module.__dict__ and not _torch.is_hooked(module)
 
 

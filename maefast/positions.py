@@ -5,8 +5,7 @@ from torch import Tensor
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resize positions (1, L, D) of `grid` (rows, columns) to (1, L', D) of `new_grid`: in 2-D,
-    bicubic."""
+    """Resize positions (1, L, D) of `grid` (rows, columns) to `new_grid` in 2-D, bicubic."""
     if new_grid == grid:
         return positions
     table = positions.unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]

@@ -6,15 +6,15 @@ from . import ops
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """The pyramid of Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection", section 3.
+    """The pyramid of Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object
+    Detection", section 3.
 
-    dim             width D of the encoder
+    dim             width D of the encoder, a multiple of 4, or a ValueError is raised
     out_channels    of every map
 
-    From the last map of `VisionTransformer.features`, whose stride is the patch p, come maps of strides p/4, p/2, p and 2p: 4, 8,
-    16 and 32 for patches of 16; 3.5, 7, 14 and 28 for patches of 14. Two transposed convolutions, one, none and max pooling
-    change the scale; a 1 x 1 and a 3 x 3 convolution without bias follow, each with a LayerNorm over channels.
-    Raises ValueError for a dim that is no multiple of 4.
+    The last map of `VisionTransformer.features`, whose stride is the patch p, becomes maps of
+    strides p/4, p/2, p and 2p, by transposed convolutions or max pooling. A 1 x 1 and a 3 x 3
+    convolution without bias follow, each with a LayerNorm over channels.
     """
 
     def __init__(self, dim: int, out_channels: int = 256):
@@ -22,7 +22,7 @@ class SimpleFeaturePyramid(nn.Module):
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a positive multiple of 4; it is {dim}")
         half, quarter = dim // 2, dim // 4
-        resized: tuple[tuple[list[nn.Module], int], ...] = (  # what changes the scale, and the width that comes out of it
+        resized: tuple[tuple[list[nn.Module], int], ...] = (  # layers that change the scale, width
             ([_doubled(dim, half), ChannelNorm(half), nn.GELU(), _doubled(half, quarter)], quarter),
             ([_doubled(dim, half)], half),
             ([], dim),
@@ -32,10 +32,8 @@ class SimpleFeaturePyramid(nn.Module):
         self.levels = nn.ModuleList(nn.Sequential(*layers, *_projected(width, out_channels)) for layers, width in resized)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x (N, D, h, w), h and w 2 or more -> (N, out_channels, ...) of sizes (4h, 4w), (2h, 2w), (h, w), (h // 2, w // 2).
-
-        Raises ValueError for any other shape.
-        """
+        """Return four maps (N, out_channels, ...) of x (N, D, h, w), h and w 2 or more: of sizes
+        (4h, 4w), (2h, 2w), (h, w), (h // 2, w // 2). Raises ValueError for any other shape."""
         if x.dim() != 4 or x.shape[1] != self.dim or min(x.shape[2:]) < 2:
             raise ValueError(f"x must be (N, {self.dim}, h, w) with h and w 2 or more; its shape is {tuple(x.shape)}")
         return [level(x) for level in self.levels]

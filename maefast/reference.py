@@ -1,7 +1,7 @@
 """ReferenceMAE: the plain eager Masked Autoencoder, written for reading.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Everything else in this package is held against it:
-same parameter names, same initialisation, same masks for the same seed, same loss, same gradients.
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. The rest of the package is
+judged by it: names of parameters, initialisation, masks for a seed, loss, gradients.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class MAEOutput(NamedTuple):
 
 
 def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
-    """`size` as (height, width); an int stands for both."""
+    """Return `size` as (height, width); an int stands for both."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"{name} must be positive; it is {size}")
@@ -32,10 +32,10 @@ def pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed sin-cos positions of a grid of patches, after a zero row for the class token.
+    """Return sin-cos positions (1, 1+L, dim), fp32, of a grid; the class token's are zero.
 
-    Half of the width encodes the column and half the row, each as [sin | cos] of pos * 10000^(-k / (dim/4)), k = 0 .. dim/4-1
-    (the 2-D form of Vaswani et al. 2017, section 3.5). Computed in float64, returned as (1, 1+L, dim) fp32.
+    Half of the width encodes the column and half the row, each as [sin | cos] of pos * 10000^(-k /
+    (dim/4)), k = 0 .. dim/4-1 (2-D form of Vaswani et al. 2017, section 3.5), in float64.
     """
     if dim % 4:
         raise ValueError(f"the width of sin-cos positions must be divisible by 4, it is {dim}")
@@ -48,10 +48,8 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model: Any) -> None:
-    """The official initialisation; consumes random numbers in the official order, so one seed gives the same weights.
-
-    `model` has just been built with torch's default initialisation. The bias of the patch embedding keeps its default draw.
-    """
+    """Initialise a model just built, in the official order of random numbers: one seed gives the
+    official weights. The bias of the patch embedding keeps torch's default draw."""
     model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[-1], model.patch_embed.grid_size))
     model.decoder_pos_embed.copy_(sincos_positions(model.decoder_pos_embed.shape[-1], model.patch_embed.grid_size))
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.flatten(1))
@@ -118,8 +116,8 @@ class Block(nn.Module):
 
 
 class ReferenceMAE(nn.Module):
-    """The model of the paper, with the official constructor. `attention` is "math" (scores materialised, as in the original)
-    or "sdpa" (torch's fused attention)."""
+    """The model of the paper with the official constructor. `attention` is "math", which stores the
+    scores as the original does, or "sdpa", torch's own."""
 
     def __init__(
         self,
@@ -165,7 +163,7 @@ class ReferenceMAE(nn.Module):
         return patches.reshape(N, (H // ph) * (W // pw), ph * pw * C)
 
     def random_masking(self, x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep the patches of smallest noise. x (N, L, D) -> kept (N, K, D), mask (N, L), ids_restore (N, L)."""
+        """Return kept tokens (N, K, D) of x (N, L, D), of smallest noise, mask and ids_restore."""
         N, L, D = x.shape
         len_keep = int(L * (1 - mask_ratio))
         if noise is None:
@@ -207,7 +205,7 @@ class ReferenceMAE(nn.Module):
         return (loss * mask).sum() / mask.sum()
 
     def forward(self, imgs: Tensor, mask_ratio: float = 0.75, *, noise: Tensor | None = None) -> MAEOutput:
-        """imgs (N, C, H, W) float; noise (N, L), uniform, decides the mask and is drawn by torch.rand if not given."""
+        """Run imgs (N, C, H, W), float; noise (N, L) decides the mask, by default torch.rand's."""
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
         return MAEOutput(self.forward_loss(imgs, pred, mask), pred, mask)

@@ -1,5 +1,5 @@
-"""The backend that was asked for, by the environment variable MAEFAST_BACKEND (read at import) or by `backend(...)`, and
-decisions that are remembered for it."""
+"""The requested backend, from MAEFAST_BACKEND (read at import) or `backend(...)`, and decisions
+that are remembered for it."""
 
 import functools
 import os
@@ -33,8 +33,8 @@ def why_absent(backend: str) -> str | None:
 
 
 def checked(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str | None:
-    """Return a backend that was asked for by `source`, and None for "auto". Raises where there is no
-    such backend, or it is not installed."""
+    """Return the backend that `source` requests, None for "auto". Raises ValueError for a name that
+    is none, CannotRunError for a backend that is not installed."""
     if name == "auto":
         return None
     if name not in names:
@@ -49,11 +49,10 @@ _requested: str | None = checked(os.environ.get("MAEFAST_BACKEND", "auto"), "MAE
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops of the process that `name` implements on it within the block; "auto" lets maefast
-    choose. Compiled code notices the switch.
+    """Force the backend `name` for the ops that it implements, within the block and the process.
 
-    Raises ValueError for an unknown name and RuntimeError where this installation has no such
-    backend. An op that cannot run on it raises RuntimeError with the reason.
+    "auto" lets maefast choose. Raises ValueError for an unknown name, RuntimeError for a backend
+    that is not installed. An op that cannot run on it raises RuntimeError with the reason.
     """
     global _requested
     before, _requested = _requested, checked(name, "backend")
@@ -64,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def requested() -> str | None:
-    """Return the backend that was asked for, for the whole process."""
+    """Return the backend requested for the process, or None."""
     return _requested
 
 
@@ -73,8 +72,7 @@ _remembered: list[dict[Any, Any]] = []
 
 
 def remembered(decide: Callable[..., Decision]) -> Callable[..., Decision]:
-    """Decorate a decision that follows from its arguments and the process's request: it is made
-    once for each kind of them."""
+    """Decorate a decision that depends on its arguments and the process's request: it is cached."""
     decisions: dict[Any, Decision] = {}
     _remembered.append(decisions)
 
@@ -97,8 +95,7 @@ def remembered(decide: Callable[..., Decision]) -> Callable[..., Decision]:
 
 
 def forget() -> None:
-    """Make every decision anew from here on: in a forked process, which may have lost its GPU, and
-    for tests that change what a machine has."""
+    """Clear remembered decisions: in a forked process, which may have lost its GPU, or a test."""
     for decisions in _remembered:
         decisions.clear()
 

@@ -1,9 +1,7 @@
-"""The committed table of measurements, tuned.json: what `auto` and the launchers of the Triton
-kernels choose by on a GPU.
+"""The committed table of measurements, tuned.json, by which `auto` and Triton's launchers choose.
 
-`python -m maefast.kernels.tune` writes it; nothing is ever timed in the user's process. A size or
-an architecture without an entry takes what needs no measurement: SDPA for attention, a kernel's own
-rule for its tile.
+`python -m maefast.kernels.tune` writes it; nothing is timed in the user's process. Without an entry
+attention runs on SDPA, and a kernel takes the tile of its own rule.
 """
 
 import json
@@ -23,22 +21,19 @@ DEFAULT_ATTENTION = "sdpa"
 
 
 class Attention(NamedTuple):
-    """On a GPU of this capability `backend` is the fastest for heads of this width and `first` to
-    `last` tokens."""
+    """The fastest backend of attention for heads of this width and `first` to `last` tokens."""
 
     capability: str  # "9.0"
     head_width: int
     first: int
     last: int
     backend: str
-    # forward and backward over those of DEFAULT_ATTENTION, the least of what was measured in this
-    # range
-    speedup: float
+    speedup: float  # of forward and backward over DEFAULT_ATTENTION, the least in this range
     measured: str  # where
 
 
 class Tile(NamedTuple):
-    """On a GPU of this capability a kernel takes these in place of what its own rule gives."""
+    """A tile that overrides a kernel's own rule on a GPU of this capability."""
 
     capability: str
     kernel: str  # the name of its op, "layer_norm_bwd"
@@ -49,8 +44,7 @@ class Tile(NamedTuple):
 
 
 class Gemm(NamedTuple):
-    """On a GPU of this capability the kernels of csrc/cuda/gemm are faster than cuBLAS, and than it
-    and a kernel for the rest."""
+    """Products that csrc/cuda/gemm computes faster than cuBLAS and a kernel for the rest."""
 
     capability: str
     kind: str  # as maefast/gemm.py names it
@@ -154,8 +148,7 @@ def fastest_attention(capability: tuple[int, int], head_width: int, tokens: int)
 
 
 def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth: int, features: int) -> bool:
-    """Return whether the table says that the kernels of csrc/cuda/gemm are faster than cuBLAS. Its
-    committed entries are a prototype's."""
+    """Return whether the table has csrc/cuda/gemm as faster than cuBLAS."""
     name = name_of(capability)
     return any(
         entry.kind == kind
@@ -168,21 +161,18 @@ def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth:
 
 
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:
-    """Return the tile for rows of `width` on `device`: the launcher's own rule, overridden by the
-    table."""
+    """Return the tile for rows of `width` on `device`: `rule`, overridden by the table."""
     return rule | _tiles.get((kernel, width, architecture(device)), {}) if (kernel, width) in _tuned else rule
 
 
 def architecture(device: torch.device) -> str:
-    """Return the table's name for a device: "9.0"; "cpu" where Triton's interpreter runs the
-    kernels."""
+    """Return the table's name for a device: "9.0", or "cpu" in Triton's interpreter."""
     return name_of(gpu.capability(device)) if device.type == "cuda" else device.type
 
 
 @contextmanager
 def trying(kernel: str, width: int, device: torch.device, tile: dict[str, int]) -> Iterator[None]:
-    """Make the launcher of `kernel` take `tile` within the block, whatever the table says; {} is
-    its own rule."""
+    """Make the launcher of `kernel` take `tile` within the block; {} is its own rule."""
     global _tiles, _tuned
     before = _tiles, _tuned
     _tiles, _tuned = _tiles | {(kernel, width, architecture(device)): tile}, _tuned | {(kernel, width)}

@@ -1,8 +1,9 @@
-"""Fits the polynomials of csrc/cuda/gemm/gelu.h and prints them with their errors; needs numpy and scipy.
+"""Fit the polynomials of csrc/cuda/gemm/gelu.h and print them with their errors.
 
     python scripts/fit_gelu.py
 
-Each is the fit of least maximum error, found as a linear program, with its value at the end of the interval held.
+Needs numpy and scipy. Each is a minimax fit, found as a linear program, with a fixed value at the
+end of the interval.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,10 @@ def slope(v: np.ndarray) -> np.ndarray:
 
 
 def fit(function: Function, weight: Function, degree: int, end: float, scale: float, past: float = 0.0) -> np.ndarray:
-    """Coefficients of P, lowest first: function(v) = 0.5 + c P(c^2 - b^2 / 2) with c = scale v in [0, b], b = scale end.
+    """Return the coefficients of P, lowest first, where function(v) = 0.5 + c P(c^2 - b^2 / 2) with
+    c = scale v in [0, b], b = scale end.
 
-    Weighted by `weight`; the sum is 1 + past at c = b, so that it is -past at -b.
+    The error is weighted by `weight`; the sum is 1 + past at c = b, so that it is -past at -b.
     """
     v = end * np.sin(np.linspace(1e-4, np.pi / 2, POINTS))  # dense near the end
     c, half = scale * v, (scale * end) ** 2 / 2

@@ -128,6 +128,14 @@ def test_what_an_override_cannot_honour_raises(argument, name, place):
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+@pytest.mark.parametrize("name", REFUSED["noise"])
+def test_arguments_that_exclude_each_other_are_a_value_error(name):
+    model, recorder = make(name, "subclass")
+    with pytest.raises(ValueError, match="noise and mask both decide what is removed"):
+        model(images_for(model), noise=noise_for(model), mask=noise_for(model).argsort(dim=1) >= 6)
+    assert not recorder.calls
+
+
 HONOURED = [("noise", "forward_decoder"), ("mask", "forward_loss"), ("noise", "patchify")]
 HONOURED += [("return_pred", "forward_encoder"), ("return_pred", "random_masking")]
 

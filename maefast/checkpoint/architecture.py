@@ -64,8 +64,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The arguments of MAE's constructor, with layer_norm_eps in place of norm_layer. Heads are
-    None if unknown."""
+    """MAE's arguments, with layer_norm_eps in place of norm_layer; unknown heads are None."""
 
     img_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -92,8 +91,7 @@ class Architecture:
         return arguments | {"norm_layer": partial(nn.LayerNorm, eps=arguments.pop("layer_norm_eps"))}
 
     def require_heads(self, path: Path, given: Collection[str] = ()) -> None:
-        """Raise CheckpointError where a number of heads is neither known nor given, or does not
-        divide the width."""
+        """Raise CheckpointError for heads that are unknown, or do not divide the width."""
         for name, width, known in (
             ("num_heads", self.embed_dim, HEADS),
             ("decoder_num_heads", self.decoder_embed_dim, DECODER_HEADS),
@@ -108,8 +106,7 @@ class Architecture:
                 )
 
     def shapes(self, decoder: bool) -> dict[str, Shape]:
-        """Return official names, in their order, and shapes of MAE's state_dict, or of only its
-        encoder's."""
+        """Return the names and shapes of MAE's state_dict, or only its encoder's."""
         (rows, columns), (ph, pw), D, width = self.grid, self.patch_size, self.embed_dim, self.decoder_embed_dim
         tokens = 1 + rows * columns
         shapes: dict[str, Shape] = {"cls_token": (1, 1, D), "pos_embed": (1, tokens, D)}
@@ -124,9 +121,8 @@ class Architecture:
         return shapes
 
     def checked(self, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        """Return the tensors in the order of the official state_dict. Raises CheckpointError unless
-        names and shapes are those of this architecture, the decoder's included where there is one.
-        """
+        """Return the tensors in official order. Raises CheckpointError unless names and shapes are
+        those of this architecture, with its whole decoder or none."""
         has_decoder = any(map(is_decoder, tensors))
         shapes = self.shapes(has_decoder)
         strange, lacking = [name for name in tensors if name not in shapes], [name for name in shapes if name not in tensors]
@@ -173,8 +169,7 @@ def is_head(name: str) -> bool:
 
 
 def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
-    """Return the facts in config.json or in the training script's arguments. The layout implies eps
-    if neither has it."""
+    """Return the facts in config.json or the training arguments; the layout implies eps."""
     config = weights.config
     default = Facts(layer_norm_eps=TRANSFORMERS_EPS if weights.layout == "transformers" else OFFICIAL_EPS)
     told: Any = (None, None)
@@ -183,11 +178,8 @@ def facts_of(weights: Weights, tensors: Mapping[str, Tensor]) -> Facts:
             told = statistics.of_preprocessor(weights.preprocessor, _channels(tensors)) or told
         if "embed_dim" in config:  # the constructor's arguments: maefast's own
             own = {field.name: config.get(field.name) for field in fields(Facts)}
-            own |= {
-                "img_size": pair(config["img_size"], "img_size"),
-                "layer_norm_eps": float(config.get("layer_norm_eps", CLASS_EPS)),
-            }
-            return Facts(**own)
+            own["img_size"] = pair(config["img_size"], "img_size")
+            return Facts(**own | {"layer_norm_eps": float(config.get("layer_norm_eps", CLASS_EPS))})
         if "hidden_size" in config:
             return replace(_transformers_facts(config), mean=told[0], std=told[1])
         if "pretrained_cfg" in config or {"architecture", "input_size"} <= config.keys():  # timm's, and timm's of before
@@ -235,8 +227,7 @@ def _width_heads(tensors: Mapping[str, Tensor], token: str, known: Mapping[int, 
 
 
 def find_grid(tensors: Mapping[str, Tensor], facts: Facts, path: Path, given: Grid | None, models: Grid | None = None) -> Grid:
-    """Return the grid of the stored positions: the one given, else that of `facts`, else the one
-    that `grid_of` finds."""
+    """Return the grid of stored positions: given, or in `facts`, or found by `grid_of`."""
     _, _, ph, pw = _shape(tensors, "patch_embed.proj.weight", 4, path)
     _shape(tensors, "pos_embed", 3, path)
     if given is None and facts.img_size is not None:
@@ -245,11 +236,8 @@ def find_grid(tensors: Mapping[str, Tensor], facts: Facts, path: Path, given: Gr
 
 
 def infer(tensors: Mapping[str, Tensor], facts: Facts, path: Path, grid: Grid) -> Architecture:
-    """Return the architecture of tensors with official names and with positions of that grid.
-
-    Raises CheckpointError if a tensor that determines a size is missing or has another number of
-    dimensions.
-    """
+    """Return the architecture of tensors with official names and positions of that grid. Raises
+    CheckpointError if a tensor that determines a size is missing or has other dimensions."""
     embed_dim, in_chans, ph, pw = _shape(tensors, "patch_embed.proj.weight", 4, path)
     depth, decoder_depth = _depth(tensors, "blocks"), _depth(tensors, "decoder_blocks")
     for name in ("mean", "std"):
@@ -291,8 +279,7 @@ def _depth(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 def _mlp_ratio(layers: list[Shape]) -> float:
-    """Return a ratio for which int(width * ratio) is hidden for each fc1 (hidden, width), or nearly
-    so where there is none."""
+    """Return a ratio with int(width * ratio) == hidden for each fc1 (hidden, width), or near."""
     if not layers:
         return 4.0
     least = max(hidden / width for hidden, width in layers)
@@ -302,11 +289,8 @@ def _mlp_ratio(layers: list[Shape]) -> float:
 
 
 def of_model(model: Any) -> Architecture:
-    """Return the architecture of an MAE.
-
-    Raises ValueError where its norm_layer is not nn.LayerNorm, which neither its shapes nor a
-    config.json can tell.
-    """
+    """Return the architecture of an MAE. Raises ValueError for a norm_layer other than
+    nn.LayerNorm, which a config.json cannot express."""
     if type(model.norm) is not nn.LayerNorm:
         raise ValueError(f"norm_layer must be nn.LayerNorm to be saved; it is {type(model.norm).__name__}")
     heads, decoder_heads = (blocks[0].attn.num_heads if len(blocks) else 1 for blocks in (model.blocks, model.decoder_blocks))

@@ -1,5 +1,4 @@
-"""Weights in a checkpoint, found by the names of their tensors: in any entry, below any prefix, in
-any layout."""
+"""Weights in a checkpoint, found by their names in any entry, prefix and layout."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -15,8 +14,7 @@ from . import files
 from .files import CheckpointError, Contents, listed
 from .layouts import DECODER_ANCHOR, KNOWN, Layout, OfficialNames
 
-# Parts of names that a wrapper adds: DistributedDataParallel and AveragedModel, torch.compile,
-# FSDP, checkpointing, Lightning.
+# parts that DDP and AveragedModel, torch.compile, FSDP, checkpointing and Lightning add to names
 WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"))
 DEPTH = 4  # of entries within entries
 TOP = "."  # the key of weights that lie at the top of a file, without a prefix
@@ -26,43 +24,30 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one model in a checkpoint, by their official names.
-
-    source     where they were, in words
-    beside     other tensors that lie among them in the file and are not the model's
-    config     config.json, or the entry `config` of the file
-    args       the training script's arguments, where the file has them
-    ignored    the other entries, by their names
-    preprocessor    preprocessor_config.json, empty where there is none
-    """
+    """The weights of one model in a checkpoint, by their official names."""
 
     path: Path
-    source: str
+    source: str  # where they were, in words
     layout: str
     tensors: dict[str, Tensor]
-    beside: tuple[str, ...]
-    config: Mapping[str, Any]
-    args: Mapping[str, Any]
-    ignored: Mapping[str, Any]
-    preprocessor: Mapping[str, Any]
+    beside: tuple[str, ...]  # tensors of the same entry that are not the model's
+    config: Mapping[str, Any]  # config.json, or the entry `config` of the file
+    args: Mapping[str, Any]  # of the training script
+    ignored: Mapping[str, Any]  # the other entries, by their names
+    preprocessor: Mapping[str, Any]  # preprocessor_config.json
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An encoder among the tensors `state` of an entry, and the decoder that lies nearest.
-
-    entry      names of the entries that lead to `state`
-    prefix     of the encoder's names; decoder: of the decoder's, None where there is none
-    others     prefixes of the other encoders in `state`
-    """
+    """An encoder among the tensors `state` of an entry, and the nearest decoder."""
 
     path: Path
     layout: Layout
-    entry: tuple[str, ...]
+    entry: tuple[str, ...]  # names of the entries that lead to `state`
     state: State
-    prefix: str
-    decoder: str | None
-    others: tuple[str, ...]
+    prefix: str  # of the encoder's names
+    decoder: str | None  # prefix of the decoder's names
+    others: tuple[str, ...]  # prefixes of other encoders in `state`
 
     @property
     def key(self) -> str:
@@ -76,8 +61,8 @@ class Candidate:
 
     @cached_property
     def official(self) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return the tensors by their official names, and the names of the other tensors. A name
-        below a prefix of the model that the layout does not have stays as it is."""
+        """Return the tensors by their official names, and the names of other tensors. Names of the
+        model that the layout lacks stay as they are."""
         names, beside = OfficialNames(self.path, self.layout), list[str]()
         nested = self.decoder is not None and self.decoder != self.prefix and self.prefix.startswith(self.decoder)
         for name, tensor in self.state.items():
@@ -168,8 +153,7 @@ def _unusable(tensor: Tensor) -> str | None:
 
 
 def official_names(tensors: State, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one model by their official names. Raises CheckpointError if there are
-    none."""
+    """Return the tensors of a model by official names. Raises CheckpointError if there are none."""
     candidates = _candidates(path, (), tensors)
     if not candidates:
         raise CheckpointError(_why_none(Contents(path, tensors, {}, 0), [((), tensors)]))
@@ -177,8 +161,7 @@ def official_names(tensors: State, path: Path) -> dict[str, Tensor]:
 
 
 def _states(contents: Contents) -> Iterator[tuple[tuple[str, ...], State]]:
-    """Yield every dict of the file that holds tensors, with the names of the entries that lead to
-    it."""
+    """Yield the names that lead to each dict of tensors in the file, and the dict."""
     seen: set[int] = set()
 
     def walk(entries: Mapping[Any, Any], entry: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], State]]:
@@ -240,8 +223,7 @@ def _nearest(prefix: str, others: list[str]) -> list[str]:
 
 
 def _chosen(contents: Contents, candidates: list[Candidate], key: str | None) -> Candidate:
-    """Return the candidate that `key` names, or the only one. Copies of another's weights do not
-    count."""
+    """Return the candidate that `key` names, or the only one; copies of weights do not count."""
     if key is not None:
         named = [candidate for candidate in candidates if candidate.key == key]
         named = named or [candidate for candidate in candidates if _names(key, candidate.key)]

@@ -1,5 +1,4 @@
-"""Checkpoint files and folders: what is in them, and how they are written. No knowledge of any
-model."""
+"""Reading and writing of checkpoint files and folders, of any model."""
 
 import argparse
 import json
@@ -26,9 +25,8 @@ SUFFIXES = (".safetensors", *PICKLED)
 READ_SUFFIXES = (*SUFFIXES, ".ckpt")
 LARGEST_JSON, LARGEST_PICKLE = 64 << 20, 16 << 20  # an object of a pickle may be of 56 bytes for one
 
-# Packages whose objects stand beside the weights in training checkpoints: a best score of numpy, a
-# log of mmengine, a loss scaler of DeepSpeed. An inert object takes the place of each, and nothing
-# of the package is imported or run.
+# Packages whose objects stand beside the weights in training checkpoints, as mmengine's log does.
+# An inert object replaces each; nothing of the package is imported or run.
 BYSTANDERS = (
     "accelerate", "deepspeed", "easydict", "lightly", "lightning", "lightning_fabric", "lightning_utilities", "ml_collections",
     "mmcv", "mmengine", "mmpretrain", "mmselfsup", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "timm", "transformers",
@@ -47,29 +45,22 @@ class MissingPackageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file or folder holds.
-
-    entries    as they were saved, tensors mapped from disk where the format allows it
-    config     config.json of the folder; empty where there is none
-    size       bytes of the files
-    preprocessor    preprocessor_config.json of the folder, likewise
-    """
+    """The contents of a file or folder."""
 
     path: Path
-    entries: Mapping[Any, Any]
-    config: Mapping[str, Any]
-    size: int
-    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    entries: Mapping[Any, Any]  # as saved, tensors mapped from disk where the format allows it
+    config: Mapping[str, Any]  # config.json of the folder, or empty
+    size: int  # bytes of the files
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)  # preprocessor_config.json
 
 
 def read(path: str | Path) -> Contents:
-    """Return the contents of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, or of a
-    folder with one of them or its shards.
+    """Return the contents of a checkpoint file, or of a folder with one or its shards.
 
-    The first bytes of a file determine its kind. Nothing in a file is run: a pickle may hold only
-    tensors, numbers, strings, containers and argparse.Namespace, and objects of BYSTANDERS, which
-    are not created. Raises FileNotFoundError, CheckpointError for a file that is
-    damaged, refused or of another kind, MissingPackageError.
+    The first bytes of a file determine its kind. Nothing in it is run: a pickle may hold tensors,
+    numbers, strings, containers, argparse.Namespace, and objects of BYSTANDERS, which are not
+    created. Raises FileNotFoundError, CheckpointError for a damaged, refused or unknown file,
+    MissingPackageError.
     """
     path = Path(path)
     if not path.exists():

@@ -1,5 +1,4 @@
-"""Training that starts from the weights of a checkpoint, of a model that may differ in its images,
-its decoder and its head."""
+"""Training that starts from a checkpoint of other images, another decoder or another head."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,14 @@ from .target import warn_of_target
 
 
 def init_from(model: nn.Module, path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None) -> LoadReport:
-    """Start an MAE from a checkpoint of any known layout: the encoder, and the decoder where the
-    file has one that fits.
+    """Start an MAE from the encoder of a checkpoint, and from its decoder if it fits.
 
     key, stored_grid    as in `load`
 
-    Positions of another grid are computed or resized as in `load`. With another number of channels
-    the patch embedding and the predictions are repeated or averaged, so that an image whose
-    channels are all alike has the tokens that it had before. A head, a `fc_norm` and a decoder of
-    other sizes are left out, and the model keeps its own; the report says so. Raises as `load`; the
-    model is then as it was, bit for bit.
+    Positions are fitted as in `load`. For another number of channels, patch embedding and
+    predictions are repeated or averaged, so that an image of equal channels keeps its tokens. A
+    head, a `fc_norm` and a decoder of other sizes are left out, and reported. Raises as `load`; the
+    model is then unchanged, bit for bit.
     """
     check_model(model)
     ours = model.state_dict()
@@ -65,8 +62,7 @@ def _keeps_own(name: str, left_out: list[str]) -> bool:
 
 
 def _without_classifier(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """Return the names of a classifier's head and of its norm of pooled tokens, and warnings that
-    they are left out."""
+    """Return the names of a classifier's head and fc_norm, and warnings that they are left out."""
     pooled = [name for name in checkpoint.tensors if name.startswith("fc_norm.")]
     warnings = checkpoint.warn_of_head("training starts without it")
     if pooled and "norm.weight" not in checkpoint.tensors:
@@ -75,8 +71,7 @@ def _without_classifier(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
 
 
 def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """Return the checkpoint with patch embedding and predictions fitted to the model's channels,
-    and what was done."""
+    """Return the checkpoint fitted to the model's channels, and what was done."""
     ours, theirs = model.state_dict(), dict(checkpoint.tensors)
     embedding = theirs["patch_embed.proj.weight"]  # [D, C, ph, pw], as find_grid has checked
     channels, wanted = embedding.shape[1], ours["patch_embed.proj.weight"].shape[1]
@@ -105,8 +100,7 @@ def _with_channels(model: nn.Module, checkpoint: Checkpoint) -> tuple[Checkpoint
 
 
 def _unfit_decoder(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], str]:
-    """Return the names of the checkpoint's decoder, and a warning if it does not fit the
-    model's."""
+    """Return the names of the checkpoint's decoder, and a warning if it does not fit the model."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if is_decoder(name)}
     theirs = {name: tensor for name, tensor in checkpoint.tensors.items() if is_decoder(name)}
     if not theirs:

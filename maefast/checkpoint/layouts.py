@@ -1,5 +1,4 @@
-"""The names that tensors have in each layout, and their official names, which are also timm's and
-maefast's own; bit for bit."""
+"""The names of tensors in each layout, and the official ones, also timm's and maefast's."""
 
 import re
 from collections import defaultdict
@@ -18,26 +17,19 @@ QKV = "attn.qkv"
 
 @dataclass(frozen=True)
 class Names:
-    """A table from the names of a layout to official ones.
+    """A table from the names of a layout to official ones."""
 
-    blocks     what stands before a block's number -> blocks or decoder_blocks
-    modules    module of a block -> official module
-    parts      module of a block -> the third of attn.qkv that it is
-    outside    module or parameter outside of the blocks -> official one
-    """
-
-    blocks: Mapping[str, str]
-    modules: Mapping[str, str]
-    outside: Mapping[str, str]
-    parts: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, str]  # prefix of a block's number -> blocks or decoder_blocks
+    modules: Mapping[str, str]  # module of a block -> official module
+    outside: Mapping[str, str]  # module or parameter outside of the blocks -> official one
+    parts: Mapping[str, int] = field(default_factory=dict)  # module of a block -> third of qkv
 
     @cached_property
     def _block(self) -> re.Pattern[str]:
         return re.compile(rf"({'|'.join(map(re.escape, self.blocks))})([0-9]+)\.(.+)(?:\.|(?<=in_proj)_)(weight|bias)")
 
     def official(self, name: str) -> tuple[str, int | None] | None:
-        """Return the official name of a tensor and which third of it q, k or v is; None for a name
-        that the layout does not have."""
+        """Return a tensor's official name and which third of it q, k or v is; None if unknown."""
         if found := self._block.fullmatch(name):
             before, index, module, kind = found.groups()
             block = f"{self.blocks[before]}.{index}"
@@ -50,11 +42,10 @@ class Names:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a layout has the patch embedding, by which its encoder is found, and the names of its
-    encoder and decoder, each relative to the prefix that they share."""
+    """The names of a layout, relative to the prefixes of encoder and decoder."""
 
     name: str
-    anchor: str
+    anchor: str  # the patch embedding's weight, by which an encoder is found
     encoder: Names
     decoder: Names
 
@@ -73,8 +64,7 @@ _OFFICIAL = Layout(
     _OFFICIAL_DECODER,
 )
 
-# transformers' published spelling first, then those of version 5: in its modules, and for the
-# decoder in the files it saves.
+# transformers' published spelling, then version 5's, of modules and of the decoder in saved files
 _THEIR_BLOCKS = {"blocks": ("encoder.layer", "layers"), "decoder_blocks": ("decoder_layers", "decoder_encoder.layer")}
 _THEIR_PARTS = (("attention.attention.query", "attention.q_proj"),
                 ("attention.attention.key", "attention.k_proj"),

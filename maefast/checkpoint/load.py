@@ -125,12 +125,10 @@ def read(path: str | Path, key: str | None = None) -> Checkpoint:
 
 
 def load(model: nn.Module, path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None) -> LoadReport:
-    """Load a checkpoint of any known layout into a model with official names, an MAE or its
-    encoder.
+    """Load a checkpoint of any known layout into an MAE or its encoder.
 
-    key            which weights to take where the checkpoint holds several, such as an average
-                   beside them: the name of the entry, the prefix of the names, or both, joined by
-                   dots
+    key            which of several weights, such as an average: the entry's name, the prefix of
+                   the names, or both, joined by a dot
     stored_grid    (rows, columns) of the stored positions, overriding the checkpoint. None:
                    config.json's, else the grid whose sin-cos positions they are, else the model's
                    if it has as many patches, else a square
@@ -163,8 +161,7 @@ def stored_positions(model: Any, checkpoint: Checkpoint, stored_grid: Grid | Non
 def from_pretrained(
     cls: Callable[..., M], path: str | Path, *, key: str | None = None, stored_grid: Grid | None = None, **overrides: Any
 ) -> tuple[M, LoadReport]:
-    """Return a model of class `cls`, which has MAE's constructor, with the architecture and the
-    weights of a checkpoint.
+    """Return a model of class `cls` with the architecture and the weights of a checkpoint.
 
     cls            a class, or a function that takes MAE's arguments and makes an encoder of them
     overrides      arguments of the constructor that the checkpoint lacks or that override it, such
@@ -241,8 +238,7 @@ def has_decoder(model: nn.Module) -> bool:
 
 
 def refit(model: Any, checkpoint: Checkpoint, grid: Grid) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a checkpoint with positions fitted to the model's grid, and what was
-    done."""
+    """Return the tensors with positions fitted to the model's grid, and what was done."""
     fitted, changes = dict(checkpoint.tensors), list[str]()
     for name in sorted({"pos_embed", "decoder_pos_embed"} & fitted.keys() & model.state_dict().keys()):
         L = grid[0] * grid[1]
@@ -255,20 +251,17 @@ def refit(model: Any, checkpoint: Checkpoint, grid: Grid) -> tuple[dict[str, Ten
 
 
 def put(model: nn.Module, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into the model, which must have all of them. Raises CheckpointError, before
-    anything is copied, if one does not fit."""
+    """Copy weights into the model. Raises CheckpointError, before any copy, if one does not fit."""
     ours = model.state_dict()
-    for name, tensor in weights.items():
-        if tensor.shape != ours[name].shape:
-            raise CheckpointError(
-                f"{checkpoint.path} does not fit {type(model).__name__}: {name} is {tuple(tensor.shape)} in the checkpoint and "
-                f"{tuple(ours[name].shape)} in the model"
-            )
-        if tensor.is_floating_point() != ours[name].is_floating_point():
-            raise CheckpointError(
-                f"{checkpoint.path} does not fit {type(model).__name__}: {name} is {tensor.dtype} in the checkpoint and "
-                f"{ours[name].dtype} in the model"
-            )
+    for name, theirs in weights.items():
+        facts: tuple[Any, Any] | None = None
+        if theirs.shape != ours[name].shape:
+            facts = tuple(theirs.shape), tuple(ours[name].shape)
+        elif theirs.is_floating_point() != ours[name].is_floating_point():
+            facts = theirs.dtype, ours[name].dtype
+        if facts is not None:
+            differ = f"{name} is {facts[0]} in the checkpoint and {facts[1]} in the model"
+            raise CheckpointError(f"{checkpoint.path} does not fit {type(model).__name__}: {differ}")
     on_meta = [name for name, tensor in ours.items() if tensor.is_meta]
     if lacking := [name for name in on_meta if name not in weights]:
         raise CheckpointError(
@@ -280,8 +273,7 @@ def put(model: nn.Module, checkpoint: Checkpoint, weights: Mapping[str, Tensor])
 
 
 def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> None:
-    """Raise CheckpointError unless only a whole decoder or a head is missing, and only a decoder or
-    norm that the model lacks is left over."""
+    """Raise CheckpointError unless only a decoder or head is missing, or a decoder or norm left."""
     names = model.state_dict().keys()
     decoder, fc_norm = any(map(is_decoder, names)), any(name.startswith("fc_norm.") for name in names)
 
@@ -297,8 +289,7 @@ def _check_names(model: nn.Module, checkpoint: Checkpoint, missing: list[str], u
 
 
 def check_heads(model: Any, checkpoint: Checkpoint, stacks: Iterable[str] = ("blocks", "decoder_blocks")) -> None:
-    """Raise CheckpointError if the checkpoint has another number of heads: the shapes would fit,
-    but the results would differ."""
+    """Raise CheckpointError for another number of heads, which the shapes do not show."""
     for name, blocks in (("num_heads", "blocks"), ("decoder_num_heads", "decoder_blocks")):
         told, theirs = getattr(checkpoint.facts, name), f"{blocks}.0.attn.qkv.weight"
         if blocks not in stacks or told is None or theirs not in checkpoint.tensors or not len(getattr(model, blocks, ())):

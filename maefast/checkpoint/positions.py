@@ -14,8 +14,7 @@ Grid = tuple[int, int]
 
 
 def is_sincos(pos_embed: Tensor, grid: Grid) -> bool:
-    """Return whether (1, 1+L, D) are the sin-cos positions of that grid, up to the rounding of
-    their dtype and of float32 angles."""
+    """Return whether (1, 1+L, D) are the sin-cos positions of that grid, up to rounding."""
     D = pos_embed.shape[-1]
     tolerance = max(1e-4, torch.finfo(pos_embed.dtype).eps)
     with torch.device(pos_embed.device):  # whatever the default is
@@ -23,8 +22,8 @@ def is_sincos(pos_embed: Tensor, grid: Grid) -> bool:
 
 
 def grid_of(pos_embed: Tensor, told: Grid | None, models: Grid | None, path: Path) -> Grid:
-    """Return the grid of stored positions (1, 1+L, D): the one given, else the one whose sin-cos
-    they are, else the model's own where it has L patches, else a square."""
+    """Return the grid of stored positions (1, 1+L, D): the one given, else that of sin-cos
+    positions, else the model's if it has L patches, else a square."""
     L = pos_embed.shape[1] - 1
     if L < 1:
         raise CheckpointError(f"{path} must have positions of patches; the shape of pos_embed is {tuple(pos_embed.shape)}")
@@ -44,8 +43,7 @@ def grid_of(pos_embed: Tensor, told: Grid | None, models: Grid | None, path: Pat
 
 
 def refitted(pos_embed: Tensor, stored: Grid, grid: Grid) -> tuple[Tensor, str | None]:
-    """Return positions (1, 1+L, D) of another grid, and what was done: fixed ones are computed for
-    it, trained ones resized in 2-D."""
+    """Return positions of another grid, computed if sin-cos or else resized, and what was done."""
     if stored == grid:
         return pos_embed, None
     change = f"for {grid[0]} x {grid[1]} patches; the file has {stored[0]} x {stored[1]}"

@@ -1,4 +1,4 @@
-"""transformers' ViTMAEForPreTraining and ViTMAEModel on maefast's kernels: the same configuration, forward, outputs, checkpoints.
+"""transformers' ViTMAEForPreTraining and ViTMAEModel on maefast's kernels.
 
 Importing this does not import transformers; making a model does.
 """

@@ -18,16 +18,15 @@ from .capture import DroppingAttention, captured
 from .loading import Source, neutral, read_config, wanted_device, wanted_dtype, write
 from .names import their_names, to_own_names, to_transformers_names
 
-# transformers' names of backends
-ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attn"}
+ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flash_attn"}  # their names
 A = TypeVar("A", bound="Adapter")
 
 
 class Adapter(nn.Module):
     """The methods of transformers' PreTrainedModel that ViTMAEModel and ViTMAEForPreTraining have.
 
-    _inner    the name of the submodule with official names that holds the parameters
-    _outer    begins transformers' names that the class has not, its base model being the whole
+    _inner    the submodule that holds the parameters, by official names
+    _outer    the prefix of transformers' names that the class lacks, being the base model
     """
 
     main_input_name = "pixel_values"
@@ -73,8 +72,7 @@ class Adapter(nn.Module):
         return getattr(self, self.base_model_prefix, self)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return how many values the parameters have. exclude_embeddings: without the patch
-        embedding."""
+        """Return the number of values; exclude_embeddings: without the patch embedding's."""
         left_out = {id(p) for p in self.get_input_embeddings().parameters()} if exclude_embeddings else set()
         counted = (p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable))
         return sum(p.numel() for p in counted)
@@ -115,7 +113,7 @@ class Adapter(nn.Module):
         return False
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Run attention on "eager", "sdpa" or "flash_attention_2" in place of what maefast chooses."""
+        """Run attention on "eager", "sdpa" or "flash_attention_2"."""
         if attn_implementation not in ATTENTION:
             wanted = f"it must be one of {', '.join(ATTENTION)}"
             raise ValueError(f'Specified `attn_implementation="{attn_implementation}"` is not supported; {wanted}')
@@ -126,8 +124,7 @@ class Adapter(nn.Module):
         self.config._attn_implementation = attn_implementation
 
     def enable_input_require_grads(self) -> None:
-        """Let the embedded patches require gradients, which adapters on a frozen model need under
-        activation checkpointing."""
+        """Let embedded patches require gradients, for adapters under activation checkpointing."""
         self.disable_input_require_grads()
         self._require_grads_hook = self.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
 
@@ -145,12 +142,11 @@ class Adapter(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Compute the activations of blocks again in their backward pass.
+        """Recompute the activations of blocks in their backward pass.
 
         activation_checkpointing_kwargs    of torch.utils.checkpoint.checkpoint; use_reentrant is
                                            False by default
-        every_n_layers                     which blocks: every n-th of the encoder, and of the
-                                           decoder
+        every_n_layers                     every n-th block of the encoder, and of the decoder
         Raises ValueError for offload=True, and for an every_n_layers below 1.
         """
         if offload:
@@ -305,8 +301,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def _capturing(self, attentions: bool | None, hidden: bool | None) -> Iterator[dict[str, Any]]:
-        """Yield what the outputs of transformers hold beside the results, complete when the block
-        ends."""
+        """Yield hidden states and attentions, complete when the block ends."""
         extras: dict[str, Any] = {"hidden_states": None, "attentions": None}
         wanted = self._flag(hidden, "output_hidden_states"), self._flag(attentions, "output_attentions")
         with captured(self._weights.blocks, *wanted) as kept:
@@ -320,8 +315,7 @@ class Adapter(nn.Module):
     def _noise_for(
         self, pixel_values: Tensor | None, noise: Tensor | None, interpolate: bool | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """Return noise (N, L) in fp32 that ranks as `noise`, or a fresh draw. Raises for arguments
-        that are refused."""
+        """Return fp32 noise (N, L) that ranks as `noise`, or a draw; refuse unknown arguments."""
         if pixel_values is None:
             raise ValueError("pixel_values must be given; it is None")
         if interpolate:

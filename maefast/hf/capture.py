@@ -1,5 +1,4 @@
-"""Features of transformers' configuration that maefast's blocks lack: dropout, hidden states,
-attention weights."""
+"""Features of transformers that blocks lack: dropout, hidden states, attention weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from ..blocks import Attention, Mlp
 
 
 class DroppingAttention(nn.Module):
-    """Attention with dropout of its weights and of what it projects; x (N, T, D) -> (N, T, D)."""
+    """Attention with dropout of its weights and of its output."""
 
     def __init__(self, attention: Attention, weights: float, projected: float):
         super().__init__()
@@ -43,7 +42,7 @@ class DroppingMlp(nn.Module):
 
 
 def add_dropout(blocks: nn.ModuleList, hidden: float, weights: float) -> None:
-    """Let every block drop out as transformers' layers do; rates of 0 leave it as it is."""
+    """Add the dropout of transformers' layers to every block, unless both rates are 0."""
     for name, rate in (("hidden_dropout_prob", hidden), ("attention_probs_dropout_prob", weights)):
         if not 0 <= rate < 1:
             raise ValueError(f"config.{name} must be in [0, 1); it is {rate}")
@@ -55,8 +54,8 @@ def add_dropout(blocks: nn.ModuleList, hidden: float, weights: float) -> None:
 
 @contextmanager
 def captured(blocks: nn.ModuleList, hidden: bool, attentions: bool) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Within the block, the tokens before each of `blocks` and after the last, and the attention
-    weights (N, h, T, T) of each, as far as they are asked for."""
+    """Yield lists that collect the tokens before each block and after the last, and the attention
+    weights (N, h, T, T) of each, if wanted."""
     states, weights = list[Tensor](), list[Tensor]()
     with ExitStack() as stack:
         block: Any

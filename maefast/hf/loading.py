@@ -1,5 +1,4 @@
-"""The files of from_pretrained (folders, files, the hub and its local cache) and of
-save_pretrained."""
+"""The files of from_pretrained (folders, files, the hub and its cache) and of save_pretrained."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,8 +14,7 @@ from ..checkpoint.files import CONFIG, THEIR_WEIGHTS, WEIGHTS, write_json, write
 
 INDEX = ".index.json"
 MODEL_TYPES = ("vit_mae", "vit")
-# Arguments of transformers' from_pretrained that have no meaning here, and what may be passed for
-# each.
+# arguments of transformers' from_pretrained that have no meaning here, and their allowed values
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "adapter_kwargs": (None, {}),
     "distributed_config": (None,),
@@ -43,7 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, a file, or a model of the hub, and how the hub is asked."""
+    """A folder, a file, or a model of the hub, and options of the hub's client."""
 
     path: str | Path
     options: Mapping[str, Any]
@@ -53,11 +51,10 @@ class Source:
         return Path(self.path).exists()
 
     def weights(self, safe: bool | None) -> Path:
-        """Return the folder or file with the weights, in the local cache if `path` is a model of
-        the hub.
+        """Return the folder or file with the weights, for a model of the hub in the local cache.
 
-        safe    True: safetensors alone; False: pickles alone
-        Raises OSError where there are none, as transformers does.
+        safe    True: only safetensors; False: only pickles
+        Raises OSError if there are none, as transformers does.
         """
         place = Path(self.path) / self.options.get("subfolder", "") if self.local else None
         if place is not None and (place.is_file() or safe is None):
@@ -99,8 +96,7 @@ def require_transformers() -> Any:
 
 
 def neutral(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are not in NEUTRAL. Raises ValueError for one of NEUTRAL whose
-    value would be ignored."""
+    """Return the arguments that are not in NEUTRAL; raise ValueError for a value not in NEUTRAL."""
     for name in NEUTRAL.keys() & arguments.keys():
         if not any(arguments[name] is value or arguments[name] == value for value in NEUTRAL[name]):
             allowed = " or ".join(map(repr, NEUTRAL[name]))
@@ -109,8 +105,7 @@ def neutral(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(source: Source, config: Any, overrides: dict[str, Any]) -> Any:
-    """Return the given configuration, or the one read from `config` or beside the weights, with
-    overrides."""
+    """Return the configuration, given or read from `config` or beside the weights, overridden."""
     if config is not None and not isinstance(config, str | Path):
         if overrides:
             raise TypeError(f"{', '.join(overrides)} must be in config, where that is given; got both")

@@ -19,8 +19,7 @@ class _Encoder(nn.Module):
 
     def __init__(self, mae: MAE):
         super().__init__()
-        # not a submodule: its decoder is none of the encoder's
-        object.__setattr__(self, "mae", mae)
+        object.__setattr__(self, "mae", mae)  # not a submodule, since it has a decoder
         self.patch_embed, self.blocks, self.norm = mae.patch_embed, mae.blocks, mae.norm
         self.cls_token, self.pos_embed = mae.cls_token, mae.pos_embed
         self.register_load_state_dict_post_hook(_share_tokens)
@@ -39,8 +38,7 @@ def _share_tokens(encoder: Any, _: Any) -> None:
 
 
 class ViTMAEModel(Adapter):
-    """transformers' class of this name, the encoder on masked images, around the encoder of a
-    `maefast.MAE`.
+    """transformers' class of this name around the encoder of a `maefast.MAE`.
 
     config    a transformers.ViTMAEConfig, or any object with its attributes
     """
@@ -78,11 +76,8 @@ class ViTMAEModel(Adapter):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """pixel_values (N, C, H, W), noise (N, L) -> ViTMAEModelOutput: last_hidden_state (N, 1+K,
-        D), mask, ids_restore (N, L).
-
-        Arguments and errors are those of ViTMAEForPreTraining.forward.
-        """
+        """Return a ViTMAEModelOutput: last_hidden_state (N, 1+K, D), mask, ids_restore (N, L).
+        Arguments and errors are those of ViTMAEForPreTraining.forward."""
         noise = self._noise_for(pixel_values, noise, interpolate_pos_encoding, attention_mask)
         mae = self._mae
         mae._check_images(pixel_values)
@@ -133,17 +128,14 @@ class ViTMAEForPreTraining(Adapter):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """pixel_values (N, C, H, W) -> ViTMAEForPreTrainingOutput: loss, logits (N, L, P), mask (N,
-        L), ids_restore (N, L).
+        """Return a ViTMAEForPreTrainingOutput: loss, logits (N, L, P), mask, ids_restore (N, L).
 
-        noise (N, L)                               decides the mask in place of a fresh draw;
-                                                   config.mask_ratio of the patches are removed
-        output_attentions, output_hidden_states    of the encoder; by default as config says. Blocks
-                                                   then run module by module
-        return_dict                                False: a tuple
-        Raises ValueError for interpolate_pos_encoding: a model for another size is made with that
-        `image_size` in its configuration, and from_pretrained fits the positions. `model.mae` takes
-        more, such as return_pred=False.
+        pixel_values    (N, C, H, W)
+        noise           (N, L), decides the mask in place of a fresh draw
+        output_attentions, output_hidden_states    of the encoder; by default as in config
+        return_dict     False: return a tuple
+        Raises ValueError for interpolate_pos_encoding: give from_pretrained a config with the
+        other `image_size` instead.
         """
         noise = self._noise_for(pixel_values, noise, interpolate_pos_encoding, attention_mask)
         self.mae.norm_pix_loss = bool(self.config.norm_pix_loss)

@@ -1,4 +1,4 @@
-"""transformers' names of tensors, to and from official ones: in a state_dict, and in the report of loading."""
+"""Translation of tensors' names between transformers' and official ones."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""The Triton backend: each op of schemas.inc that has a module here as `maefast_triton::<op>`, beside the native `maefast::<op>`.
+"""The Triton backend: ops of schemas.inc as `maefast_triton::<op>` beside `maefast::<op>`.
 
-Importing this imports no Triton. The first call of an op imports its module, which holds the kernels and, under the name of the
-op, the function that launches them. The ops take tensors of any device: Triton's interpreter runs on the CPU's.
+Importing this imports no Triton. The first call of an op imports its module, which holds the
+kernels and, under the name of the op, the function that launches them. The ops take tensors of any
+device: Triton's interpreter runs on the CPU's.
 """
 
 import functools
@@ -33,9 +34,7 @@ fragment = torch.library.Library("maefast_triton", "DEF")
 
 @functools.cache
 def _launcher(name: str) -> Callable[..., Any]:
-    module = importlib.import_module(f".{_op_of(name)}", __name__)
-    launcher: Callable[..., Any] = getattr(module, name)
-    return launcher
+    return getattr(importlib.import_module(f".{_op_of(name)}", __name__), name)
 
 
 def _register(name: str) -> None:

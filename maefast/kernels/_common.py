@@ -1,5 +1,4 @@
-"""What the kernels share: launches, how tiles are cut, sums of columns, the normalisation of a uint8
-pixel."""
+"""What the kernels share: launches, tiles, sums of columns, uint8 pixels."""
 
 from typing import Any
 
@@ -43,37 +42,34 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """Return `tensor` itself if its last dimension is dense, else a contiguous copy."""
+    """Return `tensor`, or a contiguous copy if its last dimension is not dense."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def dense_statistics(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the statistics of uint8 images as kernels read them: both dense, or none."""
+    """Return both statistics of uint8 images dense, or none."""
     return (None, None) if mean is None or std is None else (mean.contiguous(), std.contiguous())
 
 
 def strides_of(imgs: Tensor) -> dict[str, int]:
-    """Return the strides of images (N, C, H, W) under the names that the kernels give them."""
+    """Return the strides of images (N, C, H, W) by the names of the kernels' arguments."""
     return dict(zip(("stride_n", "stride_c", "stride_h", "stride_w"), imgs.stride(), strict=True))
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """Return `tensor` (..., D) as (rows, D) with dense rows, a copy only if its strides allow no
-    view."""
+    """Return `tensor` (..., D) as (rows, D) with dense rows; a copy if no view has them."""
     return dense_rows(tensor.reshape(-1, tensor.shape[-1]))
 
 
 def column_block(width: int) -> int:
-    """Return the power of two, up to 512, that cuts `width` with the least waste; the largest of
-    those that waste the same."""
+    """Return the largest power of two, up to 512, that cuts `width` with least waste."""
     if width <= 128:
         return triton.next_power_of_2(width)
     return min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block)
 
 
 def rows_per_chunk(rows: int, least: int = 16) -> int:
-    """A rule of the shape alone, so that the order of a sum is: about 2000 chunks, or chunks of
-    `least` .. 128 rows."""
+    """Return `least` .. 128 rows for about 2000 chunks; the shape alone fixes the order of sums."""
     return min(128, max(least, triton.next_power_of_2(triton.cdiv(rows, 2048))))
 
 
@@ -96,11 +92,8 @@ def _column_sum_kernel(
 
 
 def sum_columns(partial: Tensor, *totals: Tensor) -> None:
-    """Add the chunks of partial (chunks, k D), fp32, into k <= 3 totals of D values: the second
-    stage of a sum over rows.
-
-    The order of the additions depends on the number of chunks alone.
-    """
+    """Add the chunks of partial (chunks, k D), fp32, into k <= 3 totals of D values; only the
+    number of chunks determines the order of the additions."""
     D = totals[0].numel()
     first, second, third = (*totals, None, None)[:3]
     launch(
@@ -121,8 +114,7 @@ def sum_columns(partial: Tensor, *totals: Tensor) -> None:
 
 @triton.jit
 def normalised(pixel, mean, rstd):
-    """(pixel / 255 - mean) * rstd for uint8 values; the quotient correctly rounded, as a division
-    would give it."""
+    """(pixel / 255 - mean) * rstd for uint8 values; the quotient is correctly rounded."""
     pixel = pixel.to(tl.float32)
     quotient = pixel * (1 / 255)
     quotient = tl.fma(tl.fma(quotient, -255.0, pixel), 1 / 255, quotient)

@@ -14,16 +14,17 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit
 def add_triples(a, b, c, d, e, f):
-    """Combines three sums over rows, which one tl.reduce then exchanges together between warps."""
+    """Combine three sums over rows, which one tl.reduce exchanges together between warps."""
     return a + d, b + e, c + f
 
 
 @triton.jit
 def normalise(value, inside, D, eps):
-    """value [ROWS, BLOCK] of rows of D, zero where not `inside` -> the rows normalised, their mean and 1 / sqrt(var + eps).
+    """Return value [ROWS, BLOCK], zero where not `inside`, normalised, its mean and
+    1 / sqrt(var + eps).
 
-    The mean is rounded to fp32; the residue, what is left of the mean of value - mean, keeps rows exact whose mean is far larger
-    than their spread.
+    The mean is rounded to fp32; the residue, the mean of value - mean, keeps rows exact whose mean
+    is far larger than their spread.
     """
     mean = tl.sum(value, axis=1) / D
     difference = tl.where(inside, value - mean[:, None], 0.0)
@@ -42,11 +43,7 @@ def scaled(normalised, weight_ptr, bias_ptr, d, D):
 
 
 def forward_tile(kernel: str, D: int, x: torch.Tensor) -> dict[str, int]:
-    """BLOCK, a whole row, and ROWS of them: 1,024 values of narrow rows; four wider ones, up to 8,192 values, of fp32 4,096."""
-    block = triton.next_power_of_2(D)
-    if block <= 512:
-        rule = {"BLOCK": block, "ROWS": min(16, 1024 // block), "num_warps": 4}
-    else:
-        values = 4096 if x.dtype == torch.float32 else 8192  # fp32 branches spill beyond
-        rule = {"BLOCK": block, "ROWS": max(1, min(4, values // block)), "num_warps": 8}
-    return tile_for(kernel, D, x.device, rule)
+    block = triton.next_power_of_2(D)  # a whole row
+    values = 4096 if x.dtype == torch.float32 else 8192  # fp32 branches spill beyond
+    rows, warps = (min(16, 1024 // block), 4) if block <= 512 else (max(1, min(4, values // block)), 8)
+    return tile_for(kernel, D, x.device, {"BLOCK": block, "ROWS": rows, "num_warps": warps})

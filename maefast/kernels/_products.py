@@ -1,5 +1,4 @@
-"""Timing of maefast/gemm.py's products for `python -m maefast.kernels.tune`, and the resulting
-table entries."""
+"""Timing of maefast/gemm.py's products for `python -m maefast.kernels.tune`, and table entries."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,13 +25,11 @@ class Size(NamedTuple):
 
 
 Timed = tuple[str, Size, Mapping[str, float]]  # kind, size, time of "cublas" and of "cutlass"
-# of x, weight, bias, hidden
-Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # x, weight, bias, hidden
 
 
 def sizes(kind: str) -> tuple[Size, ...]:
-    """Yield the products of a kind in the blocks of ViT-B, -L and -H; with GELU the one between the
-    MLP's two layers."""
+    """Return the products of a kind in the blocks of ViT-B, -L and -H."""
     shapes = ((1, 4),) if "gelu" in kind else ((1, 1), (1, 3), (1, 4), (4, 1))
     return tuple(Size(rows, width * a, width * b) for rows, width in _BLOCKS for a, b in shapes)
 
@@ -62,8 +59,7 @@ _CUBLAS: dict[str, Contender] = {
     "input_gradient": lambda x, weight, bias, hidden: (x @ weight,),
     "linear_gelu_fwd": _linear_gelu,
     "linear_gelu_bwd": lambda x, weight, bias, hidden: (_gelu_gradient(x @ weight, hidden),),
-    # asked for only where linear_gelu_bwd is faster than cuBLAS
-    "linear_gelu_bwd_sum": _separate_sum,
+    "linear_gelu_bwd_sum": _separate_sum,  # only asked for if linear_gelu_bwd is faster than cuBLAS
 }
 _CUTLASS: dict[str, Contender] = {
     "linear": lambda x, weight, bias, hidden: (torch.ops.maefast.linear_fwd(x, weight, bias, False),),
@@ -86,7 +82,7 @@ def plain(kind: str, x: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) ->
 
 
 def inputs(kind: str, size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """x, weight, bias, hidden."""
+    """Return x, weight, bias, hidden."""
     rows, depth, features = size
     weight = (features, depth) if kind in gemm.FORWARD else (depth, features)
     shapes = ((rows, depth), weight, (features,), (rows, features))
@@ -145,5 +141,5 @@ def entries(timed: Iterable[Timed], gain: float, capability: str, measured: str)
 
 
 def _first(value: int, measured: Iterable[int]) -> int:
-    """Where the range that ends at `value` begins."""
+    """Return the first value of the range that ends at `value`."""
     return max([-(-2 * value // 3), *(other + 1 for other in measured if other < value)])

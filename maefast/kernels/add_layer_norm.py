@@ -1,4 +1,4 @@
-"""add_layer_norm on a GPU: a program adds a few rows of the branch to the residual and normalises the sums as stored."""
+"""add_layer_norm on a GPU: a program adds a few rows to the residual and normalises the sums."""
 
 import torch
 import triton
@@ -44,8 +44,7 @@ def add_layer_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     D, x_rows, residual_rows = x.shape[-1], as_rows(x), as_rows(residual)
-    rows = x_rows.shape[0]
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows, y = x_rows.shape[0], torch.empty(x.shape, dtype=dtype, device=x.device)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)

@@ -1,4 +1,4 @@
-"""gather_patches on a GPU: a tile is some kept patches x some of their values, read from the image and written in order."""
+"""gather_patches on a GPU: a tile is some kept patches x some of their values."""
 
 import torch
 import triton
@@ -61,10 +61,9 @@ def launch_config(P: int, device: torch.device) -> dict[str, int]:
 def gather_patches_fwd(
     imgs: Tensor, ids: Tensor, patch_h: int, patch_w: int, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """A row whose id is out of range holds pixels of zero."""
+    """Gather patches; one whose id is out of range holds zeros."""
     (N, K), (_, C, H, W) = ids.shape, imgs.shape
     P = C * patch_h * patch_w
-    ids = ids.contiguous()
     mean, std = dense_statistics(mean, std)
     out = torch.empty(N, K, P, dtype=dtype, device=imgs.device)
     if out.numel():
@@ -74,7 +73,7 @@ def gather_patches_fwd(
             _gather_patches_fwd_kernel,
             grid,
             imgs_ptr=imgs,
-            ids_ptr=ids,
+            ids_ptr=ids.contiguous(),
             mean_ptr=mean,
             std_ptr=std,
             out_ptr=out,

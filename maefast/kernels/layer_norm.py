@@ -1,5 +1,6 @@
-"""layer_norm on a GPU: a program normalises a few rows. Backward, which also serves add_layer_norm: a program takes a chunk of
-rows, a few at a time, and sums the gradients of weight and bias, and the columns of dx, over them; a second kernel adds them."""
+"""layer_norm on a GPU: a program normalises a few rows. Backward, which also serves add_layer_norm:
+a program sums the gradients of weight and bias and the columns of dx over a chunk of rows; a second
+kernel adds the chunks."""
 
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ class _BackwardTile(NamedTuple):
     width: int  # the widest row
     rows: int
     num_warps: int
-    programs: int  # 132 times what an SM of an H200 holds best; a number of its own, so that sums depend on the shape alone
+    programs: int  # 132 times what an SM of an H200 holds best, so that the shape alone fixes sums
 
 
 _BACKWARD_TILES = (
@@ -111,7 +112,7 @@ _PIPELINE_BYTES = 88 << 10  # of shared memory, which a GPU with 99 KB for a pro
 
 
 def backward_tile(D: int, row_bytes: int, device: torch.device) -> dict[str, int]:
-    """row_bytes: that a program reads of one row."""
+    """Return the tile; a program reads `row_bytes` of one row."""
     tile = next(tile for tile in _BACKWARD_TILES if tile.width >= D)
     block = triton.next_power_of_2(D)
     # Triton keeps STAGES - 1 steps in flight.
@@ -121,9 +122,8 @@ def backward_tile(D: int, row_bytes: int, device: torch.device) -> dict[str, int
 
 
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    D, x_rows = x.shape[-1], as_rows(x)
+    D, x_rows, y = x.shape[-1], as_rows(x), torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = x_rows.shape[0]
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel():

@@ -1,8 +1,10 @@
-"""masked_mse on a GPU: one patch at a time in the registers of a warp or a few, as [C, pixels]; the target is never stored.
+"""masked_mse on a GPU: a patch is held in registers, as [C, pixels]; the target is never stored.
 
-A program works on GROUP patches of a sample. Patches of weight zero are not read. The loss is summed per program, then over the
-programs by a second kernel.
+A program works on GROUP patches of a sample. Patches of weight zero are not read. The loss is
+summed per program, then over the programs by a second kernel.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +19,7 @@ VAR_EPS = tl.constexpr(1e-6)  # inside the root
 
 @triton.jit
 def _removed_before(weights_ptr, patch, BLOCK: tl.constexpr):
-    """The number of weights[:patch] that are not zero: the row of this patch in a pred of removed patches."""
+    """Return the number of nonzero weights[:patch]: the row of a patch among removed ones."""
     count = tl.zeros([BLOCK], tl.int32)
     for first in range(0, patch, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -27,7 +29,7 @@ def _removed_before(weights_ptr, patch, BLOCK: tl.constexpr):
 
 @triton.jit
 def _error(pred_ptr, imgs_ptr, pred_at, imgs_at, inside, mean, rstd, P: tl.constexpr, NORM: tl.constexpr):
-    """pred - target of one patch [BC, BPIX]; zero outside. Statistics in two passes over the registers."""
+    """pred - target of one patch [BC, BPIX], zero outside; statistics in two passes."""
     value = tl.load(imgs_ptr + imgs_at, mask=inside, other=0)
     guess = tl.load(pred_ptr + pred_at, mask=inside, other=0.0).to(tl.float32)
     if imgs_ptr.dtype.element_ty == tl.uint8:
@@ -36,7 +38,7 @@ def _error(pred_ptr, imgs_ptr, pred_at, imgs_at, inside, mean, rstd, P: tl.const
     if NORM:
         centred = tl.where(inside, target - tl.sum(target) / P, 0.0)
         var = tl.sum(centred * centred) / (P - 1)
-        approximate = tl.rsqrt(var + VAR_EPS)  # one Newton step instead of exact functions, whose calls cost registers
+        approximate = tl.rsqrt(var + VAR_EPS)  # and a Newton step: calls of exact functions cost registers
         target = centred * (approximate * (1.5 - 0.5 * (var + VAR_EPS) * approximate * approximate))
     return guess - target
 
@@ -76,6 +78,7 @@ def _masked_mse_fwd_kernel(
     BC: tl.constexpr,
     BPIX: tl.constexpr,
 ):
+    P: tl.constexpr = C * PH * PW
     n = (tl.program_id(0) // groups).to(tl.int64)
     first = tl.program_id(0) % groups * GROUP
     weights = mask_ptr + n * L
@@ -85,9 +88,7 @@ def _masked_mse_fwd_kernel(
     imgs_at = c.to(tl.int64) * stride_c + y * stride_h + x * stride_w
     pred_at = pixel * C + c
     average, rstd = _statistics(mean_ptr, std_ptr, c, C)
-    row = first
-    if COMPACT:
-        row = _removed_before(weights, first, 256)
+    row = _removed_before(weights, first, 256) if COMPACT else first
     total, weight = 0.0, 0.0
     for i in range(first, tl.minimum(first + GROUP, L)):
         w = tl.load(weights + i)
@@ -95,9 +96,7 @@ def _masked_mse_fwd_kernel(
         if (w != 0) & (row < M):
             corner = n * stride_n + (i // grid_w).to(tl.int64) * (PH * stride_h) + (i % grid_w).to(tl.int64) * (PW * stride_w)
             pred_row = pred_ptr + n * pred_stride_n + row.to(tl.int64) * pred_stride_l
-            error = _error(
-                pred_row, imgs_ptr + corner, pred_at, imgs_at, inside, mean=average, rstd=rstd, P=C * PH * PW, NORM=NORM
-            )
+            error = _error(pred_row, imgs_ptr + corner, pred_at, imgs_at, inside, mean=average, rstd=rstd, P=P, NORM=NORM)
             total += w * tl.sum(error * error)
         row += (w != 0).to(tl.int32) if COMPACT else 1
     tl.store(partial_ptr + tl.program_id(0), total)
@@ -156,9 +155,7 @@ def _masked_mse_bwd_kernel(
     zeros = tl.zeros([BC * BPIX], dpred_ptr.dtype.element_ty)
     average, rstd = _statistics(mean_ptr, std_ptr, c, C)
     scale = tl.div_rn(tl.load(dloss_ptr) * 2.0, tl.load(sum_mask_ptr) * P)
-    row = first
-    if COMPACT:
-        row = _removed_before(weights, first, 256)
+    row = _removed_before(weights, first, 256) if COMPACT else first
     for i in range(first, tl.minimum(first + GROUP, L)):
         w = tl.load(weights + i)
         dpred_row = dpred_ptr + (n * M + row) * P
@@ -176,50 +173,36 @@ def _masked_mse_bwd_kernel(
 
 
 def launch_config(kernel: str, N: int, L: int, C: int, pixels: int, device: torch.device) -> dict[str, int]:
-    """GROUP, a rule of the shape alone, so that the order of the sum is: enough programs for a large GPU, few enough to start
-    quickly."""
     tile_c, tile_pixels = triton.next_power_of_2(C), triton.next_power_of_2(pixels)
-    group = min(8, max(1, triton.next_power_of_2(N * L // 8192)))
+    group = min(8, max(1, triton.next_power_of_2(N * L // 8192)))  # the shape alone fixes the order of the sum
     rule = {"GROUP": group, "BC": tile_c, "BPIX": tile_pixels, "num_warps": max(1, tile_c * tile_pixels // 1024), "maxnreg": 128}
     return tile_for(kernel, C * pixels, device, rule)
+
+
+def _arguments(
+    kernel: str, pred: Tensor, imgs: Tensor, mask: Tensor, patch: tuple[int, int], mean: Tensor | None, std: Tensor | None
+) -> dict[str, Any]:
+    """Return the arguments that the forward and the backward kernel share."""
+    (N, L), C, (patch_h, patch_w) = mask.shape, imgs.shape[1], patch
+    pred, (mean, std) = dense_rows(pred), dense_statistics(mean, std)
+    tile = launch_config(kernel, N, L, C, patch_h * patch_w, pred.device)
+    pointers = {"pred_ptr": pred, "imgs_ptr": imgs, "mask_ptr": mask.contiguous(), "mean_ptr": mean, "std_ptr": std}
+    sizes = {"L": L, "M": pred.shape[1], "groups": triton.cdiv(L, tile["GROUP"]), "grid_w": imgs.shape[3] // patch_w}
+    strides = {"pred_stride_n": pred.stride(0), "pred_stride_l": pred.stride(1)} | strides_of(imgs)
+    return pointers | sizes | strides | {"C": C, "PH": patch_h, "PW": patch_w, "COMPACT": pred.shape[1] < L} | tile
 
 
 def masked_mse_fwd(
     pred: Tensor, imgs: Tensor, mask: Tensor, patch_h: int, patch_w: int, norm_pix: bool, mean: Tensor | None, std: Tensor | None
 ) -> Tensor:
-    (N, L), (M, P), C = mask.shape, pred.shape[1:], imgs.shape[1]
-    if N == 0:
+    if (N := mask.shape[0]) == 0:
         return torch.full((), float("nan"), dtype=torch.float32, device=pred.device)
-    pred, mask = dense_rows(pred), mask.contiguous()
-    mean, std = dense_statistics(mean, std)
-    tile = launch_config("masked_mse_fwd", N, L, C, patch_h * patch_w, pred.device)
-    groups = triton.cdiv(L, tile["GROUP"])
-    partial = torch.empty(2, N * groups, dtype=torch.float32, device=pred.device)
+    arguments = _arguments("masked_mse_fwd", pred, imgs, mask, (patch_h, patch_w), mean, std)
+    programs, P = N * arguments["groups"], pred.shape[2]
+    partial = torch.empty(2, programs, dtype=torch.float32, device=pred.device)
     loss = torch.empty((), dtype=torch.float32, device=pred.device)
-    launch(
-        _masked_mse_fwd_kernel,
-        (N * groups,),
-        pred_ptr=pred,
-        imgs_ptr=imgs,
-        mask_ptr=mask,
-        mean_ptr=mean,
-        std_ptr=std,
-        partial_ptr=partial,
-        L=L,
-        M=M,
-        groups=groups,
-        grid_w=imgs.shape[3] // patch_w,
-        pred_stride_n=pred.stride(0),
-        pred_stride_l=pred.stride(1),
-        **strides_of(imgs),
-        C=C,
-        PH=patch_h,
-        PW=patch_w,
-        NORM=norm_pix,
-        COMPACT=M < L,
-        **tile,
-    )
-    launch(_masked_mse_sum_kernel, (1,), partial_ptr=partial, loss_ptr=loss, programs=N * groups, P=P, BLOCK=4096, num_warps=16)
+    launch(_masked_mse_fwd_kernel, (programs,), partial_ptr=partial, NORM=norm_pix, **arguments)
+    launch(_masked_mse_sum_kernel, (1,), partial_ptr=partial, loss_ptr=loss, programs=programs, P=P, BLOCK=4096, num_warps=16)
     return loss
 
 
@@ -234,37 +217,10 @@ def masked_mse_bwd(
     mean: Tensor | None,
     std: Tensor | None,
 ) -> Tensor:
-    (N, L), (M, P), C = mask.shape, pred.shape[1:], imgs.shape[1]
-    dpred = torch.empty(N, M, P, dtype=pred.dtype, device=pred.device)
-    if N == 0:
+    dpred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    if (N := mask.shape[0]) == 0:
         return dpred
-    pred, mask = dense_rows(pred), mask.contiguous()
-    mean, std = dense_statistics(mean, std)
-    tile = launch_config("masked_mse_bwd", N, L, C, patch_h * patch_w, pred.device)
-    groups = triton.cdiv(L, tile["GROUP"])
-    launch(
-        _masked_mse_bwd_kernel,
-        (N * groups,),
-        dloss_ptr=dloss,
-        sum_mask_ptr=mask.sum(),
-        pred_ptr=pred,
-        imgs_ptr=imgs,
-        mask_ptr=mask,
-        mean_ptr=mean,
-        std_ptr=std,
-        dpred_ptr=dpred,
-        L=L,
-        M=M,
-        groups=groups,
-        grid_w=imgs.shape[3] // patch_w,
-        pred_stride_n=pred.stride(0),
-        pred_stride_l=pred.stride(1),
-        **strides_of(imgs),
-        C=C,
-        PH=patch_h,
-        PW=patch_w,
-        NORM=norm_pix,
-        COMPACT=M < L,
-        **tile,
-    )
+    arguments = _arguments("masked_mse_bwd", pred, imgs, mask, (patch_h, patch_w), mean, std)
+    own = {"dloss_ptr": dloss, "sum_mask_ptr": mask.sum(), "dpred_ptr": dpred, "NORM": norm_pix}
+    launch(_masked_mse_bwd_kernel, (N * arguments["groups"],), **own, **arguments)
     return dpred

@@ -1,4 +1,4 @@
-"""random_masking on a GPU: a rank is the number of smaller values, counted tile by tile. One warp ranks 32 patches."""
+"""random_masking on a GPU: a rank is the number of smaller values, counted by tiles of a warp."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ TILE = 32
 
 @triton.jit
 def _order_key(noise):
-    """An int32 that orders like the float: -0 equals +0, every NaN is the largest."""
+    """Return an int32 that orders like the float: -0 equals +0, every NaN is the largest."""
     bits = noise.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     key = tl.where(bits < 0, -magnitude, magnitude)
@@ -33,7 +33,7 @@ def _random_masking_fwd_kernel(noise_ptr, ids_keep_ptr, ids_restore_ptr, mask_pt
     i = tile * TILE + lane
     key = _keys(noise_ptr, i, L)
     count = tl.zeros([TILE, TILE], tl.int32)
-    # A patch of an earlier tile that ties comes first, so it counts where its key is below key + 1; keys stop short of overflow.
+    # a tie with an earlier tile counts: its key is below key + 1, and keys stop short of overflow
     for other in range(tiles):
         bound = tl.where(other < tile, key + 1, key)
         count += (_keys(noise_ptr, other * TILE + lane, L)[None, :] < bound[:, None]).to(tl.int32)

@@ -1,5 +1,4 @@
-"""Times attention backends and tiles of the Triton kernels on this GPU and rewrites tuned.json, by
-which maefast chooses.
+"""Times attention backends and Triton's tiles on this GPU and rewrites the table tuned.json.
 
     python -m maefast.kernels.tune [--only attention,layer_norm] [--output FILE]
 
@@ -48,8 +47,7 @@ _GELU_BWD = tuple(
     {"ROWS": rows, "COLS": columns, "STAGES": stages, "num_warps": 4}
     for rows, columns, stages in ((8, 128, 1), (8, 128, 3), (16, 128, 3), (4, 256, 3), (8, 256, 3))
 )
-# Kernel -> what to try in place of its rule. GROUP of masked_mse depends on the batch, so it is
-# left to the rule.
+# Kernel -> tiles to try in place of its rule, which keeps GROUP of masked_mse.
 CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "gather_patches_fwd": _ROWS,
     "unshuffle_fwd": _ROWS,
@@ -67,8 +65,7 @@ PARTS = ("attention", "gemm", *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
-# runs, sets of inputs -> time of each
-Rotate = Callable[[Mapping[str, Run], int], dict[str, float]]
+Rotate = Callable[[Mapping[str, Run], int], dict[str, float]]  # runs, sets of inputs -> times
 
 
 class Setting(NamedTuple):
@@ -103,8 +100,7 @@ class Graph:
         return [out.detach() for out in self.outputs] + (list(self.backward()) if self.leaves else [])
 
     def on(self, backend: str, dtype: torch.dtype | None = None) -> "Graph":
-        """The op on another backend, on these inputs and incoming gradients, or on what they are in
-        `dtype`."""
+        """Return the op on another backend, on these inputs and incoming gradients, in `dtype`."""
 
         def cast(name: str, t: Tensor) -> Tensor:
             wanted = t.dtype if dtype is None or name == "mask" or not t.is_floating_point() else dtype
@@ -123,7 +119,7 @@ def is_right(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Ten
 
 
 def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, float]:
-    """Forward and backward on each backend that can run `shape` and is right."""
+    """Time forward and backward on each backend that can run `shape` and is right."""
     T, h, d = shape
 
     def graph(N: int) -> Graph:
@@ -150,11 +146,10 @@ def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, f
 def attention_entries(
     timed: Iterable[tuple[int, int, Mapping[str, float]]], capability: str, measured: str
 ) -> tuple[Attention, ...]:
-    """Return the entries at least GAIN faster than the default, from rows of (T, head width, time
-    of each backend).
+    """Return the entries at least GAIN faster than the default, from rows (T, head width, times).
 
-    An entry holds from two thirds of the T that was measured, up to the end of the tile that native
-    attention shares there, or to that T. Rows of one T and width count by the one that gains least.
+    An entry holds from two thirds of the measured T to the end of native attention's tile, or to
+    that T. Of rows of one T and width the one that gains least counts.
     """
     rows = sorted(timed, key=lambda row: (row[1], row[0]))
     entries: list[Attention] = []
@@ -181,7 +176,7 @@ def attention_entries(
 
 
 def cases(op: str, N: int, setting: Setting) -> Iterator[tuple[int, Op, Tensors]]:
-    """Width, op and inputs for `N` samples, with the dtypes of a step under autocast."""
+    """Yield width, op and inputs for `N` samples, with the dtypes of a step under autocast."""
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, device=setting.device).to(dtype).requires_grad_()
@@ -220,8 +215,7 @@ def cases(op: str, N: int, setting: Setting) -> Iterator[tuple[int, Op, Tensors]
 
 
 def time_tiles(op: str, setting: Setting) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """Kernel, width, and the time of its rule and of each candidate that is right, under what
-    `label` calls them."""
+    """Yield kernel, width, and times of its rule and of each candidate that is right, by label."""
     large = cases(op, setting.batch, setting)
     for width, function, inputs in cases(op, min(CHECKED, setting.batch), setting):
         checked = Graph(function, inputs, "eager")
@@ -245,7 +239,7 @@ def label(tile: Mapping[str, int]) -> str:
 
 
 def run_of(graphs: Sequence[Graph], kernel: str, width: int, tile: dict[str, int], device: torch.device) -> Run:
-    """One pass of `kernel` on input set i: its op's forward without a graph, or a backward."""
+    """Return one pass of `kernel` on input set i: a forward without a graph, or a backward."""
 
     def run(i: int) -> object:
         with tuned.trying(kernel, width, device, tile):
@@ -258,7 +252,7 @@ def run_of(graphs: Sequence[Graph], kernel: str, width: int, tile: dict[str, int
 
 
 def tile_entry(kernel: str, width: int, times: Mapping[str, float], capability: str, measured: str) -> Tile | None:
-    """The fastest candidate, where it gains enough over the rule."""
+    """Return the fastest candidate if it gains enough over the rule."""
     if "rule" not in times:
         return None
     fastest = min(times, key=lambda name: times[name])
@@ -284,8 +278,8 @@ def medians_on(device: torch.device) -> Rotate:
 
 
 def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: str, measured: str) -> Table:
-    """`old` with what was measured for `parts` in place of this architecture's entries; those of a
-    backend that could not be timed stay, and nothing takes their place."""
+    """Return `old` with new entries of this architecture for `parts`; entries of a backend that
+    could not be timed stay, and none replaces them."""
     attention, tiles, products = list(old.attention), list(old.tiles), list(old.gemm)
     if "attention" in parts:
         timed = [(T, d, time_attention((T, h, d), setting)) for T, h, d in SHAPES]

@@ -1,5 +1,6 @@
-"""unshuffle on a GPU. Forward: a tile is one token of several samples, which share its position. Backward: rows of dy go to
-where they came from or into the sum for the mask token; sums of fixed chunks of rows are added by a second kernel."""
+"""unshuffle on a GPU. Forward: a tile is one token of several samples, which share its position.
+Backward: a row of dy is copied into dx or added to the gradient of the mask token, summed by chunks
+that a second kernel adds."""
 
 import torch
 import triton
@@ -28,7 +29,7 @@ def _unshuffle_fwd_kernel(
 ):
     token = tl.program_id(0) % (L + 1)
     n = (tl.program_id(0) // (L + 1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    # The class token is token 0 of x, so its rank is -1; any other rank out of range is that of a mask token.
+    # token 0 of x is the class token, so its rank is -1; other ranks out of range are mask tokens
     rank = tl.load(ids_restore_ptr + n * L + token - 1, mask=n < tl.where(token > 0, N, 0), other=-1)
     kept = (rank < K) & (rank >= tl.where(token > 0, 0, -1))
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -79,13 +80,7 @@ def launch_config(kernel: str, D: int, device: torch.device) -> dict[str, int]:
 
 def unshuffle_fwd(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
     (N, L), D = ids_restore.shape, x.shape[2]
-    x, ids_restore, mask_token, pos_embed = (
-        dense_rows(x),
-        ids_restore.contiguous(),
-        mask_token.contiguous(),
-        pos_embed.contiguous(),
-    )
-    dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos_embed.dtype)
+    x, dtype = dense_rows(x), torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos_embed.dtype)
     out = torch.empty(N, 1 + L, D, dtype=dtype, device=x.device)
     if out.numel():
         tile = launch_config("unshuffle_fwd", D, x.device)
@@ -94,9 +89,9 @@ def unshuffle_fwd(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed:
             _unshuffle_fwd_kernel,
             grid,
             x_ptr=x,
-            ids_restore_ptr=ids_restore,
-            mask_token_ptr=mask_token,
-            pos_embed_ptr=pos_embed,
+            ids_restore_ptr=ids_restore.contiguous(),
+            mask_token_ptr=mask_token.contiguous(),
+            pos_embed_ptr=pos_embed.contiguous(),
             out_ptr=out,
             N=N,
             L=L,
@@ -117,8 +112,7 @@ def unshuffle_bwd(dy: Tensor, ids_restore: Tensor, len_keep: int, dtype: torch.d
         return dx, torch.zeros(1, 1, D, dtype=torch.float32, device=dy.device)
     dmask_token = torch.empty(1, 1, D, dtype=torch.float32, device=dy.device)
     rows, tile = N * tokens, launch_config("unshuffle_bwd", D, dy.device)
-    chunk = rows_per_chunk(rows)
-    chunks = triton.cdiv(rows, chunk)
+    chunks = triton.cdiv(rows, chunk := rows_per_chunk(rows))
     partial = torch.empty(chunks, D, dtype=torch.float32, device=dy.device)
     launch(
         _unshuffle_bwd_kernel,

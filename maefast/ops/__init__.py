@@ -1,4 +1,4 @@
-"""The fused ops of Masked Autoencoder training; each module reads top to bottom: contract, reference, autograd, fakes."""
+"""The fused ops of Masked Autoencoder training; each module holds contract, reference, fakes."""
 
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref

@@ -1,4 +1,4 @@
-"""Checks that several ops share. Each error names the argument, what it was and what it should be."""
+"""Checks that several ops share."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def needs_gradient(tensor: Tensor) -> bool:
 
 
 def why_no_gradient(op: str, name: str) -> str:
-    """Return the reason against every kernel of `op` where the argument `name` needs a gradient."""
+    """Return why no kernel of `op` runs when the argument `name` needs a gradient."""
     return f"the kernels of {op} have no gradient for {name}"
 
 
@@ -53,8 +53,7 @@ def check_patch_size(patch_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_images(imgs: Tensor, patch_size: tuple[int, int], mean: Tensor | None, std: Tensor | None) -> None:
-    """imgs (N, C, H, W), floating-point or uint8, H and W multiples of the patch; mean and std (C,)
-    fp32, both or none."""
+    """Check imgs (N, C, H, W), floating-point or uint8, mean and std (C,), fp32, both or none."""
     if imgs.dim() != 4:
         raise ValueError(f"imgs must be (N, C, H, W); its shape is {shape_of(imgs)}")
     if not imgs.dtype.is_floating_point and imgs.dtype != torch.uint8:
@@ -81,19 +80,16 @@ def to_float_pixels(imgs: Tensor, mean: Tensor | None, std: Tensor | None) -> Te
     if imgs.dtype != torch.uint8:
         return imgs
     pixels = imgs.float() / 255
-    if mean is None or std is None:
-        return pixels
-    return (pixels - mean[:, None, None]) / std[:, None, None]
+    return pixels if mean is None or std is None else (pixels - mean[:, None, None]) / std[:, None, None]
 
 
 def values_are_known(tensor: Tensor) -> bool:
-    """Return whether a check may read values: on the CPU, and not while a graph is being traced. On
-    a GPU nothing syncs."""
+    """Return whether a check may read values: on the CPU, and not while a graph is being traced."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def check_rows(x: Tensor, **parameters: Tensor | None) -> None:
-    """x (..., D) with D >= 1, each parameter (D,), all floating-point and on one device."""
+    """Check x (..., D) with D >= 1 and parameters (D,), all floating-point and on one device."""
     given = {name: parameter for name, parameter in parameters.items() if parameter is not None}
     check_floating(x=x, **given)
     check_same_device(x=x, **given)
@@ -106,7 +102,7 @@ def check_rows(x: Tensor, **parameters: Tensor | None) -> None:
 
 
 def check_out_dtype(dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
-    """`dtype`, which must be floating-point, or the default where it is None."""
+    """Return `dtype`, which must be floating-point, or the default if it is None."""
     if dtype is None:
         return default
     if not dtype.is_floating_point:

@@ -1,5 +1,4 @@
-"""Add + layer norm: a branch added to the residual stream, and the sum normalised for the next
-branch, in one pass."""
+"""Add + layer norm: a branch added to the residual stream and the sum normalised, in one pass."""
 
 from typing import Any, NamedTuple
 
@@ -42,16 +41,14 @@ OP = Op("add_layer_norm", KERNELS, AUTO, lambda device, dtype: AddNormAsk(device
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the new residual x + residual and its layer norm, as a pre-norm block needs between
-    two branches.
+    """Return the layer norm of x + residual, and the sum: the step between two branches of a block.
 
     x             (..., D)  floating-point, a branch's output
     residual      (..., D)  floating-point, of any dtype
     weight, bias  (D,)      floating-point, of any dtype
     dtype                   of the normalised sum; by default that of the sum
-    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as it is
-                  stored, and the sum, in the
-                                      promoted dtype of x and residual
+    returns       (..., D), (..., D)  the normalised sum, with the statistics of the sum as stored,
+                            and the sum, in the promoted dtype of x and residual
     Gradients for x, residual, weight and bias, deterministic.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
@@ -96,24 +93,14 @@ class _AddLayerNorm(torch.autograd.Function):
             dx = None if dtotal is None or not needs_x else dtotal.to(ctx.x_dtype)
             dresidual = None if dtotal is None or not needs_residual else dtotal.to(ctx.residual_dtype)
             return None, dx, dresidual, None, None, None, None
-        # at most one of the two has another dtype than the sum; fp16 and bf16, where both have,
-        # take a cast of their own
+        # both differ from the sum only as fp16 and bf16, of which one is cast by itself
         cast = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype != total.dtype), None)
         dsum, dweight, dbias, _, dsum_cast, _ = dispatch.ops_of(ctx.backend).layer_norm_bwd(
             dy, dtotal, total, weight, bias, center, rstd, None, cast
         )
-        grads = {total.dtype: dsum, cast: dsum_cast}
-        dx = grads[ctx.x_dtype] if ctx.x_dtype in grads else dsum.to(ctx.x_dtype)
-        dresidual = grads[ctx.residual_dtype] if ctx.residual_dtype in grads else dsum.to(ctx.residual_dtype)
-        return (
-            None,
-            dx if needs_x else None,
-            dresidual if needs_residual else None,
-            dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(bias.dtype) if needs_bias else None,
-            None,
-            None,
-        )
+        dx, dresidual = (dsum_cast if dtype == cast else dsum.to(dtype) for dtype in (ctx.x_dtype, ctx.residual_dtype))
+        dweight, dbias = dweight.to(weight.dtype) if needs_weight else None, dbias.to(bias.dtype) if needs_bias else None
+        return None, dx if needs_x else None, dresidual if needs_residual else None, dweight, dbias, None, None
 
 
 @register_fake("add_layer_norm_fwd")

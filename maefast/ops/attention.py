@@ -1,5 +1,4 @@
-"""Attention: softmax(q k^T / sqrt(d)) v for every head, from the packed projections of a Vision
-Transformer."""
+"""Attention: softmax(q k^T / sqrt(d)) v for every head, from packed projections."""
 
 from typing import Any, NamedTuple
 
@@ -50,8 +49,7 @@ def _why_not_cuda(ask: AttentionAsk) -> str | None:
 
 
 def _why_slow_cuda(ask: AttentionAsk) -> str | None:
-    """Return what the committed table of measurements has against the CUDA kernel. It has none with
-    queries of their own."""
+    """Return why the table of measurements, which has no separate queries, prefers SDPA."""
     capability = gpu.capability(ask.device)
     if not ask.queries and tuned.fastest_attention(capability, ask.head_width, ask.tokens) == "native":
         return None
@@ -74,20 +72,16 @@ OP = Op("attention", KERNELS, AUTO, lambda device, dtype: AttentionAsk(device, d
 
 
 def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Multi-head self-attention without its projections (Vaswani et al. 2017, section 3.2), h =
-    num_heads.
+    """Multi-head self-attention without its projections (Vaswani et al. 2017, section 3.2).
 
-    qkv      (N, T, 3 h d)  queries, keys and values of every token as the qkv Linear writes them:
-             [q | k | v], each h heads of d
-    q        (N, M, h d)    queries of their own; then qkv holds keys and values alone, (N, T, 2 h
-             d): [k | v]
+    qkv      (N, T, 3 h d)  [q | k | v] of every token, each h = num_heads heads of d
+    q        (N, M, h d)    separate queries; qkv is then (N, T, 2 h d), [k | v]
     returns  (N, T, h d), with q (N, M, h d); in the dtype of qkv, or under autocast in its dtype
-    backend                 "auto", or what must run it, unless maefast.backend(...) or
-                            MAEFAST_BACKEND binds attention: "native", "flash_attn", "sdpa" or
-                            "eager"
-    Scores are scaled by 1 / sqrt(d). Gradients for qkv and q, native ones deterministic and
-    independent of the number of threads. Raises TypeError or ValueError when shapes, dtypes or
-    devices do not fit, RuntimeError where what was asked for cannot run.
+    backend                 "auto", "native", "flash_attn", "sdpa" or "eager"; maefast.backend(...)
+                            and MAEFAST_BACKEND override it
+    Gradients for qkv and q; native ones are deterministic for any number of threads. Raises
+    TypeError or ValueError when shapes, dtypes or devices do not fit, RuntimeError if the requested
+    backend cannot run.
     """
     dispatch.check_backend(OP, backend, "backend")
     check_floating(qkv=qkv)
@@ -119,8 +113,7 @@ def attention(qkv: Tensor, num_heads: int, q: Tensor | None = None, *, backend: 
 
 def attention_ref(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tensor:
     """torch's own attention on views, which is also the backend `sdpa`."""
-    # each [N, h, T, d]
-    heads = qkv.unflatten(2, (3 if q is None else 2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    heads = qkv.unflatten(2, (3 if q is None else 2, num_heads, -1)).permute(2, 0, 3, 1, 4)  # [., N, h, T, d]
     if q is None:
         queries, keys, values = heads
     else:
@@ -132,8 +125,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor | None, kv: Tensor, num_heads: int) -> Tensor:
         out, lse = torch.ops.maefast.attention_fwd(q, kv, num_heads)
-        needs = (None, None) if kv.device.type == "cpu" else (out, lse)
-        ctx.save_for_backward(q, kv, *needs)
+        ctx.save_for_backward(q, kv, *((None, None) if kv.device.type == "cpu" else (out, lse)))
         ctx.num_heads = num_heads
         return out
 

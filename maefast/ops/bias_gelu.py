@@ -1,4 +1,4 @@
-"""Bias + GELU: the activation of the MLP and the bias before it, with the bias's gradient in the same pass."""
+"""Bias + GELU: the MLP's activation and the bias before it, with both gradients in one pass."""
 
 from typing import Any, NamedTuple
 
@@ -27,13 +27,13 @@ OP = Op("bias_gelu", KERNELS, AUTO, lambda device, dtype: GeluAsk(device, dtype,
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The exact (erf) GELU of x + bias; the sum is in fp32 or wider and is not rounded before the GELU.
+    """The exact (erf) GELU of x + bias; the sum is in fp32 or wider, not rounded before the GELU.
 
     x        (..., D)  floating-point
     bias     (D,)      floating-point, of any dtype, or None
     returns  (..., D)  in the dtype of x
-    Gradients for x and bias, deterministic.
-    Infinities give their limits, which F.gelu does not always: 0 at -inf, with slope 0, and inf at inf, with slope 1.
+    Gradients for x and bias, deterministic. Infinities give their limits, which F.gelu does not
+    always: 0 at -inf, with slope 0, and inf at inf, with slope 1.
     Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
     check_rows(x, bias=bias)

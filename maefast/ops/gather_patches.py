@@ -1,4 +1,4 @@
-"""Gather patches: the kept patches of each image, straight from the pixels, ready for the patch embedding's GEMM."""
+"""Gather patches: the kept patches of each image, ready for the patch embedding's GEMM."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from ..dispatch import FLOATS, IMAGES, Kernel, Op
 from ._checks import (
     check_dtype,
     check_images,
+    check_out_dtype,
     check_patch_size,
     check_same_device,
     needs_gradient,
@@ -52,14 +53,15 @@ def gather_patches(
     std: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The patches `ids` of each image, flattened in conv-weight order (He et al. 2022, section 3: only these are embedded).
+    """The patches `ids` of each image, flattened in conv-weight order (He et al. 2022, section 3).
 
     imgs       (N, C, H, W)  fp32/bf16/fp16/fp64, or uint8, which is read as (x/255 - mean)/std
     ids        (N, K)        int64 in [0, L), L = (H/ph)(W/pw), row-major
     mean, std  (C,)          fp32, for uint8 images; both or none
     dtype                    of the result; by default that of imgs, fp32 for uint8
     returns    (N, K, P)     P = C*ph*pw in the order (C, ph, pw)
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and, on the CPU, when an id is out of range.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and, on the CPU, when
+    an id is out of range.
     """
     ph, pw = check_patch_size(patch_size)
     check_images(imgs, (ph, pw), mean, std)
@@ -67,10 +69,7 @@ def gather_patches(
     if ids.dim() != 2 or ids.shape[0] != imgs.shape[0]:
         raise ValueError(f"ids must be (N, K) with N = {imgs.shape[0]}; its shape is {shape_of(ids)}")
     check_same_device(imgs=imgs, ids=ids)
-    if dtype is None:
-        dtype = torch.float32 if imgs.dtype == torch.uint8 else imgs.dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating-point; it is {str(dtype).removeprefix('torch.')}")
+    dtype = check_out_dtype(dtype, torch.float32 if imgs.dtype == torch.uint8 else imgs.dtype)
     backend = dispatch.choose(OP, PatchesAsk(imgs.device, imgs.dtype, dtype, needs_gradient(imgs)))
     if backend != "eager":
         return dispatch.ops_of(backend).gather_patches_fwd(imgs, ids, ph, pw, mean, std, dtype)

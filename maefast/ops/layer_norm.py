@@ -1,4 +1,4 @@
-"""Layer norm: each row normalised by its own mean and variance, written in the dtype that the next layer reads."""
+"""Layer norm: each row normalised by its mean and variance, in the dtype that the next op reads."""
 
 from typing import Any, NamedTuple
 
@@ -47,8 +47,9 @@ OP = Op("layer_norm", KERNELS, AUTO, lambda device, dtype: NormAsk(device, dtype
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, biased variance, statistics in fp32 or wider.
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
 
+    The variance is biased; statistics are in fp32 or wider.
     x             (..., D)  floating-point
     weight, bias  (D,)      floating-point, of any dtype
     dtype                   of the result; by default that of x
@@ -93,22 +94,15 @@ class _LayerNorm(torch.autograd.Function):
         kernels = dispatch.ops_of(ctx.backend)
         dx, dweight, dbias, *_ = kernels.layer_norm_bwd(dy, None, x, weight, bias, center, rstd, None, None)
         _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        return (
-            None,
-            dx if needs_x else None,
-            dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(bias.dtype) if needs_bias else None,
-            None,
-            None,
-        )
+        dweight, dbias = dweight.to(weight.dtype) if needs_weight else None, dbias.to(bias.dtype) if needs_bias else None
+        return None, dx if needs_x else None, dweight, dbias, None, None
 
 
 @register_fake("layer_norm_fwd")
 def _layer_norm_fwd_fake(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    statistic = x.new_empty(rows, dtype=torch.float32)
+    statistic = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return x.new_empty(x.shape, dtype=dtype), statistic, torch.empty_like(statistic)
 
 

@@ -1,8 +1,7 @@
 """Linear: y = x W^T + b and its gradients, each on the faster GEMM of the machine.
 
-torch sends fp32 products on x86 to MKL, which runs below its own rate on CPUs that are not Intel's
-(benchmarks/results, group linear); there maefast's take over, and in bf16 where the CPU multiplies
-pairs of it. The rest is on the fastest one already.
+On non-Intel CPUs with AVX-512, MKL's fp32 GEMM and oneDNN's in bf16 run below the CPU's rate, and
+maefast's own is faster (benchmarks/results, group linear).
 """
 
 from typing import Any, NamedTuple
@@ -76,21 +75,18 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Products(NamedTuple):
-    """The matrix products of a Linear that are maefast's; that of the weight from so many summed
-    rows on, compared in backward alone, so that an exported forward is not bound to the rows of its
-    example."""
+    """The matrix products of a Linear that are maefast's."""
 
     forward: bool
     input_gradient: bool
-    weight_gradient: int | None
-    on_gpu: bool = False  # whether is_fused may say so of any
+    weight_gradient: int | None  # from so many rows on; backward compares, so forward exports
+    on_gpu: bool = False  # whether is_fused may be true
 
 
 @request.remembered
 def native_products(ask: LinearAsk) -> Products:
-    """Return which products are maefast's. Where it may choose, torch keeps what it is faster at:
-    in bf16 the gradient for the input, and the gradient for the weight where few rows are summed.
-    """
+    """Return which products are maefast's. Unless forced, torch keeps those it is faster at: the
+    gradient for a bf16 input, and for the weight of few rows."""
     if ask.device.type == "cuda":
         return Products(False, False, None, gemm.HAS_KERNELS and dispatch.request_for(OP, ask.device) != "eager")
     if dispatch.choose(OP, ask) != "native":
@@ -101,18 +97,12 @@ def native_products(ask: LinearAsk) -> Products:
 
 
 def is_fused(kind: str, x: Tensor, weight: Tensor, native: Products, dtype: torch.dtype | None = None) -> bool:
-    """Return whether a product of a kind of maefast/gemm.py runs on a GPU as one of maefast's
-    kernels.
-
-    That of linear_gelu_fwd is then torch.ops.maefast.linear_gelu_fwd, those of linear_gelu_bwd and
-    linear_gelu_bwd_sum are torch.ops.maefast.linear_gelu_bwd.
-    """
+    """Return whether a GPU runs a product of a kind of maefast/gemm.py as a kernel of maefast."""
     return native.on_gpu and gemm.is_faster(kind, x, weight, dtype or x.dtype)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, native: Products, gelu: bool = False) -> Tensor:
-    """Compute linear without gradients, for inputs of one dtype; `gelu` adds exact GELU, in a
-    native kernel's epilogue."""
+    """Compute linear without gradients, for inputs of one dtype; `gelu` adds exact GELU."""
     if native.forward or is_fused("linear_gelu_fwd" if gelu else "linear", x, weight, native):
         return torch.ops.maefast.linear_fwd(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
@@ -127,8 +117,8 @@ def input_gradient(dy: Tensor, weight: Tensor, native: Products) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, native: Products) -> Tensor:
-    """Return dw: dy (..., out), x (..., in) -> (out, in) in dtype; sums of 16-bit products are
-    stored in fp32 without being rounded to 16, by native products and on a GPU."""
+    """Return dw: dy (..., out), x (..., in) -> (out, in) in dtype. Native products and a GPU store
+    16-bit products in fp32 unrounded."""
     dy, x = rows(dy), rows(x)
     if x.is_cuda and dtype == torch.float32 != x.dtype:
         return torch.mm(dy.t(), x, out_dtype=dtype)

@@ -1,5 +1,4 @@
-"""Mask patches: random masking, and the patches that it keeps. A GPU reads them in the launch that
-ranks the noise."""
+"""Mask patches: random masking and the patches that it keeps, on a GPU in one launch."""
 
 from typing import NamedTuple
 
@@ -58,16 +57,14 @@ def mask_patches(
     std: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run random_masking on the noise, then gather_patches on what it keeps (He et al. 2022,
-    section 3, "Masking").
+    """Run random_masking, then gather_patches on what it keeps (He et al. 2022, section 3).
 
     imgs         (N, C, H, W)  floating-point, or uint8, which is read as (x/255 - mean)/std
     noise        (N, L)        fp32, L = (H/ph)(W/pw)
     mean, std    (C,)          fp32, for uint8 images; both or none
     dtype                      of the patches; by default that of imgs, fp32 for uint8
     returns
-    patches      (N, K, P)     the kept ones in the order of their noise, P = C*ph*pw in the order
-                 (C, ph, pw)
+    patches      (N, K, P)     in the order of their noise, P = C*ph*pw in the order (C, ph, pw)
     ids_keep     (N, K)        int64
     ids_restore  (N, L)        int64
     mask         (N, L)        fp32, 1 = removed
@@ -78,8 +75,7 @@ def mask_patches(
     check_images(imgs, (ph, pw), mean, std)
     check_noise(noise, len_keep)
     check_same_device(imgs=imgs, noise=noise)
-    shape = (imgs.shape[0], (imgs.shape[2] // ph) * (imgs.shape[3] // pw))
-    if noise.shape != shape:
+    if noise.shape != (shape := (imgs.shape[0], (imgs.shape[2] // ph) * (imgs.shape[3] // pw))):
         raise ValueError(f"noise must be (N, L) = {shape}; its shape is {shape_of(noise)}")
     dtype = check_out_dtype(dtype, torch.float32 if imgs.dtype == torch.uint8 else imgs.dtype)
     ask = MaskPatchesAsk(imgs.device, imgs.dtype, noise.dtype, dtype, needs_gradient(imgs), noise.shape[1])

@@ -1,4 +1,4 @@
-"""Masked MSE: the error of the predicted patches against the pixels of the image, over the removed patches."""
+"""Masked MSE: the error of predicted patches against the image, over the removed patches."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from ._checks import (
 
 VAR_EPS = 1e-6  # inside the root
 CUDA_VALUES = 12272  # of a patch that the CUDA kernel holds in shared memory
-TRITON_VALUES = 4096  # of a patch, channels and pixels rounded up to powers of two, that Triton's kernel holds in registers
+TRITON_VALUES = 4096  # of a patch, padded to powers of two, that Triton's kernel holds in registers
 
 
 class MseAsk(NamedTuple):
@@ -49,11 +49,7 @@ def _why_not_cuda(ask: MseAsk) -> str | None:
 
 
 def _why_not_triton(ask: MseAsk) -> str | None:
-    padded_channels, padded_pixels = 1, 1
-    while padded_channels < ask.channels:
-        padded_channels *= 2
-    while padded_pixels * ask.channels < ask.values:
-        padded_pixels *= 2
+    padded_channels, padded_pixels = (1 << (n - 1).bit_length() for n in (ask.channels, ask.values // ask.channels))
     if padded_channels * padded_pixels > TRITON_VALUES:
         sizes = f"pred has {ask.values} in {ask.channels} channels"
         return f"triton masked_mse holds patches of up to {TRITON_VALUES} values, padded; {sizes}"
@@ -81,16 +77,19 @@ def masked_mse(
     mean: Tensor | None = None,
     std: Tensor | None = None,
 ) -> Tensor:
-    """sum(mask * loss) / sum(mask), loss the mean squared error of a patch (He et al. 2022, section 3, "Reconstruction target").
+    """sum(mask * loss) / sum(mask), loss the mean squared error of a patch (He et al. 2022, section
+    3, "Reconstruction target").
 
-    pred       (N, L, P)     or (N, M, P): the removed patches alone, in ascending patch index; patch order (ph, pw, C)
+    pred       (N, L, P)     or (N, M, P), only the removed patches in ascending index; P is
+                             in the order (ph, pw, C)
     imgs       (N, C, H, W)  floating-point, or uint8, which is read as (x/255 - mean)/std
-    mask       (N, L)        fp32 weights, 1 = removed; for (N, M, P) exactly M of a row are not zero
-    norm_pix                 the target is (x - mean) / sqrt(var + 1e-6) over the P values of a patch, var unbiased
+    mask       (N, L)        fp32 weights, 1 = removed; for (N, M, P) M of a row are not zero
+    norm_pix                 the target is (x - mean) / sqrt(var + 1e-6), var unbiased
     mean, std  (C,)          fp32, for uint8 images; both or none
     returns    ()            fp32 (fp64 for fp64 pred)
-    A patch of weight zero has no part in the loss, whatever its values. Gradients for pred, and for imgs (through plain torch).
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and where the mask is known to be empty.
+    A patch of weight zero may hold any values. Gradients for pred, and for imgs by plain torch.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and, on the CPU, for
+    an empty mask.
     """
     ph, pw = check_patch_size(patch_size)
     check_images(imgs, (ph, pw), mean, std)
@@ -159,8 +158,8 @@ class _MaskedMse(torch.autograd.Function):
 
 
 class _MaskedMseGradient(torch.autograd.Function):
-    """dpred as a Function of its own: it depends on pred, so a second derivative must raise even where dloss is a constant, which
-    once_differentiable alone lets pass."""
+    """dpred as a Function, so that a second derivative raises: once_differentiable lets a constant
+    dloss pass."""
 
     @staticmethod
     def forward(ctx: Any, backend: str, *args: Any) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._library import fragment
 
-# One opaque op: Inductor replaces a torch.rand that it can see by another generator, and eager and compiled masks would differ.
+# An opaque op: Inductor replaces torch.rand by another generator, and compiled masks would differ.
 fragment.define("masking_noise(SymInt N, SymInt L, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
@@ -20,9 +20,8 @@ def _masking_noise_fake(N: int, L: int, device: torch.device) -> Tensor:
 
 
 def masking_noise(N: int, L: int, device: torch.device | str) -> Tensor:
-    """Uniform noise in [0, 1), the draw of `torch.rand(N, L, device=device)` from torch's default generator.
+    """Return the draw of torch.rand(N, L, device=device), fp32; random_masking keeps the smallest.
 
-    returns  (N, L) fp32; the patches of a row that have the smallest values are kept (He et al. 2022, section 3, "Masking")
     Raises ValueError when N or L is negative.
     """
     if N < 0 or L < 0:

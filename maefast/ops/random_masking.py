@@ -1,5 +1,4 @@
-"""Random masking: which patches are kept, where each belongs, and the mask, from the ranks of the
-noise."""
+"""Random masking: kept patches, where each belongs, and the mask, from the ranks of the noise."""
 
 import operator
 from collections.abc import Callable
@@ -43,30 +42,27 @@ OP = Op("random_masking", KERNELS, AUTO, lambda device, dtype: MaskingAsk(device
 
 
 def len_keep(L: int, mask_ratio: float) -> int:
-    """Return K = int(L * (1 - mask_ratio)), the number of L patches that are kept; float truncation
-    included, as the official model has it: of 100 patches a ratio of 0.9 keeps 9.
+    """Return the number of L patches that are kept, int(L * (1 - mask_ratio)) as the official model
+    truncates it: of 100 patches a ratio of 0.9 keeps 9.
 
     Raises ValueError unless mask_ratio is in [0, 1).
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio must be in [0, 1); it is {mask_ratio}")
-    # As an index: torch.compile takes a ratio that changes for a symbolic float, of which no size
-    # can be made. So it compiles one graph for each number of kept patches.
+    # torch.compile makes no size of a symbolic float; an index gives one graph for each number
     return operator.index(int(L * (1 - mask_ratio)))
 
 
 def random_masking(noise: Tensor, len_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the `len_keep` patches of smallest noise in each row (He et al. 2022, section 3,
-    "Masking").
+    """Keep the `len_keep` patches of smallest noise in each row (He et al. 2022, section 3).
 
     noise        (N, L)  fp32
     returns
     ids_keep     (N, K)  int64, the kept patches in the order of their noise
-    ids_restore  (N, L)  int64, the rank of each patch: the number of j with (noise_j, j) <
-                 (noise_i, i); rank < K means kept
+    ids_restore  (N, L)  int64, the rank of each patch; rank < K means kept
     mask         (N, L)  fp32, 1 = removed
     Ties break by index and NaN ranks last, so a row of ids_restore is always a permutation.
-    Raises TypeError or ValueError when noise is not (N, L) fp32, requires a gradient, or len_keep
+    Raises TypeError or ValueError when noise is not (N, L) fp32 or requires a gradient, or len_keep
     is not in [0, L].
     """
     check_noise(noise, len_keep)

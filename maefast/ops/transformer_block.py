@@ -1,5 +1,4 @@
-"""Transformer block: a pre-norm block with its weights as one op, each addition inside the pass of
-the norm that follows it."""
+"""Transformer block: a pre-norm block as one op, each addition in the pass of the next norm."""
 
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ from .linear import LinearAsk, Products, bias_gradient, input_gradient, is_fused
 
 
 class BlockWeights(NamedTuple):
-    """The parameters of a block, in the order in which it uses them; hidden is the width of its
-    MLP."""
+    """The parameters of a block in the order of their use; hidden is the width of its MLP."""
 
     norm1_weight: Tensor  # (D,)
     norm1_bias: Tensor
@@ -57,15 +55,13 @@ class BlockAsk(NamedTuple):
 
 
 def backends(ask: BlockAsk) -> dict[str, str]:
-    """Return the backends that the ops of a block choose, its matrix products left out."""
+    """Return the backends of a block's ops, without its matrix products."""
     device, x, norm, _, out, _, width, *_ = ask
     return {
         "layer_norm": dispatch.choose(LAYER_NORM, NormAsk(device, x, norm, norm, out, width)),
         "add_layer_norm": dispatch.choose(ADD_LAYER_NORM, AddNormAsk(device, out, x, norm, norm, out, width)),
         "bias_gelu": dispatch.choose(BIAS_GELU, GeluAsk(device, out, ask.weight)),
-        "attention": dispatch.choose(
-            ATTENTION, AttentionAsk(device, out, ask.tokens, ask.head_width, queries=False), ask.attention
-        ),
+        "attention": dispatch.choose(ATTENTION, AttentionAsk(device, out, ask.tokens, ask.head_width, False), ask.attention),
     }
 
 
@@ -78,8 +74,7 @@ def _why_not(rows: str, ask: BlockAsk) -> str | None:
     return next((f"its {op} runs on {chosen[op]}" for op in chosen if chosen[op] != wanted[op]), None)
 
 
-# types of device that have the memory to keep what the backward pass would recompute
-KEEPING = ("cuda",)
+KEEPING = ("cuda",)  # devices with the memory to keep what the backward pass would recompute
 KERNELS = (
     Kernel("native", ("cpu",), FLOATS, why_not=lambda ask: _why_not("native", ask)),
     Kernel("triton", kernels.DEVICES, FLOATS, why_not=lambda ask: _why_not("triton", ask)),
@@ -95,8 +90,7 @@ OP = Op(
 
 @request.remembered
 def fused_backend(ask: BlockAsk) -> tuple[str | None, str]:
-    """Return the backend of the norms and GELU of a block as one op, or None and the reason why it
-    is not one."""
+    """Return the backend of norms and GELU of a block as one op, or None and the reason."""
     requested = dispatch.request_for(OP, ask.device)
     reason = "no kernel is asked for"
     for name in AUTO.get(ask.device.type, ()) if requested is None else (requested,):
@@ -115,24 +109,18 @@ def transformer_block(
     repeated: RepeatedTokens | None = None,
     attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """A pre-norm block (Dosovitskiy et al. 2021, equations 2 and 3) between two branches of the
-    residual stream.
+    """A pre-norm block (Dosovitskiy et al. 2021, equations 2 and 3) as two summands.
 
     x          (N, T, D)  floating-point, the residual stream
-    pending    (N, T, D)  floating-point, of any dtype: the last branch, which has not been added to
-               x; or None
-    weights               BlockWeights, D = h d
-    num_heads             h
-    repeated              x again, each distinct token once; norm1 and qkv then run once for each of
-                          them. Without pending
+    pending    (N, T, D)  floating-point, of any dtype: a branch still to be added to x; or None
+    weights               BlockWeights, D = h d with h = num_heads
+    repeated              x again, each distinct token once, for norm1 and qkv; without pending
     attention             the `backend` of ops.attention
-    returns    (N, T, D), (N, T, D)  the residual stream before the MLP, and the MLP's branch: their
-               sum is the block's output
-    With s = x + pending: r = s + proj(attention(qkv(norm1(s)))), and the branch is
-    fc2(GELU(fc1(norm2(r)))). The stream has the promoted dtype of x and pending, the branch the
-    dtype that matrix products of x run in. Gradients for x, pending, repeated.rows and all weights,
-    deterministic; differentiable once where a kernel runs. Raises TypeError or ValueError when
-    shapes, dtypes or devices do not fit.
+    returns    (N, T, D), (N, T, D)  r and b, whose sum is the block's output
+    With s = x + pending, r = s + proj(attention(qkv(norm1(s)))) and b = fc2(GELU(fc1(norm2(r)))).
+    r has the promoted dtype of x and pending, b that of matrix products of x. Gradients for x,
+    pending, repeated.rows and all weights, deterministic; kernels are differentiable once.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit.
     """
     _check(x, pending, weights, num_heads, repeated)
     D, norm, weight = x.shape[2], weights.norm1_weight.dtype, weights.qkv_weight.dtype
@@ -172,12 +160,12 @@ def _check(x: Tensor, pending: Tensor | None, weights: BlockWeights, num_heads: 
     if pending is not None and repeated is not None:
         raise ValueError("repeated is x again, to which nothing is pending; pending must be None beside it")
     D, hidden = x.shape[2], weights.fc1_bias.numel()
-    shapes = BlockWeights((D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (hidden, D), (hidden,), (D, hidden), (D,))  # type: ignore[arg-type]
-    for name, weight, shape in zip(BlockWeights._fields, weights, shapes, strict=True):
+    shapes = ((D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (hidden, D), (hidden,), (D, hidden), (D,))
+    for (name, weight), shape in zip(weights._asdict().items(), shapes, strict=True):
         if weight.shape != shape:
             raise ValueError(f"{name} must be {shape}; its shape is {shape_of(weight)}")
     if not is_autocast(x.device, x.dtype):
-        for name, weight in zip(BlockWeights._fields, weights, strict=True):
+        for name, weight in weights._asdict().items():
             if not name.startswith("norm"):
                 check_dtype(name, weight, (x.dtype,))
 
@@ -199,8 +187,7 @@ class _Plan(NamedTuple):
     eps: float
     dtype: torch.dtype  # of the matrix products
     native: Products
-    # whether the outputs of norms and GELU are saved; else the backward pass recomputes them
-    keep: bool
+    keep: bool  # whether outputs of norms and GELU are saved; else backward recomputes them
 
 
 def _normed(
@@ -235,9 +222,8 @@ def _infer(
 
 
 class _TransformerBlock(torch.autograd.Function):
-    """The block as one Function. It saves only tensors that are written to memory anyway. The
-    backward pass recomputes the softmax and, on the CPU, the outputs of both norms and of GELU
-    while it reads their inputs; a GPU has the memory to keep these three."""
+    """The block as one Function, which saves only tensors that are written to memory anyway. The
+    backward pass recomputes the softmax and, on the CPU, the outputs of both norms and of GELU."""
 
     @staticmethod
     def forward(
@@ -300,8 +286,7 @@ class _TransformerBlock(torch.autograd.Function):
             activated = activated if plan.keep else recomputed
         differentiate_linear("fc2", dy, activated)
         del activated
-        # the products' dtype, where the residual stream has another
-        narrow = dtype if x2.dtype != dtype else None
+        narrow = dtype if x2.dtype != dtype else None  # the residual stream may be wider
         dx, grads["norm2_weight"], grads["norm2_bias"], recomputed, dy, grads["proj_bias"] = rows.layer_norm_bwd(
             input_gradient(dhidden, fc1_w, native), dx2, x2, w2, b2, center2, rstd2, again, narrow, needs.proj_bias
         )

@@ -34,7 +34,7 @@ OP = Op("unshuffle", KERNELS, AUTO, lambda device, dtype: UnshuffleAsk(device, d
 
 
 def unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
-    """The decoder's input (He et al. 2022, section 3, "MAE decoder").
+    """Return the decoder's input (He et al. 2022, section 3, "MAE decoder").
 
     x            (N, 1+K, D)  class token, then the K kept tokens in shuffled order; floating-point
     ids_restore  (N, L)       int64, the rank of each patch; rank < K means kept
@@ -42,8 +42,8 @@ def unshuffle(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Ten
     pos_embed    (1, 1+L, D)
     returns      (N, 1+L, D)  in the promoted dtype of x, mask_token and pos_embed
     Gradients for x, mask_token and pos_embed, deterministic.
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and, on the CPU, when a row of ids_restore is no
-    permutation.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit, and, on the CPU, when
+    a row of ids_restore is no permutation.
     """
     check_floating(x=x, mask_token=mask_token, pos_embed=pos_embed)
     check_dtype("ids_restore", ids_restore, (torch.int64,))
@@ -77,8 +77,7 @@ class _Unshuffle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
         ctx.save_for_backward(ids_restore)
-        ctx.backend = backend
-        ctx.len_keep, ctx.x_dtype = x.shape[1] - 1, x.dtype
+        ctx.backend, ctx.len_keep, ctx.x_dtype = backend, x.shape[1] - 1, x.dtype
         ctx.mask_token_dtype, ctx.pos_embed_dtype = mask_token.dtype, pos_embed.dtype
         return dispatch.ops_of(backend).unshuffle_fwd(x, ids_restore, mask_token, pos_embed)
 

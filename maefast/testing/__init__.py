@@ -1,2 +1,1 @@
-"""The error rule, awkward layouts and the timer of tests, benchmarks and `python -m
-maefast.kernels.tune`."""
+"""The error rule and the timer of tests, benchmarks and `python -m maefast.kernels.tune`."""

@@ -1,5 +1,4 @@
-"""The error rule (DESIGN.md, section 5): a result may be off by twice what the eager reference is
-off by, plus one eps."""
+"""The error rule (DESIGN.md, section 5): a result may have twice eager's error plus one eps."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ZERO = 1e-13  # what is all smaller in float64 is a zero, and its rounding is no scale for an error
+ZERO = 1e-13  # smaller float64 results are rounding, which is no scale for an error
 
 
 def relative_errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Return the relative L2 error and the largest error over the largest |exact|; NaN for a NaN
-    anywhere.
+    """Return the relative L2 error and the largest error over max|exact|; NaN for a NaN anywhere.
 
-    Both are absolute, per element, where `exact` is zero up to the rounding of float64: of values
-    near 1, as the tests have them.
+    Both are absolute, per element, if `exact` is zero up to rounding of values near 1.
     """
     if got.numel() == 0:
         return 0.0, 0.0
@@ -28,7 +25,7 @@ def relative_errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def breach(got: Tensor, eager: Tensor | Sequence[Tensor], exact: Tensor) -> str | None:
-    """Return by what `got` breaks the rule, in one phrase, or None.
+    """Return how `got` breaks the rule, in one phrase, or None.
 
     exact     the float64 result
     eager     the eager reference's, on the same inputs in the same dtype; of runs that round

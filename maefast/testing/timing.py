@@ -18,7 +18,7 @@ _HEAD_START = 1_000_000  # cycles of the GPU
 
 @dataclass(frozen=True)
 class Budget:
-    """The number of rounds: as many as fit into `seconds`, but at least `least` and at most `most`."""
+    """The number of rounds: as many as fit into `seconds`, from `least` to `most`."""
 
     seconds: float
     least: int
@@ -65,7 +65,7 @@ def timer_for(device: torch.device) -> WallTimer | CudaTimer:
 
 
 def order(names: list[str], round_: int, seed: int = 0) -> list[str]:
-    """The order of one round: shuffled, and the same in every run."""
+    """Return the order of one round: shuffled, and the same in every run."""
     return random.Random(f"{seed}/{round_}").sample(names, len(names))
 
 
