@@ -98,7 +98,7 @@ def declaring(kind: str, side: int) -> bytes:
         content = encoded("PNG")
         header = b"IHDR" + struct.pack(">II", side, side) + content[24:29]
         return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
-    content = many_bands(np.zeros((20, 24, 6), np.uint8))["compressed tiff"] if kind == "bands" else encoded("TIFF")
+    content = many_bands(np.zeros((20, 24, 6), np.uint8))["compressed"] if kind == "bands" else encoded("TIFF")
     for tag, stored in ((256, 24 if kind == "bands" else 32), (257, 20 if kind == "bands" else 24)):
         found = re.search(struct.pack("<H", tag) + b"[\3\4]\0" + struct.pack("<II", 1, stored), content)
         assert found
@@ -136,7 +136,7 @@ def test_a_tiff_without_columns(tmp_path) -> None:
 def test_a_broken_tiff_is_named_once_alone(tmp_path, capfd) -> None:
     """tifffile logs a line for each of its tags."""
     pytest.importorskip("tifffile")
-    content = many_bands(np.zeros((20, 24, 6), np.uint8))["compressed tiff"]
+    content = many_bands(np.zeros((20, 24, 6), np.uint8))["compressed"]
     (tmp_path / "a.tif").write_bytes(content[: len(content) // 2])
     data = open_images(tmp_path, channels=6)
     assert data.try_read(0) is None

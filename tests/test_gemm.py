@@ -221,7 +221,7 @@ def test_each_instantiation_is_a_file_and_is_built():
     assert sorted(listed) == sorted({*names, "linear"})
     for name, path in aot_gemm.sources().items():
         kind, dtype = name.rsplit("_", 1)
-        made = re.findall(r"multiply<maefast::cuda::gemm::Epilogue::(\w+), maefast::cuda::DType::(\w+)>", path.read_text())
+        made = re.findall(r"multiply<Epilogue::(\w+), DType::(\w+)>", path.read_text())
         assert made == [(EPILOGUES[kind], dtype)]
     assert {f"`{name}`" for name in names} <= set(re.findall("`[^`]+`", (ROOT / "docs" / "notes" / "linear.md").read_text()))
 
