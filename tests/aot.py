@@ -1,6 +1,7 @@
-"""Ahead-of-time compilation of what a launcher launches: its kernels, specialised on the very arguments, for any architecture.
+"""Ahead-of-time compilation of the kernels that a launcher launches, for any architecture.
 
-No GPU is needed: the launcher gets CPU tensors, its kernels are replaced by recorders, and the recorded launches are compiled.
+No GPU is needed: the launcher gets CPU tensors, recorders replace its kernels, and the recorded
+launches are compiled, specialised on their arguments.
 """
 
 import inspect
@@ -37,7 +38,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Usage:
-    """Per thread: registers, bytes of stack (local memory, where spills go). Per program: bytes of shared memory.
+    """Registers and bytes of stack (spills) of a thread, bytes of shared memory of a program.
 
     loads, stores  bytes of an access to global memory -> instructions
     """
@@ -58,7 +59,7 @@ class Usage:
 
 @contextmanager
 def recorded(module: ModuleType) -> Iterator[list[Launch]]:
-    """Within the block the kernels of `module`, and those that all share, are not launched but noted down."""
+    """Record the launches of the kernels of `module`, and of the shared ones, within the block."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -86,7 +87,7 @@ def recorded(module: ModuleType) -> Iterator[list[Launch]]:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """What the JIT would compile: integers of 1 are constants, pointers and integers that 16 divides are known to be."""
+    """Return what the JIT would compile: 1 is a constant, multiples of 16 are known to be such."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -133,8 +134,9 @@ _DTYPES = {"float": "fp32", "__half": "fp16", "F16": "fp16", "__nv_bfloat16": "b
 
 
 def named(symbol: str) -> tuple[str, str, str]:
-    """Name, constants and dtypes of a kernel of csrc/cuda. The constants are those of its template; for a line of
-    attention_tiles.inc, its head width, tokens, and how many lines before it have the same."""
+    """Return the name, constants and dtypes of a kernel of csrc/cuda. Its template has the constants.
+    A line of attention_tiles.inc has its head width, tokens, and its number among the lines with
+    the same."""
     said = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
     said = re.sub(r"\(anonymous namespace\)::|maefast::cuda::|^void ", "", said)
     said = re.sub(r"\b(Forward|Backward)<(\d+)>", lambda line: _tile(line[1].upper(), int(line[2])), said)

@@ -1,5 +1,5 @@
-"""What the library launches: each launcher on the shapes of ViT-B/16, L/16 and H/14 (and the narrow ViT-Ti/16), in each dtype;
-and what may be said against the machine code of a kernel."""
+"""What the library launches: each launcher on the shapes of ViT-B/16, L/16, H/14 and the narrow
+ViT-Ti/16, in each dtype; what is wrong with the machine code of a kernel."""
 
 from collections.abc import Callable, Mapping
 
@@ -23,7 +23,7 @@ TYPES = {  # of the residual stream, mask token and positions, or of images; of 
 }
 
 
-# Kernel -> loads and stores of fewer than 8 bytes in its machine code, at most, and what they access.
+# Kernel -> loads and stores of fewer than 8 bytes that it may have, and what they access.
 NARROW = {
     "attention_bwd_long_kernel": (4, 0, "the log-sum-exp of a row"),
     "attention_bwd_row_kernel": (2, 0, "the log-sum-exp of a row"),
@@ -48,7 +48,7 @@ NARROW = {
 
 
 def problems(kernel: str, shape: str, stack: int, loads: Mapping[int, int], stores: Mapping[int, int]) -> list[str]:
-    """shape: the case, or the constants of a template; one that is 1 or 2 alone is the kernel for what cannot be read wider."""
+    """shape: the case, or the constants of a template; 1 or 2 is the kernel for unaligned data."""
     found = [f"{kernel} of {shape} keeps {stack} bytes a thread in local memory"] if stack else []
     if shape in ("1", "2"):
         return found
@@ -97,7 +97,8 @@ def launches_masked_mse(patch, grid, imgs_dtype, dtype, compact=False):
 
 
 def launches_norms(D, T, residual_dtype, dtype):
-    """As in a block: a branch in `dtype` beside its residual. Backward gives dx in both, its column sum, then the output too."""
+    """As in a block: a branch in `dtype` beside its residual. Backward gives dx in both, its
+    column sum, and then the output, too."""
     rows, weight, bias = (N * T, D), torch.empty(D), torch.empty(D)
     x, residual = torch.empty(rows, dtype=dtype), torch.empty(rows, dtype=residual_dtype)
     with aot.recorded(layer_norm) as launches:

@@ -1,8 +1,9 @@
-"""Ahead-of-time compilation of csrc/cuda/gemm for sm_90a, without a GPU: what each kernel takes, and what its machine code does.
+"""Ahead-of-time compilation of csrc/cuda/gemm for sm_90a, without a GPU: registers, stack and
+machine code of each kernel.
 
     python tests/aot_gemm.py [NAME...]
 
-Needs nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass; half a minute of a core for each kernel.
+Needs nvcc (on PATH or in CUDACXX) and the package nvidia-cutlass. A kernel takes half a minute.
 Exits with 1 where one has a problem. docs/notes/linear.md has what it prints.
 """
 
@@ -39,7 +40,7 @@ def sources() -> dict[str, Path]:
 
 
 def headers() -> Path | None:
-    """The directory of CUTLASS's headers, None where the package nvidia-cutlass is not installed."""
+    """Return the directory of CUTLASS's headers, None if nvidia-cutlass is not installed."""
     spec = find_spec("cutlass_library")
     return Path(spec.origin).parent / "source" / "include" if spec and spec.origin else None
 
@@ -75,7 +76,7 @@ def problems_of(kernel: Kernel) -> list[str]:
     for opcode, what in (("HGMMA", "multiplies by wgmma"), ("UTMALDG", "reads by TMA"), ("UTMASTG", "writes by TMA")):
         if not named(opcode):
             found.append(f"nothing in {kernel.name} {what}")
-    # Results go to shared memory 16 bytes a thread, four 8 x 8 matrices at a time, from where TMA takes them.
+    # Results go through shared memory, four 8 x 8 matrices at a time, to TMA.
     narrow = {opcode for opcode in named("STSM") if not opcode.endswith(".4")}
     # The one plain store is that of a tile's sums over tokens, one fp32 value for each feature.
     stores = {opcode for opcode in named("STG") if not (opcode == "STG.E" and "gelu_bwd" in kernel.name)}

@@ -1,4 +1,5 @@
-"""The CUDA kernels of attention, compiled for the CPU beside tests/cuda_emulator: each tile of the tables by the error rule."""
+"""The CUDA kernels of attention on the CPU, over tests/cuda_emulator, each tile by the error
+rule."""
 
 import ctypes
 
@@ -46,7 +47,7 @@ ROWS = {  # T of each tile's ends and of rows that do not fill it, by head width
 
 @pytest.mark.parametrize(("d", "T"), [(d, T) for d, lengths in ROWS.items() for T in lengths])
 def test_attention(emulator, d, T):
-    """By the error rule. Not a bit depends on what shared memory held before the launch, nor on the order of the threads."""
+    """Neither old contents of shared memory nor the order of threads change a bit."""
     dtype = F16 if T % 8 == 0 else BF16
     N, h = (1, 1) if T > 80 else (3, 2)
     qkv, dout = torch.randn(N, T, 3 * h * d).to(dtype), torch.randn(N, T, h * d).to(dtype)
@@ -77,10 +78,8 @@ def tiles() -> list[tuple[str, int, int, int]]:
 
 @pytest.mark.parametrize(("table", "d", "longest", "tile"), tiles())
 def test_each_tile(emulator, table, d, longest, tile):
-    """By the error rule, over more heads than CTAs fit; rows that fill the tile and rows that do not.
-
-    All tensors lie up against pages that may not be touched, and every value of the outputs is written.
-    """
+    """More heads than CTAs fit; rows that fill the tile and rows that do not. Tensors end or
+    start at pages without access, and every value of the outputs is written."""
     N, h = 3, 2
     for T, end in ((longest, True), (longest - 11, False)):
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the MAE ops, entries and all, compiled for the CPU beside tests/cuda_emulator: what they compute.
+"""The CUDA kernels and entries of the MAE ops on the CPU, over tests/cuda_emulator.
 
 Their machine code is tests/test_cuda_sources.py's, the real thing tests/gpu's.
 """
@@ -255,7 +255,7 @@ def test_masked_mse_is_silent_about_patches_without_weight():
 
 
 def test_masked_mse_rows_of_no_patch():
-    """A mask that removes fewer than M: nothing is checked on a GPU, the rows that are left over get zeros."""
+    """A mask that removes fewer than M, which a GPU does not check: the other rows get zeros."""
     imgs, mask, pred = images(1, 1, 4, 8), torch.tensor([[0.0, 1, 0, 1, 0, 0, 0, 0]]), torch.randn(1, 5, 4)
     dpred = cuda.masked_mse_bwd(torch.tensor(1.0), pred, imgs, mask, 2, 2, False, None, None)
     alone = cuda.masked_mse_bwd(torch.tensor(1.0), pred[:, :2], imgs, mask, 2, 2, False, None, None)

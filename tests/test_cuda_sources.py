@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: machine code without spills, and boxed entries that torch knows and that refuse bad input."""
+"""The CUDA sources without a GPU: machine code without spills, entries that refuse bad input."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc")
 FLAGS = ["-std=c++20", "-O3"]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# Compiled together: torch's headers, read once for the host and once for the GPU, take longer than most of the kernels.
+# Compiled together, since torch's headers take longer than most of the kernels.
 UNITS = (("attention", "random_masking"), ("gather_patches", "masked_mse", "unshuffle"))
 
 sys.path.append(str(ROOT / "scripts"))  # aot_table
@@ -113,7 +113,7 @@ __global__ void sound_kernel(float4* y, const float4* x) { __stcg(y + threadIdx.
 
 
 def test_what_the_table_must_not_have(tmp_path):
-    """`make test-aot` ends with 1 where a source of csrc/cuda spills, or loads or stores 4 bytes at a time."""
+    """`make test-aot` fails if a kernel spills, or loads or stores 4 bytes at a time."""
     pytest.importorskip("triton")
     aot_table = pytest.importorskip("aot_table")
     source = tmp_path / "faulty.cu"

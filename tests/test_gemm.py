@@ -123,7 +123,7 @@ def test_committed_sizes():
 
 @pytest.mark.usefixtures("hopper")
 def test_which_linears_ask():
-    """What was decided before the fixture is not remembered for a GPU: no other test asks for one."""
+    """No choice for a GPU is remembered from before the fixture: no other test asks for one."""
     ask = LinearAsk(torch.device("cuda", 7), BF16, BF16, None, BF16)
     assert native_products(ask) == Products(False, False, None, True)
     with maefast.backend("eager"):
@@ -179,7 +179,7 @@ def test_products_of_a_block(monkeypatch):
 @needs_native
 @pytest.mark.usefixtures("hopper", "fresh_dynamo")
 def test_compiled_code_sees_through_the_choice(monkeypatch):
-    """One graph for each number of rows that the table knows; an exported one keeps to torch's product."""
+    """One graph for each number of rows in the table; an exported one has torch's product."""
     entry = tuned.Gemm("9.0", "linear", (16, 16), (24, 24), 40, 1.2, "here")
     monkeypatch.setattr(tuned, "_committed", tuned._committed._replace(gemm=(entry, entry._replace(kind="input_gradient"))))
     monkeypatch.setattr(linear_module, "native_products", lambda ask: Products(False, False, None, True))

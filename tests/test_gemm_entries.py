@@ -1,6 +1,7 @@
-"""csrc/cuda/gemm without a GPU: the functions of the epilogues on every value, and the entries over products as plain loops.
+"""csrc/cuda/gemm without a GPU: the functions of the epilogues on every value, and the entries over
+products as plain loops.
 
-What the kernels themselves compute only a GPU of compute capability 9.0 can tell: tests/gpu/test_gemm.py.
+tests/gpu/test_gemm.py holds the kernels themselves, on a GPU of compute capability 9.0.
 """
 
 import ctypes
@@ -80,7 +81,7 @@ def test_stated_error_bounds(emulator, dtype):
 
 @HALVES
 def test_where_the_functions_are_exact(emulator, dtype):
-    """0 at -infinity with slope 0, infinity with slope 1, NaN for NaN; beyond the polynomials' ends as at infinity."""
+    """0 with slope 0 at -infinity, infinity with slope 1, NaN for NaN."""
     v = every(dtype)
     gelu, slope = epilogue_functions(emulator, v)
     assert torch.equal(gelu.isnan(), v.isnan())

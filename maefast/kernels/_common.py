@@ -17,9 +17,9 @@ _MOST_COMPILED = 4096  # entries of 1 KB
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch a kernel on the device of its first argument, a tensor.
 
-    A launch by Triton binds, specialises and looks up every argument: 8 us of host time, where this
-    takes 5 (docs/notes/step.md). A tensor that does not start at a multiple of 16 bytes goes through
-    Triton, which compiles another kernel for it.
+    Triton binds, specialises and looks up every argument of a launch, which takes 8 us of host
+    time. This takes 5 (docs/notes/step.md). For tensors that do not start at a multiple of 16 bytes
+    Triton compiles another kernel; they are launched by Triton itself.
     """
     addresses, device, kinds = 0, next(iter(arguments.values())).device, []
     for value in arguments.values():

@@ -1,5 +1,5 @@
-"""What reaches the driver through maefast's launches and through Triton's own, without a GPU: the driver is replaced by one that
-notes down what it is handed."""
+"""What reaches the driver through maefast's launches and through Triton's own. Without a GPU, the
+driver is one that records its arguments."""
 
 import pytest
 import torch
