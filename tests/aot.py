@@ -134,7 +134,7 @@ _DTYPES = {"float": "fp32", "__half": "fp16", "F16": "fp16", "__nv_bfloat16": "b
 
 
 def named(symbol: str) -> tuple[str, str, str]:
-    """Return the name, constants and dtypes of a kernel of csrc/cuda. Its template has the constants.
+    """Return name, constants and dtypes of a kernel of csrc/cuda. Its template has the constants.
     A line of attention_tiles.inc has its head width, tokens, and its number among the lines with
     the same."""
     said = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
