@@ -1,6 +1,6 @@
 """Contenders of an op on the same inputs: plain torch, eager and compiled, and our backends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -137,16 +137,16 @@ class OpBench:
             wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in inputs.items()}
             return {k: v.requires_grad_(inputs[k].requires_grad) for k, v in wide.items()}
 
-        return stack([self._apply(self.entry.plain, exact(inputs)) for inputs in self.inputs])
+        return stack(self._apply(self.entry.plain, exact(inputs)) for inputs in self.inputs)
 
     @cached_property
     def eager(self) -> Outputs:
-        return stack([self._apply(self.entry.plain, inputs) for inputs in self.inputs])
+        return stack(self._apply(self.entry.plain, inputs) for inputs in self.inputs)
 
     def check(self, contender: str, run: Run) -> None:
         """Check all input sets: indices must be equal, everything else within the error rule."""
         try:
-            self._compare(contender, stack([run(i) for i in range(SETS)]))
+            self._compare(contender, stack(run(i) for i in range(SETS)))
         except AssertionError as breach:
             if contender.removeprefix("maefast-") in (*OURS, "auto"):
                 raise
@@ -178,5 +178,10 @@ class OpBench:
             self.__dict__.pop(name, None)
 
 
-def stack(outputs: list[Outputs]) -> Outputs:
-    return {name: torch.stack([out[name].detach() for out in outputs]) for name in outputs[0]}
+def stack(outputs: Iterable[Outputs]) -> Outputs:
+    """Stack the outputs of SETS runs, one run in memory at a time."""
+    stacked: Outputs = {}
+    for i, out in enumerate(outputs):
+        for name, value in out.items():
+            stacked.setdefault(name, value.new_empty(SETS, *value.shape))[i] = value.detach()
+    return stacked

@@ -17,11 +17,11 @@ def relative_errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
     if got.numel() == 0:
         return 0.0, 0.0
     exact = exact.detach().double()
-    err = got.detach().double() - exact
-    l2, top = exact.norm().item(), exact.abs().max().item()
+    err = got.detach() - exact  # in float64; outputs of GELU at 1,024 images leave no room for another copy
+    l2, top = exact.norm().item(), exact.norm(math.inf).item()
     if top < ZERO:
         l2, top = err.numel() ** 0.5, 1.0
-    return err.norm().item() / l2, err.abs().max().item() / top
+    return err.norm().item() / l2, err.norm(math.inf).item() / top
 
 
 def breach(got: Tensor, eager: Tensor | Sequence[Tensor], exact: Tensor) -> str | None:
