@@ -17,7 +17,7 @@ from maefast.blocks import Block
 
 CLOCK = ReplayClock()
 SHAPES = {"encoder": (50, 768, 12), "decoder": (197, 512, 16)}  # tokens, width, heads
-HUGE = {"encoder_huge": (65, 1280, 16), "decoder_huge": (257, 512, 16)}  # of ViT-H/14
+LARGER = {"encoder_large": (50, 1024, 16), "encoder_huge": (65, 1280, 16), "decoder_huge": (257, 512, 16)}  # L/16, H/14
 LINEARS = {"encoder_qkv": (50, 768, 2304), "decoder_fc1": (197, 512, 2048), "decoder_fc2": (197, 2048, 512)}  # tokens, in, out
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -27,7 +27,7 @@ QUICK = ("attention_decoder", "linear_decoder_fc1", "block_encoder")
 
 def workloads(full: bool, device: torch.device) -> list[OpWorkload]:
     entries = [entry for entry in ENTRIES if full or entry.name in QUICK]
-    entries += [attention_entry(part) for part in HUGE if full and device.type == "cuda"]
+    entries += [attention_entry(part) for part in LARGER if full and device.type == "cuda"]
     return [
         workload
         for entry in entries
@@ -63,7 +63,7 @@ def sdpa(kernel: SDPBackend, qkv: Tensor, heads: int) -> Outputs:
 
 
 def attention_entry(part: str) -> OpEntry:
-    T, D, heads = (SHAPES | HUGE)[part]
+    T, D, heads = (SHAPES | LARGER)[part]
     return OpEntry(
         name=f"attention_{part}",
         variants=tuple(DTYPES),

@@ -17,8 +17,15 @@ from maefast.reference import VAR_EPS
 CLOCK = ReplayClock()
 PATCH, GRID = 16, 14
 L, K, D, P = GRID * GRID, GRID * GRID // 4, 512, 3 * PATCH * PATCH
-ENCODER_D, MLP_RATIO, LN_EPS = 768, 4, 1e-6
+MLP_RATIO, LN_EPS = 4, 1e-6
+TOKENS = {  # and width: the decoder's without a name, the encoders of ViT-B/16, L/16 and H/14
+    "": (1 + L, D),
+    "encoder": (1 + K, 768),
+    "encoder_large": (50, 1024),
+    "encoder_huge": (65, 1280),
+}
 NORM_VARIANTS = ("fp32", "bf16", "autocast", "fp32-encoder", "bf16-encoder", "autocast-encoder")
+NORM_VARIANTS += ("autocast-encoder_large", "autocast-encoder_huge")
 QUICK_N, FULL_N = 8, 64
 
 
@@ -27,7 +34,8 @@ def workloads(full: bool, device: torch.device) -> list[OpWorkload]:
         workload
         for entry in ENTRIES
         for variant in entry.variants
-        if full or not variant.endswith("encoder")
+        if full or "encoder" not in variant
+        if device.type == "cuda" or not variant.endswith(("large", "huge"))
         for workload in workloads_of(entry, variant, device, full, QUICK_N, FULL_N)
     ]
 
@@ -136,12 +144,13 @@ def fused_masked_mse(pred: Tensor, imgs: Tensor, mask: Tensor, mean: Tensor | No
     return {"loss": ops.masked_mse(pred, imgs, mask, PATCH, True, mean, std)}
 
 
-# layer_norm and add_layer_norm on the decoder's tokens; at full size also on the encoder's.
+# layer_norm and add_layer_norm on the decoder's tokens; at full size also on those of encoders.
 # "autocast": the residual stream in fp32, inputs and outputs of GEMMs in bf16
 
 
 def rows_and_width(N: int, variant: str) -> tuple[int, int]:
-    return (N * (1 + K), ENCODER_D) if variant.endswith("encoder") else (N * (1 + L), D)
+    tokens, width = TOKENS[variant.partition("-")[2]]
+    return N * tokens, width
 
 
 def make_layer_norm(N: int, variant: str, generator: torch.Generator) -> Inputs:
@@ -250,7 +259,7 @@ ENTRIES = (
     ),
     OpEntry(
         name="gelu",
-        variants=("fp32", "bf16", "autocast", "fp32-encoder", "bf16-encoder"),
+        variants=("fp32", "bf16", "autocast", "fp32-encoder", "bf16-encoder", "bf16-encoder_large", "bf16-encoder_huge"),
         make=make_gelu,
         plain=plain_gelu,
         fused=lambda x, bias=None: {"y": ops.bias_gelu(x, bias)},
