@@ -102,7 +102,7 @@ def build() -> None:
 
 
 def test(torch: str, *arguments: str) -> None:
-    (wheel,) = DIST.glob("*[0-9]-py3-none-*.whl")  # the wheel for CPUs has no local version
+    (wheel,) = (wheel for wheel in DIST.glob("*.whl") if "+" not in wheel.name)  # the one for CPUs has no local version
     tree = WORK / "tree"
     for folder in ("tests", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True)
