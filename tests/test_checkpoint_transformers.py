@@ -28,7 +28,8 @@ PUBLISHED = (  # transformers 5's names of modules -> those of its published fil
 def vit_mae() -> nn.Module:
     transformers.logging.disable_progress_bar()
     encoder = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
-    return theirs(configuration(**encoder, norm_pix_loss=True, mask_ratio=0.5), seed=3).eval()
+    decoder = {"decoder_hidden_size": 24, "decoder_num_attention_heads": 3, "decoder_intermediate_size": 96}
+    return theirs(configuration(**encoder, **decoder, norm_pix_loss=True, mask_ratio=0.5), seed=3).eval()
 
 
 def assert_computes_the_same(model: MAE, other: nn.Module) -> None:

@@ -79,7 +79,8 @@ def test_other_images(without_graphs):
 def test_what_it_refuses():
     model = small_mae()
     imgs, optimizer = images_for(model), adamw(model, LR, capturable=True)
-    sgd, half = torch.optim.SGD(model.parameters(), LR), r"autocast must be torch.bfloat16 or None; it is .*16, which .*scaler"
+    sgd = torch.optim.SGD(model.parameters(), LR)
+    half = r"autocast must be torch\.bfloat16 or None; it is torch\.float16, which .*scaler"
     for error, message, arguments, options in (
         (TypeError, "optimizer must be torch's Adam or AdamW; it is SGD", (sgd, imgs), {}),
         (ValueError, "optimizer must have capturable=True", (adamw(model, LR), imgs), {}),

@@ -251,7 +251,8 @@ def accumulated(model: nn.Module, dtype: torch.dtype = F32, **options: object) -
         imgs, noise = images_for(model, IMAGES, seed=i).to(dtype), noise_for(model, IMAGES, seed=i)
         loss = model(imgs, 0.9 - 0.1 * (i % 8), noise=noise, **options).loss
         losses.append(loss.item())
-        (loss / 2).backward()
+        loss /= 2  # in place, as scripts do
+        loss.backward()
         if i % 2:
             optimizer.step()
             optimizer.zero_grad()

@@ -119,6 +119,7 @@ def test_mask_tokens_in_the_encoder():
     assert torch.equal(without.loss, out.loss)
     out.loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad.isfinite().all() for p in trained.values())
     assert [name for name, p in trained.items() if not p.grad.any()] == ["mask_token"]
 
 

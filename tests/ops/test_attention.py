@@ -137,8 +137,7 @@ def test_autocast(each_backend, M):
     inputs = make(2, 7, 2, 4, M=M)
     narrow = {name: t.detach().bfloat16().requires_grad_() for name, t in inputs.items()}
     expected = forward_backward(with_heads(2), narrow, torch.ones(2, M or 7, 8))
-    with torch.autocast("cpu", BF16):
-        got = forward_backward(with_heads(2), inputs, torch.ones(2, M or 7, 8))
+    got = forward_backward(torch.autocast("cpu", BF16)(with_heads(2)), inputs, torch.ones(2, M or 7, 8))
     assert_equal(got, {name: t if name == "out" else t.float() for name, t in expected.items()})
     assert got["out"].dtype == BF16
 
