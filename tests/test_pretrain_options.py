@@ -57,6 +57,15 @@ def test_a_folder_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFix
     assert "--output_dir must be a folder that can be written" in line
 
 
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(PermissionError):
+        pretrain(options(tmp_path, resume="auto"), ArrayImages(pictures()))
+
+
 def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
     data = ArrayImages(pictures())
     pretrain(options(tmp_path), data)

@@ -35,10 +35,10 @@ class Position:
 def find(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, the oldest first."""
     found = list[tuple[Position, Path]]()
-    for path in folder.glob("checkpoint-*"):
-        if match := NAME.fullmatch(path.name):
+    for name in os.listdir(folder) if folder.is_dir() else ():  # glob takes a folder that cannot be read for an empty one
+        if match := NAME.fullmatch(name):
             epoch, step = int(match[1]), match[2]
-            found.append((Position(epoch + 1, 0) if step is None else Position(epoch, int(step)), path))
+            found.append((Position(epoch + 1, 0) if step is None else Position(epoch, int(step)), folder / name))
     return [path for _, path in sorted(found)]
 
 
