@@ -221,6 +221,7 @@ def masked_mse_bwd(
     if (N := mask.shape[0]) == 0:
         return dpred
     arguments = _arguments("masked_mse_bwd", pred, imgs, mask, (patch_h, patch_w), mean, std)
-    own = {"dloss_ptr": dloss, "sum_mask_ptr": mask.sum(), "dpred_ptr": dpred, "NORM": norm_pix}
+    total = arguments["mask_ptr"].sum()  # the dense mask's: strides would change the order of additions
+    own = {"dloss_ptr": dloss, "sum_mask_ptr": total, "dpred_ptr": dpred, "NORM": norm_pix}
     launch(_masked_mse_bwd_kernel, (N * arguments["groups"],), **own, **arguments)
     return dpred

@@ -48,6 +48,16 @@ def test_weights():
         check(op((2, 3)), *(run((2, 3), weights=weights.to(DEVICE)) for _ in range(3)))
 
 
+def test_strides_of_the_mask_change_no_bit():
+    inputs, gradients = run((1, 2), grid=(4, 3), C=1, N=16), []
+    weights = torch.rand(12, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).t()
+    for mask in (weights, weights.contiguous()):
+        with maefast.backend("triton"):
+            loss = ops.masked_mse(inputs["pred"], inputs["imgs"], mask, (1, 2), True)
+        gradients += torch.autograd.grad(loss, inputs["pred"])
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("compact", [True, False])
 def test_groups(compact, monkeypatch):
     """Several patches a program, fewer in a row's last; rows longer than one block of weights."""
