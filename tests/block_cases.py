@@ -28,14 +28,14 @@ def make_block(dtype: torch.dtype = F32, seed: int = 0, norm_layer: Callable[[in
 
 
 def plain(block: Block) -> reference.Block:
-    """The same weights in the reference's block."""
+    """Return the reference's block with the weights of `block`."""
     out = reference.Block(D, HEADS, 4.0, nn.LayerNorm, "sdpa").to(block.attn.qkv.weight.dtype)
     out.load_state_dict(block.state_dict())
     return out
 
 
 def through_modules(block: Block) -> Block:
-    """The same block with a hook that does nothing, so that each of its modules is called."""
+    """Return a copy with a hook that does nothing, so that each of its modules is called."""
     block = copy.deepcopy(block)
     block.mlp.fc1.register_forward_hook(lambda module, args, out: None)
     return block

@@ -84,22 +84,22 @@ def _poison(tensor: Tensor) -> Tensor:
 
 
 def misaligned(t: Tensor) -> Tensor:
-    """The same values, one element after an aligned address."""
+    """Return a copy that starts one element after an aligned address."""
     return _poison(t.new_empty(t.numel() + 2))[1:-1].view(t.shape).copy_(t)
 
 
 def padded(t: Tensor) -> Tensor:
-    """The same values in rows that are dense but apart, poison between them."""
+    """Return a copy in rows that are dense but apart, with poison between them."""
     return _poison(t.new_empty(*t.shape[:-1], t.shape[-1] + 5))[..., 3:-2].copy_(t)
 
 
 def sliced(t: Tensor) -> Tensor:
-    """The same values, every stride doubled, poison between them."""
+    """Return a copy with every stride doubled, and poison between the values."""
     return _poison(t.new_empty([2 * size for size in t.shape]))[(slice(1, None, 2),) * t.dim()].copy_(t)
 
 
 def transposed(t: Tensor) -> Tensor:
-    """The same values, the last two dimensions swapped in memory."""
+    """Return a copy with the last two dimensions swapped in memory."""
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
@@ -163,7 +163,7 @@ def assert_once_differentiable(op: Op, inputs: dict[str, Tensor]) -> None:
 
 
 def assert_same_for_any_threads(run: Callable[[], dict[str, Tensor]]) -> None:
-    """The same bits from one thread and from several, twice each."""
+    """Hold that one thread and several, twice each, give equal bits."""
     with threads(1):
         one = run()
     for count in THREADS:
@@ -223,7 +223,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def at_the_edge(t: Tensor, end: bool) -> Tensor:
-    """The same values with a page that may not be touched behind the last, or before the first."""
+    """Return a copy with a page without access behind its last value, or before its first."""
     page, size = mmap.PAGESIZE, t.nbytes
     pages = -(-size // page)
     memory = mmap.mmap(-1, (pages + 1) * page)

@@ -17,7 +17,7 @@ from maefast.blocks import Block, Route
 
 
 def through_ops(block: Block) -> Block:
-    """The same block with an attention that is not maefast's."""
+    """Return the block with an attention that is not maefast's."""
     block = copy.deepcopy(block)
     block.attn.backend = "sdpa"
     return block
@@ -196,7 +196,7 @@ def test_nothing_to_do(each_backend, shape):
 
 @pytest.mark.parametrize("grad_layout", [lambda y: y.sum(), lambda y: y.transpose(1, 2).contiguous().square().sum()])
 def test_incoming_gradients_of_any_layout(grad_layout):
-    """Those of a sum have strides of zero, others are transposed."""
+    """Gradients of a sum have strides of zero, others are transposed."""
     block = make_block()
     x = torch.randn(3, T, D, requires_grad=True)
     y = block(x)

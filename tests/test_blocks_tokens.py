@@ -85,7 +85,7 @@ class DecoderStart(nn.Module):
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("path", [lambda block: block, through_modules], ids=["fused", "modules"])
 def test_repeated_tokens(path, mode):
-    """The same output bit for bit, and all gradients by the rule."""
+    """The output is equal bit for bit, and all gradients by the rule."""
     dtype, cast = mode
     block = make_block(dtype)
     mine, eager = DecoderStart(path(block)).to(dtype), DecoderStart(plain(block)).to(dtype)

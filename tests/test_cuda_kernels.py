@@ -95,7 +95,7 @@ def test_gather_patches(patch, dtype, out):
 
 
 def every_second(t: Tensor) -> Tensor:
-    """The same values two apart, every row aligned."""
+    """Return a copy with values two apart and every row aligned."""
     return t.new_zeros(*t.shape, 2)[..., 0].copy_(t)
 
 

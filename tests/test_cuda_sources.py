@@ -65,7 +65,7 @@ def run(command: list[str | Path]) -> str:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory) -> dict[tuple[str, ...], tuple[Path, str]]:
-    """Of each unit: the object for sm_90 with its boxed entries, and what ptxas said of it."""
+    """Return the object of each unit for sm_90, with its boxed entries, and ptxas's report."""
     folder = tmp_path_factory.mktemp("cuda")
     defines = ["-DMAEFAST_ENTRY", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
     host = ["-Xcompiler", "-fPIC,-O0"]

@@ -206,7 +206,7 @@ def test_compiled_code_sees_through_the_choice(monkeypatch):
 
 
 def test_sizes_that_are_timed():
-    """Those of the committed table are among them."""
+    """The sizes of the committed table are among them."""
     for entry in tuned.read().gemm:
         assert (entry.depth[1], entry.features[1]) in {size[1:] for size in _products.sizes(entry.kind)}
 

@@ -216,7 +216,7 @@ def test_the_library_holds_no_path_of_its_build():
 )
 @pytest.mark.skipif(torch.__version__ >= "2.14", reason="headers of torch 2.14 call dlsym: wheels are built beside an older one")
 def test_the_library_loads_beside_old_system_libraries():
-    """Those of manylinux_2_28, as torch. A symbol without version is torch's, or may be missing."""
+    """Symbols are those of manylinux_2_28; one without version is torch's, or may be missing."""
     newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
     for kind, name, version in undefined_symbols():
         if version:

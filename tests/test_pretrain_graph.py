@@ -62,7 +62,7 @@ def assert_same_run(got: Path, truth: Path) -> None:
     ids=lambda changes: "-".join(changes) or "plain",
 )
 def test_is_the_run_without_it(tmp_path: Path, steps: list[tuple[str, ...]], changes: dict[str, object]) -> None:
-    """The same masks, losses, weights and moments, of one graph for the whole run."""
+    """Masks, losses, weights and moments are equal, with one graph for the whole run."""
     run(tmp_path / "plain", epochs=2, **changes)
     run(tmp_path / "graph", epochs=2, graph=True, **changes)
     assert steps == [("imgs", "noise")]

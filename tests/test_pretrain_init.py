@@ -46,7 +46,7 @@ def newest(folder: Path) -> dict[str, object]:
 
 
 def test_a_run_starts_from_weights(tmp_path, capsys):
-    """Of any layout; log.txt and the checkpoint tell of it, by the name of the file alone."""
+    """Weights of any layout; log.txt and the checkpoint name only the file."""
     model = source()
     named = {f"model._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     path = save("weights.ckpt", state_dict=named, epoch=3)

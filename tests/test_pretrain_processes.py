@@ -222,7 +222,7 @@ def test_first_host() -> None:
 
 
 def test_submit(tmp_path: Path) -> None:
-    """The same command starts the run and goes on with it, in job_dir."""
+    """One command starts the run and resumes it, in job_dir."""
     pytest.importorskip("submitit")
     np.save(tmp_path / "images.npy", pictures())
     given = [*flags(tmp_path / "images.npy", tmp_path / "run")[1:], f"--job_dir={tmp_path / 'run'}", "--epochs=1"]

@@ -76,7 +76,7 @@ def spread_out(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
 @cases(lambda spec: [spec.strided])
 def test_zero_strides(isa, case, dims):
-    """The same bits as from a copy without them. Ranks stay permutations."""
+    """Zero strides give the bits of a copy without them. Ranks stay permutations."""
 
     def expanded(t: Tensor) -> Tensor:
         if t.dim() <= max(dims) or not (t.is_floating_point() or dims == (0,)):
