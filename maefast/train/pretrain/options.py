@@ -46,7 +46,9 @@ class Options:
     mean: tuple[float, ...] | None = option(
         None, numbers(ANY), "mean per channel, of uint8 in 0..1 (3: ImageNet's, else 0.5), of floats in their unit", "M,.."
     )
-    std: tuple[float, ...] | None = option(None, numbers(0, above=True), "standard deviation per channel, like --mean", "S,..")
+    std: tuple[float, ...] | None = option(
+        None, numbers(0, above=True), "standard deviation per channel, in --mean's unit", "S,.."
+    )
     nodata: float | None = option(None, number(ANY), "value of a float array that means missing, as NaN does", "V")
     mask_ratio: float = option(0.75, RATIO, "fraction of the patches that is removed")
     sampler: str = option("random", one_of(SAMPLERS), "patches to remove: random ones, blocks, or all but one of each 2 x 2")
