@@ -253,6 +253,7 @@ struct MaskedMseInput {
           "mask must be (N, L) float32 with the N and the patches of imgs");
     check(pred.dim() == 3 && pred.size(0) == N && pred.size(1) <= L && pred.size(2) == imgs.image.patch_values(),
           "pred must be (N, L, P) or (N, M, P) with the N and the patch values of imgs");
+    check(pred.size(2) >= 1, "patches must have a value");
     const int64_t rows = pred.size(1);
     const float* weights = static_cast<const float*>(mask.const_data_ptr());
     row.resize(N * L);

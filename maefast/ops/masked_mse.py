@@ -99,6 +99,8 @@ def masked_mse(
     check_same_device(pred=pred, imgs=imgs, mask=mask)
     N, C, H, W = imgs.shape
     L, P = (H // ph) * (W // pw), C * ph * pw
+    if C == 0:
+        raise ValueError(f"imgs must have at least one channel; its shape is {shape_of(imgs)}")
     if mask.shape != (N, L):
         raise ValueError(f"mask must be (N, L) = ({N}, {L}); its shape is {shape_of(mask)}")
     if pred.dim() != 3 or pred.shape[0] != N or not 1 <= pred.shape[1] <= L or pred.shape[2] != P:
