@@ -3,20 +3,22 @@
     PYTHONPATH=tests python benchmarks/step_profile.py [--dtype fp32|bf16] [--host]
 
 prints a Markdown table from torch.profiler's own time of each op. With --host it prints the ops and
-the Python functions that a step of 8 images calls, and the CPU time of all ops. That model has the
-blocks of ViT-B/16, made so narrow that kernels take next to no time.
+the Python functions that a step of 8 images calls, the CPU time of all ops, and the time of the
+step, on one core. That model has the blocks of ViT-B/16, made so narrow that kernels take next to
+no time.
 """
 
 import argparse
+import statistics
 import sys
 from collections import defaultdict
 
 import torch
-from stepbench import Size, StepWorkload
+from stepbench import SETS, Size, StepWorkload
 from test_step import CPU, DECODER
 from torch.profiler import ProfilerActivity, profile
 
-from maefast.testing.timing import Run
+from maefast.testing.timing import Budget, Run, WallTimer, rotate
 
 CATEGORIES = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn", "mkl_linear", "maefast::linear"),
@@ -54,9 +56,9 @@ def milliseconds(workload: StepWorkload, contender: str) -> dict[str, float]:
     return spent
 
 
-def host_work(workload: StepWorkload, contender: str) -> tuple[int, int, float]:
+def host_work(run: Run) -> tuple[int, int, float]:
     """Return how many ops and Python functions a step calls, and the CPU ms of its ops."""
-    run, calls = warmed_up(workload, contender), 0
+    calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:
         nonlocal calls
@@ -74,11 +76,14 @@ def host_work(workload: StepWorkload, contender: str) -> tuple[int, int, float]:
 
 
 def print_host_work(dtype: str) -> None:
+    torch.set_num_threads(1)
     workload = StepWorkload("narrow", NARROW, dtype, torch.device("cpu"))
-    print("| | ops | Python calls | CPU ms of ops |\n| --- | ---: | ---: | ---: |")
-    for contender in CONTENDERS:
-        ops, calls, spent = host_work(workload, contender)
-        print(f"| {contender} | {ops} | {calls} | {spent:.1f} |")
+    runs = {contender: warmed_up(workload, contender) for contender in CONTENDERS}
+    samples = rotate(runs, WallTimer(), Budget(seconds=0, least=100, most=100), SETS)
+    print("| | ops | Python calls | CPU ms of ops | ms |\n| --- | ---: | ---: | ---: | ---: |")
+    for contender, times in samples.items():
+        ops, calls, spent = host_work(runs[contender])
+        print(f"| {contender} | {ops} | {calls} | {spent:.1f} | {1e3 * statistics.median(times):.1f} |")
 
 
 def main() -> None:

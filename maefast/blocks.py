@@ -107,23 +107,29 @@ class Block(nn.Module):
         """Return forward of x + pending as two summands: the residual stream and a branch."""
         if ids is not None and not self._takes_queries(x):
             return _taken(self.advance(x, pending), ids)
-        route, _ = self.route(x.device, x.dtype, x.shape[1], ids is not None)
+        weights, _ = self._plain_weights()
+        if weights is None:
+            return self._advance_by_modules(x, pending, ids)
+        ask = self._ask(weights, x.device, x.dtype, x.shape[1])
+        route, _ = self._route_of(ask, ids is not None)
         match route:
             case Route.FUSED:
-                ask = self._ask(x.device, x.dtype, x.shape[1])
                 backend, _ = fused_backend(ask)
-                return run_block(str(backend), ask, x, pending, self._weights(), self.norm1.eps, repeated)
+                return run_block(str(backend), ask, x, pending, weights, self.norm1.eps, repeated)
             case Route.OPS:
-                return self._advance_by_ops(x, pending, ids)
+                return self._advance_by_ops(weights, x, pending, ids)
             case Route.MODULES:
-                x = x if pending is None else x + pending
-                x = x + self._branch(self.attn(self.norm1(x)))
-                branch = self._branch(self.mlp(self.norm2(x)))
-                return (x, branch) if ids is None else _taken((x, branch), ids)
+                return self._advance_by_modules(x, pending, ids)
 
-    def _advance_by_ops(self, x: Tensor, pending: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _advance_by_modules(self, x: Tensor, pending: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = x if pending is None else x + pending
+        x = x + self._branch(self.attn(self.norm1(x)))
+        branch = self._branch(self.mlp(self.norm2(x)))
+        return (x, branch) if ids is None else _taken((x, branch), ids)
+
+    def _advance_by_ops(self, w: BlockWeights, x: Tensor, pending: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the chain of ops; queries, projection and MLP only for ids, if given."""
-        w, D, dtype = self._weights(), x.shape[2], compute_dtype(x)
+        D, dtype = x.shape[2], compute_dtype(x)
         if pending is None:
             y = ops.layer_norm(x, w.norm1_weight, w.norm1_bias, self.norm1.eps, dtype)
         else:
@@ -145,42 +151,50 @@ class Block(nn.Module):
 
         some   whether the output of only some tokens is wanted
         """
-        if (reason := self._why_not_plain()) is not None:
+        weights, reason = self._plain_weights()
+        if weights is None:
             return Route.MODULES, reason
-        ask = self._ask(device, dtype, tokens)
-        if not some and ask.weight != dtype and not is_autocast(device, dtype):
-            return Route.MODULES, f"its weights are {ask.weight}, x is {dtype}"
+        return self._route_of(self._ask(weights, device, dtype, tokens), some)
+
+    def _route_of(self, ask: BlockAsk, some: bool) -> tuple[Route, str]:
+        if not some and ask.weight != ask.x and not is_autocast(ask.device, ask.x):
+            return Route.MODULES, f"its weights are {ask.weight}, x is {ask.x}"
         if self.norm1.eps != self.norm2.eps:
             return Route.OPS, "its norms have different eps"
         return _choose_route(ask, some, self._drops_paths())
 
-    def _why_not_plain(self) -> str | None:
-        """Return why the modules of the block must be called, or None."""
-        norms, attn, mlp = (self.norm1, self.norm2), self.attn, self.mlp
-        if not (is_plain(attn, Attention) and is_plain(mlp, Mlp) and all(is_plain(norm, nn.LayerNorm) for norm in norms)):
-            return "a module of it is hooked or replaced"
-        linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        if not all(is_plain(linear, nn.Linear) for linear in linears):
-            return "a Linear of it is hooked or replaced"
-        if any(module.weight is None or module.bias is None for module in (*norms, *linears)):
-            return "a module of it has no weight or no bias"
-        if any(_torch.has_own_rule(linear.weight) for linear in linears):
-            return "a weight of it multiplies by a rule of its own"
-        if any(linear.weight.dtype != attn.qkv.weight.dtype for linear in linears):
-            return "its weights are of different dtypes"
+    def _plain_weights(self) -> tuple[BlockWeights | None, str]:
+        """Return the parameters, or None and why the modules of the block must be called."""
+        # nn.Module looks up each module and parameter in Python, so each is read once
+        norm1, attn, norm2, mlp = self.norm1, self.attn, self.norm2, self.mlp
+        for module, kind in ((norm1, nn.LayerNorm), (attn, Attention), (norm2, nn.LayerNorm), (mlp, Mlp)):
+            if not is_plain(module, kind):
+                return None, "a module of it is hooked or replaced"
+        qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
+        for linear in (qkv, proj, fc1, fc2):
+            if not is_plain(linear, nn.Linear):
+                return None, "a Linear of it is hooked or replaced"
+        weights: list[Tensor] = []
+        for module in (norm1, qkv, proj, norm2, fc1, fc2):
+            weight, bias = module.weight, module.bias
+            if weight is None or bias is None:
+                return None, "a module of it has no weight or no bias"
+            weights += (weight, bias)
+        w = BlockWeights(*weights)
+        for weight in (w.qkv_weight, w.proj_weight, w.fc1_weight, w.fc2_weight):
+            if _torch.has_own_rule(weight):
+                return None, "a weight of it multiplies by a rule of its own"
+            if weight.dtype != w.qkv_weight.dtype:
+                return None, "its weights are of different dtypes"
         if (attn.training and attn.drop) or (mlp.training and mlp.drop):
-            return "it drops activations"
-        return None
+            return None, "it drops activations"
+        return w, ""
 
-    def _ask(self, device: torch.device, dtype: torch.dtype, tokens: int) -> BlockAsk:
-        norm, attn, out = self.norm1.weight, self.attn, product_dtype(device, dtype)
-        D, weight = norm.shape[0], attn.qkv.weight.dtype
-        return BlockAsk(device, dtype, norm.dtype, weight, out, tokens, D, D // attn.num_heads, attn.backend)
-
-    def _weights(self) -> BlockWeights:
-        attn, mlp = self.attn, self.mlp
-        parts = (self.norm1, attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2)
-        return BlockWeights(*(parameter for part in parts for parameter in (part.weight, part.bias)))
+    def _ask(self, w: BlockWeights, device: torch.device, dtype: torch.dtype, tokens: int) -> BlockAsk:
+        attn, out, D = self.attn, product_dtype(device, dtype), w.norm1_weight.shape[0]
+        return BlockAsk(
+            device, dtype, w.norm1_weight.dtype, w.qkv_weight.dtype, out, tokens, D, D // attn.num_heads, attn.backend
+        )
 
     def _drops_paths(self) -> bool:
         return self.training and self.drop_path > 0

@@ -238,7 +238,7 @@ class _TransformerBlock(torch.autograd.Function):
         w1, b1, qkv_w, qkv_b, proj_w, proj_b, w2, b2, fc1_w, fc1_b, fc2_w, fc2_b = weights
         dtype, native = plan.dtype, plan.native
         ctx.x_dtype, ctx.pending_dtype = x.dtype, None if pending is None else pending.dtype
-        qkv_w, proj_w, fc1_w, fc2_w = (weight.to(dtype) for weight in (qkv_w, proj_w, fc1_w, fc2_w))
+        qkv_w, proj_w, fc1_w, fc2_w = [weight.to(dtype) for weight in (qkv_w, proj_w, fc1_w, fc2_w)]
         repeated = None if rows is None or ids_restore is None else RepeatedTokens(rows, ids_restore)
         y1, x1, center1, rstd1 = _normed(plan, x if rows is None else rows, pending, w1, b1)
         qkv = product(y1, qkv_w, qkv_b.to(dtype), native)
@@ -315,5 +315,5 @@ class _TransformerBlock(torch.autograd.Function):
             in_dtype(ctx.pending_dtype) if ctx.needs_input_grad[2] else None,
             drows if ctx.needs_input_grad[3] else None,
             None,
-            *(grads[name].to(getattr(dtypes, name)) if getattr(needs, name) else None for name in BlockWeights._fields),
+            *[grads[name].to(getattr(dtypes, name)) if getattr(needs, name) else None for name in BlockWeights._fields],
         )
