@@ -55,10 +55,21 @@ class Gemm(NamedTuple):
     measured: str
 
 
+class Repeated(NamedTuple):
+    """A decoder whose first block is faster with its repeated mask tokens computed once."""
+
+    capability: str
+    width: int
+    values: int  # of repeated tokens in a batch, from so many on
+    speedup: float  # of the first block, forward and backward
+    measured: str
+
+
 class Table(NamedTuple):
     attention: tuple[Attention, ...]
     tiles: tuple[Tile, ...]
     gemm: tuple[Gemm, ...]
+    repeated: tuple[Repeated, ...]
 
 
 class NativeTile(NamedTuple):
@@ -109,7 +120,10 @@ def read(path: Path = TABLE) -> Table:
     content = json.loads(path.read_text())
     gemm = (Gemm(**row | {name: tuple(row[name]) for name in ("depth", "features")}) for row in content["gemm"])
     return Table(
-        tuple(Attention(**row) for row in content["attention"]), tuple(Tile(**row) for row in content["tiles"]), tuple(gemm)
+        tuple(Attention(**row) for row in content["attention"]),
+        tuple(Tile(**row) for row in content["tiles"]),
+        tuple(gemm),
+        tuple(Repeated(**row) for row in content["repeated"]),
     )
 
 
@@ -158,6 +172,12 @@ def has_faster_product(capability: tuple[int, int], kind: str, rows: int, depth:
         and rows >= entry.rows
         for entry in _committed.gemm
     )
+
+
+def repeats_enough(capability: tuple[int, int], width: int, values: int) -> bool:
+    """Return whether the table has so many values of repeated tokens as worth computing once."""
+    name = name_of(capability)
+    return any(e.width == width and values >= e.values and e.capability == name for e in _committed.repeated)
 
 
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from maefast import gemm, kernels, ops, request, tuned
-from maefast.kernels import _products, tune
+from maefast.kernels import _products, _repeated, tune
 from maefast.kernels._products import Size
-from maefast.tuned import Attention, Gemm, Table, Tile
+from maefast.ops import _tokens
+from maefast.tuned import Attention, Gemm, Repeated, Table, Tile
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "h200"
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -51,10 +52,11 @@ def test_the_table_is_written_as_it_is_committed(tmp_path):
 def test_entries_are_sorted_one_a_line(tmp_path):
     tiles = tuple(Tile(c, k, w, {"num_warps": 2}, 1.2, "x") for c, k, w in (("10.0", "b", 1), ("9.0", "b", 2), ("9.0", "a", 9)))
     gemm = tuple(Gemm("9.0", kind, (1, 8), (2, 16), 5, 1.2, "x") for kind in ("linear", "input_gradient"))
-    table = Table((Attention("8.0", 64, 34, 50, "flash_attn", 1.1, "x"),), tiles, gemm)
+    repeated = (Repeated("9.0", 512, 1000, 1.1, "x"),)
+    table = Table((Attention("8.0", 64, 34, 50, "flash_attn", 1.1, "x"),), tiles, gemm, repeated)
     tuned.write(table, tmp_path / "table.json")
-    assert tuned.read(tmp_path / "table.json") == Table(table.attention, (tiles[2], tiles[1], tiles[0]), gemm[::-1])
-    assert len((tmp_path / "table.json").read_text().splitlines()) == 4 + 3 + 3 + 4
+    assert tuned.read(tmp_path / "table.json") == Table(table.attention, (tiles[2], tiles[1], tiles[0]), gemm[::-1], repeated)
+    assert len((tmp_path / "table.json").read_text().splitlines()) == 2 + 3 + 5 + 4 + 3
 
 
 def test_which_backend_is_worth_an_entry():
@@ -94,6 +96,29 @@ def test_which_product_is_worth_an_entry():
     others = ("linear", (900, 60, 30), 1.2), ("input_gradient", (30, 60, 24), 2.0)
     assert entries(*others)[0] == ("linear", (40, 60), (20, 30), 600, 1.2), "each kind by itself"
     assert _products.entries([("linear", Size(900, 60, 30), {})], tune.GAIN, "9.0", "here") == (), "it could not run"
+
+
+def test_when_repeated_tokens_are_worth_an_entry():
+    def entries(*speedups: float) -> tuple[Repeated, ...]:
+        timed = [(_repeated.Size(12 * i, 3 * i, 8, 2), 10, {"each": s, "once": 1.0}) for i, s in enumerate(speedups, 1)]
+        return _repeated.entry(timed, tune.GAIN, "9.0", "here")
+
+    assert entries(1.04) == (), "4 % is noise"
+    values = (10 * 9 - 13) * 8  # of the smallest
+    assert entries(1.239, 1.3) == (Repeated("9.0", 8, 2 * values // 3, 1.23, "here"),)
+    assert entries(1.3, 1.04) == (), "the least counts"
+    wrong = [(_repeated.SIZES[0], 10, {"each": 2.0})]
+    assert _repeated.entry(wrong, tune.GAIN, "9.0", "here") == ()
+
+
+def test_repeated_tokens_on_a_gpu_follow_the_table(monkeypatch):
+    class OnGpu:
+        device, shape = torch.device("cuda"), (10, 13, 8)
+
+    monkeypatch.setattr(_tokens.gpu, "capability", lambda device: (9, 0))
+    for entry, enough in ((("9.0", 8, 616), True), (("9.0", 8, 617), False), (("9.0", 16, 616), False), (("8.0", 8, 616), False)):
+        monkeypatch.setattr(tuned, "_committed", Table((), (), (), (Repeated(*entry, 1.1, "here"),)))
+        assert _tokens.repeats_enough(OnGpu, len_keep=3) == enough
 
 
 @pytest.mark.parametrize("kind", gemm.KINDS)
@@ -154,6 +179,18 @@ def test_attention_with_wrong_results_is_not_timed(native, monkeypatch, capsys):
     assert "without native: its results are outside the error rule" in capsys.readouterr().out
 
 
+def test_the_first_block_is_timed_in_both_ways(native, monkeypatch, capsys):
+    size, times = _repeated.Size(12, 3, 32, 2), {"each": 2.0, "once": 1.0}
+    given: list[int] = []
+    summed = _tokens.RepeatedTokens.summed
+    monkeypatch.setattr(_tokens.RepeatedTokens, "summed", lambda self, dy: given.append(len(dy)) or summed(self, dy))
+    assert tune.time_repeated(size, setting(times)) == times
+    assert given == [2] * 3, "checked once, then each set"
+    monkeypatch.setattr(_tokens.RepeatedTokens, "summed", lambda self, dy: 1.1 * summed(self, dy))
+    assert tune.time_repeated(size, setting(times)) == {"each": 2.0}
+    assert "its results are outside the error rule" in capsys.readouterr().out
+
+
 def test_the_error_rule():
     exact = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     eager, eps = (exact + torch.tensor([0.01, 0, 0])).float(), torch.finfo(torch.float32).eps
@@ -170,6 +207,7 @@ OLD = Table(
     (*ON_NATIVE, Attention("9.0", 32, 100, 150, "flash_attn", 2.0, "before")),
     tuple(Tile("9.0", kernel, 512, tile, 1.1, "before") for kernel, tile in TILES.items()),
     tuple(Gemm("9.0", kind, (342, 512), (1366, 2048), 11094, 1.2, "before") for kind in ("linear", "input_gradient")),
+    tuple(Repeated(capability, 512, 1000, 1.2, "before") for capability in ("8.0", "9.0")),
 )
 
 
@@ -183,7 +221,7 @@ def test_what_was_measured_takes_the_place_of_what_was(monkeypatch):
     assert new.tiles == (OLD.tiles[1], Tile("9.0", "layer_norm_fwd", 768, {"ROWS": 1, "num_warps": 2}, 2.0, "here"))
     assert [line[0] for line in tune.changes(OLD, new)] == ["-", "-", "+", "+"]
     assert tune.changes(OLD, OLD) == []
-    assert new.gemm == OLD.gemm
+    assert (new.gemm, new.repeated) == (OLD.gemm, OLD.repeated)
     elsewhere = tune.tuned_table(("add_layer_norm",), OLD, setting({}), "8.0", "here")
     assert elsewhere.attention == OLD.attention
     assert elsewhere.tiles[:2] == OLD.tiles
@@ -201,6 +239,15 @@ def test_products_that_were_measured(monkeypatch):
     assert (new.attention, new.tiles) == (OLD.attention, OLD.tiles)
 
 
+def test_repeated_tokens_that_were_measured(monkeypatch):
+    monkeypatch.setattr(tune, "time_repeated", lambda size, setting: {"each": 1.5, "once": 1.0})
+    new = tune.tuned_table(("repeated_tokens",), OLD, setting({}), "9.0", "here")
+    values = (2 * 147 - 197) * 512
+    assert new == OLD._replace(repeated=(OLD.repeated[0], Repeated("9.0", 512, 2 * values // 3, 1.5, "here")))
+    monkeypatch.setattr(tune, "time_repeated", lambda size, setting: {"each": 1.0, "once": 1.0})
+    assert tune.tuned_table(("repeated_tokens",), OLD, setting({}), "9.0", "here").repeated == OLD.repeated[:1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(tmp_path, capsys):
     assert tune.main(["--output", str(tmp_path / "table.json")]) == 2
@@ -209,7 +256,7 @@ def test_without_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tune.main(["--only", "attention,linear"])
     assert stop.value.code == 2
-    assert "argument --only: must be of attention, gemm, add_layer_norm" in capsys.readouterr().err
+    assert "argument --only: must be of attention, gemm, repeated_tokens, add_layer_norm" in capsys.readouterr().err
 
 
 def test_a_run_on_a_gpu_in_name_only(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from ..ops.attention import AttentionAsk
 from ..testing.errors import breach
 from ..testing.timing import Budget, CudaTimer, Run, rotate
 from ..tuned import Attention, Table, Tile
-from . import _products
+from . import _products, _repeated
 
 # T, h, d in ViT-B, -L and -H
 SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))
@@ -61,7 +61,8 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bias_gelu_bwd": _GELU_BWD,
 }
 TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
-PARTS = ("attention", "gemm", *sorted({kernel[:-4] for kernel in CANDIDATES}))
+OTHERS = ("attention", "gemm", "repeated_tokens")  # that time no tile
+PARTS = (*OTHERS, *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -172,6 +173,28 @@ def attention_entries(
     return tuple(entries)
 
 
+# the decoder's first block
+
+
+def time_repeated(size: _repeated.Size, setting: Setting) -> dict[str, float]:
+    """Time forward and backward with each mask token computed, and with each distinct one once if
+    that is right."""
+
+    def graph(N: int, mask_tokens: str, backend: str) -> Graph:
+        block = _repeated.first_block(size, setting.device, setting.half, mask_tokens)
+        return Graph(block, _repeated.inputs(size, N, setting.device, setting.half), backend)
+
+    checked = graph(min(CHECKED, setting.batch), _repeated.ONCE, "auto")
+    eager, exact = checked.on("eager").results(), checked.on("eager", torch.float64).results()
+    contenders = [_repeated.EACH]
+    if is_right(checked.results(), eager, exact):
+        contenders.append(_repeated.ONCE)
+    else:
+        print("the decoder's first block without repeated tokens computed once: its results are outside the error rule")
+    graphs = {name: [graph(setting.batch, name, "auto") for _ in range(SETS)] for name in contenders}
+    return setting.rotate({name: lambda i, twins=twins: twins[i].results() for name, twins in graphs.items()}, SETS)  # type: ignore[misc]
+
+
 # tiles of the Triton kernels
 
 
@@ -280,7 +303,7 @@ def medians_on(device: torch.device) -> Rotate:
 def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: str, measured: str) -> Table:
     """Return `old` with new entries of this architecture for `parts`; entries of a backend that
     could not be timed stay, and none replaces them."""
-    attention, tiles, products = list(old.attention), list(old.tiles), list(old.gemm)
+    attention, tiles, products, repeated = list(old.attention), list(old.tiles), list(old.gemm), old.repeated
     if "attention" in parts:
         timed = [(T, d, time_attention((T, h, d), setting)) for T, h, d in SHAPES]
         backends = {backend for _, _, times in timed for backend in times}
@@ -298,17 +321,21 @@ def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: 
         kinds = {kind for kind, _, times in timed_products if times}
         products = [e for e in old.gemm if e.capability != capability or e.kind not in kinds]
         products += _products.entries(timed_products, GAIN, capability, measured)
-    for op in (part for part in parts if part not in ("attention", "gemm")):
+    if "repeated_tokens" in parts:
+        timed_blocks = [(size, setting.batch, time_repeated(size, setting)) for size in _repeated.SIZES]
+        repeated = tuple(e for e in old.repeated if e.capability != capability)
+        repeated += _repeated.entry(timed_blocks, GAIN, capability, measured)
+    for op in (part for part in parts if part not in OTHERS):
         tiles = [e for e in tiles if e.capability != capability or e.kernel[:-4] != op]
         for kernel, width, times in time_tiles(op, setting):
             entry_of_tile = tile_entry(kernel, width, times, capability, measured)
             tiles += [] if entry_of_tile is None else [entry_of_tile]
-    return Table(tuple(attention), tuple(tiles), tuple(products))
+    return Table(tuple(attention), tuple(tiles), tuple(products), repeated)
 
 
 def changes(old: Table, new: Table) -> list[str]:
     """Return a line for each entry that was removed or added."""
-    before, after = ([*table.attention, *table.tiles, *table.gemm] for table in (old, new))
+    before, after = ([entry for rows in table for entry in rows] for table in (old, new))
     return [f"- {e}" for e in before if e not in after] + [f"+ {e}" for e in after if e not in before]
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import gpu, tuned
+
 
 class RepeatedTokens(NamedTuple):
     """The decoder's input (N, 1+L, D) with each distinct token once: all samples share the mask
@@ -43,13 +45,21 @@ class RepeatedTokens(NamedTuple):
         return torch.cat([kept, torch.bmm(removed, dy[:, 1:].transpose(0, 1))[:, 0]])
 
 
-REPEATED_VALUES = 1 << 18  # of mask tokens in a batch that are worth computing once
+REPEATED_VALUES = 1 << 18  # of mask tokens in a batch that are worth computing once on a CPU
 
 
 def repeats_enough(x: Tensor, len_keep: int) -> bool:
     """Return whether the shared mask tokens of x (N, 1+L, D) are worth computing once."""
     N, tokens, D = x.shape
-    return x.device.type == "cpu" and (N * (tokens - 1 - len_keep) - tokens) * D >= REPEATED_VALUES
+    values = repeated_values(N, tokens - 1, len_keep, D)
+    if x.device.type == "cuda":
+        return tuned.repeats_enough(gpu.capability(x.device), D, values)
+    return x.device.type == "cpu" and values >= REPEATED_VALUES
+
+
+def repeated_values(N: int, L: int, len_keep: int, D: int) -> int:
+    """Return how many values are not computed where mask tokens are computed once."""
+    return (N * (L - len_keep) - L - 1) * D
 
 
 def _unshuffled(ids_restore: Tensor, len_keep: int) -> Tensor:

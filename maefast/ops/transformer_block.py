@@ -40,6 +40,12 @@ class BlockWeights(NamedTuple):
     fc2_bias: Tensor
 
 
+def weight_shapes(D: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of BlockWeights by name."""
+    shapes = ((D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (hidden, D), (hidden,), (D, hidden), (D,))
+    return dict(zip(BlockWeights._fields, shapes, strict=True))
+
+
 class BlockAsk(NamedTuple):
     """What the choice of a kernel depends on."""
 
@@ -159,10 +165,8 @@ def _check(x: Tensor, pending: Tensor | None, weights: BlockWeights, num_heads: 
         raise ValueError(f"pending must have the shape of x, {shape_of(x)}; its shape is {shape_of(pending)}")
     if pending is not None and repeated is not None:
         raise ValueError("repeated is x again, to which nothing is pending; pending must be None beside it")
-    D, hidden = x.shape[2], weights.fc1_bias.numel()
-    shapes = ((D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (hidden, D), (hidden,), (D, hidden), (D,))
-    for (name, weight), shape in zip(weights._asdict().items(), shapes, strict=True):
-        if weight.shape != shape:
+    for name, shape in weight_shapes(x.shape[2], weights.fc1_bias.numel()).items():
+        if (weight := getattr(weights, name)).shape != shape:
             raise ValueError(f"{name} must be {shape}; its shape is {shape_of(weight)}")
     if not is_autocast(x.device, x.dtype):
         for name, weight in weights._asdict().items():
