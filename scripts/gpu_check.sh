@@ -73,7 +73,7 @@ run() {
 }
 
 tests() {
-  run tests-cuda 2 90 "$PYTHON" -m pytest -q tests/gpu
+  run tests-cuda 2 120 "$PYTHON" -m pytest -q tests/gpu
   run tests-triton 2 90 "$PYTHON" -m pytest -q tests/kernels
   command -v compute-sanitizer >/dev/null || return
   # Without torch's cache of memory each tensor is an allocation of its own, whose end memcheck knows.
