@@ -36,8 +36,8 @@ class Tile(NamedTuple):
     """A tile that overrides a kernel's own rule on a GPU of this capability."""
 
     capability: str
-    kernel: str  # the name of its op, "layer_norm_bwd"
-    width: int  # D, or P of the kernels that read patches
+    kernel: str  # the name of its op, "layer_norm_bwd"; as attention_kernel() names it
+    width: int  # D, P of the kernels that read patches, or the width of a head
     tile: dict[str, int]
     speedup: float  # over the rule
     measured: str
@@ -107,6 +107,12 @@ NATIVE_ATTENTION = _native_attention()
 def native_tile(head_width: int, tokens: int) -> NativeTile | None:
     """Return the tile of native attention on a GPU, or None."""
     return next((tile for tile in NATIVE_ATTENTION.get(head_width, ()) if tokens <= tile.last), None)
+
+
+def fitting_tiles(direction: str, head_width: int, tokens: int) -> int:
+    """Return how many lines of attention_tiles.inc take such rows, "fwd" or "bwd"."""
+    table = {"fwd": "FORWARD", "bwd": "BACKWARD"}[direction]
+    return sum(row["head_width"] == head_width and row["tokens"] >= tokens for row in attention_tables()[table])
 
 
 def native_range(head_width: int, tokens: int) -> tuple[int, int]:
@@ -183,6 +189,17 @@ def repeats_enough(capability: tuple[int, int], width: int, values: int) -> bool
 def tile_for(kernel: str, width: int, device: torch.device, rule: dict[str, int]) -> dict[str, int]:
     """Return the tile for rows of `width` on `device`: `rule`, overridden by the table."""
     return rule | _tiles.get((kernel, width, architecture(device)), {}) if (kernel, width) in _tuned else rule
+
+
+def attention_kernel(direction: str, head_width: int, tokens: int) -> str:
+    """Return what the table calls native attention at this size, "attention_208_fwd"."""
+    return f"attention_{native_range(head_width, tokens)[1]}_{direction}"
+
+
+def attention_tile(direction: str, head_width: int, tokens: int, device: torch.device) -> int:
+    """Return the fastest line of attention_tiles.inc among those that take such rows, by number."""
+    tile = tile_for(attention_kernel(direction, head_width, tokens), head_width, device, {"tile": 0})
+    return tile["tile"]
 
 
 def architecture(device: torch.device) -> str:

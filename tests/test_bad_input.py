@@ -235,6 +235,8 @@ RAW_CASES: dict[str, Case] = {
     "gelu_bwd_bias": (raw("bias_gelu_bwd", Y24, X, X, False), "bias must have 4 values"),
     "mse_bwd_pred": (raw("masked_mse_bwd", torch.rand(()), PRED[:, :3], IMGS, MASK, *MSE), "pred has 3 rows"),
     "attention_heads": (raw("attention_fwd", None, QKV, 0), "num_heads must be positive"),
+    "attention_tile": (raw("attention_fwd", None, QKV, 2, 1), "tile must be 0 on the CPU"),
+    "attention_bwd_tile": (raw("attention_bwd", Q, Q, KV, None, None, 2, False, 1), "tile must be 0 on the CPU"),
     "attention_width": (raw("attention_fwd", None, QKV, 5), "qkv must be"),
     "attention_no_width": (raw("attention_fwd", None, QKV[..., :0], 2), "1 to 128 wide"),
     "attention_wide": (raw("attention_fwd", None, torch.rand(1, 2, 387), 1), "1 to 128 wide, they are 129"),

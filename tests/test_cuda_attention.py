@@ -109,6 +109,28 @@ def test_each_tile(emulator, table, d, longest, tile):
             assert_close_to_float64(f"T = {T}, {name}", value, eager[name], exact[name])
 
 
+def test_the_op_takes_a_tile_by_number(emulator):
+    qkv, dout = torch.randn(2, 50, 384).bfloat16(), torch.randn(2, 50, 128).bfloat16()
+    out, lse = cuda.attention_fwd(None, qkv, 2)
+    dqkv = cuda.attention_bwd(dout, None, qkv, out, lse, 2)[1]
+
+    def forward(tile: int) -> Tensor:
+        return cuda.attention_fwd(None, qkv, 2, tile)[0]
+
+    def backward(tile: int) -> Tensor:
+        return cuda.attention_bwd(dout, None, qkv, out, lse, 2, False, tile)[1]
+
+    for direction, run, expected in (("fwd", forward, out), ("bwd", backward, dqkv)):
+        count = tuned.fitting_tiles(direction, 64, 50)
+        assert count > 2
+        for tile in range(count):
+            torch.testing.assert_close(run(tile), expected, rtol=0.05, atol=0.05)
+        for tile in (-1, count):
+            message = f"tile must be one of the {count} that take 50 tokens of heads 64 wide, it is {tile}"
+            with pytest.raises(ValueError, match=message):
+                run(tile)
+
+
 def test_attention_of_nothing():
     for shape in ((0, 50, 384), (2, 0, 384)):
         qkv = torch.empty(shape, dtype=BF16)

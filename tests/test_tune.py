@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maefast import gemm, kernels, ops, request, tuned
+from maefast.blocks import Block
 from maefast.kernels import _products, _repeated, tune
 from maefast.kernels._products import Size
 from maefast.ops import _tokens
@@ -34,7 +36,7 @@ def test_the_committed_table_is_what_tune_would_write():
         assert sorted(tune.attention_entries(rows, capability, measured)) == sorted(entries)
     for entry in table.tiles:
         assert entry.speedup >= tune.GAIN
-        assert entry.tile in tune.CANDIDATES[entry.kernel]
+        assert entry.tile in (tune.CANDIDATES | tune.ATTENTION_TILES)[entry.kernel]
 
 
 def test_the_committed_products_follow_from_the_results():
@@ -81,6 +83,71 @@ def test_which_tile_is_worth_an_entry():
     assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 2.9}, "9.0", "here") is None
     assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 3.1}, "9.0", "here") is None
     assert tune.tile_entry("layer_norm_fwd", 512, {names[0]: 3.1}, "9.0", "here") is None, "nothing to compare with"
+
+
+def test_the_tiles_of_attention_that_are_tried():
+    """Every other line of attention_tiles.inc that takes the rows of ViT-B, -L or -H."""
+    assert tune.ATTENTION_TILES["attention_208_fwd"] == ({"tile": 1}, {"tile": 2}, {"tile": 3}, {"tile": 4}, {"tile": 5})
+    assert tune.ATTENTION_TILES["attention_288_bwd"] == ()
+    assert len(tune.ATTENTION_TILES) == 2 * len({(T, d) for T, _, d in tune.SHAPES})
+
+
+def test_tiles_of_attention_that_were_measured(monkeypatch):
+    """A tile counts by the row where it gains least; other kernels keep their entries."""
+    rows = {12: {"rule": 2.0, "tile=1": 1.0, "tile=2": 1.5}, 16: {"rule": 4.0, "tile=1": 3.9, "tile=2": 3.2}}
+
+    def timed(shape, setting):
+        yield from [("attention_56_fwd", 64, rows[shape[1]])] if shape[2] == 64 else []
+
+    monkeypatch.setattr(tune, "time_attention", lambda shape, setting: {"native": 3.0, "sdpa": 3.0})
+    monkeypatch.setattr(tune, "time_attention_tiles", timed)
+    old = OLD._replace(tiles=tuple(Tile(c, "attention_56_fwd", 64, {"tile": 1}, 1.1, "before") for c in ("8.0", "9.0")))
+    new = tune.tuned_table(("attention",), old, setting({}), "9.0", "here")
+    assert new.tiles == (old.tiles[0], Tile("9.0", "attention_56_fwd", 64, {"tile": 2}, 1.25, "here"))
+
+
+class Tiles(TorchDispatchMode):
+    """Notes the tile that a call of attention asks for; the CPU, which has none, is not told."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = set[tuple[str, int]]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.startswith("maefast::attention") and len(args) == len(func._schema.arguments):
+            self.asked.add((func._schema.name[-3:], args[-1]))
+            args = args[:-1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_tiles_of_attention_are_timed_by_direction(native, monkeypatch):
+    monkeypatch.setattr(sys.modules["maefast.ops.attention"], "_TILED", "cpu")
+    times = {"rule": 2.0} | {f"tile={i}": 1.0 for i in range(1, 5)}
+    with Tiles() as tiles:
+        rows = list(tune.time_attention_tiles((56, 2, 64), setting(times)))
+    assert rows == [("attention_56_fwd", 64, times), ("attention_56_bwd", 64, times)]
+    assert tiles.asked == {(direction, tile) for direction in ("fwd", "bwd") for tile in range(1, 5)}
+
+
+def test_attention_takes_the_tile_of_the_table(native, monkeypatch):
+    """In the op and in the block, by direction and length, but not in an exported graph."""
+    from maefast import _torch
+
+    monkeypatch.setattr(sys.modules["maefast.ops.attention"], "_TILED", "cpu")
+    block, x = Block(64, 2, 4.0, torch.nn.LayerNorm), torch.randn(2, 150, 64)
+
+    def asked() -> set[tuple[str, int]]:
+        with Tiles() as tiles:
+            ops.attention(torch.randn(2, 150, 192, requires_grad=True), 2, backend="native").sum().backward()
+            block(x).sum().backward()
+        return tiles.asked
+
+    with tuned.trying("attention_208_fwd", 32, CPU, {"tile": 3}), tuned.trying("attention_208_bwd", 32, CPU, {"tile": 2}):
+        assert asked() == {("fwd", 3), ("bwd", 2)}
+        monkeypatch.setattr(_torch, "is_exporting", lambda: True)
+        assert asked() == set()
+    with tuned.trying("attention_288_fwd", 32, CPU, {"tile": 1}):
+        assert asked() == set()
 
 
 def test_which_product_is_worth_an_entry():
@@ -215,6 +282,7 @@ def test_what_was_measured_takes_the_place_of_what_was(monkeypatch):
     """Parts and backends of this architecture that were timed; flash-attn keeps its entry."""
     native = {50: 3.0, 65: 1.0, 197: 1.0, 257: 4.0}
     monkeypatch.setattr(tune, "time_attention", lambda shape, setting: {"native": native[shape[0]], "sdpa": 3.0})
+    monkeypatch.setattr(tune, "time_attention_tiles", lambda shape, setting: [])
     monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "ROWS=1 num_warps=2": 1.0})])
     new = tune.tuned_table(("attention", "layer_norm"), OLD, setting({}), "9.0", "here")
     assert new.attention == (OLD.attention[0], OLD.attention[2], Attention("9.0", 80, 65, 72, "native", 3.0, "here"))
@@ -267,6 +335,7 @@ def test_a_run_on_a_gpu_in_name_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "medians_on", lambda device: None)
     times = {"native": 1.0, "sdpa": 1.5}
     monkeypatch.setattr(tune, "time_attention", lambda shape, setting: times if shape[2] == 80 else {"sdpa": 1.0})
+    monkeypatch.setattr(tune, "time_attention_tiles", lambda shape, setting: [])
     before = tuned.TABLE.read_text()
     assert tune.main(["--only", "attention", "--output", str(tmp_path / "table.json")]) == 0
     new = Attention("8.0", 80, 65, 72, "native", 1.5, f"NVIDIA X, torch {torch.__version__}")

@@ -230,8 +230,9 @@ struct Sizes {
 
 // kv holds q, k and v of every token (N, T, 3 h d), or, with a q of its own (N, M, h d), k and v
 // (N, T, 2 h d).
-Sizes check_sizes(const std::optional<Tensor>& q, const Tensor& kv, int64_t num_heads) {
+Sizes check_sizes(const std::optional<Tensor>& q, const Tensor& kv, int64_t num_heads, int64_t tile) {
   const int64_t parts = q ? 2 : 3;
+  check(tile == 0, "tile must be 0 on the CPU, it is ", tile);
   check(num_heads > 0, "num_heads must be positive, it is ", num_heads);
   check(kv.dim() == 3 && kv.size(2) % (parts * num_heads) == 0, q ? "kv must be (N, T, 2 h d)" : "qkv must be (N, T, 3 h d)",
         " with h = ", num_heads);
@@ -255,9 +256,10 @@ MutableHeads slice_mutable(const Tensor& t, int64_t first) {
 
 int64_t estimate_bytes(const Sizes& sizes) { return (sizes.queries + sizes.keys) * sizes.width * 8; }
 
-// The backward pass needs no log-sum-exp here; it is for other devices.
-std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q_in, const Tensor& kv_in, int64_t num_heads) {
-  const Sizes sizes = check_sizes(q_in, kv_in, num_heads);
+// The backward pass needs no log-sum-exp here; it and the choice of a tile are for other devices.
+std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q_in, const Tensor& kv_in, int64_t num_heads,
+                                         int64_t tile) {
+  const Sizes sizes = check_sizes(q_in, kv_in, num_heads, tile);
   const Tensor kv = dense_rows(kv_in), q = q_in ? dense_rows(*q_in) : kv;
   const int64_t D = sizes.heads * sizes.width, first = q_in ? 0 : D;
   Tensor out = empty_cpu({sizes.samples, sizes.queries, D}, kv.scalar_type());
@@ -278,8 +280,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const std::optional<Tensor>& q_in, cons
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const std::optional<Tensor>& q_in, const Tensor& kv_in,
                                                  const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t num_heads,
-                                                 bool with_dkv_sum) {
-  const Sizes sizes = check_sizes(q_in, kv_in, num_heads);
+                                                 bool with_dkv_sum, int64_t tile) {
+  const Sizes sizes = check_sizes(q_in, kv_in, num_heads, tile);
   const Tensor kv = dense_rows(kv_in), q = q_in ? dense_rows(*q_in) : kv;
   const int64_t D = sizes.heads * sizes.width, first = q_in ? 0 : D;
   check(dout_in.dim() == 3 && dout_in.size(0) == sizes.samples && dout_in.size(1) == sizes.queries && dout_in.size(2) == D,

@@ -85,13 +85,18 @@ cudaError_t start(const AttentionBwd& a, cudaStream_t stream) {
   }
 }
 
+template <typename Tile>
+bool takes(const Tile& tile, int64_t d, int64_t T) {
+  return tile.head_width == d && T <= tile.tokens;
+}
+
 // Launches the kernel of the line that `args` names, one of Line<0>, Line<1>, ...
 template <typename Element, template <int> typename Line, typename Args, int... kLines>
 cudaError_t start_line(const Args& args, cudaStream_t stream, std::integer_sequence<int, kLines...>) {
   cudaError_t error = cudaErrorInvalidValue;
   int before = args.tile;
-  const auto takes = [&](const auto& tile) { return tile.head_width == args.d && args.T <= tile.tokens && before-- == 0; };
-  static_cast<void>(((takes(Line<kLines>::kTile) && ((error = start<Element, Line<kLines>>(args, stream)), true)) || ...));
+  const auto chosen = [&](const auto& tile) { return takes(tile, args.d, args.T) && before-- == 0; };
+  static_cast<void>(((chosen(Line<kLines>::kTile) && ((error = start<Element, Line<kLines>>(args, stream)), true)) || ...));
   return error;
 }
 
@@ -135,7 +140,8 @@ struct Sizes {
   bool bf16;
 };
 
-Sizes checked_sizes(const OptionalTensor& q, const Tensor& qkv, int64_t num_heads) {
+template <typename Tiles>
+Sizes checked_sizes(const OptionalTensor& q, const Tensor& qkv, int64_t num_heads, const Tiles& tiles, int64_t tile) {
   check(!q, "q must be absent: on a GPU attention takes packed queries alone");
   check(num_heads > 0 && qkv.dim() == 3 && qkv.size(2) > 0 && qkv.size(2) % (3 * num_heads) == 0, "qkv must be (N, T, 3 h d)");
   const int64_t N = qkv.size(0), T = qkv.size(1), d = qkv.size(2) / (3 * num_heads);
@@ -144,6 +150,9 @@ Sizes checked_sizes(const OptionalTensor& q, const Tensor& qkv, int64_t num_head
   const int most = attention_tokens(d);
   check(most > 0, "attention on a GPU has no kernel for heads ", d, " wide");
   check(T <= most, "attention on a GPU takes at most ", most, " tokens of heads ", d, " wide, qkv has ", T);
+  const int64_t fit = std::count_if(std::begin(tiles), std::end(tiles), [&](const auto& t) { return takes(t, d, T); });
+  check(tile >= 0 && tile < fit, "tile must be one of the ", fit, " that take ", T, " tokens of heads ", d, " wide, it is ",
+        tile);
   check(N <= INT32_MAX / num_heads, "qkv must hold fewer than 2^31 heads, it holds ", N, " x ", num_heads);
   return {
       .N = N,
@@ -160,8 +169,8 @@ void check_like(const char* name, const Tensor& t, const Tensor& qkv, ScalarType
   check_same_gpu(name, t, qkv);
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const OptionalTensor& q, const Tensor& qkv_in, int64_t num_heads) {
-  const Sizes s = checked_sizes(q, qkv_in, num_heads);
+std::tuple<Tensor, Tensor> attention_fwd(const OptionalTensor& q, const Tensor& qkv_in, int64_t num_heads, int64_t tile) {
+  const Sizes s = checked_sizes(q, qkv_in, num_heads, kForwardTiles, tile);
   const Launch on(qkv_in);
   const Tensor qkv = packed(qkv_in);
   const int64_t out_sizes[] = {s.N, s.T, int64_t{s.h} * s.d}, lse_sizes[] = {s.N, s.h, s.T};
@@ -176,6 +185,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const OptionalTensor& q, const Tensor& 
       .h = s.h,
       .d = s.d,
       .bf16 = s.bf16,
+      .tile = static_cast<int>(tile),
   };
   check_launch("attention_fwd", attention_fwd(args, on.stream));
   return {out, lse};
@@ -183,8 +193,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const OptionalTensor& q, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const OptionalTensor& q, const Tensor& qkv_in,
                                                  const OptionalTensor& out_in, const OptionalTensor& lse_in, int64_t num_heads,
-                                                 bool with_dkv_sum) {
-  const Sizes s = checked_sizes(q, qkv_in, num_heads);
+                                                 bool with_dkv_sum, int64_t tile) {
+  const Sizes s = checked_sizes(q, qkv_in, num_heads, kBackwardTiles, tile);
   const int64_t width = int64_t{s.h} * s.d;
   check(out_in && lse_in, "out and lse of the forward pass must be given");
   check_like("dout", dout_in, qkv_in, qkv_in.scalar_type(), s.T, width);
@@ -210,6 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_in, const Op
       .h = s.h,
       .d = s.d,
       .bf16 = s.bf16,
+      .tile = static_cast<int>(tile),
   };
   check_launch("attention_bwd", attention_bwd(args, on.stream));
   return {dq, dqkv, dqkv_sum};

@@ -60,6 +60,11 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bias_gelu_fwd": _ROWS,
     "bias_gelu_bwd": _GELU_BWD,
 }
+ATTENTION_TILES: dict[str, tuple[dict[str, int], ...]] = {
+    tuned.attention_kernel(direction, d, T): tuple({"tile": i} for i in range(1, tuned.fitting_tiles(direction, d, T)))
+    for T, _, d in SHAPES
+    for direction in ("fwd", "bwd")
+}
 TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
 OTHERS = ("attention", "gemm", "repeated_tokens")  # that time no tile
 PARTS = (*OTHERS, *sorted({kernel[:-4] for kernel in CANDIDATES}))
@@ -119,17 +124,19 @@ def is_right(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Ten
 # attention
 
 
+def _attention_graph(shape: tuple[int, int, int], setting: Setting, most: int | None = None) -> Graph:
+    """Return attention of a batch, or of `most` samples, on the eager backend."""
+    (T, h, d), N = shape, setting.batch if most is None else min(most, setting.batch)
+    qkv = torch.randn(N, T, 3 * h * d, device=setting.device).to(setting.half).requires_grad_()
+    return Graph(lambda qkv: ops.attention(qkv, h), {"qkv": qkv}, "eager")
+
+
 def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, float]:
     """Time forward and backward on each backend that can run `shape` and is right."""
-    T, h, d = shape
-
-    def graph(N: int) -> Graph:
-        qkv = torch.randn(N, T, 3 * h * d, device=setting.device).to(setting.half).requires_grad_()
-        return Graph(lambda qkv: ops.attention(qkv, h), {"qkv": qkv}, "eager")
-
-    checked = graph(min(CHECKED, setting.batch))
+    T, _, d = shape
+    checked = _attention_graph(shape, setting, CHECKED)
     eager, exact = checked.results(), checked.on("eager", torch.float64).results()
-    graphs = [graph(setting.batch) for _ in range(SETS)]
+    graphs = [_attention_graph(shape, setting) for _ in range(SETS)]
     runs: dict[str, Run] = {}
     for backend in TIMED:
         ask = AttentionAsk(setting.device, setting.half, T, d, queries=False)
@@ -142,6 +149,20 @@ def time_attention(shape: tuple[int, int, int], setting: Setting) -> dict[str, f
         twins = [graph.on(backend) for graph in graphs]
         runs[backend] = lambda i, twins=twins: twins[i].results()  # type: ignore[misc]
     return setting.rotate(runs, SETS)
+
+
+def time_attention_tiles(shape: tuple[int, int, int], setting: Setting) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Yield kernel, head width, and times of the first tile of native attention ("rule") and of
+    each other that is right, for forward and for backward."""
+    T, _, d = shape
+    ask = AttentionAsk(setting.device, setting.half, T, d, queries=False)
+    if dispatch.why_not(ATTENTION, "native", ask) is not None:
+        return
+    checked, graphs = _attention_graph(shape, setting, CHECKED), [_attention_graph(shape, setting) for _ in range(SETS)]
+    for direction in ("fwd", "bwd"):
+        kernel = tuned.attention_kernel(direction, d, T)
+        tiles = ({}, *ATTENTION_TILES[kernel])
+        yield kernel, d, _time_tiles(kernel, d, tiles, checked, graphs, "native", setting)
 
 
 def attention_entries(
@@ -242,19 +263,32 @@ def time_tiles(op: str, setting: Setting) -> Iterator[tuple[str, int, dict[str, 
     large = cases(op, setting.batch, setting)
     for width, function, inputs in cases(op, min(CHECKED, setting.batch), setting):
         checked = Graph(function, inputs, "eager")
-        eager, exact = checked.results(), checked.on("eager", torch.float64).results()
         _, _, inputs = next(large)
-        graphs = [Graph(function, inputs, "triton").on("triton") for _ in range(SETS)]
+        graphs = [Graph(function, inputs, "triton") for _ in range(SETS)]
         for kernel in (name for name in CANDIDATES if name[:-4] == op):
-            runs: dict[str, Run] = {}
-            for tile in ({}, *CANDIDATES[kernel]):
-                with tuned.trying(kernel, width, setting.device, tile):
-                    right = is_right(checked.on("triton").results(), eager, exact)
-                if right:
-                    runs[label(tile)] = run_of(graphs, kernel, width, tile, setting.device)
-                else:
-                    print(f"{kernel} of {width} without {label(tile)}: its results are outside the error rule")
-            yield kernel, width, setting.rotate(runs, SETS)
+            yield kernel, width, _time_tiles(kernel, width, ({}, *CANDIDATES[kernel]), checked, graphs, "triton", setting)
+
+
+def _time_tiles(
+    kernel: str,
+    width: int,
+    tiles: Sequence[dict[str, int]],
+    checked: Graph,
+    graphs: Sequence[Graph],
+    backend: str,
+    setting: Setting,
+) -> dict[str, float]:
+    """Time `kernel` on twins of `graphs`, with each tile that is right on `checked`, by label."""
+    eager, exact = checked.results(), checked.on("eager", torch.float64).results()
+    twins, runs = [graph.on(backend) for graph in graphs], dict[str, Run]()
+    for tile in tiles:
+        with tuned.trying(kernel, width, setting.device, tile):
+            right = is_right(checked.on(backend).results(), eager, exact)
+        if right:
+            runs[label(tile)] = run_of(twins, kernel, width, tile, setting.device)
+        else:
+            print(f"{kernel} of {width} without {label(tile)}: its results are outside the error rule")
+    return setting.rotate(runs, SETS)
 
 
 def label(tile: Mapping[str, int]) -> str:
@@ -282,8 +316,15 @@ def tile_entry(kernel: str, width: int, times: Mapping[str, float], capability: 
     gain = times["rule"] / times[fastest]
     if fastest == "rule" or gain < GAIN:
         return None
-    tile = next(tile for tile in CANDIDATES[kernel] if label(tile) == fastest)
+    tile = next(tile for tile in (CANDIDATES | ATTENTION_TILES)[kernel] if label(tile) == fastest)
     return Tile(capability, kernel, width, tile, math.floor(gain * 100) / 100, measured)
+
+
+def slowest(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return for each label in all rows the time in the row where it gains least over the rule."""
+    relative = [{label: time / times["rule"] for label, time in times.items()} for times in rows if "rule" in times]
+    labels = set[str]().union(*relative)
+    return {label: max(times[label] for times in relative) for label in labels if all(label in times for times in relative)}
 
 
 def medians_on(device: torch.device) -> Rotate:
@@ -312,6 +353,12 @@ def tuned_table(parts: Sequence[str], old: Table, setting: Setting, capability: 
         for entry in attention_entries(timed, capability, measured):
             if not any(e.head_width == entry.head_width and e.first <= entry.last and entry.first <= e.last for e in kept):
                 attention.append(entry)
+        timed_tiles = [row for shape in SHAPES for row in time_attention_tiles(shape, setting)]
+        for kernel, width in dict.fromkeys((kernel, width) for kernel, width, _ in timed_tiles):
+            tiles = [e for e in tiles if (e.capability, e.kernel, e.width) != (capability, kernel, width)]
+            times = slowest(times for row, row_width, times in timed_tiles if (row, row_width) == (kernel, width))
+            entry_of_tile = tile_entry(kernel, width, times, capability, measured)
+            tiles += [] if entry_of_tile is None else [entry_of_tile]
     if "gemm" in parts:
         timed_products = [
             (kind, size, _products.time_product(kind, size, setting.device, setting.half, setting.rotate, is_right))

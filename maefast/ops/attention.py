@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _flash_attn, dispatch, gpu, tuned
+from .. import _flash_attn, _torch, dispatch, gpu, tuned
 from ..autocast import compute_dtype
 from ..dispatch import FLOATS, Kernel, Op
 from ._checks import check_floating, check_same_device, shape_of
 
 MAX_HEAD_WIDTH = 128  # of the CPU kernel
+_TILED = "cuda"  # where the native kernels have a choice of tiles
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -121,10 +122,39 @@ def attention_ref(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
 
 
+def native_fwd(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Return attention and, on a GPU, the log-sum-exp (N, h, T) that backward needs."""
+    tile = _tile("fwd", kv, num_heads)
+    attended: tuple[Tensor, Tensor] = torch.ops.maefast.attention_fwd(q, kv, num_heads, tile)
+    return attended
+
+
+def native_bwd(
+    dout: Tensor,
+    q: Tensor | None,
+    kv: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    num_heads: int,
+    with_dkv_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, if given, of kv, and if wanted the sums of its columns."""
+    tile = _tile("bwd", kv, num_heads)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, num_heads, with_dkv_sum, tile)
+    return grads
+
+
+def _tile(direction: str, qkv: Tensor, num_heads: int) -> int:
+    """Return the tile that measured fastest; an exported graph, which runs on other GPUs, has 0."""
+    if qkv.device.type != _TILED or _torch.is_exporting():
+        return 0
+    return tuned.attention_tile(direction, qkv.shape[2] // (3 * num_heads), qkv.shape[1], qkv.device)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor | None, kv: Tensor, num_heads: int) -> Tensor:
-        out, lse = torch.ops.maefast.attention_fwd(q, kv, num_heads)
+        out, lse = native_fwd(q, kv, num_heads)
         ctx.save_for_backward(q, kv, *((None, None) if kv.device.type == "cpu" else (out, lse)))
         ctx.num_heads = num_heads
         return out
@@ -133,12 +163,12 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
-        dq, dkv, _ = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, ctx.num_heads)
+        dq, dkv, _ = native_bwd(dout, q, kv, out, lse, ctx.num_heads)
         return None if q is None else dq, dkv, None
 
 
 @torch.library.register_fake("maefast::attention_fwd")
-def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int, tile: int = 0) -> tuple[Tensor, Tensor]:
     N, T, width = kv.shape
     out = kv.new_empty(N, T, width // 3) if q is None else kv.new_empty(q.shape)
     lse = (0,) if kv.device.type == "cpu" else (N, num_heads, T)
@@ -147,7 +177,14 @@ def _attention_fwd_fake(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[T
 
 @torch.library.register_fake("maefast::attention_bwd")
 def _attention_bwd_fake(
-    dout: Tensor, q: Tensor | None, kv: Tensor, out: Tensor | None, lse: Tensor | None, num_heads: int, with_dkv_sum: bool = False
+    dout: Tensor,
+    q: Tensor | None,
+    kv: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    num_heads: int,
+    with_dkv_sum: bool = False,
+    tile: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = kv.new_empty(0, *dout.shape[1:]) if q is None else kv.new_empty(q.shape)
     return dq, kv.new_empty(kv.shape), kv.new_empty(kv.shape[2] if with_dkv_sum else 0, dtype=torch.float32)

@@ -6,7 +6,7 @@ from support import assert_equal, forward_backward
 from torch import Tensor
 
 import maefast
-from maefast import _library, dispatch, ops
+from maefast import _library, dispatch, gpu, ops, tuned
 from maefast.ops.attention import OP as ATTENTION
 from maefast.ops.attention import AttentionAsk
 from maefast.testing.errors import assert_close_to_float64
@@ -44,6 +44,21 @@ def test_sizes(N, h, T, d, q_scale, dtype):
         assert torch.equal(value, again[name]), f"{name}: two runs differ"
         assert value.dtype == dtype
         assert_close_to_float64(f"T = {T}, d = {d}, {name}", value, eager[name], exact[name])
+
+
+@pytest.mark.parametrize(("h", "T", "d"), [(2, 50, 64), (2, 65, 80), (2, 197, 32), (2, 257, 32)])
+def test_small_tiles(h, T, d):
+    """Each tile that takes these rows, where the GPU has its shared memory."""
+    qkv, dout = inputs(5, h, T, d, BF16)
+    eager, exact = run(qkv, dout, h, "eager"), run(qkv.double(), dout, h, "eager")
+    available = gpu.shared_memory(qkv.device)
+    for direction, table in (("fwd", "FORWARD"), ("bwd", "BACKWARD")):
+        lines = [line for line in tuned.attention_tables()[table] if line["head_width"] == d and line["tokens"] >= T]
+        for tile in (i for i, line in enumerate(lines) if line["shared"] <= available):
+            with tuned.trying(tuned.attention_kernel(direction, d, T), d, qkv.device, {"tile": tile}):
+                got = run(qkv, dout, h, "native")
+            for name, value in got.items():
+                assert_close_to_float64(f"{direction}, tile {tile}, {name}", value, eager[name], exact[name])
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
