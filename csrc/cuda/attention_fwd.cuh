@@ -1,6 +1,6 @@
-// Forward pass: one CTA per sample and head, with Q, K and V of the head in shared memory and
-// warp_rows queries per warp. Keys are read in chunks with a running maximum and sum; a row that
-// fits one chunk is never rescaled.
+// Forward pass: one CTA per sample and head, with Q, K and V of the head in shared memory. A warp
+// takes blocks of warp_rows queries, one after the other. Keys are read in chunks with a running
+// maximum and sum; a row that fits one chunk is never rescaled.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -114,7 +114,7 @@ struct ForwardState {
 
   // Replaces scores by exp2(scale_log2 * (s - max)). max is at most 8 / scale_log2 below the
   // maximum of its row: the sums are rescaled only when the maximum of any row of the warp has
-  // grown by more.
+  // grown by more. Each lane looks at its own keys; the lanes of a row exchange theirs only then.
   template <int kFragments, bool kFirst>
   __device__ __forceinline__ void softmax(float (&s)[kBlocks][kFragments][4]) {
     float top[kBlocks][2];
@@ -126,7 +126,6 @@ struct ForwardState {
         top[b][half] = s[b][0][2 * half];
 #pragma unroll
         for (int i = 0; i < kFragments; ++i) top[b][half] = fmaxf(top[b][half], fmaxf(s[b][i][2 * half], s[b][i][2 * half + 1]));
-        top[b][half] = quad_max(top[b][half]);
         grown = grown || (top[b][half] - max[b][half]) * scale_log2 > 8.0f;
       }
     }
@@ -135,6 +134,7 @@ struct ForwardState {
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          top[b][half] = quad_max(top[b][half]);
           if constexpr (!kFirst) {
             top[b][half] = fmaxf(top[b][half], max[b][half]);
             const float shrink = ex2_approx((max[b][half] - top[b][half]) * scale_log2);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
   const float scale_log2 = a.scale * kLog2e;
   // Every row that a warp reads is written in this launch, since a row past T can trigger the
   // rescaling of the others. Rows of Q past the tile are rows of K.
-  const int rows = kTile.whole_row() ? kTile.tile_rows : min(kTile.threads_for(T) / kWarp * kTile.warp_rows, kTile.tile_rows);
+  const int rows = kTile.whole_row() ? kTile.tile_rows : min(kTile.blocks_for(T) * kTile.warp_rows, kTile.tile_rows);
   // Two groups of copies: Q and K, then V.
   const auto load = [&](int task, uint32_t smem, unsigned thread) {
     if (task < a.tasks) {
@@ -198,49 +198,55 @@ __global__ void __launch_bounds__(Line::kTile.threads, resident(Line::kTile, kMu
     // A CTA that takes several heads has no registers left: what follows from the thread's index is
     // computed again for each head.
     const unsigned thread = kTile.stages > 1 ? thread_anew() : threadIdx.x;
-    const int lane = thread % kWarp, row0 = thread / kWarp * kTile.warp_rows;
+    const int lane = thread % kWarp;
     const int next = task + gridDim.x;
     if constexpr (kTile.stages > 1) load(next, next_smem, thread);
-    State state(smem, scale_log2, T, lane);
-    const Block<D, Order::kRowMajor> q_block(smem, lane);
-    cp_async_wait_group<1 + kAhead>();
+    cp_async_wait_group<(kTile.one_round() ? 1 : 0) + kAhead>();
     __syncthreads();
+#pragma unroll 1
+    for (int row0 = thread / kWarp * kTile.warp_rows; row0 < T; row0 += blockDim.x / kWarp * kTile.warp_rows) {
+      State state(smem, scale_log2, T, lane);
+      const Block<D, Order::kRowMajor> q_block(smem, lane);
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+      for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-      for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(state.q[b][ks], q_block(row0 + kMmaRows * b, 2 * ks));
-    }
-    cp_async_wait_group<kAhead>();
-    __syncthreads();
-
-    if constexpr (kTile.whole_row()) {
-      state.template keys<kTile.chunk / 8, true, true>(0);
-    } else {
-      int key0 = 0;
-      for (; key0 + kTile.chunk <= T; key0 += kTile.chunk) state.template keys<kTile.chunk / 8, false, false>(key0);
-      const int left = T - key0;
-      if (left > 0 && left <= 16) state.template keys<2, false, true>(key0);
-      if (left > 16 && left <= 32) state.template keys<4, false, true>(key0);
-      if (kTile.chunk > 32 && left > 32 && left <= 48) state.template keys<6, false, true>(key0);
-      if (kTile.chunk > 32 && left > 48) state.template keys<8, false, true>(key0);
-    }
-
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const int row = row0 + kMmaRows * b;
-      if (row >= T) break;
-      float factor[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float sum = quad_sum(state.sum[b][half]);
-        factor[half] = 1.0f / sum;
-        const int t = row + lane / 4 + 8 * half;
-        if (lane % 4 == 0 && t < T)
-          a.lse[task * static_cast<int64_t>(T) + t] = (state.max[b][half] * scale_log2 + log2f(sum)) * kLn2;
+        for (int ks = 0; ks < D / 16; ++ks) ldmatrix_x4(state.q[b][ks], q_block(row0 + kMmaRows * b, 2 * ks));
       }
-      // The rows of Q that stage the result are read by this warp only.
-      uint16_t* dst = a.out + (static_cast<int64_t>(task / a.h) * T + row) * width + task % a.h * D;
-      store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row, lane);
+      if constexpr (kTile.one_round()) {
+        cp_async_wait_group<kAhead>();
+        __syncthreads();
+      }
+
+      if constexpr (kTile.whole_row()) {
+        state.template keys<kTile.chunk / 8, true, true>(0);
+      } else {
+        int key0 = 0;
+        for (; key0 + kTile.chunk <= T; key0 += kTile.chunk) state.template keys<kTile.chunk / 8, false, false>(key0);
+        const int left = T - key0;
+        if (left > 0 && left <= 16) state.template keys<2, false, true>(key0);
+        if (left > 16 && left <= 32) state.template keys<4, false, true>(key0);
+        if (kTile.chunk > 32 && left > 32 && left <= 48) state.template keys<6, false, true>(key0);
+        if (kTile.chunk > 32 && left > 48) state.template keys<8, false, true>(key0);
+      }
+
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const int row = row0 + kMmaRows * b;
+        if (row >= T) break;
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float sum = quad_sum(state.sum[b][half]);
+          factor[half] = rcp_approx(sum);
+          const int t = row + lane / 4 + 8 * half;
+          if (lane % 4 == 0 && t < T)
+            a.lse[task * static_cast<int64_t>(T) + t] = (state.max[b][half] * scale_log2 + lg2_approx(sum)) * kLn2;
+        }
+        // The rows of Q that stage the result are read by this warp only.
+        uint16_t* dst = a.out + (static_cast<int64_t>(task / a.h) * T + row) * width + task % a.h * D;
+        store_rows<Element, D>(state.o[b], factor, smem + row * D * 2, dst, width, T - row, lane);
+      }
+      if constexpr (kTile.one_round()) break;
     }
     if (kTile.stages == 1 || next >= a.tasks) return;
     __syncthreads();  // the tiles are free

@@ -28,12 +28,17 @@ struct ForwardTile {
   static constexpr bool prefetch = false;
   int head_width, tokens, warp_rows, tile_rows, chunk, stages, threads, per_sm, shared;
 
-  __host__ __device__ constexpr int threads_for(int T) const { return (T + warp_rows - 1) / warp_rows * kWarp; }
+  __host__ __device__ constexpr int blocks_for(int T) const { return (T + warp_rows - 1) / warp_rows; }
+  __host__ __device__ constexpr int threads_for(int T) const {
+    return blocks_for(T) * kWarp < threads ? blocks_for(T) * kWarp : threads;
+  }
   __host__ __device__ constexpr int tile_bytes() const { return tile_rows * head_width * 2; }
   __host__ __device__ constexpr bool whole_row() const { return chunk >= tokens; }
+  // whether no warp takes a second block of queries
+  __host__ __device__ constexpr bool one_round() const { return blocks_for(tokens) * kWarp <= threads; }
   constexpr bool is_consistent() const {
-    return shared == stages * 3 * tile_bytes() && threads % kWarp == 0 && threads / kWarp * warp_rows >= tokens &&
-           tile_rows >= tokens && warp_rows % kMmaRows == 0 && chunk % 8 == 0 && (whole_row() || chunk == 32 || chunk == 64);
+    return shared == stages * 3 * tile_bytes() && threads % kWarp == 0 && tile_rows >= tokens && warp_rows % kMmaRows == 0 &&
+           chunk % 8 == 0 && (whole_row() || chunk == 32 || chunk == 64);
   }
 };
 

@@ -68,6 +68,8 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 inline float ex2_approx(float x) { return std::exp2(x); }
+inline float lg2_approx(float x) { return std::log2(x); }
+inline float rcp_approx(float x) { return 1.0f / x; }
 
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - shared_memory);
