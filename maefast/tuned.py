@@ -109,10 +109,10 @@ def native_tile(head_width: int, tokens: int) -> NativeTile | None:
     return next((tile for tile in NATIVE_ATTENTION.get(head_width, ()) if tokens <= tile.last), None)
 
 
-def fitting_tiles(direction: str, head_width: int, tokens: int) -> int:
-    """Return how many lines of attention_tiles.inc take such rows, "fwd" or "bwd"."""
+def fitting_tiles(direction: str, head_width: int, tokens: int) -> list[dict[str, int]]:
+    """Return the lines of attention_tiles.inc that take such rows, for "fwd" or "bwd"."""
     table = {"fwd": "FORWARD", "bwd": "BACKWARD"}[direction]
-    return sum(row["head_width"] == head_width and row["tokens"] >= tokens for row in attention_tables()[table])
+    return [row for row in attention_tables()[table] if row["head_width"] == head_width and row["tokens"] >= tokens]
 
 
 def native_range(head_width: int, tokens: int) -> tuple[int, int]:

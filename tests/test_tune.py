@@ -87,10 +87,12 @@ def test_which_tile_is_worth_an_entry():
 
 def test_the_tiles_of_attention_that_are_tried():
     """Every other line of attention_tiles.inc that takes the rows of ViT-B, -L or -H."""
-    lines = [line for line in tuned.attention_tables()["FORWARD"] if line["head_width"] == 32 and line["tokens"] >= 208]
-    assert tune.ATTENTION_TILES["attention_208_fwd"] == tuple({"tile": i} for i in range(1, len(lines)))
+    lines = tuned.fitting_tiles("fwd", 32, 208)
     assert len(lines) > 5
-    assert tune.ATTENTION_TILES["attention_288_bwd"] == ()
+    assert all(line["head_width"] == 32 and line["tokens"] >= 208 for line in lines)
+    assert tune.ATTENTION_TILES["attention_208_fwd"] == tuple({"tile": i} for i in range(1, len(lines)))
+    short = tuned.fitting_tiles("fwd", 64, 56)
+    assert {short[tile["tile"]]["tokens"] for tile in tune.ATTENTION_TILES["attention_56_fwd"]} == {56, 64, 80}, "not 208"
     assert len(tune.ATTENTION_TILES) == 2 * len({(T, d) for T, _, d in tune.SHAPES})
 
 
@@ -127,7 +129,7 @@ def test_the_tiles_of_attention_are_timed_by_direction(native, monkeypatch):
     labels = ("rule", *(f"tile={i}" for i in range(1, 20)))
     with Tiles() as tiles:
         rows = list(tune.time_attention_tiles((56, 2, 64), setting(dict.fromkeys(labels, 1.0))))
-    counts = {direction: tuned.fitting_tiles(direction, 64, 56) for direction in ("fwd", "bwd")}
+    counts = {direction: 1 + len(tune.ATTENTION_TILES[f"attention_56_{direction}"]) for direction in ("fwd", "bwd")}
     expected = [(f"attention_56_{direction}", 64, dict.fromkeys(labels[:count], 1.0)) for direction, count in counts.items()]
     assert rows == expected
     assert tiles.asked == {(direction, tile) for direction, count in counts.items() for tile in range(1, count)}

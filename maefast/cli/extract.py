@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.evaluate.commands import Source, extract
+    from ..train.evaluate.commands import extract
+    from ..train.evaluate.source import Source
 
     names = ("data", "split", "out", "kind", "batch_size", "crop_pct")
     extract(pick(Source, given), **{name: given[name] for name in names})

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.evaluate.finetune import Labelled, Output, Recipe, Source, Tuning, finetune
+    from ..train.data.labelled import Labelled
+    from ..train.evaluate.finetune import Output, Tuning, finetune
+    from ..train.evaluate.source import Source
+    from ..train.evaluate.supervised import Recipe
 
     recipe = pick(Recipe, given, label_smoothing=given["smoothing"])
     output = Output(given["output_dir"], given["resume"] is not None, given["eval_every"])

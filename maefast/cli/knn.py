@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.evaluate.commands import Labelled, Source, knn
+    from ..train.data.labelled import Labelled
+    from ..train.evaluate.commands import knn
+    from ..train.evaluate.source import Source
 
     names = ("k", "temperature", "kind", "batch_size")
     knn(pick(Source, given), pick(Labelled, given), **{name: given[name] for name in names})

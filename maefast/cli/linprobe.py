@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.evaluate.commands import Labelled, Recipe, Source, linprobe
+    from ..train.data.labelled import Labelled
+    from ..train.evaluate.commands import linprobe
+    from ..train.evaluate.source import Source
+    from ..train.evaluate.supervised import Recipe
 
     given["sweep"] = given["blr"] is None and given["lr"] is None
     recipe = pick(Recipe, given, blr=given["blr"] or 0.0)

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any]) -> None:
-    from ..train.evaluate.commands import Source, reconstruct
+    from ..train.evaluate.commands import reconstruct
+    from ..train.evaluate.source import Source
 
     names = ("data", "split", "out", "mask_ratio", "count")
     reconstruct(pick(Source, given), **{name: given[name] for name in names})

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, gemm, kernels, ops, request, tuned
+from .. import dispatch, gemm, gpu, kernels, ops, request, tuned
 from ..ops.attention import OP as ATTENTION
 from ..ops.attention import AttentionAsk
 from ..testing.errors import breach
@@ -60,8 +60,11 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bias_gelu_fwd": _ROWS,
     "bias_gelu_bwd": _GELU_BWD,
 }
+# as CANDIDATES; lines for rows of more than twice the tokens waste half of their work
 ATTENTION_TILES: dict[str, tuple[dict[str, int], ...]] = {
-    tuned.attention_kernel(direction, d, T): tuple({"tile": i} for i in range(1, tuned.fitting_tiles(direction, d, T)))
+    tuned.attention_kernel(direction, d, T): tuple(
+        {"tile": i} for i, line in enumerate(tuned.fitting_tiles(direction, d, T)) if i > 0 and line["tokens"] <= 2 * T
+    )
     for T, _, d in SHAPES
     for direction in ("fwd", "bwd")
 }
@@ -159,10 +162,11 @@ def time_attention_tiles(shape: tuple[int, int, int], setting: Setting) -> Itera
     if dispatch.why_not(ATTENTION, "native", ask) is not None:
         return
     checked, graphs = _attention_graph(shape, setting, CHECKED), [_attention_graph(shape, setting) for _ in range(SETS)]
+    available = gpu.shared_memory(setting.device) if setting.device.type == "cuda" else math.inf
     for direction in ("fwd", "bwd"):
-        kernel = tuned.attention_kernel(direction, d, T)
-        tiles = ({}, *ATTENTION_TILES[kernel])
-        yield kernel, d, _time_tiles(kernel, d, tiles, checked, graphs, "native", setting)
+        kernel, lines = tuned.attention_kernel(direction, d, T), tuned.fitting_tiles(direction, d, T)
+        tiles = [tile for tile in ATTENTION_TILES[kernel] if lines[tile["tile"]]["shared"] <= available]
+        yield kernel, d, _time_tiles(kernel, d, [{}, *tiles], checked, graphs, "native", setting)
 
 
 def attention_entries(

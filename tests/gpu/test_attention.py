@@ -52,8 +52,8 @@ def test_small_tiles(h, T, d):
     qkv, dout = inputs(5, h, T, d, BF16)
     eager, exact = run(qkv, dout, h, "eager"), run(qkv.double(), dout, h, "eager")
     available = gpu.shared_memory(qkv.device)
-    for direction, table in (("fwd", "FORWARD"), ("bwd", "BACKWARD")):
-        lines = [line for line in tuned.attention_tables()[table] if line["head_width"] == d and line["tokens"] >= T]
+    for direction in ("fwd", "bwd"):
+        lines = tuned.fitting_tiles(direction, d, T)
         for tile in (i for i, line in enumerate(lines) if line["shared"] <= available):
             with tuned.trying(tuned.attention_kernel(direction, d, T), d, qkv.device, {"tile": tile}):
                 got = run(qkv, dout, h, "native")
