@@ -88,7 +88,7 @@ def test_which_tile_is_worth_an_entry():
 def test_the_tiles_of_attention_that_are_tried():
     """Every other line of attention_tiles.inc that takes the rows of ViT-B, -L or -H."""
     lines = tuned.fitting_tiles("fwd", 32, 208)
-    assert len(lines) > 5
+    assert len(lines) > 3
     assert all(line["head_width"] == 32 and line["tokens"] >= 208 for line in lines)
     assert tune.ATTENTION_TILES["attention_208_fwd"] == tuple({"tile": i} for i in range(1, len(lines)))
     short = tuned.fitting_tiles("fwd", 64, 56)
