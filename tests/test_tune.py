@@ -36,7 +36,7 @@ def test_the_committed_table_is_what_tune_would_write():
         assert sorted(tune.attention_entries(rows, capability, measured)) == sorted(entries)
     for entry in table.tiles:
         assert entry.speedup >= tune.GAIN
-        assert entry.tile in (tune.CANDIDATES | tune.ATTENTION_TILES)[entry.kernel]
+        assert entry.tile in tune.candidates(entry.kernel, entry.width)
 
 
 def test_the_committed_products_follow_from_the_results():
@@ -90,9 +90,9 @@ def test_the_tiles_of_attention_that_are_tried():
     lines = tuned.fitting_tiles("fwd", 32, 208)
     assert len(lines) > 3
     assert all(line["head_width"] == 32 and line["tokens"] >= 208 for line in lines)
-    assert tune.ATTENTION_TILES["attention_208_fwd"] == tuple({"tile": i} for i in range(1, len(lines)))
+    assert tune.ATTENTION_TILES["attention_208_fwd", 32] == tuple({"tile": i} for i in range(1, len(lines)))
     short = tuned.fitting_tiles("fwd", 64, 56)
-    assert {short[tile["tile"]]["tokens"] for tile in tune.ATTENTION_TILES["attention_56_fwd"]} == {56, 64, 80}, "not 208"
+    assert {short[tile["tile"]]["tokens"] for tile in tune.ATTENTION_TILES["attention_56_fwd", 64]} == {56, 64, 80}, "not 208"
     assert len(tune.ATTENTION_TILES) == 2 * len({(T, d) for T, _, d in tune.SHAPES})
 
 
@@ -129,7 +129,7 @@ def test_the_tiles_of_attention_are_timed_by_direction(native, monkeypatch):
     labels = ("rule", *(f"tile={i}" for i in range(1, 20)))
     with Tiles() as tiles:
         rows = list(tune.time_attention_tiles((56, 2, 64), setting(dict.fromkeys(labels, 1.0))))
-    counts = {direction: 1 + len(tune.ATTENTION_TILES[f"attention_56_{direction}"]) for direction in ("fwd", "bwd")}
+    counts = {direction: 1 + len(tune.ATTENTION_TILES[f"attention_56_{direction}", 64]) for direction in ("fwd", "bwd")}
     expected = [(f"attention_56_{direction}", 64, dict.fromkeys(labels[:count], 1.0)) for direction, count in counts.items()]
     assert rows == expected
     assert tiles.asked == {(direction, tile) for direction, count in counts.items() for tile in range(1, count)}
@@ -291,9 +291,10 @@ def test_what_was_measured_takes_the_place_of_what_was(monkeypatch):
     monkeypatch.setattr(tune, "time_attention_tiles", lambda shape, setting: [])
     monkeypatch.setattr(tune, "time_tiles", lambda op, setting: [(f"{op}_fwd", 768, {"rule": 2.0, "ROWS=1 num_warps=2": 1.0})])
     new = tune.tuned_table(("attention", "layer_norm"), OLD, setting({}), "9.0", "here")
-    assert new.attention == (OLD.attention[0], OLD.attention[2], Attention("9.0", 80, 65, 72, "native", 3.0, "here"))
+    measured = [Attention("9.0", d, first, last, "native", 3.0, "here") for d, first, last in ((64, 132, 208), (80, 65, 72))]
+    assert new.attention == (OLD.attention[0], OLD.attention[2], *measured)
     assert new.tiles == (OLD.tiles[1], Tile("9.0", "layer_norm_fwd", 768, {"ROWS": 1, "num_warps": 2}, 2.0, "here"))
-    assert [line[0] for line in tune.changes(OLD, new)] == ["-", "-", "+", "+"]
+    assert [line[0] for line in tune.changes(OLD, new)] == ["-", "-", "+", "+", "+"]
     assert tune.changes(OLD, OLD) == []
     assert (new.gemm, new.repeated) == (OLD.gemm, OLD.repeated)
     elsewhere = tune.tuned_table(("add_layer_norm",), OLD, setting({}), "8.0", "here")

@@ -25,8 +25,8 @@ from ..testing.timing import Budget, CudaTimer, Run, rotate
 from ..tuned import Attention, Table, Tile
 from . import _products, _repeated
 
-# T, h, d in ViT-B, -L and -H
-SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32))
+# T, h, d in ViT-B, -L and -H: encoders, decoders, encoders that see all patches
+SHAPES = ((50, 12, 64), (50, 16, 64), (65, 16, 80), (197, 16, 32), (257, 16, 32), (197, 12, 64), (197, 16, 64))
 WIDTHS = {512: 197, 768: 50, 1024: 50, 1280: 65}  # of the residual stream -> tokens of a sample
 PATCHES = {768: 16, 588: 14}  # P of three channels -> the side of a patch
 IMAGE, EPS = 224, 1e-6
@@ -60,16 +60,16 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
     "bias_gelu_fwd": _ROWS,
     "bias_gelu_bwd": _GELU_BWD,
 }
-# as CANDIDATES; lines for rows of more than twice the tokens waste half of their work
-ATTENTION_TILES: dict[str, tuple[dict[str, int], ...]] = {
-    tuned.attention_kernel(direction, d, T): tuple(
+# Kernel and head width -> tiles to try. Those for more than twice the tokens waste half their work.
+ATTENTION_TILES: dict[tuple[str, int], tuple[dict[str, int], ...]] = {
+    (tuned.attention_kernel(direction, d, T), d): tuple(
         {"tile": i} for i, line in enumerate(tuned.fitting_tiles(direction, d, T)) if i > 0 and line["tokens"] <= 2 * T
     )
     for T, _, d in SHAPES
     for direction in ("fwd", "bwd")
 }
 TIMED = tuple(kernel.backend for kernel in ATTENTION.kernels if not kernel.devices or "cuda" in kernel.devices)
-OTHERS = ("attention", "gemm", "repeated_tokens")  # that time no tile
+OTHERS = ("attention", "gemm", "repeated_tokens")  # beside the ops whose Triton tiles are timed
 PARTS = (*OTHERS, *sorted({kernel[:-4] for kernel in CANDIDATES}))
 
 Tensors = dict[str, Tensor]
@@ -165,7 +165,7 @@ def time_attention_tiles(shape: tuple[int, int, int], setting: Setting) -> Itera
     available = gpu.shared_memory(setting.device) if setting.device.type == "cuda" else math.inf
     for direction in ("fwd", "bwd"):
         kernel, lines = tuned.attention_kernel(direction, d, T), tuned.fitting_tiles(direction, d, T)
-        tiles = [tile for tile in ATTENTION_TILES[kernel] if lines[tile["tile"]]["shared"] <= available]
+        tiles = [tile for tile in ATTENTION_TILES[kernel, d] if lines[tile["tile"]]["shared"] <= available]
         yield kernel, d, _time_tiles(kernel, d, [{}, *tiles], checked, graphs, "native", setting)
 
 
@@ -320,8 +320,12 @@ def tile_entry(kernel: str, width: int, times: Mapping[str, float], capability: 
     gain = times["rule"] / times[fastest]
     if fastest == "rule" or gain < GAIN:
         return None
-    tile = next(tile for tile in (CANDIDATES | ATTENTION_TILES)[kernel] if label(tile) == fastest)
+    tile = next(tile for tile in candidates(kernel, width) if label(tile) == fastest)
     return Tile(capability, kernel, width, tile, math.floor(gain * 100) / 100, measured)
+
+
+def candidates(kernel: str, width: int) -> tuple[dict[str, int], ...]:
+    return ATTENTION_TILES[kernel, width] if (kernel, width) in ATTENTION_TILES else CANDIDATES[kernel]
 
 
 def slowest(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
