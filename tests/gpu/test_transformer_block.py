@@ -45,6 +45,7 @@ def run(block: Block, x: Tensor, pending: Tensor | None, dy: Tensor, dtype: torc
     weights = BlockWeights(*block.parameters())
     with torch.autocast(DEVICE, dtype):
         out = ops.transformer_block(leaves["x"], leaves.get("pending"), weights, block.attn.num_heads, attention=attention)
+    assert (type(out[0].grad_fn).__name__ == "_TransformerBlockBackward") == (attention == "native")
     y = out[0] + out[1]
     named = leaves | weights._asdict()
     grads = torch.autograd.grad(y, list(named.values()), dy.to(y.dtype))
@@ -81,7 +82,9 @@ def test_repeated_tokens(L, K, D, dtype):
         with torch.autocast(DEVICE, dtype):
             repeated = RepeatedTokens.of(*tokens) if once else None
             whole = ops.unshuffle(*tokens)
-            y = sum(ops.transformer_block(whole, None, weights, 16, repeated=repeated, attention=attention))
+            stream, branch = ops.transformer_block(whole, None, weights, 16, repeated=repeated, attention=attention)
+        assert (type(stream.grad_fn).__name__ == "_TransformerBlockBackward") == once
+        y = stream + branch
         named = leaves | weights._asdict()
         return {"y": y.detach()} | dict(zip(named, torch.autograd.grad(y, list(named.values()), dy.to(y.dtype)), strict=True))
 
