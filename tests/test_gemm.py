@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maefast
 from maefast import _torch, gemm, ops, tuned
-from maefast.kernels import _products
-from maefast.kernels._products import Size, inputs, plain
+from maefast.kernels.tune import products
+from maefast.kernels.tune.products import Size, inputs, plain
 from maefast.ops.linear import LinearAsk, Products, input_gradient, is_fused, native_products, product
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,7 +208,7 @@ def test_compiled_code_sees_through_the_choice(monkeypatch):
 def test_sizes_that_are_timed():
     """The sizes of the committed table are among them."""
     for entry in tuned.read().gemm:
-        assert (entry.depth[1], entry.features[1]) in {size[1:] for size in _products.sizes(entry.kind)}
+        assert (entry.depth[1], entry.features[1]) in {size[1:] for size in products.product_sizes(entry.kind)}
 
 
 EPILOGUES = {"linear": "bias", "input_gradient": "none", "linear_gelu_fwd": "gelu", "linear_gelu_bwd": "gelu_slope"}

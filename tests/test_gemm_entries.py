@@ -14,7 +14,7 @@ from support import LAYOUTS, at_the_edge
 from torch import Tensor
 
 from maefast import gemm
-from maefast.kernels._products import Size, inputs, plain
+from maefast.kernels.tune.products import Size, inputs, plain
 from maefast.testing.errors import assert_close_to_float64
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

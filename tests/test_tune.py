@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maefast import gemm, kernels, ops, request, tuned
 from maefast.blocks import Block
-from maefast.kernels import _products, _repeated, tune
-from maefast.kernels._products import Size
+from maefast.kernels import tune
+from maefast.kernels.tune import attention, products, repeated, tiles, timed
+from maefast.kernels.tune.products import Size
 from maefast.ops import _tokens
 from maefast.tuned import Attention, Gemm, Repeated, Table, Tile
 
@@ -24,26 +25,37 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 
 
+def tried_for(entry: Tile) -> tuple[dict[str, int], ...]:
+    """The tiles that tune tries for the kernel of an entry."""
+    of_attention = (
+        attention.candidates(direction, T, d)
+        for T, _, d in attention.SHAPES
+        for direction in ("fwd", "bwd")
+        if (tuned.attention_kernel(direction, d, T), d) == (entry.kernel, entry.width)
+    )
+    return tiles.CANDIDATES[entry.kernel] if entry.kernel in tiles.CANDIDATES else next(of_attention)
+
+
 def test_the_committed_table_is_what_tune_would_write():
     """By the speedups in it: which lengths an entry covers, and what is worth one."""
     table = tuned.read()
     for capability, measured in {(entry.capability, entry.measured) for entry in table.attention}:
         entries = [entry for entry in table.attention if (entry.capability, entry.measured) == (capability, measured)]
         rows = []
-        for entry, (T, _, d) in itertools.product(entries, dict.fromkeys(tune.SHAPES)):
+        for entry, (T, _, d) in itertools.product(entries, dict.fromkeys(attention.SHAPES)):
             if d == entry.head_width and entry.first <= T <= entry.last:
                 rows.append((T, d, {entry.backend: 1.0, "sdpa": entry.speedup + 0.001}))
-        assert sorted(tune.attention_entries(rows, capability, measured)) == sorted(entries)
+        assert sorted(attention.attention_entries(rows, capability, measured)) == sorted(entries)
     for entry in table.tiles:
-        assert entry.speedup >= tune.GAIN
-        assert entry.tile in tune.candidates(entry.kernel, entry.width)
+        assert entry.speedup >= timed.GAIN
+        assert entry.tile in tried_for(entry)
 
 
 def test_the_committed_products_follow_from_the_results():
     results = json.loads((RESULTS / "gemm.json").read_text())
     rows = [(row["kind"], Size(row["rows"], row["depth"], row["features"]), row["ms"]) for row in results["timing"]]
     measured = f"{results['device']}, torch {results['torch']}, a prototype"
-    assert sorted(_products.entries(rows, tune.GAIN, "9.0", measured)) == sorted(tuned.read().gemm)
+    assert sorted(products.product_entries(rows, "9.0", measured)) == sorted(tuned.read().gemm)
 
 
 def test_the_table_is_written_as_it_is_committed(tmp_path):
@@ -63,7 +75,7 @@ def test_entries_are_sorted_one_a_line(tmp_path):
 
 def test_which_backend_is_worth_an_entry():
     def entries(*rows: tuple[int, int, dict[str, float]]) -> list[tuple[object, ...]]:
-        return [entry[1:6] for entry in tune.attention_entries(rows, "9.0", "here")]
+        return [entry[1:6] for entry in attention.attention_entries(rows, "9.0", "here")]
 
     assert entries((50, 64, {"native": 10.0, "sdpa": 10.4})) == [], "4 % is noise"
     assert entries((50, 64, {"native": 10.0, "sdpa": 15.0})) == [(64, 34, 56, "native", 1.5)]
@@ -76,13 +88,17 @@ def test_which_backend_is_worth_an_entry():
 
 
 def test_which_tile_is_worth_an_entry():
-    first, second = tune.CANDIDATES["layer_norm_fwd"][:2]
-    names = tune.label(first), tune.label(second)
-    entry = tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 2.5, names[1]: 2.0}, "9.0", "here")
+    first, second = tiles.CANDIDATES["layer_norm_fwd"][:2]
+    names = tiles.label(first), tiles.label(second)
+
+    def entries(times: dict[str, float]) -> list[Tile]:
+        return tiles.tile_entries([("layer_norm_fwd", 512, times)], "9.0", "here")
+
+    (entry,) = entries({"rule": 3.0, names[0]: 2.5, names[1]: 2.0})
     assert entry == Tile("9.0", "layer_norm_fwd", 512, second, 1.5, "here")
-    assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 2.9}, "9.0", "here") is None
-    assert tune.tile_entry("layer_norm_fwd", 512, {"rule": 3.0, names[0]: 3.1}, "9.0", "here") is None
-    assert tune.tile_entry("layer_norm_fwd", 512, {names[0]: 3.1}, "9.0", "here") is None, "nothing to compare with"
+    assert entries({"rule": 3.0, names[0]: 2.9}) == []
+    assert entries({"rule": 3.0, names[0]: 3.1}) == []
+    assert entries({names[0]: 3.1}) == [], "nothing to compare with"
 
 
 def test_the_tiles_of_attention_that_are_tried():
@@ -90,10 +106,13 @@ def test_the_tiles_of_attention_that_are_tried():
     lines = tuned.fitting_tiles("fwd", 32, 208)
     assert len(lines) > 3
     assert all(line["head_width"] == 32 and line["tokens"] >= 208 for line in lines)
-    assert tune.ATTENTION_TILES["attention_208_fwd", 32] == tuple({"tile": i} for i in range(1, len(lines)))
+    assert attention.candidates("fwd", 197, 32) == tuple({"tile": i} for i in range(1, len(lines)))
     short = tuned.fitting_tiles("fwd", 64, 56)
-    assert {short[tile["tile"]]["tokens"] for tile in tune.ATTENTION_TILES["attention_56_fwd", 64]} == {56, 64, 80}, "not 208"
-    assert len(tune.ATTENTION_TILES) == 2 * len({(T, d) for T, _, d in tune.SHAPES})
+    assert {short[tile["tile"]]["tokens"] for tile in attention.candidates("fwd", 50, 64)} == {56, 64, 80}, "not 208"
+    assert all(short[tile["tile"]]["shared"] <= 40_000 for tile in attention.candidates("fwd", 50, 64, 40_000))
+    assert len(attention.candidates("fwd", 50, 64, 40_000)) < len(attention.candidates("fwd", 50, 64))
+    shapes = {(T, d) for T, _, d in attention.SHAPES}
+    assert len({(tuned.attention_kernel("fwd", d, T), d) for T, d in shapes}) == len(shapes), "each has a kernel of its own"
 
 
 def test_tiles_of_attention_that_were_measured(monkeypatch):
@@ -128,8 +147,8 @@ def test_the_tiles_of_attention_are_timed_by_direction(native, monkeypatch):
     monkeypatch.setattr(sys.modules["maefast.ops.attention"], "_TILED", "cpu")
     labels = ("rule", *(f"tile={i}" for i in range(1, 20)))
     with Tiles() as tiles:
-        rows = list(tune.time_attention_tiles((56, 2, 64), setting(dict.fromkeys(labels, 1.0))))
-    counts = {direction: 1 + len(tune.ATTENTION_TILES[f"attention_56_{direction}", 64]) for direction in ("fwd", "bwd")}
+        rows = list(attention.time_attention_tiles((56, 2, 64), setting(dict.fromkeys(labels, 1.0))))
+    counts = {direction: 1 + len(attention.candidates(direction, 56, 64)) for direction in ("fwd", "bwd")}
     expected = [(f"attention_56_{direction}", 64, dict.fromkeys(labels[:count], 1.0)) for direction, count in counts.items()]
     assert rows == expected
     assert tiles.asked == {(direction, tile) for direction, count in counts.items() for tile in range(1, count)}
@@ -159,7 +178,7 @@ def test_attention_takes_the_tile_of_the_table(native, monkeypatch):
 def test_which_product_is_worth_an_entry():
     def entries(*rows: tuple[str, tuple[int, int, int], float]) -> list[tuple[object, ...]]:
         timed = [(kind, Size(*size), {"cublas": speedup, "cutlass": 1.0}) for kind, size, speedup in rows]
-        return [entry[1:6] for entry in _products.entries(timed, tune.GAIN, "9.0", "here")]
+        return [entry[1:6] for entry in products.product_entries(timed, "9.0", "here")]
 
     assert entries(("linear", (900, 60, 30), 1.04)) == [], "4 % is noise"
     assert entries(("linear", (900, 60, 30), 1.229)) == [("linear", (40, 60), (20, 30), 600, 1.22)]
@@ -168,20 +187,20 @@ def test_which_product_is_worth_an_entry():
     assert entries(*wide) == expected, "a range ends where another was measured"
     others = ("linear", (900, 60, 30), 1.2), ("input_gradient", (30, 60, 24), 2.0)
     assert entries(*others)[0] == ("linear", (40, 60), (20, 30), 600, 1.2), "each kind by itself"
-    assert _products.entries([("linear", Size(900, 60, 30), {})], tune.GAIN, "9.0", "here") == (), "it could not run"
+    assert products.product_entries([("linear", Size(900, 60, 30), {})], "9.0", "here") == (), "it could not run"
 
 
 def test_when_repeated_tokens_are_worth_an_entry():
     def entries(*speedups: float) -> tuple[Repeated, ...]:
-        timed = [(_repeated.Size(12 * i, 3 * i, 8, 2), 10, {"each": s, "once": 1.0}) for i, s in enumerate(speedups, 1)]
-        return _repeated.entry(timed, tune.GAIN, "9.0", "here")
+        timed = [(repeated.Size(12 * i, 3 * i, 8, 2), 10, {"each": s, "once": 1.0}) for i, s in enumerate(speedups, 1)]
+        return repeated.repeated_entry(timed, "9.0", "here")
 
     assert entries(1.04) == (), "4 % is noise"
     values = (10 * 9 - 13) * 8  # of the smallest
     assert entries(1.239, 1.3) == (Repeated("9.0", 8, 2 * values // 3, 1.23, "here"),)
     assert entries(1.3, 1.04) == (), "the least counts"
-    wrong = [(_repeated.SIZES[0], 10, {"each": 2.0})]
-    assert _repeated.entry(wrong, tune.GAIN, "9.0", "here") == ()
+    wrong = [(repeated.SIZES[0], 10, {"each": 2.0})]
+    assert repeated.repeated_entry(wrong, "9.0", "here") == ()
 
 
 def test_repeated_tokens_on_a_gpu_follow_the_table(monkeypatch):
@@ -200,14 +219,14 @@ def test_what_is_timed_of_a_product(kind, monkeypatch):
 
     def stand_in(kind, factor=1):
         def run(*given):
-            results = _products.plain(kind, *(t.double() for t in given))
+            results = products.plain(kind, *(t.double() for t in given))
             return tuple(factor * t.to(torch.float32 if t.dim() == 1 else BF16) for t in results)
 
         return run
 
     monkeypatch.setattr(gemm, "why_not", lambda *_: None)
-    monkeypatch.setitem(_products._CUTLASS, kind, stand_in(kind))
-    monkeypatch.setitem(_products._CUBLAS, "linear_gelu_bwd_sum", stand_in("linear_gelu_bwd_sum"))
+    monkeypatch.setitem(products._CUTLASS, kind, stand_in(kind))
+    monkeypatch.setitem(products._CUBLAS, "linear_gelu_bwd_sum", stand_in("linear_gelu_bwd_sum"))
     ran = {}
 
     def rotate(runs, sets):
@@ -216,14 +235,14 @@ def test_what_is_timed_of_a_product(kind, monkeypatch):
         return dict.fromkeys(runs, 1.0)
 
     size = Size(24, 16, 32)
-    assert _products.time_product(kind, size, CPU, BF16, rotate, tune.is_right) == {"cublas": 1.0, "cutlass": 1.0}
+    assert products.time_product(kind, size, timed.Setting(rotate, CPU, half=BF16)) == {"cublas": 1.0, "cutlass": 1.0}
     torch.testing.assert_close(ran["cublas"], ran["cutlass"], rtol=0.05, atol=0.05, check_dtype=False)
     assert not torch.equal(ran["cublas"][0][0], ran["cublas"][1][0]), "the sets differ"
-    monkeypatch.setitem(_products._CUTLASS, kind, stand_in(kind, factor=2))
-    assert _products.time_product(kind, size, CPU, BF16, rotate, tune.is_right) == {}, "wrong results are not timed"
+    monkeypatch.setitem(products._CUTLASS, kind, stand_in(kind, factor=2))
+    assert products.time_product(kind, size, timed.Setting(rotate, CPU, half=BF16)) == {}, "wrong results are not timed"
 
 
-def setting(times: dict[str, float]) -> tune.Setting:
+def setting(times: dict[str, float]) -> timed.Setting:
     """On the CPU; whatever is to be timed runs once, and takes `times`."""
 
     def rotate(runs, sets):
@@ -232,11 +251,11 @@ def setting(times: dict[str, float]) -> tune.Setting:
                 run(i)
         return {name: times[name] for name in runs}
 
-    return tune.Setting(rotate, CPU, batch=2)
+    return timed.Setting(rotate, CPU, batch=2)
 
 
 def test_attention_is_timed_on_all_that_can_run(native, capsys):
-    timed = tune.time_attention((5, 2, 8), setting({"native": 1.0, "sdpa": 2.0}))
+    timed = attention.time_attention((5, 2, 8), setting({"native": 1.0, "sdpa": 2.0}))
     assert timed == {"native": 1.0, "sdpa": 2.0}
     assert re.fullmatch("attention of 5 tokens, heads 8 wide, without flash_attn: .*flash-attn.*\n", capsys.readouterr().out)
 
@@ -248,30 +267,30 @@ def test_attention_with_wrong_results_is_not_timed(native, monkeypatch, capsys):
         return right(qkv, num_heads) * (1.02 if request.requested() == "native" else 1)
 
     monkeypatch.setattr(ops, "attention", wrong)
-    assert tune.time_attention((5, 2, 8), setting({"sdpa": 2.0})) == {"sdpa": 2.0}
+    assert attention.time_attention((5, 2, 8), setting({"sdpa": 2.0})) == {"sdpa": 2.0}
     assert "without native: its results are outside the error rule" in capsys.readouterr().out
 
 
 def test_the_first_block_is_timed_in_both_ways(native, monkeypatch, capsys):
-    size, times = _repeated.Size(12, 3, 32, 2), {"each": 2.0, "once": 1.0}
+    size, times = repeated.Size(12, 3, 32, 2), {"each": 2.0, "once": 1.0}
     given: list[int] = []
     summed = _tokens.RepeatedTokens.summed
     monkeypatch.setattr(_tokens.RepeatedTokens, "summed", lambda self, dy: given.append(len(dy)) or summed(self, dy))
-    assert tune.time_repeated(size, setting(times)) == times
+    assert repeated.time_repeated(size, setting(times)) == times
     assert given == [2] * 3, "checked once, then each set"
     monkeypatch.setattr(_tokens.RepeatedTokens, "summed", lambda self, dy: 1.1 * summed(self, dy))
-    assert tune.time_repeated(size, setting(times)) == {"each": 2.0}
+    assert repeated.time_repeated(size, setting(times)) == {"each": 2.0}
     assert "its results are outside the error rule" in capsys.readouterr().out
 
 
 def test_the_error_rule():
     exact = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     eager, eps = (exact + torch.tensor([0.01, 0, 0])).float(), torch.finfo(torch.float32).eps
-    assert tune.is_right([eager], [eager], [exact])
-    assert tune.is_right([(exact + torch.tensor([0, 0.019, 0])).float()], [eager], [exact])
-    assert not tune.is_right([(exact + torch.tensor([0, 0.021, 0])).float()], [eager], [exact])
-    assert not tune.is_right([eager * torch.nan], [eager], [exact])
-    assert tune.is_right([exact.float() * (1 + eps / 2)], [exact.float()], [exact])
+    assert timed.is_right([eager], [eager], [exact])
+    assert timed.is_right([(exact + torch.tensor([0, 0.019, 0])).float()], [eager], [exact])
+    assert not timed.is_right([(exact + torch.tensor([0, 0.021, 0])).float()], [eager], [exact])
+    assert not timed.is_right([eager * torch.nan], [eager], [exact])
+    assert timed.is_right([exact.float() * (1 + eps / 2)], [exact.float()], [exact])
 
 
 ON_NATIVE = tuple(Attention(capability, 64, 34, 56, "native", 2.0, "before") for capability in ("8.0", "9.0"))
@@ -308,7 +327,7 @@ def test_products_that_were_measured(monkeypatch):
     def timed(kind, size, *_):
         return {"cublas": 2.0, "cutlass": 1.0} if (kind, size.depth, size.features) == ("linear", 512, 2048) else {}
 
-    monkeypatch.setattr(_products, "time_product", timed)
+    monkeypatch.setattr(tune, "time_product", timed)
     new = tune.tuned_table(("gemm",), OLD, setting({}), "9.0", "here")
     assert new.gemm == (OLD.gemm[1], Gemm("9.0", "linear", (342, 512), (1366, 2048), 134485, 2.0, "here"))
     assert (new.attention, new.tiles) == (OLD.attention, OLD.tiles)
@@ -394,10 +413,10 @@ def taken(kernel: str, names: set[str]) -> dict[str, int]:
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+@pytest.mark.parametrize("kernel", tiles.CANDIDATES)
 def test_a_launcher_reads_the_table(kernel, monkeypatch):
     width = width_of(kernel)
-    for tile in tune.CANDIDATES[kernel]:
+    for tile in tiles.CANDIDATES[kernel]:
         rule = taken(kernel, set(tile))
         with tuned.trying(kernel, width, CPU, tile):
             assert taken(kernel, set(tile)) == {name: value for name, value in tile.items() if name != "PROGRAMS"}
@@ -428,7 +447,7 @@ def test_programs_of_the_backward_norm(monkeypatch):
 
 @needs_triton
 def test_every_kernel_with_a_choice_is_tuned():
-    assert {kernel[:-4] for kernel in tune.CANDIDATES} == kernels.OPS - {"random_masking"}
+    assert {kernel[:-4] for kernel in tiles.CANDIDATES} == kernels.OPS - {"random_masking"}
 
 
 @needs_triton
@@ -436,8 +455,8 @@ def test_every_kernel_with_a_choice_is_tuned():
 def test_a_candidate_compiles(kernel, candidate, tmp_path):
     import aot
 
-    with tuned.trying(kernel, width_of(kernel), CPU, tune.CANDIDATES[kernel][candidate]):
+    with tuned.trying(kernel, width_of(kernel), CPU, tiles.CANDIDATES[kernel][candidate]):
         (launch,) = launches(kernel)
     usage = aot.compiled(launch, 90, tmp_path)
-    assert usage.warps == tune.CANDIDATES[kernel][candidate]["num_warps"]
+    assert usage.warps == tiles.CANDIDATES[kernel][candidate]["num_warps"]
     assert usage.stack == 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import maefast
 from maefast import _torch, gemm, ops, tuned
-from maefast.kernels._products import Size, inputs, plain
+from maefast.kernels.tune.products import Size, inputs, plain
 from maefast.ops.linear import Products, input_gradient, product
 from maefast.testing.errors import assert_close_to_float64
 

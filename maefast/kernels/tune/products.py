@@ -1,21 +1,20 @@
-"""Timing of maefast/gemm.py's products for `python -m maefast.kernels.tune`, and table entries."""
+"""Timing of maefast/gemm.py's products, and table entries."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import gemm, kernels
-from ..testing.timing import Run
-from ..tuned import Gemm
+from ... import gemm, kernels
+from ...tuned import Gemm
+from .timed import GAIN, SETS, Setting, is_right
 
 # rows of a step, width: decoder; encoders B, L, H
 _BLOCKS = ((201_728, 512), (51_200, 768), (25_600, 1024), (16_640, 1280))
 _CHECKED_ROWS = 392
-SETS = 2  # of inputs, that rotate
 
 
 class Size(NamedTuple):
@@ -28,7 +27,7 @@ Timed = tuple[str, Size, Mapping[str, float]]  # kind, size, time of "cublas" an
 Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # x, weight, bias, hidden
 
 
-def sizes(kind: str) -> tuple[Size, ...]:
+def product_sizes(kind: str) -> tuple[Size, ...]:
     """Return the products of a kind in the blocks of ViT-B, -L and -H."""
     shapes = ((1, 4),) if "gelu" in kind else ((1, 1), (1, 3), (1, 4), (4, 1))
     return tuple(Size(rows, width * a, width * b) for rows, width in _BLOCKS for a, b in shapes)
@@ -90,15 +89,9 @@ def inputs(kind: str, size: Size, device: torch.device, dtype: torch.dtype) -> t
     return tuple(t.to(dtype) for t in (x, w / math.sqrt(depth), b, h))
 
 
-def time_product(
-    kind: str,
-    size: Size,
-    device: torch.device,
-    dtype: torch.dtype,
-    rotate: Callable[[Mapping[str, Run], int], dict[str, float]],
-    is_right: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], bool],
-) -> dict[str, float]:
+def time_product(kind: str, size: Size, setting: Setting) -> dict[str, float]:
     """Return the time of "cublas", and of "cutlass" if it can run and its result is right."""
+    device, dtype = setting.device, setting.half
     contenders = {"cublas": _CUBLAS[kind], "cutlass": _CUTLASS[kind]}
     small = inputs(kind, size._replace(rows=_CHECKED_ROWS), device, dtype)
     eager, exact = plain(kind, *small), plain(kind, *(t.double() for t in small))
@@ -109,11 +102,11 @@ def time_product(
         print(f"{kind} of {size.depth} to {size.features} without CUTLASS: {reason}")
         return {}
     sets = [inputs(kind, size, device, dtype) for _ in range(SETS)]
-    return rotate({name: lambda i, run=run: run(*sets[i]) for name, run in contenders.items()}, SETS)  # type: ignore[misc]
+    return setting.rotate({name: lambda i, run=run: run(*sets[i]) for name, run in contenders.items()}, SETS)  # type: ignore[misc]
 
 
-def entries(timed: Iterable[Timed], gain: float, capability: str, measured: str) -> tuple[Gemm, ...]:
-    """Return the entries of products that are at least `gain` faster than cuBLAS.
+def product_entries(timed: Iterable[Timed], capability: str, measured: str) -> tuple[Gemm, ...]:
+    """Return the entries of products that are at least GAIN faster than cuBLAS.
 
     An entry covers depths and features from two thirds of those that were measured, but no other
     measured ones, and rows from two thirds of the fewest that were measured for its kind.
@@ -125,7 +118,7 @@ def entries(timed: Iterable[Timed], gain: float, capability: str, measured: str)
         depths = {other.depth for other in mine}
         features = {other.features for other in mine if other.depth == size.depth}
         speedup = times["cublas"] / times["cutlass"]
-        if speedup >= gain:
+        if speedup >= GAIN:
             found.append(
                 Gemm(
                     capability,
