@@ -122,30 +122,9 @@ def attention_ref(qkv: Tensor, num_heads: int, q: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
 
 
-def native_fwd(q: Tensor | None, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Return attention and, on a GPU, the log-sum-exp (N, h, T) that backward needs."""
-    tile = _tile("fwd", kv, num_heads)
-    attended: tuple[Tensor, Tensor] = torch.ops.maefast.attention_fwd(q, kv, num_heads, tile)
-    return attended
-
-
-def native_bwd(
-    dout: Tensor,
-    q: Tensor | None,
-    kv: Tensor,
-    out: Tensor | None,
-    lse: Tensor | None,
-    num_heads: int,
-    with_dkv_sum: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, if given, of kv, and if wanted the sums of its columns."""
-    tile = _tile("bwd", kv, num_heads)
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, num_heads, with_dkv_sum, tile)
-    return grads
-
-
-def _tile(direction: str, qkv: Tensor, num_heads: int) -> int:
-    """Return the tile that measured fastest; an exported graph, which runs on other GPUs, has 0."""
+def tile_number(direction: str, qkv: Tensor, num_heads: int) -> int:
+    """Return the `tile` of native attention that measured fastest, for "fwd" or "bwd"; 0 in an
+    exported graph, which runs on other GPUs."""
     if qkv.device.type != _TILED or _torch.is_exporting():
         return 0
     return tuned.attention_tile(direction, qkv.shape[2] // (3 * num_heads), qkv.shape[1], qkv.device)
@@ -154,7 +133,7 @@ def _tile(direction: str, qkv: Tensor, num_heads: int) -> int:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor | None, kv: Tensor, num_heads: int) -> Tensor:
-        out, lse = native_fwd(q, kv, num_heads)
+        out, lse = torch.ops.maefast.attention_fwd(q, kv, num_heads, tile_number("fwd", kv, num_heads))
         ctx.save_for_backward(q, kv, *((None, None) if kv.device.type == "cpu" else (out, lse)))
         ctx.num_heads = num_heads
         return out
@@ -163,7 +142,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
-        dq, dkv, _ = native_bwd(dout, q, kv, out, lse, ctx.num_heads)
+        tile = tile_number("bwd", kv, ctx.num_heads)
+        dq, dkv, _ = torch.ops.maefast.attention_bwd(dout, q, kv, out, lse, ctx.num_heads, False, tile)
         return None if q is None else dq, dkv, None
 
 

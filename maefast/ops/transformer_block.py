@@ -15,7 +15,7 @@ from ._tokens import RepeatedTokens
 from .add_layer_norm import OP as ADD_LAYER_NORM
 from .add_layer_norm import AddNormAsk, add_layer_norm_ref
 from .attention import OP as ATTENTION
-from .attention import AttentionAsk, attention_ref, native_bwd, native_fwd
+from .attention import AttentionAsk, attention_ref, tile_number
 from .bias_gelu import OP as BIAS_GELU
 from .bias_gelu import GeluAsk
 from .layer_norm import OP as LAYER_NORM
@@ -216,7 +216,7 @@ def _infer(
     else:
         y, _, _, _ = _normed(plan, repeated.rows, None, w1, b1)
         qkv = repeated.expanded(product(y, qkv_w.to(dtype), qkv_b.to(dtype), native))
-    attended, _ = native_fwd(None, qkv, plan.num_heads)
+    attended, _ = torch.ops.maefast.attention_fwd(None, qkv, plan.num_heads, tile_number("fwd", qkv, plan.num_heads))
     y, x, _, _ = _normed(plan, x, product(attended, proj_w.to(dtype), proj_b.to(dtype), native), w2, b2)
     if native.forward:
         hidden = product(y, fc1_w.to(dtype), fc1_b.to(dtype), native, gelu=True)
@@ -247,7 +247,7 @@ class _TransformerBlock(torch.autograd.Function):
         y1, x1, center1, rstd1 = _normed(plan, x if rows is None else rows, pending, w1, b1)
         qkv = product(y1, qkv_w, qkv_b.to(dtype), native)
         x, qkv = (x1, qkv) if repeated is None else (x, repeated.expanded(qkv))
-        attended, lse = native_fwd(None, qkv, plan.num_heads)
+        attended, lse = torch.ops.maefast.attention_fwd(None, qkv, plan.num_heads, tile_number("fwd", qkv, plan.num_heads))
         y2, x2, center2, rstd2 = _normed(plan, x, product(attended, proj_w, proj_b.to(dtype), native), w2, b2)
         if plan.keep and is_fused("linear_gelu_fwd", y2, fc1_w, native):
             activated, hidden = torch.ops.maefast.linear_gelu_fwd(y2, fc1_w, fc1_b.to(dtype))
@@ -299,8 +299,11 @@ class _TransformerBlock(torch.autograd.Function):
         dy = dx if narrow is None else dy
         differentiate_linear("proj", dy, attended)
         dattended = input_gradient(dy, proj_w, native)
-        out, lse = (attended, lse) if lse.numel() else (None, None)
-        _, dqkv, grads["qkv_bias"] = native_bwd(dattended, None, qkv, out, lse, plan.num_heads, bool(needs.qkv_bias))
+        out = (None, None) if lse.numel() == 0 else (attended, lse)
+        tile = tile_number("bwd", qkv, plan.num_heads)
+        _, dqkv, grads["qkv_bias"] = torch.ops.maefast.attention_bwd(
+            dattended, None, qkv, *out, plan.num_heads, needs.qkv_bias, tile
+        )
         if ids_restore is not None:
             dqkv = RepeatedTokens(x1, ids_restore).summed(dqkv)
         cast = next((d for d in (ctx.pending_dtype, ctx.x_dtype) if d not in (None, x1.dtype)), None)
