@@ -1,10 +1,14 @@
 """What layer_norm and add_layer_norm share: rows normalised in registers, several at a time."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..tuned import tile_for
+from ._common import as_rows, launch
 
 
 @triton.jit
@@ -42,7 +46,36 @@ def scaled(normalised, weight_ptr, bias_ptr, d, D):
     return normalised * gain[None, :] + shift[None, :]
 
 
-def forward_tile(kernel: str, D: int, x: torch.Tensor) -> dict[str, int]:
+def launch_forward(
+    kernel: Any, name: str, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float, **more: Any
+) -> tuple[Tensor, Tensor]:
+    """Launch a kernel that normalises rows into y, with `more` that it takes. Return mean, rstd."""
+    D, x_rows = x.shape[-1], as_rows(x)
+    rows = x_rows.shape[0]
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if x.numel():
+        tile = forward_tile(name, D, x)
+        launch(
+            kernel,
+            (triton.cdiv(rows, tile["ROWS"]),),
+            x_ptr=x_rows,
+            weight_ptr=weight.contiguous(),
+            bias_ptr=bias.contiguous(),
+            y_ptr=y,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            rows=rows,
+            D=D,
+            eps=eps,
+            x_stride=x_rows.stride(0),
+            **more,
+            **tile,
+        )
+    return mean, rstd
+
+
+def forward_tile(kernel: str, D: int, x: Tensor) -> dict[str, int]:
     block = triton.next_power_of_2(D)  # a whole row
     values = 4096 if x.dtype == torch.float32 else 8192  # fp32 branches spill beyond
     rows, warps = (min(16, 1024 // block), 4) if block <= 512 else (max(1, min(4, values // block)), 8)

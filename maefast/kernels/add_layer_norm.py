@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, launch
-from ._norm import forward_tile, normalise, scaled
+from ._common import as_rows
+from ._norm import launch_forward, normalise, scaled
 
 
 @triton.jit
@@ -43,29 +43,8 @@ def _add_layer_norm_fwd_kernel(
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    D, x_rows, residual_rows = x.shape[-1], as_rows(x), as_rows(residual)
-    rows, y = x_rows.shape[0], torch.empty(x.shape, dtype=dtype, device=x.device)
+    residual_rows, y = as_rows(residual), torch.empty(x.shape, dtype=dtype, device=x.device)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    if x.numel():
-        tile = forward_tile("add_layer_norm_fwd", D, x)
-        launch(
-            _add_layer_norm_fwd_kernel,
-            (triton.cdiv(rows, tile["ROWS"]),),
-            x_ptr=x_rows,
-            residual_ptr=residual_rows,
-            weight_ptr=weight.contiguous(),
-            bias_ptr=bias.contiguous(),
-            y_ptr=y,
-            total_ptr=total,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            rows=rows,
-            D=D,
-            eps=eps,
-            x_stride=x_rows.stride(0),
-            residual_stride=residual_rows.stride(0),
-            **tile,
-        )
+    more = {"residual_ptr": residual_rows, "residual_stride": residual_rows.stride(0), "total_ptr": total}
+    mean, rstd = launch_forward(_add_layer_norm_fwd_kernel, "add_layer_norm_fwd", x, weight, bias, y, eps, **more)
     return y, total, mean, rstd

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..tuned import tile_for
 from ._common import as_rows, launch, sum_columns
-from ._norm import add_triples, forward_tile, normalise, scaled
+from ._norm import add_triples, launch_forward, normalise, scaled
 
 
 @triton.jit
@@ -122,27 +122,8 @@ def backward_tile(D: int, row_bytes: int, device: torch.device) -> dict[str, int
 
 
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    D, x_rows, y = x.shape[-1], as_rows(x), torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows = x_rows.shape[0]
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    if x.numel():
-        tile = forward_tile("layer_norm_fwd", D, x)
-        launch(
-            _layer_norm_fwd_kernel,
-            (triton.cdiv(rows, tile["ROWS"]),),
-            x_ptr=x_rows,
-            weight_ptr=weight.contiguous(),
-            bias_ptr=bias.contiguous(),
-            y_ptr=y,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            rows=rows,
-            D=D,
-            eps=eps,
-            x_stride=x_rows.stride(0),
-            **tile,
-        )
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean, rstd = launch_forward(_layer_norm_fwd_kernel, "layer_norm_fwd", x, weight, bias, y, eps)
     return y, mean, rstd
 
 
